@@ -1,0 +1,53 @@
+# Needs python3 (>= 3.11), pip and make. Everything is installed into .venv, nothing outside it.
+PYTHON ?= python3
+GOLDEN ?= tests/golden/*.npz
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Another pyproject.toml, other constraints or another interpreter: another stamp, so a new install.
+STAMP := $(VENV)/installed-$(shell ($(PYTHON) --version; cat pyproject.toml constraints.txt) 2>&1 | cksum | cut -d' ' -f1)
+# The interpreter behind an activated .venv, which may have to be replaced.
+BASE := $(shell $(PYTHON) -c 'import os, sys; print(os.path.realpath(sys.executable))')
+# Its pip installs into .venv: no ensurepip, no activation.
+PIP_INSTALL := $(BASE) -m pip --python $(BIN)/python install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv speedrun test lint format types golden clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## Create .venv with everything installed (again only when its inputs change)
+
+$(STAMP):
+	@$(BASE) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python " + sys.version.split()[0] + " is too old: 3.11 or newer is needed, as in make PYTHON=python3.12")'
+	@echo "Installing into $(VENV), about a minute"
+	@$(BASE) -m venv --clear --without-pip $(VENV)
+	@$(PIP_INSTALL) pip setuptools
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[test,dev]'
+	@touch $@
+
+speedrun: venv  ## Train a small GPT with AdamW, Muon and Shampoo, draw the comparison (CPU, < 15 min)
+	@$(BIN)/python -m scripts.speedrun
+
+test: venv  ## Run the test suite (PYTEST_ARGS="-k blocks" chooses tests)
+	@$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+
+lint: venv  ## Check style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: venv  ## Format the code, sort the imports
+	@$(BIN)/ruff check --select I --fix .
+	@$(BIN)/ruff format .
+
+types: venv  ## Check types
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+golden: venv  ## Replay the recorded trajectories of the reference (GOLDEN="files" chooses others)
+	@$(BIN)/python -m scripts.replay_golden $(GOLDEN)
+
+clean:  ## Remove .venv and caches; runs/ and data/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
