@@ -62,6 +62,7 @@ class ScheduleConfig:
     steps: int  # optimizer steps
     cooldown: float = 0.7  # fraction of the steps over which eta falls linearly to 0
     warmup_steps: int = 0  # eta is capped by (s + 1) / warmup_steps
+    warmup_from: float | None = None  # learning rate of the first update; replaces the cap's rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class MuonConfig:
     b1: float = 0.95  # decay of the momentum
     ns_steps: int = 5  # Newton-Schulz iterations
     ns_coeffs: tuple[float, float, float] = (3.4445, -4.775, 2.0315)  # quintic's coefficients
-    exact: bool = False  # the benchmark's plain EMA momentum instead of Optax's bias-corrected one
+    ns_dtype: Dtype = "float32"  # precision of the Newton-Schulz iterations; muon_track3 only
 
 
 @dataclasses.dataclass(frozen=True)
