@@ -1,0 +1,125 @@
+"""Factor statistics: moving averages of G G^T along each dimension of a block."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shampoo_jax.blocks import Blocks, blocks_part, map_blocks
+from shampoo_jax.filtering import check_range, power
+
+Array = jax.Array
+
+# Exponents of one block order: one number a dimension; 0 leaves a dimension alone.
+Exponents = Callable[[int], tuple[float, ...]]
+
+
+class AccumulateFactorsState(NamedTuple):
+    """State of `accumulate_factors`."""
+
+    count: Array  # int32[], steps taken
+    factors: Any  # per stack a tuple over dimensions of float32 [N, d, d] or None
+
+
+def default_exponents(order: int) -> tuple[float, ...]:
+    """Shampoo's `1 / (2 * order)` on every dimension (Gupta et al. 2018, algorithm 2)."""
+    return (1 / (2 * max(order, 1)),) * order
+
+
+def contract(x: Array, dim: int) -> Array:
+    """`X_(k) X_(k)^T` of each block: contraction of a stack with itself over all but one dimension.
+
+    Args:
+      x: Stack `[N, *block]`.
+      dim: Dimension of the block, counted without the stack axis.
+
+    Returns:
+      `[N, d, d]` in the dtype of `x`, accumulated at full precision.
+    """
+    rows = jnp.moveaxis(x, dim + 1, 1)
+    rows = rows.reshape(*rows.shape[:2], -1)
+    return jnp.matmul(rows, rows.swapaxes(1, 2), precision=jax.lax.Precision.HIGHEST)
+
+
+def accumulate_factors(
+    b2: float | Array = 0.9,
+    *,
+    exponents: Exponents = default_exponents,
+    bias_correction: bool = True,
+    weighted: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Sets the matrices of each stack to its factors, one per preconditioned dimension.
+
+    `S_k = b2 * S_k + w * G_(k) G_(k)^T` with `w = 1 - b2`, reported as `S_k / (1 - b2^t)`. With
+    `b2 = 1` this is the plain sum of Shampoo's first form, uncorrected.
+
+    Args:
+      b2: Decay in [0, 1].
+      exponents: Exponents by block order; dimensions with exponent 0 get no factor.
+      bias_correction: Whether to divide by `1 - b2^t`.
+      weighted: Whether `w = 1 - b2`; False adds `G G^T` with weight 1, uncorrected.
+
+    Returns:
+      A part. Its state holds `[N, d, d]` for each preconditioned dimension of each stack.
+
+    Raises:
+      ValueError: `b2` outside [0, 1].
+    """
+    check_range("b2", b2, closed=True)
+
+    def init(params: Any) -> AccumulateFactorsState:
+        return AccumulateFactorsState(
+            jnp.zeros([], jnp.int32), map_blocks(lambda p: zero_factors(p, exponents), params)
+        )
+
+    def update(blocks: Any, state: AccumulateFactorsState, params: Any) -> tuple[Any, Any]:
+        del params
+        count = optax.safe_increment(state.count)
+
+        def accumulate(b: Blocks, factors: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+            new = [contract(b.gradient, k) if s is not None else None for k, s in enumerate(factors)]
+            return decay_factors(factors, new, b2, weighted)
+
+        factors = map_blocks(accumulate, blocks, state.factors)
+
+        def report(b: Blocks, factors: tuple[Array | None, ...]) -> Blocks:
+            scale = factor_correction(b2, count, b.gradient.dtype, bias_correction and weighted)
+            matrices = tuple(None if s is None else s / scale for s in factors)
+            return dataclasses.replace(b, matrices=matrices)
+
+        return map_blocks(report, blocks, factors), AccumulateFactorsState(count, factors)
+
+    return blocks_part(init, update)
+
+
+def zero_factors(params: Blocks, exponents: Exponents) -> tuple[Array | None, ...]:
+    """Zero factors `[N, d, d]` for every dimension of a stack with a non-zero exponent."""
+    n, *shape = params.update.shape
+    return tuple(
+        jnp.zeros((n, d, d), params.update.dtype) if e else None
+        for d, e in zip(shape, exponents(len(shape)), strict=True)
+    )
+
+
+def decay_factors(
+    old: tuple[Array | None, ...],
+    new: list[Array | None],
+    b2: float | Array,
+    weighted: bool,
+) -> tuple[Array | None, ...]:
+    """`b2 * old + w * new` for every dimension that has a factor."""
+    weight = jnp.where(jnp.asarray(b2) == 1, 1.0, 1 - b2) if weighted else 1.0
+    return tuple(
+        None if s is None or c is None else (b2 * s + weight * c).astype(s.dtype)
+        for s, c in zip(old, new, strict=True)
+    )
+
+
+def factor_correction(b2: float | Array, count: Array, dtype: Any, corrected: bool) -> Array:
+    """`1 - b2^t`, or 1 where factors are sums or correction is off."""
+    if not corrected:
+        return jnp.ones([], dtype)
+    return jnp.where(jnp.asarray(b2) == 1, 1.0, 1 - power(b2, count, dtype)).astype(dtype)

@@ -1,0 +1,78 @@
+"""The first moment: an exponential moving average of the gradient."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shampoo_jax.blocks import Blocks, blocks_part, map_blocks
+
+Array = jax.Array
+
+
+class FilterGradientState(NamedTuple):
+    """State of `filter_gradient`."""
+
+    count: Array  # int32[], steps taken
+    mu: Any  # one [N, *block] a stack, float32
+
+
+def filter_gradient(
+    b1: float | Array = 0.9, b3: float | Array | None = None, *, bias_correction: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Sets the update to a moving average of the raw gradient.
+
+    `update = (b3 * mu + (1 - b3) * G) / (1 - b3 * b1^(t-1))`, then `mu = b1 * mu + (1 - b1) * G`.
+    With `b3 = b1`, the default, the update is the bias-corrected new `mu` itself; a smaller `b3`
+    gives Nesterov-like or Lion-like mixes.
+
+    Args:
+      b1: Decay of the stored average, in [0, 1).
+      b3: Decay of the emitted average, in [0, 1); None means `b1`.
+      bias_correction: Whether to divide by the sum of the weights.
+
+    Returns:
+      A part. Its state holds one float32 stack per stack of blocks.
+
+    Raises:
+      ValueError: A decay outside [0, 1).
+    """
+    check_range("b1", b1)
+    check_range("b3", b3)
+    b3 = b1 if b3 is None else b3
+
+    def init(params: Any) -> FilterGradientState:
+        mu = map_blocks(lambda p: jnp.zeros_like(p.update), params)
+        return FilterGradientState(jnp.zeros([], jnp.int32), mu)
+
+    def update(blocks: Any, state: FilterGradientState, params: Any) -> tuple[Any, Any]:
+        del params
+
+        def emit(b: Blocks, mu: Array) -> Blocks:
+            out = b3 * mu + (1 - b3) * b.gradient
+            if bias_correction:
+                out = out / (1 - b3 * power(b1, state.count, out.dtype))
+            return dataclasses.replace(b, update=out.astype(mu.dtype))
+
+        new = map_blocks(emit, blocks, state.mu)
+        mu = map_blocks(
+            lambda b, m: (b1 * m + (1 - b1) * b.gradient).astype(m.dtype), blocks, state.mu
+        )
+        return new, FilterGradientState(optax.safe_increment(state.count), mu)
+
+    return blocks_part(init, update)
+
+
+def power(base: float | Array, count: Array, dtype: Any) -> Array:
+    """`base ** count` in the given precision, 1 at count 0 even for base 0."""
+    base = jnp.asarray(base, dtype)
+    return jnp.where(count == 0, jnp.ones([], dtype), base ** count.astype(dtype))
+
+
+def check_range(name: str, value: Any, *, closed: bool = False) -> None:
+    """Raises ValueError where a decay known now is outside [0, 1), or [0, 1] if closed."""
+    if isinstance(value, (int, float)) and not (0 <= value < 1 or (closed and value == 1)):
+        interval = "[0, 1]" if closed else "[0, 1)"
+        raise ValueError(f"{name}={value} must lie in {interval}.")

@@ -1,0 +1,1 @@
+"""Functions of stacked matrices: arrays in, arrays out, no pytrees, no state."""

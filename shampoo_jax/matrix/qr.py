@@ -1,0 +1,131 @@
+"""Eigenbases refreshed from the previous one: warm-started QR iteration, and eigh where needed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from shampoo_jax.matrix.eigh import eigh, power_of_two_scale
+from shampoo_jax.matrix.products import matmul
+
+
+def off_diagonal_ratio(factor: jax.Array, basis: jax.Array) -> jax.Array:
+    """Returns how far `basis` is from an eigenbasis: |B - diag B|_F / |B|_F with B = Q^T A Q.
+
+    Args:
+      factor: f[..., n, n], symmetric.
+      basis: f[..., n, n], orthogonal columns Q.
+
+    Returns:
+      f[...], between 0 (eigenbasis) and 1, independent of the scale of the factor; 0 for a factor
+      that is zero.
+
+    Source: the criterion of Eschenhagen et al., arXiv:2506.03595.
+
+    >>> float(off_diagonal_ratio(jnp.ones((2, 2)), jnp.eye(2)))  # doctest: +ELLIPSIS
+    0.7071...
+    """
+    return _ratio(_rotated(factor, basis))
+
+
+def orthogonal_iteration(
+    factor: jax.Array, basis: jax.Array, iterations: int = 1, tolerance: ArrayLike = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Returns eigenvalue estimates and a basis refined from the previous one by QR iterations.
+
+    With B = Q^T A Q, repeats `B = q r`, `B <- r q`, `Q <- Q q` while the off-diagonal ratio of B
+    is above `tolerance`, at most `iterations` times; each matrix of a stack stops on its own. One
+    iteration equals `Q <- qr(A Q)`. Columns end up sorted by estimate, also when none was done.
+
+    Args:
+      factor: f32 or f64[..., n, n], symmetric.
+      basis: f[..., n, n], orthogonal, the warm start.
+      iterations: Static, the largest number of QR decompositions.
+      tolerance: Accepted off-diagonal ratio; scalar or one per matrix.
+
+    Returns:
+      `(eigenvalues, basis)`: f[..., n] ascending, and f[..., n, n] with columns in that order
+      (ties keep theirs) and of arbitrary signs. Dtype of the factor.
+
+    Source: Eschenhagen et al., arXiv:2506.03595; one iteration is SOAP's, arXiv:2409.11321.
+
+    >>> values, basis = orthogonal_iteration(jnp.diag(jnp.array([3.0, 1.0])), jnp.eye(2))
+    >>> values.tolist()
+    [1.0, 3.0]
+    """
+    refine = jnp.vectorize(
+        functools.partial(_iterate, iterations=iterations), signature="(n,n),(n,n),()->(n),(n,n)"
+    )
+    return refine(factor, basis, jnp.asarray(tolerance, factor.dtype))
+
+
+def adaptive_eigh(
+    factor: jax.Array, basis: jax.Array, tolerance: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """Returns eigenvalues and eigenvectors; decomposes only where the old basis has gone stale.
+
+    A matrix whose off-diagonal ratio is at most `tolerance` keeps its basis as it is and takes
+    diag(Q^T A Q), unsorted, as eigenvalues. `eigh` runs only if some matrix of the stack needs it.
+
+    Args:
+      factor: f32 or f64[..., n, n], symmetric.
+      basis: f[..., n, n], orthogonal, the previous eigenbasis.
+      tolerance: Accepted off-diagonal ratio; scalar or one per matrix. Below 0: always decompose.
+
+    Returns:
+      `(eigenvalues, basis)`: f[..., n] and f[..., n, n]; ascending where decomposed.
+
+    Source: Eschenhagen et al., arXiv:2506.03595.
+
+    >>> values, _ = adaptive_eigh(jnp.diag(jnp.array([3.0, 1.0])), jnp.eye(2), 0.1)
+    >>> values.tolist()
+    [3.0, 1.0]
+    """
+    rotated = _rotated(factor, basis)
+    keep = _ratio(rotated) <= tolerance
+    kept = (_diagonal(rotated), jnp.broadcast_to(basis, rotated.shape))
+
+    def decompose():
+        values, vectors = eigh(factor)
+        return (
+            jnp.where(keep[..., None], kept[0], values),
+            jnp.where(keep[..., None, None], kept[1], vectors),
+        )
+
+    return jax.lax.cond(jnp.all(keep), lambda: kept, decompose)
+
+
+def _iterate(factor, basis, tolerance, *, iterations: int):
+    def proceed(state):
+        rotated, _, step = state
+        return (step < iterations) & ~(_ratio(rotated) <= tolerance)
+
+    def iterate(state):
+        rotated, basis, step = state
+        q, r = jnp.linalg.qr(rotated)
+        return matmul(r, q), matmul(basis, q), step + 1
+
+    rotated = _rotated(factor, basis)
+    # zeros_like carries the sharding type of its argument, which shard_map demands of loop state.
+    step = jnp.zeros_like(rotated[0, 0], jnp.int32)
+    rotated, basis, _ = jax.lax.while_loop(proceed, iterate, (rotated, basis, step))
+    values = _diagonal(rotated)
+    ascending = jnp.argsort(values, stable=True)
+    return values[ascending], basis[:, ascending]
+
+
+def _rotated(factor, basis):
+    return matmul(jnp.matrix_transpose(basis), matmul(factor, basis))
+
+
+def _diagonal(matrix):
+    return jnp.diagonal(matrix, axis1=-2, axis2=-1)
+
+
+def _ratio(matrix):
+    """|B - diag B| / |B|, summed off the diagonal: |B|^2 - |diag B|^2 cancels in float32."""
+    matrix = matrix / power_of_two_scale(matrix)
+    off_diagonal = matrix * ~jnp.eye(matrix.shape[-1], dtype=bool)
+    norm = jnp.linalg.norm(matrix, axis=(-2, -1))
+    return jnp.linalg.norm(off_diagonal, axis=(-2, -1)) / jnp.where(norm == 0, 1, norm)

@@ -1,0 +1,166 @@
+"""Static layout: which piece of which parameter is which block of which stack.
+
+A plan is a pure function of parameter shapes and options. It is derived at trace time wherever it
+is needed and never stored in a state.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class DimensionNumbers:
+    """Which axes of a parameter form which dimension of its blocks.
+
+    Attributes:
+      dimensions: One tuple of axes per dimension of the block, in order; the axes of one tuple are
+        flattened together. `((0,), (1, 2))` reads a `(d, heads, head_dim)` attention kernel as a
+        `d x heads*head_dim` matrix.
+      batch: Axes along which the parameter is a batch of independent tensors, each with factors of
+        its own (scanned layers, experts, heads).
+    """
+
+    dimensions: tuple[tuple[int, ...], ...]
+    batch: tuple[int, ...] = ()
+
+
+DimensionRule = Callable[[tuple[Any, ...], Any], DimensionNumbers | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One block of every batch slice of a leaf: a box of its merged shape."""
+
+    key: str  # the stack it lives in
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    transposed: bool  # stored with its two dimensions swapped
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """How one parameter is cut: permute, reshape to (batch, *merged), slice into cells."""
+
+    shape: tuple[int, ...]
+    permutation: tuple[int, ...]
+    batch: int
+    merged: tuple[int, ...]
+    cells: tuple[Cell, ...]
+
+
+def block_key(shape: tuple[int, ...]) -> str:
+    """Name of the stack of blocks of this shape, `"3072x768"`; `"scalar"` for 0-D blocks."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def merge_dimensions(
+    shape: tuple[int, ...], merge: int | None, block_size: int | None
+) -> tuple[int, ...]:
+    """Multiplies neighbouring dimensions together while the product stays within a block.
+
+    Dimensions of size 1 are dropped; then, from the last to the first, a dimension joins its
+    successor if their product is at most `block_size` and at least `merge` dimensions remain.
+
+    Args:
+      shape: Parameter shape without batch axes.
+      merge: Order below which nothing is merged; None leaves the shape as it is.
+      block_size: Largest product of merged dimensions; None for no limit.
+
+    Returns:
+      The merged shape: `(64, 3, 7, 7)` with `merge=2, block_size=1024` gives `(64, 147)`.
+    """
+    if merge is None or 0 in shape:
+        return shape
+    rest = [d for d in shape if d > 1]
+    merged: list[int] = []
+    while rest:
+        d = rest.pop()
+        joined = merged and merged[0] * d
+        fits = joined and (block_size is None or joined <= block_size)
+        if fits and len(merged) + len(rest) + 1 > merge:
+            merged[0] = joined
+        else:
+            merged.insert(0, d)
+    return tuple(merged) or (1,)
+
+
+def _layout(
+    shape: tuple[int, ...],
+    numbers: DimensionNumbers | None,
+    merge: int | None,
+    block_size: int | None,
+    name: str,
+) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """(permutation, batch, merged shape) of one parameter."""
+    if numbers is None:
+        return tuple(range(len(shape))), 1, merge_dimensions(shape, merge, block_size)
+    axes = [a for group in numbers.dimensions for a in group]
+    permutation = (*numbers.batch, *axes)
+    if sorted(permutation) != list(range(len(shape))):
+        raise ValueError(
+            f"dimension_numbers of parameter {name} with shape {shape} name the axes "
+            f"{permutation}: name each of its {len(shape)} axes exactly once."
+        )
+    batch = math.prod(shape[a] for a in numbers.batch)
+    merged = tuple(math.prod(shape[a] for a in group) for group in numbers.dimensions)
+    return permutation, batch, merged
+
+
+def _cells(merged: tuple[int, ...], block_size: int | None, canonical: bool) -> tuple[Cell, ...]:
+    """The boxes of at most block_size per edge, first dimension outermost."""
+    if 0 in merged:
+        return ()
+    edges = [
+        [(s, min(block_size or d, d - s)) for s in range(0, d, block_size or d)] for d in merged
+    ]
+    cells = []
+    for box in itertools.product(*edges):
+        start, size = tuple(s for s, _ in box), tuple(n for _, n in box)
+        transposed = canonical and len(size) == 2 and size[0] < size[1]
+        cells.append(Cell(block_key(size[::-1] if transposed else size), start, size, transposed))
+    return tuple(cells)
+
+
+def make_plan(
+    params: Any,
+    *,
+    block_size: int | None,
+    merge: int | None,
+    canonical: bool,
+    dimension_numbers: DimensionRule | None = None,
+) -> list[LeafPlan]:
+    """Plans every leaf of a tree of arrays or shape structs, in the order of `jax.tree.leaves`.
+
+    Args:
+      params: Tree whose leaves have `shape` and `dtype`.
+      block_size: Largest edge of a block; None for whole parameters.
+      merge: See `merge_dimensions`.
+      canonical: Whether 2-D blocks are stored with the longer dimension first, which halves the
+        number of distinct shapes.
+      dimension_numbers: Callable of (path, leaf) for leaves that need more than merging.
+
+    Returns:
+      One `LeafPlan` a leaf.
+
+    Raises:
+      ValueError: A complex parameter, or dimension numbers that do not fit its shape.
+    """
+    plans = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, shape = jax.tree_util.keystr(path), tuple(np.shape(leaf))
+        if np.issubdtype(leaf.dtype, np.complexfloating):
+            raise ValueError(
+                f"parameter {name} is complex ({leaf.dtype}): Shampoo's factors are real. Wrap the "
+                "transformation in optax.contrib.split_real_and_imaginary."
+            )
+        numbers = dimension_numbers(path, leaf) if dimension_numbers else None
+        permutation, batch, merged = _layout(shape, numbers, merge, block_size, name)
+        cells = _cells(merged, block_size, canonical) if batch else ()
+        plans.append(LeafPlan(shape, permutation, batch, merged, cells))
+    return plans

@@ -1,0 +1,135 @@
+"""Named inverse-root solvers: what `invert_roots` calls on each stack of factors."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+from shampoo_jax.matrix import eigh
+
+Array = jax.Array
+
+
+class Solver(Protocol):
+    """Computes `factor^(-exponent)` for a stack of factors.
+
+    Called with factors `[N, d, d]` and a positive float; returns roots `[N, d, d]` and `ok`,
+    `bool[N]`. Where `ok` is false the caller keeps the previous root.
+    """
+
+    def __call__(self, factor: Array, exponent: float) -> tuple[Array, Array]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedEigh:
+    """Eigendecomposition with a pseudo-inverse cutoff, see `matrix.eigh.truncated_root`.
+
+    Attributes:
+      rtol: Cutoff relative to the largest eigenvalue; None means `d * eps` of the dtype.
+      atol: Absolute cutoff; depends on the scale of the gradients.
+    """
+
+    rtol: Any = None
+    atol: Any = 0.0
+
+    def __call__(self, factor: Array, exponent: float) -> tuple[Array, Array]:
+        """See `Solver`."""
+        return eigh.truncated_root(factor, exponent, rtol=self.rtol, atol=self.atol)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftedEigh:
+    """Eigendecomposition of `A + eps I`, see `matrix.eigh.shifted_root`.
+
+    Attributes:
+      eps: Added to every eigenvalue; absolute, so it depends on the scale of the gradients.
+      before: Whether eps is added before the decomposition.
+    """
+
+    eps: Any = 1e-12
+    before: bool = True
+
+    def __call__(self, factor: Array, exponent: float) -> tuple[Array, Array]:
+        """See `Solver`."""
+        return eigh.shifted_root(factor, exponent, eps=self.eps, before=self.before)
+
+
+def make_solver(
+    solver: str | Solver,
+    *,
+    cutoff: str = "relative",
+    rtol: Any = None,
+    atol: Any = 0.0,
+    eps: Any = 0.0,
+) -> Solver:
+    """The solver of a name and plain options, or the given solver itself.
+
+    Args:
+      solver: A name in `SOLVERS`, or any `Solver`.
+      cutoff: `"relative"` keeps eigenvalues above `max(rtol * largest, atol)`; `"positive"` keeps
+        every eigenvalue above 0, rounding noise included, as record 35 of track 3 does.
+      rtol: Relative cutoff; None means `d * eps` of the factor's dtype.
+      atol: Absolute cutoff.
+      eps: Damping of the solvers that have one.
+
+    Returns:
+      A `Solver`.
+
+    Raises:
+      ValueError: An unknown name, or options that contradict the solver or each other.
+    """
+    given = {"rtol": rtol is not None, "atol": not _is_zero(atol), "eps": not _is_zero(eps)}
+    set_options = [name for name, is_set in given.items() if is_set]
+    if cutoff not in ("relative", "positive"):
+        raise ValueError(f"cutoff={cutoff!r} is unknown: use 'relative' or 'positive'.")
+    if not isinstance(solver, str):
+        if set_options or cutoff == "positive":
+            raise ValueError(
+                f"{set_options or 'cutoff'} given together with a solver object {solver!r}: set "
+                "these on the solver itself."
+            )
+        return solver
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is unknown: choose from {sorted(SOLVERS)}.")
+    return SOLVERS[solver](cutoff, rtol, atol, eps)
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, (int, float)) and x == 0
+
+
+def _truncated(cutoff: str, rtol: Any, atol: Any, eps: Any) -> Solver:
+    if not _is_zero(eps):
+        raise ValueError(
+            f"eps={eps} has no meaning with the truncated solver 'eigh': drop eps, or use "
+            "solver='shifted_eigh'."
+        )
+    if cutoff == "relative":
+        return TruncatedEigh(rtol, atol)
+    if rtol is not None or not _is_zero(atol):
+        raise ValueError(
+            f"cutoff='positive' keeps every eigenvalue above 0, so rtol={rtol} and atol={atol} "
+            "have no meaning: drop them or use cutoff='relative'."
+        )
+    return TruncatedEigh(0.0, 0.0)
+
+
+def _shifted(cutoff: str, rtol: Any, atol: Any, eps: Any) -> Solver:
+    _refuse_cutoff("shifted_eigh", cutoff, rtol, atol)
+    return ShiftedEigh(1e-12 if _is_zero(eps) else eps)
+
+
+def _refuse_cutoff(name: str, cutoff: str, rtol: Any, atol: Any) -> None:
+    if cutoff == "positive" or rtol is not None or not _is_zero(atol):
+        raise ValueError(
+            f"solver={name!r} truncates nothing, so cutoff={cutoff!r}, rtol={rtol}, atol={atol} "
+            "have no meaning with it: drop them, or use solver='eigh'."
+        )
+
+
+# Name -> constructor of (cutoff, rtol, atol, eps).
+SOLVERS: dict[str, Callable[[str, Any, Any, Any], Solver]] = {
+    "eigh": _truncated,
+    "shifted_eigh": _shifted,
+}
