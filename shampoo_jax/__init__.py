@@ -9,7 +9,7 @@ from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft, scale_by_diagonal
 from shampoo_jax.plan import DimensionNumbers
 from shampoo_jax.roots import invert_roots, precondition
-from shampoo_jax.scale_by_shampoo import scale_by_shampoo
+from shampoo_jax.directions import scale_by_shampoo
 from shampoo_jax.solvers import ShiftedEigh, Solver, TruncatedEigh
 
 __all__ = [
