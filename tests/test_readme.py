@@ -1,0 +1,179 @@
+"""README.md does what it says.
+
+Python blocks run, each in its own namespace and an empty directory. Of shell blocks every command
+is checked against what it calls: the make target, the module and its flags, the extra. The two long
+commands (`make speedrun`, `make test`) are thus known to exist but not run here.
+"""
+
+import functools
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELLS = {"bash", "sh", "console"}
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, the line of its fence, its text."""
+
+    language: str
+    line: int
+    text: str
+
+
+def fenced_blocks(markdown: str) -> list[Block]:
+    """Splits out the blocks between ``` fences."""
+    pattern = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [
+        Block(m[1], markdown.count("\n", 0, m.start()) + 1, m[2])
+        for m in pattern.finditer(markdown)
+    ]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """Returns the words of each command of a shell block; of console blocks, the `$` lines."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    if block.language == "console":
+        lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    found = []
+    for line in lines:
+        words = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+        words.whitespace_split = True
+        command: list[str] = []
+        for word in words:
+            if set(word) <= set("&|;"):
+                found.append(command)
+                command = []
+            elif command or not re.fullmatch(r"[A-Z_]+=.*", word):  # leading variable settings
+                command.append(word)
+        found.append(command)
+    return [command for command in found if command]
+
+
+def check_make(*arguments: str) -> None:
+    """Every word that is no flag or variable is a target."""
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    for argument in arguments:
+        if "=" not in argument and not argument.startswith("-"):
+            assert argument in targets, f"make has no target {argument!r}; it has {targets}"
+
+
+@functools.cache
+def help_text(*command: str) -> str:
+    """Returns what `python -m COMMAND --help` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, f"{' '.join(command)} --help failed:\n{done.stderr}"
+    return done.stdout
+
+
+def check_python(*arguments: str) -> None:
+    """`-m MODULE ...`: the module exists, its help names every flag."""
+    assert arguments[0] == "-m", f"only `python -m MODULE` can be checked, not {arguments}"
+    module = arguments[1]
+    assert importlib.util.find_spec(module), f"there is no module {module!r}"
+    if not module.startswith("scripts."):
+        return
+    words = [a for a in arguments[2:] if not a.startswith("-")]
+    flags = [a.split("=")[0] for a in arguments[2:] if a.startswith("-")]
+    known = re.findall(r"(?<![\w-])--?[a-z][\w.-]*", help_text(module, *words))
+    for flag in flags:
+        assert flag in known, f"{module} {' '.join(words)} knows no flag {flag!r}, only {known}"
+
+
+def check_pip(*arguments: str) -> None:
+    """Every extra in brackets is one of pyproject.toml's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extras in re.findall(r"\[([\w,-]+)\]", " ".join(arguments)):
+        for extra in extras.split(","):
+            assert extra in project["optional-dependencies"], f"there is no extra {extra!r}"
+
+
+CHECKS = {"make": check_make, "python": check_python, "pip": check_pip}
+UNCHECKED = {"git", "cd"}
+
+
+def check(command: list[str]) -> None:
+    """Checks one command against the tree."""
+    program = Path(command[0]).name
+    assert program in CHECKS or program in UNCHECKED, (
+        f"README.md uses {program!r}; teach tests/test_readme.py how to check it"
+    )
+    if program in CHECKS:
+        CHECKS[program](*command[1:])
+
+
+def blocks_in(*languages: str) -> list:
+    """Blocks of these languages, as parameters of a test."""
+    found = [block for block in fenced_blocks(README) if block.language in languages]
+    return [pytest.param(block, id=f"line{block.line}") for block in found]
+
+
+@pytest.mark.parametrize("block", blocks_in("python"))
+def test_python_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    padded = "\n" * block.line + block.text  # so that a traceback names README's own line
+    exec(compile(padded, str(ROOT / "README.md"), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("block", blocks_in(*SHELLS))
+def test_shell_block_names_what_exists(block):
+    found = commands(block)
+    assert found
+    for command in found:
+        check(command)
+
+
+def test_every_block_is_executed_or_checked():
+    blocks = fenced_blocks(README)
+    assert README.count("```") == 2 * len(blocks)
+    assert {"python", "bash"} <= {block.language for block in blocks} <= SHELLS | {"python"}
+
+
+def test_local_links_lead_somewhere():
+    shown = re.sub(r"<!--.*?-->", "", README, flags=re.DOTALL)
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", shown)
+    assert targets
+    missing = [target for target in targets if not (ROOT / target).exists()]
+    assert not missing, f"README.md links to {missing}"
+
+
+def test_commands_are_found():
+    block = Block("bash", 1, "cd x && make test  # why\nA=1 python -m a.b \\\n  --c 'd e'\n")
+    assert commands(block) == [
+        ["cd", "x"],
+        ["make", "test"],
+        ["python", "-m", "a.b", "--c", "d e"],
+    ]
+    block = Block("console", 1, "$ make help\n  make test\n")
+    assert commands(block) == [["make", "help"]]
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("make speedrunn", "no target 'speedrunn'"),
+        ("python -m scripts.nothing", "no module 'scripts.nothing'"),
+        ("python -m scripts.speedrun --no-such-flag 3", "no flag '--no-such-flag'"),
+        ("pip install '.[cuda99]'", "no extra 'cuda99'"),
+        ("curl x", "teach"),
+    ],
+)
+def test_a_wrong_command_is_reported(command, complaint):
+    with pytest.raises(AssertionError, match=complaint):
+        check(commands(Block("bash", 1, command))[0])
