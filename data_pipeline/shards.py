@@ -1,0 +1,158 @@
+"""Token shards on disk, in the format of the track-3 benchmark.
+
+A shard is 256 little-endian int32 (magic, version, token count, zeros) followed by the tokens as
+little-endian uint16. Nothing else is in the file, so its size is known from its header.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
+
+_REMAKE = "delete it and prepare or download it again (python -m scripts.prepare_data)"
+_SCAN_TOKENS = 1 << 24
+
+
+class ShardError(ValueError):
+    """A shard, or a set of shards, that a run must not start with."""
+
+
+def read_header(path: str | os.PathLike[str]) -> int:
+    """Reads and checks the header of a shard.
+
+    Args:
+      path: the shard.
+
+    Returns:
+      The number of tokens in it.
+
+    Raises:
+      ShardError: if the file is missing or empty, if magic or version differ from the format's,
+        or if the file's size is not exactly what its header announces.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ShardError(f"{path}: no such file; {_REMAKE}.")
+    header = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4)
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise ShardError(
+            f"{path}: {size} bytes, shorter than the {HEADER_BYTES} of a header; {_REMAKE}."
+        )
+    magic, version, count = (int(value) for value in header[:3])
+    if magic != MAGIC:
+        raise ShardError(
+            f"{path}: magic number {magic}, expected {MAGIC}: not a token shard; {_REMAKE}."
+        )
+    if version != VERSION:
+        raise ShardError(
+            f"{path}: format version {version}, this program reads {VERSION}; {_REMAKE}."
+        )
+    expected = HEADER_BYTES + 2 * count
+    if count < 1 or size != expected:
+        raise ShardError(
+            f"{path}: {size} bytes, but its header announces {count} tokens ({expected} bytes); "
+            f"{_REMAKE}."
+        )
+    return count
+
+
+def open_tokens(path: str | os.PathLike[str]) -> np.memmap:
+    """Maps the tokens of a shard into memory.
+
+    Args:
+      path: the shard.
+
+    Returns:
+      uint16 (tokens,), read-only; pages are read when touched.
+
+    Raises:
+      ShardError: as `read_header`.
+    """
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(read_header(path),))
+
+
+def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> None:
+    """Writes a shard atomically: a reader sees the whole file or none.
+
+    Args:
+      path: file to create or replace; its folder must exist.
+      tokens: uint16 (tokens,), at least one.
+
+    Raises:
+      ShardError: if `tokens` has another dtype or rank, or is empty.
+    """
+    if tokens.dtype != np.uint16 or tokens.ndim != 1 or not tokens.size:
+        raise ShardError(
+            f"{path}: tokens are {tokens.dtype} of shape {tokens.shape}; "
+            "pass a non-empty uint16 vector."
+        )
+    path = Path(path)
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens.size
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(header.tobytes())
+            file.write(tokens.astype("<u2", copy=False).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def shard_paths(directory: str | os.PathLike[str], split: str) -> list[Path]:
+    """Lists the shards of a split in reading order.
+
+    Args:
+      directory: folder of shards.
+      split: "train" or "val".
+
+    Returns:
+      The files `*_{split}_*.bin`, sorted by name; at least one.
+
+    Raises:
+      ShardError: if there is none.
+    """
+    paths = sorted(Path(directory).glob(f"*_{split}_*.bin"))
+    if not paths:
+        raise ShardError(
+            f"{directory}: no *_{split}_*.bin shard; prepare one with "
+            f"`python -m scripts.prepare_data` or name another folder."
+        )
+    return paths
+
+
+def check_shards(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> int:
+    """Checks headers and scans every token once, before a run starts.
+
+    Args:
+      paths: the shards.
+      vocab_size: rows of the model's embedding; every token must be smaller.
+
+    Returns:
+      The number of tokens in all shards together.
+
+    Raises:
+      ShardError: as `read_header`, or if a token is not in the vocabulary.
+    """
+    total = 0
+    for path in paths:
+        tokens = open_tokens(path)
+        for start in range(0, tokens.size, _SCAN_TOKENS):
+            chunk = tokens[start : start + _SCAN_TOKENS]
+            if chunk.max() >= vocab_size:
+                position = start + int(np.argmax(chunk >= vocab_size))
+                raise ShardError(
+                    f"{path}: token {int(tokens[position])} at position {position} is outside the "
+                    f"model's vocabulary of {vocab_size}; raise the model's vocab_size or prepare the "
+                    "data with a smaller one."
+                )
+        total += tokens.size
+    return total
