@@ -25,6 +25,7 @@ def scale_by_shampoo(
     bias_correction: bool = True,
     block_size: int | None = 1024,
     merge: int | None = 2,
+    canonical: bool = True,
     dimension_numbers: DimensionRule | None = None,
     exponents: ExponentOption = None,
     weighted: bool = True,
@@ -60,6 +61,9 @@ def scale_by_shampoo(
       bias_correction: Whether first moment and factors are divided by the sum of their weights.
       block_size: Largest edge of a block; None for whole parameters.
       merge: Smallest order that neighbouring dimensions are merged to, see `blocked`.
+      canonical: Whether matrix blocks with equal exponents are stored longer dimension first. False
+        keeps the order of every product as in the parameter, which matters only for parity of
+        rounding noise under `cutoff="positive"`.
       dimension_numbers: Callable of (path, leaf) returning `DimensionNumbers` or None.
       exponents: `e` of `S^(-e)`: None for `1 / (2 * order)`, a number for every dimension, or a
         mapping from block order to a number or to a mapping from dimension to number. Exponent 0
@@ -123,7 +127,7 @@ def scale_by_shampoo(
         ),
         block_size=block_size,
         merge=merge,
-        canonical=len(set(resolved(2))) == 1,
+        canonical=canonical and len(set(resolved(2))) == 1,
         dimension_numbers=dimension_numbers,
     )
 

@@ -1,6 +1,7 @@
 """Inverse roots of the factors, when they are recomputed, and their application."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ class InvertRootsState(NamedTuple):
 
     count: Array  # int32[], steps taken
     roots: Any  # per stack a tuple over dimensions of [N, d, d] or None
+    solver: Any  # per stack a tuple over dimensions of what the solver carries
     failures: Any  # per stack int32[N], refreshes so far that kept an old root
 
 
@@ -59,44 +61,39 @@ def invert_roots(
     first = every if start is None else start
 
     def init(params: Any) -> InvertRootsState:
-        def identity(p: Blocks) -> tuple[Array | None, ...]:
-            n, *shape = p.update.shape
-            return tuple(
-                jnp.broadcast_to(jnp.eye(d, dtype=p.update.dtype), (n, d, d)) if e else None
-                for d, e in zip(shape, exponents(len(shape)), strict=True)
-            )
-
-        failures = map_blocks(lambda p: jnp.zeros(len(p.update), jnp.int32), params)
-        return InvertRootsState(jnp.zeros([], jnp.int32), map_blocks(identity, params), failures)
+        return InvertRootsState(
+            jnp.zeros([], jnp.int32),
+            map_blocks(lambda p: identity_roots(p, exponents), params),
+            map_blocks(lambda p: _solver_states(p, exponents, solve), params),
+            map_blocks(lambda p: jnp.zeros(len(p.update), jnp.int32), params),
+        )
 
     def update(blocks: Any, state: InvertRootsState, params: Any) -> tuple[Any, Any]:
         del params
         count = optax.safe_increment(state.count)
 
-        def refresh(old: tuple[Any, Any]) -> tuple[Any, Any]:
-            pairs = map_blocks(
-                lambda b, *o: _refresh(b, *o, solve, exponents(b.order)), blocks, *old
+        def refresh(old: InvertRootsState) -> InvertRootsState:
+            new = map_blocks(
+                lambda b, *o: _refresh(b, *o, solve, exponents(b.order)), blocks, *old[1:]
             )
-            return (
-                map_blocks(lambda b, p: p[0], blocks, pairs),
-                map_blocks(lambda b, p: p[1], blocks, pairs),
-            )
+            parts = [map_blocks(lambda b, p, i=i: p[i], blocks, new) for i in range(3)]
+            return InvertRootsState(count, *parts)
 
-        old = (state.roots, state.failures)
+        state = state._replace(count=count)
         if isinstance(every, int) and every == 1 and first == 1:
-            roots, failures = refresh(old)
+            state = refresh(state)
         else:
             due = refresh_due(count, every, first)
-            roots, failures = jax.lax.cond(due, refresh, lambda same: same, old)
+            state = jax.lax.cond(due, refresh, lambda same: same, state)
         new = map_blocks(
             lambda b, r, f: dataclasses.replace(
                 b, matrices=r, ready=count >= first, figures={**b.figures, "failures": f}
             ),
             blocks,
-            roots,
-            failures,
+            state.roots,
+            state.failures,
         )
-        return new, InvertRootsState(count, roots, failures)
+        return new, state
 
     return blocks_part(init, update)
 
@@ -111,24 +108,48 @@ def check_schedule(every: Any, start: Any) -> None:
         )
 
 
+def identity_roots(p: Blocks, exponents: Exponents) -> tuple[Array | None, ...]:
+    """Identity matrices `[N, d, d]` for every dimension of a stack with a non-zero exponent."""
+    n, *shape = p.update.shape
+    return tuple(
+        jnp.broadcast_to(jnp.eye(d, dtype=p.update.dtype), (n, d, d)) if e else None
+        for d, e in zip(shape, exponents(len(shape)), strict=True)
+    )
+
+
+def _solver_states(p: Blocks, exponents: Exponents, solve: Solver) -> tuple[Any, ...]:
+    n, *shape = p.update.shape
+    return tuple(
+        solve.init(n, d, p.update.dtype) if e else None
+        for d, e in zip(shape, exponents(len(shape)), strict=True)
+    )
+
+
 def _refresh(
     b: Blocks,
-    old: tuple[Array | None, ...],
+    roots: tuple[Array | None, ...],
+    carried: tuple[Any, ...],
     failures: Array,
     solve: Solver,
     exponents: tuple[float, ...],
-) -> tuple[tuple[Array | None, ...], Array]:
+) -> tuple[tuple[Array | None, ...], tuple[Any, ...], Array]:
     """New roots of one stack; a failed one keeps its old value and its block counts one failure."""
-    roots: list[Array | None] = []
+    new_roots, new_carried = list(roots), list(carried)
     failed = jnp.zeros(failures.shape, bool)
-    for factor, root, exponent in zip(b.matrices, old, exponents, strict=True):
-        if factor is None or root is None:
-            roots.append(None)
+    for k, (factor, exponent) in enumerate(zip(b.matrices, exponents, strict=True)):
+        if factor is None:
             continue
-        new, ok = solve(factor, exponent)
-        roots.append(jnp.where(ok[:, None, None], new, root).astype(root.dtype))
+        root, ok, state = solve(factor, exponent, carried[k])
+        keep = functools.partial(where_block, ok)
+        new_roots[k], new_carried[k] = jax.tree.map(keep, (root, state), (roots[k], carried[k]))
         failed |= ~ok
-    return tuple(roots), failures + failed
+    return tuple(new_roots), tuple(new_carried), failures + failed
+
+
+def where_block(condition: Array, new: Array, old: Array) -> Array:
+    """Per block, `new` where the condition `bool[N]` holds and `old` elsewhere, in old's dtype."""
+    condition = condition.reshape(-1, *[1] * (old.ndim - 1))
+    return jnp.where(condition, new.astype(old.dtype), old)
 
 
 def apply_matrices(x: Array, matrices: tuple[Array | None, ...], *, transpose: bool = False) -> Array:

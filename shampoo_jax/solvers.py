@@ -14,15 +14,28 @@ Array = jax.Array
 class Solver(Protocol):
     """Computes `factor^(-exponent)` for a stack of factors.
 
-    Called with factors `[N, d, d]` and a positive float; returns roots `[N, d, d]` and `ok`,
-    `bool[N]`. Where `ok` is false the caller keeps the previous root.
+    `init` gives what the solver carries from one refresh to the next, arrays with leading axis N
+    (an eigenbasis to start from, say), or `()`. A call takes factors `[N, d, d]`, a positive float
+    and that state; it returns roots `[N, d, d]`, `ok` as `bool[N]`, and the new state. Where `ok`
+    is false the caller keeps the previous root and state.
     """
 
-    def __call__(self, factor: Array, exponent: float) -> tuple[Array, Array]: ...
+    def init(self, n: int, d: int, dtype: Any) -> Any: ...
+
+    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]: ...
+
+
+class Stateless:
+    """A solver that starts every refresh from the factor alone."""
+
+    def init(self, n: int, d: int, dtype: Any) -> Any:
+        """Nothing to carry."""
+        del n, d, dtype
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)
-class TruncatedEigh:
+class TruncatedEigh(Stateless):
     """Eigendecomposition with a pseudo-inverse cutoff, see `matrix.eigh.truncated_root`.
 
     Attributes:
@@ -33,13 +46,13 @@ class TruncatedEigh:
     rtol: Any = None
     atol: Any = 0.0
 
-    def __call__(self, factor: Array, exponent: float) -> tuple[Array, Array]:
+    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """See `Solver`."""
-        return eigh.truncated_root(factor, exponent, rtol=self.rtol, atol=self.atol)
+        return *eigh.truncated_root(factor, exponent, rtol=self.rtol, atol=self.atol), state
 
 
 @dataclasses.dataclass(frozen=True)
-class ShiftedEigh:
+class ShiftedEigh(Stateless):
     """Eigendecomposition of `A + eps I`, see `matrix.eigh.shifted_root`.
 
     Attributes:
@@ -50,9 +63,9 @@ class ShiftedEigh:
     eps: Any = 1e-12
     before: bool = True
 
-    def __call__(self, factor: Array, exponent: float) -> tuple[Array, Array]:
+    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """See `Solver`."""
-        return eigh.shifted_root(factor, exponent, eps=self.eps, before=self.before)
+        return *eigh.shifted_root(factor, exponent, eps=self.eps, before=self.before), state
 
 
 def make_solver(
