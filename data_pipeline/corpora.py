@@ -192,4 +192,5 @@ def _text_field(line: str, where: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise CorpusError(f'{where}: no string under "text"; write {{"text": "..."}} a line.')
-    return text
+    # JSON can spell half a surrogate pair, which no encoding can hold: it becomes "?".
+    return text.encode(errors="replace").decode()

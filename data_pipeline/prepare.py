@@ -73,8 +73,8 @@ def _refuse_strangers(directory: Path, manifest: Manifest | None) -> None:
     strangers = sorted({path.name for path in directory.glob("*.bin")} - ours)
     if strangers:
         raise ShardError(
-            f"{directory}: holds {strangers[0]} ({len(strangers)} such file(s)), which its manifest "
-            "does not list; choose another folder or move them away."
+            f"{directory}: holds {strangers[0]} ({len(strangers)} such file(s)), which its "
+            "manifest does not list; choose another folder or move them away."
         )
 
 

@@ -151,8 +151,8 @@ def check_shards(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> in
                 position = start + int(np.argmax(chunk >= vocab_size))
                 raise ShardError(
                     f"{path}: token {int(tokens[position])} at position {position} is outside the "
-                    f"model's vocabulary of {vocab_size}; raise the model's vocab_size or prepare the "
-                    "data with a smaller one."
+                    f"model's vocabulary of {vocab_size}; raise the model's vocab_size or "
+                    "prepare the data with a smaller one."
                 )
         total += tokens.size
     return total

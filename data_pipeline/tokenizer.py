@@ -59,10 +59,13 @@ class Tokenizer:
         """Encodes text; "<|endoftext|>" in it is text, not the special token.
 
         Args:
-          text: any string.
+          text: any string that UTF-8 can hold.
 
         Returns:
           uint16 (tokens,).
+
+        Raises:
+          UnicodeEncodeError: if `text` holds half a surrogate pair.
         """
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 

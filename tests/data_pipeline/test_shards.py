@@ -1,0 +1,97 @@
+import struct
+
+import numpy as np
+import pytest
+
+from data_pipeline import shards
+from data_pipeline.shards import ShardError
+
+
+def write_raw(path, *, magic=20240520, version=1, count=10, tokens=10, extra=b""):
+    """A shard from the format's description, without the code under test."""
+    header = struct.pack("<3i", magic, version, count).ljust(1024, b"\0")
+    path.write_bytes(header + struct.pack(f"<{tokens}H", *range(tokens)) + extra)
+    return path
+
+
+def test_reads_a_file_made_from_the_description(tmp_path):
+    path = write_raw(tmp_path / "a.bin")
+    tokens = shards.open_tokens(path)
+    assert shards.read_header(path) == 10
+    assert tokens.dtype == np.uint16
+    np.testing.assert_array_equal(tokens, range(10))
+
+
+def test_writes_a_file_as_in_the_description(tmp_path):
+    expected = write_raw(tmp_path / "a.bin").read_bytes()
+    shards.write_shard(tmp_path / "b.bin", np.arange(10, dtype=np.uint16))
+    assert (tmp_path / "b.bin").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"magic": 20240521}, "magic number 20240521, expected 20240520"),
+        ({"version": 2}, "format version 2"),
+        ({"count": 11}, "announces 11 tokens"),
+        ({"count": 9}, "announces 9 tokens"),
+        ({"extra": b"\0"}, "1045 bytes"),
+        ({"count": 0, "tokens": 0}, "announces 0 tokens"),
+    ],
+)
+def test_refuses_a_damaged_shard_with_name_and_remedy(tmp_path, fault, message):
+    path = write_raw(tmp_path / "bad.bin", **fault)
+    with pytest.raises(ShardError, match=message) as error:
+        shards.open_tokens(path)
+    assert str(path) in str(error.value)
+    assert "scripts.prepare_data" in str(error.value)
+
+
+def test_refuses_a_missing_file_and_half_a_header(tmp_path):
+    with pytest.raises(ShardError, match="no such file"):
+        shards.read_header(tmp_path / "none.bin")
+    short = tmp_path / "short.bin"
+    short.write_bytes(write_raw(tmp_path / "a.bin").read_bytes()[:1000])
+    with pytest.raises(ShardError, match="1000 bytes, shorter than the 1024"):
+        shards.read_header(short)
+
+
+@pytest.mark.parametrize("tokens", [np.arange(3), np.zeros((2, 2), np.uint16), np.uint16([])])
+def test_writes_nothing_but_uint16_vectors(tmp_path, tokens):
+    with pytest.raises(ShardError, match="non-empty uint16 vector"):
+        shards.write_shard(tmp_path / "a.bin", tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_raw(tmp_path / "a.bin")
+    before = path.read_bytes()
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        shards.write_shard(path, np.zeros(5, np.uint16))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lists_a_split_in_order(tmp_path):
+    for name in ("x_train_000002.bin", "x_val_000000.bin", "x_train_000001.bin", "x_train_1.txt"):
+        (tmp_path / name).touch()
+    names = [path.name for path in shards.shard_paths(tmp_path, "train")]
+    assert names == ["x_train_000001.bin", "x_train_000002.bin"]
+    with pytest.raises(ShardError, match=r"no \*_test_\*\.bin shard; prepare one"):
+        shards.shard_paths(tmp_path, "test")
+
+
+def test_scans_every_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_SCAN_TOKENS", 4)
+    good, bad = tmp_path / "good.bin", tmp_path / "bad.bin"
+    shards.write_shard(good, np.full(10, 99, np.uint16))
+    shards.write_shard(bad, np.uint16([1, 2, 3, 4, 5, 6, 100, 101, 9]))
+    assert shards.check_shards([good], vocab_size=100) == 10
+    with pytest.raises(ShardError, match="token 100 at position 6 .* vocabulary of 100") as error:
+        shards.check_shards([good, bad], vocab_size=100)
+    assert str(bad) in str(error.value)
