@@ -50,9 +50,11 @@ def map_blocks(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree.map(f, tree, *rest, is_leaf=is_blocks)
 
 
-def blocks_part(
-    init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]
-) -> optax.GradientTransformationExtraArgs:
+class Part(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that reads and writes trees of `Blocks`."""
+
+
+def blocks_part(init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> Part:
     """A transformation written on trees of `Blocks` that accepts plain trees of arrays as well.
 
     An array counts as a stack of one block whose gradient and update are the array itself; the
@@ -63,7 +65,7 @@ def blocks_part(
       update: Function of (tree of `Blocks`, state, tree of `Blocks` of parameters or None).
 
     Returns:
-      The Optax transformation.
+      The part.
     """
 
     def wrap(tree: Any) -> Any:
@@ -80,7 +82,7 @@ def blocks_part(
         )
         return new, state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Part(init_fn, update_fn)
 
 
 def single_block(x: Any) -> Blocks:
@@ -90,7 +92,7 @@ def single_block(x: Any) -> Blocks:
     return Blocks(gradient=x, update=x)
 
 
-def on_updates(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def on_updates(inner: optax.GradientTransformation) -> Part:
     """Lifts any Optax transformation onto `Blocks.update`: what the next part will divide or scale.
 
     Args:
@@ -102,7 +104,7 @@ def on_updates(inner: optax.GradientTransformation) -> optax.GradientTransformat
     return _lifted(inner, "update", "update")
 
 
-def on_gradients(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def on_gradients(inner: optax.GradientTransformation) -> Part:
     """Lifts any Optax transformation onto `Blocks.gradient`: what later statistics will read.
 
     Args:
@@ -114,7 +116,7 @@ def on_gradients(inner: optax.GradientTransformation) -> optax.GradientTransform
     return _lifted(inner, "gradient", "gradient")
 
 
-def from_gradients(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def from_gradients(inner: optax.GradientTransformation) -> Part:
     """Replaces `Blocks.update` by what any Optax transformation makes of the raw gradient.
 
     This is how a stock transformation serves as the magnitude of `graft`.
@@ -128,9 +130,7 @@ def from_gradients(inner: optax.GradientTransformation) -> optax.GradientTransfo
     return _lifted(inner, "gradient", "update")
 
 
-def _lifted(
-    inner: optax.GradientTransformation, source: str, target: str
-) -> optax.GradientTransformationExtraArgs:
+def _lifted(inner: optax.GradientTransformation, source: str, target: str) -> Part:
     tx = optax.with_extra_args_support(inner)
 
     def take(tree: Any, field: str) -> Any:
@@ -143,9 +143,7 @@ def _lifted(
         arrays, state = tx.update(
             take(blocks, source), state, None if params is None else take(params, "update")
         )
-        return map_blocks(
-            lambda b, x: dataclasses.replace(b, **{target: x}), blocks, arrays
-        ), state
+        return map_blocks(lambda b, x: dataclasses.replace(b, **{target: x}), blocks, arrays), state
 
     return blocks_part(init, update)
 
@@ -268,9 +266,7 @@ def blocked(
         param_stacks = None if params is None else stack(params, plan)
         stacks, state = tx.update(stack(updates, plan), state, param_stacks, **extra)
         leaves, structure = jax.tree.flatten(updates)
-        joined = join(
-            {key: b.update for key, b in stacks.items()}, plan, [x.dtype for x in leaves]
-        )
+        joined = join({key: b.update for key, b in stacks.items()}, plan, [x.dtype for x in leaves])
         return jax.tree.unflatten(structure, joined), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -283,5 +279,3 @@ def norms(x: Array) -> Array:
     scale = jnp.where(largest > 0, largest, 1.0)
     scaled = x / scale.reshape(-1, *[1] * len(axes))
     return scale * jnp.sqrt(jnp.sum(scaled * scaled, axis=axes))
-
-

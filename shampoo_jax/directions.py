@@ -77,8 +77,8 @@ def scale_by_shampoo(
       every: Steps between refreshes of the roots.
       start: First step that preconditions; until then the update is the graft's alone. None means
         `every`.
-      graft: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"`, None, or an Optax transformation, which
-        then sees raw gradients.
+      graft: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"`, None, a part such as `scale_by_diagonal`,
+        or a stock Optax transformation, which then sees raw gradients.
       graft_b2: Decay of the grafted second moment; None means `b2`, or 0.999 where `b2` is 1.
       graft_eps: eps of the graft.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.blocks import Blocks, blocks_part, map_blocks
+from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
 from shampoo_jax.filtering import check_range, power
 
 Array = jax.Array
@@ -50,7 +50,7 @@ def accumulate_factors(
     exponents: Exponents = default_exponents,
     bias_correction: bool = True,
     weighted: bool = True,
-) -> optax.GradientTransformationExtraArgs:
+) -> Part:
     """Sets the matrices of each stack to its factors, one per preconditioned dimension.
 
     `S_k = b2 * S_k + w * G_(k) G_(k)^T` with `w = 1 - b2`, reported as `S_k / (1 - b2^t)`. With
@@ -80,7 +80,9 @@ def accumulate_factors(
         count = optax.safe_increment(state.count)
 
         def accumulate(b: Blocks, factors: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
-            new = [contract(b.gradient, k) if s is not None else None for k, s in enumerate(factors)]
+            new = [
+                contract(b.gradient, k) if s is not None else None for k, s in enumerate(factors)
+            ]
             return decay_factors(factors, new, b2, weighted)
 
         factors = map_blocks(accumulate, blocks, state.factors)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.blocks import Blocks, blocks_part, map_blocks
+from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
 
 Array = jax.Array
 
@@ -21,7 +21,7 @@ class FilterGradientState(NamedTuple):
 
 def filter_gradient(
     b1: float | Array = 0.9, b3: float | Array | None = None, *, bias_correction: bool = True
-) -> optax.GradientTransformationExtraArgs:
+) -> Part:
     """Sets the update to a moving average of the raw gradient.
 
     `update = (b3 * mu + (1 - b3) * G) / (1 - b3 * b1^(t-1))`, then `mu = b1 * mu + (1 - b1) * G`.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.blocks import Blocks, blocks_part, from_gradients, map_blocks, norms
+from shampoo_jax.blocks import Blocks, Part, blocks_part, from_gradients, map_blocks, norms
 from shampoo_jax.filtering import check_range, power
 
 Array = jax.Array
@@ -27,9 +27,7 @@ class ScaleByDiagonalState(NamedTuple):
     nu: Any  # one [N, *block] a stack
 
 
-def graft(
-    magnitude: optax.GradientTransformation, direction: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
+def graft(magnitude: optax.GradientTransformation, direction: optax.GradientTransformation) -> Part:
     """Gives each block the direction of one part and the Frobenius norm of another.
 
     `update = D * |A|_F / |D|_F` per block, with `D` and `A` the updates of `direction` and
@@ -76,7 +74,7 @@ def scale_by_diagonal(
     *,
     bias_correction: bool = True,
     weighted: bool = True,
-) -> optax.GradientTransformationExtraArgs:
+) -> Part:
     """Divides the update by the root of a moving average of the squared raw gradient.
 
     `nu = b2 * nu + w * G^2`, `update = update / (sqrt(nu / (1 - b2^t)) + eps)` with `w = 1 - b2`.
@@ -130,8 +128,8 @@ def make_magnitude(
     """The magnitude of a name, or any Optax transformation lifted onto the raw gradient.
 
     Args:
-      graft: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"`, None for no grafting, or a transformation
-        of trees of arrays.
+      graft: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"`, None for no grafting, a part of `Blocks`,
+        or a stock transformation, which then sees raw gradients.
       b2: Decay of the second moment of adam and rmsprop.
       eps: Added to its root.
 
@@ -143,6 +141,8 @@ def make_magnitude(
     """
     if graft is None:
         return None
+    if isinstance(graft, Part):
+        return graft
     if not isinstance(graft, str):
         return from_gradients(graft)
     kinds = {

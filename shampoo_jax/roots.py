@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.blocks import Blocks, blocks_part, map_blocks
+from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
 from shampoo_jax.factors import Exponents, default_exponents
 from shampoo_jax.solvers import Solver, TruncatedEigh
 
@@ -38,7 +38,7 @@ def invert_roots(
     exponents: Exponents = default_exponents,
     every: int | Array = 1,
     start: int | Array | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Part:
     """Replaces factors by their inverse roots `S_k^(-e_k)`, recomputed on a schedule.
 
     Before step `start` the roots are identities and the stacks are marked as not ready. A root
@@ -152,7 +152,9 @@ def where_block(condition: Array, new: Array, old: Array) -> Array:
     return jnp.where(condition, new.astype(old.dtype), old)
 
 
-def apply_matrices(x: Array, matrices: tuple[Array | None, ...], *, transpose: bool = False) -> Array:
+def apply_matrices(
+    x: Array, matrices: tuple[Array | None, ...], *, transpose: bool = False
+) -> Array:
     """Multiplies each dimension k of a stack by its matrix: `x x_1 P_1 x_2 P_2 ...`.
 
     Args:
@@ -174,7 +176,7 @@ def apply_matrices(x: Array, matrices: tuple[Array | None, ...], *, transpose: b
     return x
 
 
-def precondition() -> optax.GradientTransformationExtraArgs:
+def precondition() -> Part:
     """Multiplies the update by the matrix of each dimension: `L^(-1/4) M R^(-1/4)` for matrices.
 
     Returns:

@@ -102,9 +102,7 @@ def truncated_power(
     return jnp.where(keep, jnp.where(keep, values, 1.0) ** -exponent, 0.0)
 
 
-def shifted_power(
-    values: Array, exponent: float, *, eps: float | Array, eps_added: bool
-) -> Array:
+def shifted_power(values: Array, exponent: float, *, eps: float | Array, eps_added: bool) -> Array:
     """`w^-exponent` of a spectrum moved to lie at or above eps.
 
     With `eps_added` (the matrix already holds `eps * I`) the whole spectrum is shifted up where its
