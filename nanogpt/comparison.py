@@ -1,0 +1,237 @@
+"""Runs side by side: comparison.md and comparison.png from their metrics files.
+
+Reads finished or unfinished runs and published curves; imports no jax, so that drawing is quick.
+"""
+
+import csv
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from nanogpt.metrics import read_records
+from nanogpt.plotting import Line, draw
+
+# Names of the field; a run of an unlisted optimizer is called by its registry name.
+TITLES = {"adamw": "AdamW", "muon": "Muon", "muon_track3": "Muon (track 3)", "shampoo": "Shampoo"}
+TARGET = "adamw"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run as its metrics file tells it.
+
+    Attributes:
+        label: what the picture calls it.
+        start: first record: config, versions, device, sizes, baselines.
+        end: last record if the run is finished, else empty.
+        steps: updates before each validation.
+        losses: validation loss, nats per token; nan where it was not finite.
+        seconds: training time at each validation.
+    """
+
+    label: str
+    start: dict[str, Any]
+    end: dict[str, Any]
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def optimizer(self) -> str:
+        """Registry name of the optimizer of the block matrices."""
+        return self.start["config"]["optimizer"]
+
+
+def compare(
+    run_dirs: Sequence[pathlib.Path | str],
+    out_dir: pathlib.Path | str,
+    references: Sequence[pathlib.Path | str] = (),
+) -> pathlib.Path:
+    """Writes comparison.png and comparison.md.
+
+    Args:
+        run_dirs: folders that hold a metrics.jsonl.
+        out_dir: where both files go; created if missing.
+        references: CSV files of published curves, see `read_reference`.
+
+    Returns:
+        Path of the picture.
+
+    Raises:
+        FileNotFoundError: a folder without metrics.jsonl.
+        ValueError: no folder is given, a metrics file holds no validation, or a CSV file lacks
+            a column.
+    """
+    if not run_dirs:
+        raise ValueError("no runs to compare: name at least one folder of a run.")
+    out = pathlib.Path(out_dir)
+    runs = _distinct([read_run(pathlib.Path(folder)) for folder in run_dirs])
+    lines = [Line(run.label, run.steps, run.losses, run.seconds) for run in runs]
+    curves = [read_reference(pathlib.Path(path)) for path in references]
+    out.mkdir(parents=True, exist_ok=True)
+    picture = out / "comparison.png"
+    draw(picture, lines, curves, baselines(runs))
+    (out / "comparison.md").write_text(report(runs), encoding="utf-8")
+    return picture
+
+
+def read_run(folder: pathlib.Path) -> Run:
+    """Reads folder/metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it does not begin with a "start" record, or holds no validation.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: {folder} is not the folder of a run.")
+    records = read_records(path)
+    validations = [record for record in records if record["kind"] == "val"]
+    if not validations or records[0]["kind"] != "start":
+        raise ValueError(f"{path} holds no validation yet: train the run first.")
+    optimizer = records[0]["config"]["optimizer"]
+    return Run(
+        label=TITLES.get(optimizer, optimizer),
+        start=records[0],
+        end=records[-1] if records[-1]["kind"] == "end" else {},
+        steps=tuple(record["step"] for record in validations),
+        losses=tuple(_number(record["loss"]) for record in validations),
+        seconds=tuple(record["train_time_s"] for record in validations),
+    )
+
+
+def read_reference(path: pathlib.Path) -> Line:
+    """Reads a published curve.
+
+    Args:
+        path: CSV with columns step, val_loss, train_time_s and lines that start with "#". A column
+            "run" tells several runs apart; then their mean is taken over the steps that all have.
+
+    Returns:
+        The curve, called by the file's name.
+
+    Raises:
+        ValueError: a column is missing; names file and column.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    needed = ("step", "val_loss", "train_time_s")
+    for column in needed:
+        if not rows or column not in rows[0]:
+            raise ValueError(f"{path} has no column {column!r}: a curve needs {', '.join(needed)}.")
+    at: dict[int, list[tuple[float, float]]] = {}
+    for row in rows:
+        at.setdefault(int(row["step"]), []).append(
+            (float(row["val_loss"]), float(row["train_time_s"]))
+        )
+    count = len({row.get("run") for row in rows})
+    steps = sorted(step for step, values in at.items() if len(values) == count)
+    losses, seconds = (
+        tuple(math.fsum(pair[i] for pair in at[step]) / count for step in steps) for i in (0, 1)
+    )
+    return Line(path.name.removesuffix(".csv").removesuffix(".mean"), tuple(steps), losses, seconds)
+
+
+def baselines(runs: Sequence[Run]) -> dict[str, float]:
+    """Returns {label: nats per token} of the n-gram models on the validation text of the runs.
+
+    Empty when the runs do not agree on them: a line would be wrong for some.
+    """
+    found = [run.start["baselines"] for run in runs]
+    names = {"unigram": "unigram", "bigram": "bigram (interpolated)"}
+    return {
+        title: found[0][name]
+        for name, title in names.items()
+        if all(name in entry and entry[name] == found[0].get(name) for entry in found)
+    }
+
+
+def steps_to_reach(run: Run, target: float) -> float | None:
+    """Returns the updates after which the validation loss first is `target`, None if never.
+
+    Linear interpolation between validations.
+    """
+    before = None
+    for step, loss in zip(run.steps, run.losses, strict=True):
+        if loss <= target:
+            if before is None or loss == target:
+                return float(step)
+            fraction = (before[1] - target) / (before[1] - loss)
+            return before[0] + fraction * (step - before[0])
+        before = (step, loss)
+    return None
+
+
+def report(runs: Sequence[Run]) -> str:
+    """Returns the text of comparison.md."""
+    finals = [run.losses[-1] for run in runs if run.optimizer == TARGET]
+    target = min(finals) if finals else None
+    head = [
+        "optimizer", "steps", "final loss (nats/token)", "bits/byte",
+        "steps to AdamW's final loss", "training time (s)", "step time (ms, median)", "tokens/s",
+        "peak memory (MB)", "optimizer state (MB)", "compile (s)",
+    ]  # fmt: skip
+    rows = [head, ["-"] + ["-:"] * (len(head) - 1)] + [_row(run, target) for run in runs]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    parts = ["# Comparison of optimizers", table, "![validation loss](comparison.png)"]
+    lines = [f"{name} {loss:.4f}" for name, loss in baselines(runs).items()]
+    if lines:
+        parts.append(f"n-gram models on the same validation text, nats/token: {', '.join(lines)}.")
+    return "\n\n".join(parts + _machines(runs)) + "\n"
+
+
+def _row(run: Run, target: float | None) -> list[str]:
+    reached = None if target is None else steps_to_reach(run, target)
+    if run.optimizer == TARGET and run.losses[-1] == target:
+        reached = float(run.steps[-1])
+    planned, done = run.start["config"]["schedule"]["steps"], run.steps[-1]
+    return [
+        run.label,
+        str(done) if done == planned else f"{done} of {planned}",
+        f"{run.losses[-1]:.4f}",
+        _shown(run.end.get("bits_per_byte"), ".4f"),
+        _shown(reached, ".0f"),
+        f"{run.seconds[-1]:.1f}",
+        _shown(run.end.get("median_step_time_s"), ".1f", 1e3),
+        _shown(run.end.get("tokens_per_s"), ",.0f"),
+        _shown(run.end.get("peak_memory_bytes"), ",.0f", 1e-6),
+        _shown(run.start["optimizer_state_bytes"], ",.1f", 1e-6),
+        _shown(run.end.get("compile_s"), ".1f"),
+    ]
+
+
+def _machines(runs: Sequence[Run]) -> list[str]:
+    """One paragraph for each machine and set of versions among the runs."""
+    texts = []
+    for run in runs:
+        device, versions = run.start["device"], run.start["versions"]
+        commit = (run.start["git_commit"] or "unknown")[:12]
+        dirty = " with local changes" if run.start["git_dirty"] else ""
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        texts.append(
+            f"Machine: {device['kind']} ({device['platform']}, devices: {device['count']}). "
+            f"Commit {commit}{dirty}. Versions: {listed}. "
+            f"Parameters: {run.start['parameters']:,}. Seed: {run.start['config']['seed']}."
+        )
+    return list(dict.fromkeys(texts))
+
+
+def _distinct(runs: list[Run]) -> list[Run]:
+    """Calls runs of the same optimizer by their folders' names too."""
+    labels = [run.label for run in runs]
+    return [
+        dataclasses.replace(run, label=f"{run.label} {run.start['config']['name']}")
+        if labels.count(run.label) > 1
+        else run
+        for run in runs
+    ]
+
+
+def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale, form)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

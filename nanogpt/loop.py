@@ -1,0 +1,170 @@
+"""The training loop: data in, metrics and checkpoints out."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import rich.console
+
+from nanogpt.batches import RunData, batch_pattern, open_data, to_device
+from nanogpt.checkpoint import Checkpoints
+from nanogpt.clock import StepClock
+from nanogpt.config import Config
+from nanogpt.interrupt import Interrupted, StopRequest, stop_request
+from nanogpt.metrics import read_records
+from nanogpt.optimizers import build_optimizer
+from nanogpt.report import Report
+from nanogpt.run_folder import RunFolder
+from nanogpt.train_step import abstract_params, init_state, make_eval_step, make_train_step
+
+
+def fit(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Trains one model and leaves metrics.jsonl and a checkpoint in its run folder.
+
+    SIGINT and SIGTERM stop it after the current step, with a checkpoint. Main thread only.
+
+    Args:
+        config: everything that decides the run's numbers.
+        resume: go on from the newest checkpoint, with the same numbers as if never stopped.
+        overwrite: delete an earlier run of the same name.
+        console: where progress is shown; standard output by default.
+
+    Returns:
+        The last record of metrics.jsonl: final loss, times, memory.
+
+    Raises:
+        ShardError: bad shards, or fewer tokens than the run needs.
+        FileExistsError: the folder holds a run, and neither resume nor overwrite is given.
+        FileNotFoundError: resume, and the folder holds no run.
+        ValueError: resume, and the saved run had other settings or data.
+        Interrupted: a signal stopped the run; its state is saved.
+    """
+    data, folder = open_data(config), RunFolder(config)
+    folder.claim(resume=resume, overwrite=overwrite)
+    with stop_request() as stop, contextlib.closing(_Run(config, data, folder, stop)) as run:
+        if not run.finished():
+            path, known = folder.metrics, data.baselines
+            with Report(config, path, run.saved, baselines=known, console=console) as report:
+                run.train(report)
+        return read_records(folder.metrics)[-1]
+
+
+def validation_due(step: int, config: Config) -> bool:
+    """Tells whether the loss is measured before update `step`; `steps` stands for the end.
+
+    Every val_every steps while step / steps < 0.9, every val_every_final afterwards, at the end.
+    """
+    steps = config.schedule.steps
+    every = config.val_every if step / steps < 0.9 else config.val_every_final
+    return step == steps or step % every == 0
+
+
+def _compiled(function: Callable, *arguments: Any) -> jax.stages.Compiled:
+    return cast(jax.stages.Wrapped, function).lower(*arguments).compile()
+
+
+class _Run:
+    """A run in this process: the training state and what reads and saves it."""
+
+    def __init__(self, config: Config, data: RunData, folder: RunFolder, stop: StopRequest):
+        self.config, self.data, self.folder, self.stop = config, data, folder, stop
+        self.optimizer = build_optimizer(config, abstract_params(config.model))
+        self.graphdef, self.state = init_state(config, self.optimizer)
+        self.checkpoints = Checkpoints(folder.checkpoints, config, data.fingerprint)
+        self.saved, seconds = self.checkpoints.latest(), 0.0
+        if self.saved is not None:
+            self.state, seconds = self.checkpoints.restore(self.saved, self.state, data.training)
+        self.clock = StepClock(seconds)
+        self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
+
+    def finished(self) -> bool:
+        """Tells whether an earlier process has done everything."""
+        done = self.saved == self.config.schedule.steps
+        return done and read_records(self.folder.metrics)[-1]["kind"] == "end"
+
+    def train(self, report: Report) -> None:
+        """Takes all steps that are left, one always in flight behind the bookkeeping."""
+        report.start(self.state)
+        self._compile(report)
+        every = self.config.output.checkpoint_every
+        self.clock.start()
+        for step in range(self.saved or 0, self.config.schedule.steps):
+            self._validate_if_due(step, report)
+            if self.stop.signum is not None:
+                self._stop(step, self.stop.signum, report)
+            if every and step and step % every == 0:
+                self._save(step, report)
+            batch = to_device(next(self.data.training))
+            self.state, metrics = self.train_step(self.state, batch)
+            self._settle(report)
+            self.in_flight = (step, metrics)
+        self._finish(report)
+
+    def close(self) -> None:
+        """Finishes saving and ends the reader's thread."""
+        self.checkpoints.close()
+        self.data.training.close()
+
+    def _compile(self, report: Report) -> None:
+        """Compiles ahead of time: a compiled step refuses other shapes, so it never recompiles."""
+        begin = time.perf_counter()
+        sizes = self.config.data
+        step = make_train_step(self.graphdef, self.optimizer, self.config)
+        batch = batch_pattern(sizes.batch_rows, self.config)
+        self.train_step = _compiled(step, self.state, batch)
+        evaluate = make_eval_step(self.graphdef, self.config)
+        batch = batch_pattern(sizes.microbatch_rows, self.config)
+        self.evaluate = _compiled(evaluate, self.state.params, batch)
+        self.compile_s = time.perf_counter() - begin
+        report.compiled(self.compile_s)
+
+    def _settle(self, report: Report) -> None:
+        """Waits for the step in flight and reports it."""
+        if self.in_flight is not None:
+            (step, metrics), self.in_flight = self.in_flight, None
+            jax.block_until_ready(metrics)
+            self.clock.lap()
+            report.step(step, metrics, self.clock)
+
+    def _validate_if_due(self, step: int, report: Report) -> None:
+        """Measures the loss before update `step`, off the clock; gives up when asked to stop."""
+        if not validation_due(step, self.config):
+            return
+        self._settle(report)
+        total, tokens = 0.0, 0
+        for batch in self.data.validation():
+            if self.stop.signum is not None:
+                return
+            total += float(self.evaluate(self.state.params, to_device(batch)))
+            tokens += batch["targets"].size
+        report.validation(step, total / tokens, self.clock)
+        self.clock.start()
+
+    def _save(self, step: int, report: Report) -> None:
+        """Saves the state after `step` updates, off the clock."""
+        self._settle(report)
+        self.checkpoints.save(step, self.state, self.data.training, self.clock.elapsed)
+        self.clock.start()
+
+    def _stop(self, step: int, signum: int, report: Report) -> None:
+        self._save(step, report)
+        self.checkpoints.wait()
+        raise Interrupted(signum, step, str(self.folder.path))
+
+    def _finish(self, report: Report) -> None:
+        """Measures and saves the end; a stop request during the last validation is honoured."""
+        steps = self.config.schedule.steps
+        self._validate_if_due(steps, report)
+        if self.stop.signum is not None:
+            self._stop(steps, self.stop.signum, report)
+        self._save(steps, report)
+        self.checkpoints.wait()
+        report.end(self.compile_s, self.clock)

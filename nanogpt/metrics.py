@@ -1,0 +1,139 @@
+"""What a run reports: metrics.jsonl on disk, a progress bar or plain lines on the screen."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any, Self
+
+import rich.console
+import rich.progress
+
+Record = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends records to a JSONL file, one line each, flushed as they come.
+
+    Numbers that are not finite are written as null: NaN is not JSON.
+
+    Args:
+        path: the file; its folder exists.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Appends {"kind": kind, **fields}."""
+        record = {"kind": kind} | {key: _finite(value) for key, value in fields.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; nothing is lost without it."""
+        self._file.close()
+
+
+def read_records(path: pathlib.Path) -> list[Record]:
+    """Returns the records of a metrics file; a last line cut short by a crash is dropped.
+
+    Raises:
+        ValueError: a line before the last is not JSON; names file and line.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return records
+
+
+def keep_before(path: pathlib.Path, step: int) -> None:
+    """Cuts a metrics file back to a checkpoint, atomically.
+
+    Keeps the first record and whatever was measured before update `step`; the resumed run writes
+    the rest again.
+
+    Args:
+        path: the file, rewritten.
+        step: updates that the checkpoint holds.
+    """
+    kept = [
+        record
+        for record in read_records(path)
+        if record["kind"] == "start" or record.get("step", math.inf) < step
+    ]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Progress:
+    """One line of live figures on a terminal, a plain line a record anywhere else.
+
+    Args:
+        label: the run's name.
+        steps: optimizer steps of the whole run.
+        done: steps done by an earlier process.
+        console: where to draw; standard output by default.
+    """
+
+    def __init__(
+        self, label: str, steps: int, done: int = 0, console: rich.console.Console | None = None
+    ):
+        self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
+        self._steps = steps
+        self._label = label
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn(label, markup=False),
+            rich.progress.BarColumn(bar_width=None),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[figures]}", markup=False),
+            rich.progress.TextColumn("ETA"),
+            rich.progress.TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=steps, completed=done, figures="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int, loss: float, tokens_per_s: float, step_time_s: float) -> None:
+        """Moves the bar behind step `step`; draws nothing where there is no terminal."""
+        figures = _figures(loss, tokens_per_s, step_time_s)
+        self._bar.update(self._task, completed=step + 1, figures=figures)
+
+    def log(self, step: int, loss: float, tokens_per_s: float, step_time_s: float) -> None:
+        """Prints what `advance` shows, with the time left, where there is no terminal."""
+        if not self._console.is_terminal:
+            left = _clock_time((self._steps - step - 1) * step_time_s)
+            figures = _figures(loss, tokens_per_s, step_time_s)
+            self.note(f"step {step:>{len(str(self._steps))}}/{self._steps}  {figures}  ETA {left}")
+
+    def note(self, message: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(f"{self._label}: {message}", markup=False)
+
+
+def _figures(loss: float, tokens_per_s: float, step_time_s: float) -> str:
+    return f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {step_time_s * 1e3:.0f} ms/step"
+
+
+def _clock_time(seconds: float) -> str:
+    """3725 -> "1:02:05", 65 -> "1:05"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,162 @@
+"""The picture of a comparison: validation loss by step and by training time."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by every kind of colour vision; yellow is too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#767676"
+DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2)))
+STYLE = {
+    "font.size": 13,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+}
+
+
+class Line(NamedTuple):
+    """A curve of validation losses."""
+
+    label: str
+    steps: Sequence[int]
+    losses: Sequence[float]  # nats per token
+    seconds: Sequence[float]  # training time
+
+
+def draw(
+    path: pathlib.Path,
+    lines: Sequence[Line],
+    references: Sequence[Line] = (),
+    baselines: Mapping[str, float] | None = None,
+) -> None:
+    """Draws the picture.
+
+    Published curves come from other machines, so they appear in the panel by step alone.
+
+    Args:
+        path: PNG file to write.
+        lines: the runs.
+        references: published curves, drawn grey behind them.
+        baselines: {label: loss} drawn as horizontal lines.
+    """
+    baselines = baselines or {}
+    low, high = limits(lines, references, baselines)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13, 5.6), dpi=110, layout="constrained")
+        by_step, by_time = figure.subplots(1, 2, sharey=True)
+        for axes, column in ((by_step, "steps"), (by_time, "seconds")):
+            _draw_runs(axes, lines, column)
+            _draw_baselines(axes, baselines)
+            axes.set_ylim(low, high)
+            axes.set_xlim(left=0)
+        _draw_references(by_step, references)
+        by_step.set(xlabel="optimizer step", ylabel="validation loss (nats per token)")
+        by_time.set(xlabel="training time (seconds)")
+        _label_ends(by_step, lines)
+        figure.legend(
+            *by_step.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+        )
+        figure.savefig(path)
+
+
+def limits(
+    lines: Sequence[Line], references: Sequence[Line], baselines: Mapping[str, float]
+) -> tuple[float, float]:
+    """Returns the losses between which the picture is drawn.
+
+    The first steps fall from ln(vocabulary) so fast that showing them would squeeze the end, where
+    runs differ: the top is a little above the highest baseline, or above what the worst run has
+    reached after a tenth of its steps.
+    """
+    curves = [*lines, *references]
+    lowest = min([np.nanmin(curve.losses) for curve in curves] + list(baselines.values()))
+    early = [
+        loss
+        for curve in curves
+        for step, loss in zip(curve.steps, curve.losses, strict=True)
+        if step >= 0.1 * curve.steps[-1]
+    ]
+    highest = max(baselines.values(), default=np.nanmax(early))
+    margin = 0.05 * (highest - lowest) or 0.05
+    return float(lowest - margin), float(highest + margin)
+
+
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+    """Moves positions apart until neighbours are `gap` apart, keeping order and centre.
+
+    >>> spread([1.0, 1.0, 5.0], gap=1.0)
+    [0.5, 1.5, 5.0]
+    """
+    order = np.argsort(positions, kind="stable")
+    groups: list[list[float]] = []
+    for position in np.asarray(positions, float)[order]:
+        groups.append([position, 1])
+        while len(groups) > 1 and _touch(groups[-2], groups[-1], gap):
+            (a, m), (b, n) = groups[-2:]
+            groups[-2:] = [[(a * m + b * n) / (m + n), m + n]]
+    moved = [c + gap * (i - (n - 1) / 2) for c, n in groups for i in range(int(n))]
+    result = [0.0] * len(moved)
+    for place, value in zip(order, moved, strict=True):
+        result[place] = float(value)
+    return result
+
+
+def _touch(lower: list[float], upper: list[float], gap: float) -> bool:
+    """Whether two groups [centre, count] of spread positions overlap."""
+    return upper[0] - lower[0] < gap * (lower[1] + upper[1]) / 2
+
+
+def _draw_runs(axes: Axes, lines: Sequence[Line], column: str) -> None:
+    for index, line in enumerate(lines):
+        x, colour = getattr(line, column), COLOURS[index % len(COLOURS)]
+        axes.plot(x, line.losses, color=colour, linewidth=2.2, label=line.label, zorder=3)
+        axes.plot(x[-1:], line.losses[-1:], "o", color=colour, markersize=6, zorder=4)
+
+
+def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
+    for label, loss in baselines.items():
+        axes.axhline(loss, color=GREY, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
+        axes.annotate(
+            f"{label} {loss:.2f}",
+            (0.99, loss),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
+            color=GREY,
+            fontsize=11,
+        )
+
+
+def _draw_references(axes: Axes, references: Sequence[Line]) -> None:
+    for index, line in enumerate(references):
+        dashes = DASHES[index % len(DASHES)]
+        axes.plot(line.steps, line.losses, color=GREY, linestyle=dashes, label=line.label, zorder=2)
+
+
+def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+    """Writes each run's final loss at its right end, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    finals = [line.losses[-1] for line in lines]
+    places = spread(finals, gap=0.045 * (high - low))
+    for index, (line, place) in enumerate(zip(lines, places, strict=True)):
+        axes.annotate(
+            f"{line.label} {line.losses[-1]:.3f}",
+            (line.steps[-1], place),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            color=COLOURS[index % len(COLOURS)],
+            annotation_clip=False,
+            fontsize=12,
+            fontweight="bold",
+        )

@@ -1,0 +1,52 @@
+"""The folder of a run: what lies where, and the rule that no run is overwritten by accident."""
+
+import pathlib
+import shutil
+
+from nanogpt.config import Config
+
+
+class RunFolder:
+    """Paths of a run: metrics.jsonl and checkpoints/ under output.directory/name."""
+
+    def __init__(self, config: Config):
+        self.path = pathlib.Path(config.output.directory) / config.name
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+
+    def holds_run(self) -> bool:
+        """Returns whether an earlier run left anything here."""
+        return self.metrics.exists() or self.checkpoints.exists()
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuses to start where a run would be lost or none can be resumed; changes nothing.
+
+        Args:
+            resume: go on with the run that lies here.
+            overwrite: delete the run that lies here.
+
+        Raises:
+            ValueError: both are asked for.
+            FileNotFoundError: nothing to resume.
+            FileExistsError: a run lies here and neither is asked for.
+        """
+        if resume and overwrite:
+            raise ValueError("--resume and --overwrite exclude each other: choose one.")
+        if resume and not self.holds_run():
+            raise FileNotFoundError(
+                f"nothing to resume in {self.path}: start without --resume, or correct "
+                "--name or --output.directory."
+            )
+        if self.holds_run() and not (resume or overwrite):
+            raise FileExistsError(
+                f"{self.path} already holds a run: go on with --resume, replace it with "
+                "--overwrite, or choose another --name."
+            )
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Makes the folder ready for a run; arguments and errors as in `check`."""
+        self.check(resume=resume, overwrite=overwrite)
+        if overwrite:
+            self.metrics.unlink(missing_ok=True)
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
