@@ -1,16 +1,13 @@
 # Needs python3 (>= 3.11), pip and make. Everything is installed into .venv, nothing outside it.
+# PYTHON=python3.12 chooses the interpreter of a new .venv; `make clean` first to change it.
 PYTHON ?= python3
 GOLDEN ?= tests/golden/*.npz
 PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Another pyproject.toml, other constraints or another interpreter: another stamp, so a new install.
-STAMP := $(VENV)/installed-$(shell ($(PYTHON) --version; cat pyproject.toml constraints.txt) 2>&1 | cksum | cut -d' ' -f1)
-# The interpreter behind an activated .venv, which may have to be replaced.
-BASE := $(shell $(PYTHON) -c 'import os, sys; print(os.path.realpath(sys.executable))')
-# Its pip installs into .venv: no ensurepip, no activation.
-PIP_INSTALL := $(BASE) -m pip --python $(BIN)/python install --quiet --constraint constraints.txt
+# Another pyproject.toml or other constraints: another stamp, so a new install.
+STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv speedrun test lint format types golden clean
@@ -20,12 +17,16 @@ help:  ## List the targets
 
 venv: $(STAMP)  ## Create .venv with everything installed (again only when its inputs change)
 
+# The interpreter behind an activated .venv does the work, since .venv is replaced; its pip installs
+# into .venv from outside, so that neither ensurepip nor activation is needed.
 $(STAMP):
-	@$(BASE) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python " + sys.version.split()[0] + " is too old: 3.11 or newer is needed, as in make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python " + sys.version.split()[0] + " is too old: 3.11 or newer is needed, as in make PYTHON=python3.12")'
 	@echo "Installing into $(VENV), about a minute"
-	@$(BASE) -m venv --clear --without-pip $(VENV)
-	@$(PIP_INSTALL) pip setuptools
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[test,dev]'
+	@set -e; base=$$($(PYTHON) -c 'import os, sys; print(os.path.realpath(sys.executable))'); \
+	install() { "$$base" -m pip --python $(BIN)/python install --quiet --constraint constraints.txt "$$@"; }; \
+	"$$base" -m venv --clear --without-pip $(VENV); \
+	install pip setuptools; \
+	install --no-build-isolation --editable '.[test,dev]'
 	@touch $@
 
 speedrun: venv  ## Train a small GPT with AdamW, Muon and Shampoo, draw the comparison (CPU, < 15 min)
