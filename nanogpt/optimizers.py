@@ -218,18 +218,30 @@ def _adam(settings: AdamWConfig) -> optax.GradientTransformation:
 
 def _muon(settings: MuonConfig) -> optax.GradientTransformation:
     """Optax's Muon, its defaults apart from what the settings name."""
-    muon = optax.contrib.scale_by_muon(settings.ns_coeffs, settings.ns_steps, settings.b1)
+    muon = optax.contrib.scale_by_muon(
+        settings.ns_coeffs, settings.ns_steps, settings.b1, weight_dimension_numbers=_in_out
+    )
     return optax.chain(muon, scale_by_aspect())
 
 
 def _muon_track3(settings: MuonConfig) -> optax.GradientTransformation:
     """The benchmark's Muon: its own momentum, then Optax's orthogonalization alone."""
     orthogonalize = optax.contrib.scale_by_muon(
-        settings.ns_coeffs, settings.ns_steps, beta=0.0, eps=1e-7, nesterov=False
+        settings.ns_coeffs,
+        settings.ns_steps,
+        beta=0.0,
+        eps=1e-7,
+        nesterov=False,
+        weight_dimension_numbers=_in_out,
     )
     return optax.chain(
         nesterov_ema(settings.b1), _cast(settings.ns_dtype), orthogonalize, scale_by_aspect()
     )
+
+
+def _in_out(updates: optax.Updates) -> optax.Params:
+    """Names the axes of (in, out) kernels; Optax 0.2.8 takes a tree of matrices no other way."""
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
 
 
 def _cast(dtype: str) -> optax.GradientTransformation:
