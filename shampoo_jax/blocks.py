@@ -1,14 +1,12 @@
-"""Parameter trees as stacks of equal blocks, and the one wrapper that goes there and back."""
+"""Stacks of equal blocks, and transformations of them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-
-from shampoo_jax.plan import DimensionRule, LeafPlan, make_plan
 
 Array = jax.Array
 
@@ -148,134 +146,16 @@ def _lifted(inner: optax.GradientTransformation, source: str, target: str) -> Pa
     return blocks_part(init, update)
 
 
-def split(leaves: Sequence[Array], plan: Sequence[LeafPlan]) -> dict[str, Array]:
-    """Cuts arrays into blocks and stacks equal shapes, in the order of leaves, cells and batch.
-
-    Args:
-      leaves: One array per entry of `plan`.
-      plan: Layout from `make_plan`.
-
-    Returns:
-      Stacks `[N, *block]` by block key, in float32 or the leaves' wider dtype.
-    """
-    pieces: dict[str, list[Array]] = {}
-    for x, leaf in zip(leaves, plan, strict=True):
-        x = x.transpose(leaf.permutation).reshape(leaf.batch, *leaf.merged)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        for cell in leaf.cells:
-            limit = [s + n for s, n in zip(cell.start, cell.size, strict=True)]
-            piece = jax.lax.slice(x, (0, *cell.start), (leaf.batch, *limit))
-            piece = piece.swapaxes(1, 2) if cell.transposed else piece
-            pieces.setdefault(cell.key, []).append(piece)
-    return {
-        key: jnp.concatenate([p.astype(jnp.result_type(*parts)) for p in parts])
-        for key, parts in pieces.items()
-    }
-
-
-def join(stacks: dict[str, Array], plan: Sequence[LeafPlan], dtypes: Sequence[Any]) -> list[Array]:
-    """Inverse of `split`: the leaves, cast to `dtypes`."""
-    offset = dict.fromkeys(stacks, 0)
-    leaves = []
-    for leaf, dtype in zip(plan, dtypes, strict=True):
-        pieces = []
-        for cell in leaf.cells:
-            begin = offset[cell.key]
-            offset[cell.key] = begin + leaf.batch
-            piece = stacks[cell.key][begin : begin + leaf.batch].astype(dtype)
-            pieces.append(piece.swapaxes(1, 2) if cell.transposed else piece)
-        x = _assemble(pieces, leaf) if pieces else jnp.zeros(leaf.shape, dtype)
-        permuted = [leaf.shape[a] for a in leaf.permutation]
-        inverse = sorted(range(len(permuted)), key=leaf.permutation.__getitem__)
-        leaves.append(x.reshape(permuted).transpose(inverse))
-    return leaves
-
-
-def _assemble(pieces: list[Array], leaf: LeafPlan) -> Array:
-    """Concatenates cells dimension by dimension, the last one first."""
-    for axis in reversed(range(len(leaf.merged))):
-        per_row = len({cell.start[axis] for cell in leaf.cells})
-        pieces = [
-            jnp.concatenate(pieces[i : i + per_row], axis + 1)
-            for i in range(0, len(pieces), per_row)
-        ]
-    return pieces[0]
-
-
-def blocked(
-    inner: optax.GradientTransformation,
-    *,
-    block_size: int | None = 1024,
-    merge: int | None = 2,
-    canonical: bool = True,
-    dimension_numbers: DimensionRule | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Runs `inner` on stacks of equal blocks instead of on the parameter tree.
-
-    Every parameter is permuted and merged to its block order, cut into boxes of at most
-    `block_size` per edge, and boxes of equal shape from all parameters form one stack. `inner` sees
-    `{"3072x768": Blocks, ...}`; its state is keyed likewise.
-
-    Args:
-      inner: Transformation of trees of `Blocks`: the parts of this package, chains of them, and
-        stock transformations lifted by `on_updates`, `on_gradients` or `from_gradients`.
-      block_size: Largest edge of a block; None for whole parameters.
-      merge: Neighbouring dimensions are merged while at least this many remain and the product is
-        at most `block_size`; 1 turns small matrices into vectors as Meta's package does; None
-        leaves all shapes alone.
-      canonical: Whether 2-D blocks are stored with the longer dimension first.
-      dimension_numbers: Callable of (path, leaf) returning `DimensionNumbers` or None.
-
-    Returns:
-      A transformation of parameter trees. Updates have the dtype of the incoming updates.
-
-    Raises:
-      ValueError: `block_size` or `merge` below 1; complex parameters.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, shampoo_jax
-      >>> tx = shampoo_jax.blocked(shampoo_jax.on_updates(optax.scale(-1.0)), block_size=4)
-      >>> params = {"w": jnp.ones((6, 4))}
-      >>> updates, _ = tx.update(params, tx.init(params))
-      >>> updates["w"].shape, float(updates["w"][5, 3])
-      ((6, 4), -1.0)
-    """
-    for name, value in (("block_size", block_size), ("merge", merge)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1, or None for no limit.")
-    tx = optax.with_extra_args_support(inner)
-
-    def plan_of(tree: Any) -> list[LeafPlan]:
-        return make_plan(
-            tree,
-            block_size=block_size,
-            merge=merge,
-            canonical=canonical,
-            dimension_numbers=dimension_numbers,
-        )
-
-    def stack(tree: Any, plan: list[LeafPlan]) -> dict[str, Blocks]:
-        stacks = split(jax.tree.leaves(tree), plan)
-        return {key: Blocks(gradient=x, update=x) for key, x in stacks.items()}
-
-    def init_fn(params: Any) -> Any:
-        return tx.init(stack(params, plan_of(params)))
-
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        plan = plan_of(updates)
-        param_stacks = None if params is None else stack(params, plan)
-        stacks, state = tx.update(stack(updates, plan), state, param_stacks, **extra)
-        leaves, structure = jax.tree.flatten(updates)
-        joined = join({key: b.update for key, b in stacks.items()}, plan, [x.dtype for x in leaves])
-        return jax.tree.unflatten(structure, joined), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
 def norms(x: Array) -> Array:
-    """Frobenius norm of each block of a stack `[N, *block]`, safe from over- and underflow: `[N]`."""
+    """Frobenius norm `[N]` of each block of a stack `[N, *block]`, free of overflow."""
     axes = tuple(range(1, x.ndim))
     largest = jnp.max(jnp.abs(x), axis=axes, initial=0.0)
     scale = jnp.where(largest > 0, largest, 1.0)
     scaled = x / scale.reshape(-1, *[1] * len(axes))
     return scale * jnp.sqrt(jnp.sum(scaled * scaled, axis=axes))
+
+
+def where_block(condition: Array, new: Array, old: Array) -> Array:
+    """Per block, `new` where the condition `bool[N]` holds and `old` elsewhere, in old's dtype."""
+    condition = condition.reshape(-1, *[1] * (old.ndim - 1))
+    return jnp.where(condition, new.astype(old.dtype), old)

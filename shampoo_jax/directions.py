@@ -5,13 +5,14 @@ from typing import Any
 
 import optax
 
-from shampoo_jax.blocks import blocked
+from shampoo_jax.blocking import blocked
 from shampoo_jax.factors import Exponents, accumulate_factors, default_exponents
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft as graft_parts
 from shampoo_jax.grafting import make_magnitude
 from shampoo_jax.plan import DimensionRule
 from shampoo_jax.roots import invert_roots, precondition
+from shampoo_jax.skipping import skip_nonfinite_blocks
 from shampoo_jax.solvers import Solver, make_solver
 
 ExponentOption = Mapping[int, float | Mapping[int, float]] | float | None
@@ -39,6 +40,7 @@ def scale_by_shampoo(
     graft: str | optax.GradientTransformation | None = "adam",
     graft_b2: Any = None,
     graft_eps: Any = 1e-15,
+    nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by Shampoo: Kronecker-factored preconditioning, Adam's magnitude per block.
 
@@ -81,6 +83,9 @@ def scale_by_shampoo(
         or a stock Optax transformation, which then sees raw gradients.
       graft_b2: Decay of the grafted second moment; None means `b2`, or 0.999 where `b2` is 1.
       graft_eps: eps of the graft.
+      nonfinite: `"skip_blocks"` gives blocks with a non-finite gradient a zero update and an
+        unchanged state; `"propagate"` leaves that to a wrapper around the whole optimizer, such as
+        the one inside `shampoo`.
 
     Returns:
       A transformation without learning rate and weight decay. Its state holds float32 stacks of
@@ -120,11 +125,14 @@ def scale_by_shampoo(
     if graft_b2 is None:
         graft_b2 = 0.999 if isinstance(b2, (int, float)) and b2 == 1 else b2
     magnitude = make_magnitude(graft, graft_b2, graft_eps)
+    walk = optax.chain(
+        filter_gradient(b1, b3, bias_correction=bias_correction),
+        direction if magnitude is None else graft_parts(magnitude, direction),
+    )
+    if nonfinite not in ("propagate", "skip_blocks"):
+        raise ValueError(f"nonfinite={nonfinite!r}: use 'propagate' or 'skip_blocks'.")
     return blocked(
-        optax.chain(
-            filter_gradient(b1, b3, bias_correction=bias_correction),
-            direction if magnitude is None else graft_parts(magnitude, direction),
-        ),
+        skip_nonfinite_blocks(walk) if nonfinite == "skip_blocks" else walk,
         block_size=block_size,
         merge=merge,
         canonical=canonical and len(set(resolved(2))) == 1,

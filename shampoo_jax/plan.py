@@ -47,6 +47,7 @@ class Cell:
 class LeafPlan:
     """How one parameter is cut: permute, reshape to (batch, *merged), slice into cells."""
 
+    name: str
     shape: tuple[int, ...]
     permutation: tuple[int, ...]
     batch: int
@@ -162,5 +163,5 @@ def make_plan(
         numbers = dimension_numbers(path, leaf) if dimension_numbers else None
         permutation, batch, merged = _layout(shape, numbers, merge, block_size, name)
         cells = _cells(merged, block_size, canonical) if batch else ()
-        plans.append(LeafPlan(shape, permutation, batch, merged, cells))
+        plans.append(LeafPlan(name, shape, permutation, batch, merged, cells))
     return plans

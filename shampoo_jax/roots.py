@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
+from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks, where_block
 from shampoo_jax.factors import Exponents, default_exponents
 from shampoo_jax.solvers import Solver, TruncatedEigh
 
@@ -144,12 +144,6 @@ def _refresh(
         new_roots[k], new_carried[k] = jax.tree.map(keep, (root, state), (roots[k], carried[k]))
         failed |= ~ok
     return tuple(new_roots), tuple(new_carried), failures + failed
-
-
-def where_block(condition: Array, new: Array, old: Array) -> Array:
-    """Per block, `new` where the condition `bool[N]` holds and `old` elsewhere, in old's dtype."""
-    condition = condition.reshape(-1, *[1] * (old.ndim - 1))
-    return jnp.where(condition, new.astype(old.dtype), old)
 
 
 def apply_matrices(

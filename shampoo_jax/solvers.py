@@ -20,9 +20,13 @@ class Solver(Protocol):
     is false the caller keeps the previous root and state.
     """
 
-    def init(self, n: int, d: int, dtype: Any) -> Any: ...
+    def init(self, n: int, d: int, dtype: Any) -> Any:
+        """State for a stack of n factors of size d."""
+        ...
 
-    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]: ...
+    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
+        """Roots, whether each can be used, and the new state."""
+        ...
 
 
 class Stateless:

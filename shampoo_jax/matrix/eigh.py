@@ -42,7 +42,7 @@ _warned = False
 
 
 def _warn_about_blas_threads() -> None:
-    """Warns once where LAPACK's own threads would make CPU decompositions 10 to 100 times slower."""
+    """Warns once where LAPACK's own threads would slow CPU decompositions 10 to 100 times."""
     global _warned
     if not _warned and jax.default_backend() == "cpu" and "OPENBLAS_NUM_THREADS" not in os.environ:
         _warned = True
