@@ -20,11 +20,14 @@ PATH = Path(__file__).parents[2] / "golden" / "meta" / "70_matrix_functions.npz"
 DATA = np.load(PATH)
 CASES = json.loads(str(DATA["cases"]))
 
+coupled_newton = jax.jit(newton.coupled_newton, static_argnames=("root", "max_iterations"))
+coupled_higher_order = jax.jit(newton.coupled_higher_order, static_argnames=("exponent", "order"))
+
 
 def inverse_root(matrix, case):
     exponent, solver = case["exponent"], case["solver"]
     if solver["kind"] == "newton":
-        result = newton.coupled_newton(
+        result = coupled_newton(
             matrix,
             newton.rational_root(exponent),
             case["epsilon"],
@@ -35,16 +38,15 @@ def inverse_root(matrix, case):
         return [result.root], result.ok
     if solver["kind"] == "newton_high_order":
         options = {name: solver[name] for name in ("rel_epsilon", "abs_epsilon", "order")}
-        result = newton.coupled_higher_order(
-            matrix, exponent, tolerance=solver["tolerance"], **options
-        )
+        result = coupled_higher_order(matrix, exponent, tolerance=solver["tolerance"], **options)
         return [result.root], result.ok
     rank = case["rank"]
     if rank["kind"] == "shift":
         root, ok = eigh.shifted_root(matrix, exponent, eps=case["epsilon"], before=rank["before"])
     else:
-        solve = make_solver("eigh", rtol=rank["rtol"], atol=rank["atol"], eps=case["epsilon"])
-        root, ok = solve(matrix, exponent)
+        rtol, atol = rank["rtol"], rank["atol"]
+        make_solver("eigh", rtol=rtol, atol=atol, eps=case["epsilon"])  # refuses eps
+        root, ok = eigh.truncated_root(matrix, exponent, rtol=rtol, atol=atol)
     return [root], ok
 
 
