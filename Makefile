@@ -1,7 +1,7 @@
 # Needs python3 (>= 3.11), pip and make. Everything is installed into .venv, nothing outside it.
 # PYTHON=python3.12 chooses the interpreter of a new .venv; `make clean` first to change it.
 PYTHON ?= python3
-GOLDEN ?= tests/golden/*.npz
+GOLDEN ?= $(wildcard tests/golden/meta/*.npz)
 PYTEST_ARGS ?=
 
 VENV := .venv

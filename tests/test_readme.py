@@ -105,7 +105,7 @@ def check_pip(*arguments: str) -> None:
 
 
 CHECKS = {"make": check_make, "python": check_python, "pip": check_pip}
-UNCHECKED = {"git", "cd"}
+UNCHECKED = {"git", "cd", "source"}
 
 
 def check(command: list[str]) -> None:
