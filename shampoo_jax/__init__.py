@@ -3,6 +3,7 @@
 Everything public is exported here; modules below are free to change.
 """
 
+from shampoo_jax.aliases import shampoo
 from shampoo_jax.blocking import blocked
 from shampoo_jax.blocks import Blocks, from_gradients, on_gradients, on_updates
 from shampoo_jax.directions import scale_by_shampoo
@@ -32,5 +33,6 @@ __all__ = [
     "precondition",
     "scale_by_diagonal",
     "scale_by_shampoo",
+    "shampoo",
     "skip_nonfinite_blocks",
 ]

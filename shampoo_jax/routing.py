@@ -1,0 +1,100 @@
+"""Which parameters are preconditioned, and the optimizer that takes the others."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from shampoo_jax.momentum import momentum as momentum_part
+from shampoo_jax.skipping import accept_missing
+from shampoo_jax.weight_decay import decay_parts
+
+Rule = Callable[[tuple[Any, ...], Any], bool]
+
+# Parameters whose rows are looked up or whose columns are vocabulary entries: two-dimensional, but
+# their gradients are sparse or tall and Adam serves them as well for less.
+_TABLES = re.compile(
+    r"embed|(^|[^a-z])(lm_)?head([^a-z]|$)|vocab|logits|(^|[^a-z])w[tp]e([^a-z]|$)"
+)
+
+
+def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+    """The default rule: order 2 or more without unit dimensions, and no embedding or output head.
+
+    Args:
+      path: Key path of the parameter. A component that contains `embed`, `vocab` or `logits`, or is
+        `head`, `lm_head`, `wte` or `wpe`, names a table.
+      leaf: The parameter or its shape.
+
+    Returns:
+      Whether Shampoo takes it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from shampoo_jax.routing import is_hidden_matrix
+      >>> params = {"attn": {"q": jnp.ones((4, 4))}, "lm_head": jnp.ones((4, 9)), "b": jnp.ones(4)}
+      >>> jax.tree_util.tree_map_with_path(is_hidden_matrix, params)
+      {'attn': {'q': True}, 'b': False, 'lm_head': False}
+    """
+    order = sum(d > 1 for d in np.shape(leaf))
+    names = [jax.tree_util.keystr((key,), simple=True).lower() for key in path]
+    return order >= 2 and not any(_TABLES.search(name) for name in names)
+
+
+def labels_by(rule: Rule) -> Callable[[Any], Any]:
+    """`"matrices"` or `"others"` for every parameter, the labels that `optax.partition` wants."""
+
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
+        return "matrices" if rule(path, leaf) else "others"
+
+    return lambda params: jax.tree_util.tree_map_with_path(label, params)
+
+
+def assemble(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: Any,
+    weight_decay_kind: str,
+    peak_lr: Any,
+    mask: Any,
+    momentum: Any,
+    dampening: Any,
+    nesterov: bool,
+    preconditioned: Rule | None,
+    adamw_learning_rate: optax.ScalarOrSchedule | None,
+    adamw_b1: Any,
+    adamw_b2: Any,
+    adamw_eps: Any,
+    adamw_weight_decay: Any,
+    nonfinite: str,
+) -> optax.GradientTransformationExtraArgs:
+    """A complete optimizer around a direction; the arguments are those of `shampoo`."""
+    before, after = decay_parts(weight_decay_kind, weight_decay, learning_rate, peak_lr, mask)
+    if momentum is not None:
+        after = [*after, momentum_part(momentum, dampening, nesterov)]
+    matrices = optax.chain(*before, direction, *after, optax.scale_by_learning_rate(learning_rate))
+    others = optax.adamw(
+        learning_rate if adamw_learning_rate is None else adamw_learning_rate,
+        b1=adamw_b1,
+        b2=adamw_b2,
+        eps=adamw_eps,
+        weight_decay=weight_decay if adamw_weight_decay is None else adamw_weight_decay,
+        mask=mask,
+    )
+    rule = is_hidden_matrix if preconditioned is None else preconditioned
+    tx = optax.partition({"matrices": matrices, "others": others}, labels_by(rule))
+    return accept_missing(skip_nonfinite_steps(tx) if nonfinite == "skip" else tx)
+
+
+def skip_nonfinite_steps(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves state and parameters alone in a step with any non-finite gradient, and counts it.
+
+    It is `optax.apply_if_finite` that never gives up; `total_notfinite` in its state is the count.
+    """
+    return optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
