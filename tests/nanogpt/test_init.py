@@ -1,0 +1,71 @@
+"""Initial weights; A3, A4 and R1 are rows of the list of parity traps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nanogpt.init import embedding_normal, linear_normal
+from nanogpt.model import GPT
+from nanogpt.train_step import summed_loss
+from tests.oracles import speedrun
+
+SHAPE = dict(vocab=256, layers=2, dim=64, head_dim=32, T=16)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def draw(config, seed):
+    return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
+
+
+def params(seed):
+    return speedrun.by_path(draw(speedrun.model_config(SHAPE), seed))
+
+
+def test_a3_a4_zeros_ones_and_normals():
+    zero = ("attn/proj/kernel", "mlp/proj/kernel", "head/kernel", "bias")
+    for name, value in params(0).items():
+        if name.endswith(zero):
+            assert not value.any(), name
+        elif name.endswith("scale"):
+            assert (value == 1).all(), name
+        elif name.endswith("kernel"):
+            np.testing.assert_allclose(value.std(), (0.33 / 64) ** 0.5, rtol=0.05, err_msg=name)
+        else:
+            np.testing.assert_allclose(value.std(), 1.0, rtol=0.05, err_msg=name)
+
+
+def test_a4_kernels_are_not_truncated_and_not_uniform():
+    """33 out of 1e6 normal draws lie beyond 4 sigma; the truncated initializer stops near 2."""
+    kernel = np.asarray(linear_normal(jax.random.key(0), 1000, 1000)) / (0.33 / 1000) ** 0.5
+    np.testing.assert_allclose(kernel.std(), 1.0, atol=4e-3)
+    np.testing.assert_allclose(np.abs(kernel).mean(), (2 / np.pi) ** 0.5, atol=4e-3)
+    np.testing.assert_allclose((kernel**4).mean(), 3.0, atol=0.03)
+    assert (np.abs(kernel) > 4).sum() > 20
+
+
+def test_a4_embedding_is_a_rounded_float32_draw():
+    """Rounded from float32, not drawn in bfloat16, whose draws lie on a coarser grid."""
+    key = jax.random.key(3)
+    wide = embedding_normal(key, 100, 64, "float32")
+    np.testing.assert_array_equal(
+        embedding_normal(key, 100, 64, "bfloat16"), wide.astype(jnp.bfloat16)
+    )
+
+
+def test_r1_seed_changes_weights_but_not_the_first_loss():
+    """The loss before the first step is ln V whatever the draw; ln 50304 = 10.82584."""
+    first, second = params(0), params(1)
+    assert not np.array_equal(first["embed/embedding"], second["embed/embedding"])
+    assert not np.array_equal(first["blocks/0/attn/q/kernel"], first["blocks/1/attn/q/kernel"])
+    tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
+    batch = {"inputs": tokens, "targets": tokens}
+    config = speedrun.model_config(
+        SHAPE, vocab_size=50304, dtype="bfloat16", embed_dtype="bfloat16"
+    )
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
+    loss = jax.jit(lambda p: summed_loss(graphdef, p, batch)[1] / 32)
+    for seed in (0, 1):
+        assert f"{loss(draw(config, seed)):.5f}" == "10.82584"
