@@ -8,6 +8,7 @@ Source of every constant: KellerJordan/modded-nanogpt, records/track_3_optimizat
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -194,7 +195,7 @@ class Attention(nnx.Module):
         return self.proj(out_BxTxNxH.reshape(x_BxTxD.shape))
 
 
-def attention_implementation(config: ModelConfig) -> str:
+def attention_implementation(config: ModelConfig) -> Literal["xla", "cudnn"]:
     """Resolves `config.attention`: "auto" is cuDNN's flash attention for bfloat16 on a GPU.
 
     Args:

@@ -82,8 +82,8 @@ def merge_dimensions(
     merged: list[int] = []
     while rest:
         d = rest.pop()
-        joined = merged and merged[0] * d
-        fits = joined and (block_size is None or joined <= block_size)
+        joined = merged[0] * d if merged else 0
+        fits = merged and (block_size is None or joined <= block_size)
         if fits and len(merged) + len(rest) + 1 > merge:
             merged[0] = joined
         else:

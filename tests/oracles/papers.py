@@ -117,7 +117,8 @@ def asgo(
     R = b2 R + (1 - b2) G'G, U = M (R^(1/2) + eps I)^(-1), the root taken at the first step and
     every `every` steps from there. No bias correction. Transpose the gradients for the left side.
     """
-    m, right, updates = np.zeros_like(grads[0]), np.zeros((grads[0].shape[1],) * 2), []
+    n = grads[0].shape[1]
+    m, right, root, updates = np.zeros_like(grads[0]), np.zeros((n, n)), np.eye(n), []
     for t, g in enumerate(grads):
         m = b1 * m + (1 - b1) * g
         right = b2 * right + (1 - b2) * g.T @ g
