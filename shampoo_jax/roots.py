@@ -87,7 +87,10 @@ def invert_roots(
             state = jax.lax.cond(due, refresh, lambda same: same, state)
         new = map_blocks(
             lambda b, r, f: dataclasses.replace(
-                b, matrices=r, ready=count >= first, figures={**b.figures, "failures": f}
+                b,
+                matrices=r,
+                ready=count >= first,
+                figures={**b.figures, **report_factors(b), "failures": f},
             ),
             blocks,
             state.roots,
@@ -96,6 +99,11 @@ def invert_roots(
         return new, state
 
     return blocks_part(init, update)
+
+
+def report_factors(b: Blocks) -> dict[str, Array]:
+    """The factors of a stack as figures `"factor/k"`: a monitor stands where they are gone."""
+    return {f"factor/{k}": s for k, s in enumerate(b.matrices) if s is not None}
 
 
 def check_schedule(every: Any, start: Any) -> None:
