@@ -1,0 +1,59 @@
+"""Presets: the published numbers, and that every combination builds."""
+
+import jax
+import pytest
+
+from nanogpt.config import AdamWConfig
+from nanogpt.optimizers import REGISTRY, build_optimizer
+from nanogpt.presets import PRESETS, preset
+from nanogpt.train_step import abstract_params
+
+ALL = [(name, optimizer) for name, (recipes, _) in PRESETS.items() for optimizer in recipes]
+
+
+@pytest.mark.parametrize("name, optimizer", ALL)
+def test_every_preset_builds(name, optimizer):
+    config = preset(name, optimizer)
+    params = abstract_params(config.model)
+    tx = build_optimizer(config, params)
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.map(lambda x: x.shape, updates) == jax.tree.map(lambda x: x.shape, params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_optimizer_has_its_preset(name):
+    assert set(REGISTRY) <= set(PRESETS[name][0])
+
+
+def test_track3_is_the_benchmark():
+    config = preset("track3", "muon_track3")
+    assert config.data.batch_rows * config.model.sequence_length == 524_288
+    assert config.data.val_tokens == 10_485_760
+    assert (config.val_every, config.val_every_final) == (125, 25)
+    assert config.data.mode == "sequential"
+    assert (config.model.dtype, config.model.embed_dtype) == ("bfloat16", "bfloat16")
+
+
+def test_record_35_has_no_threshold_and_no_blocks():
+    """Refreshed every step, 3072 in one block, graft eps 1e-15, auxiliary groups not decayed."""
+    config = preset("track3", "shampoo")
+    assert config.matrices.cutoff == "positive" and config.matrices.every == 1
+    assert config.matrices.block_size >= config.model.mlp_dim
+    assert config.matrices.graft_eps == 1e-15
+    assert config.auxiliary.weight_decay == 0
+
+
+def test_unknown_names_are_refused_with_the_choice():
+    with pytest.raises(ValueError, match="preset='gpu' is unknown: choose one of track3, cpu"):
+        preset("gpu", "adamw")
+    with pytest.raises(ValueError, match="optimizer='sgd' is unknown in preset 'cpu': .* adamw"):
+        preset("cpu", "sgd")
+
+
+def test_adamw_settings_are_literal():
+    assert preset("track3", "adamw").matrices == AdamWConfig(0.001, 1.0, 0.9, 0.9, 1e-8)
+    assert preset("track3", "adamw_record2").matrices == AdamWConfig(0.0015, 0.1, 0.9, 0.95, 1e-10)

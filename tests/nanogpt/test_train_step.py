@@ -1,0 +1,113 @@
+"""One step: what the optimizer receives, what is reported. A13, A14, A17: parity trap rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nanogpt.config import ScheduleConfig
+from nanogpt.presets import preset
+from nanogpt.train_step import (
+    TrainState,
+    abstract_params,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+from tests.oracles import speedrun
+
+Z = speedrun.load("model_fp32.npz")
+BATCH = {"inputs": Z["inputs"], "targets": Z["targets"]}
+KEEP_GRADIENTS = optax.chain(optax.trace(decay=0.0), optax.set_to_zero())
+
+
+def setup(microbatch_rows, **changes):
+    """Golden weights, and an optimizer that only remembers the gradients it was given."""
+    base = preset("cpu", "adamw")
+    config = dataclasses.replace(
+        base,
+        model=speedrun.model_config(speedrun.read_json(Z["config"]), **changes),
+        data=dataclasses.replace(base.data, batch_rows=4, microbatch_rows=microbatch_rows),
+        schedule=ScheduleConfig(10),
+    )
+    graphdef, state = init_state(config, KEEP_GRADIENTS)
+    golden = speedrun.from_torch(Z, "param__")
+    params = jax.tree.map(lambda p, g: jnp.asarray(g, p.dtype), state.params, golden)
+    state = TrainState(state.step, params, KEEP_GRADIENTS.init(params))
+    return config, graphdef, state
+
+
+@pytest.fixture(scope="module")
+def stepped():
+    """Microbatch rows and embedding dtype -> (state before, state after, metrics)."""
+    out = {}
+    for rows, dtype in ((4, "float32"), (1, "float32"), (1, "bfloat16")):
+        config, graphdef, state = setup(rows, embed_dtype=dtype)
+        step = make_train_step(graphdef, KEEP_GRADIENTS, config)
+        kept = jax.tree.map(jnp.copy, state.params)
+        out[rows, dtype] = (kept, *step(state, BATCH), state)
+    return out
+
+
+def gradients(after):
+    return speedrun.by_path(after.opt_state[0].trace)
+
+
+@pytest.mark.parametrize("rows", [4, 1])
+def test_a14_gradients_are_summed_over_all_tokens(stepped, rows):
+    """However many microbatches they come from; not averaged."""
+    _, after, _, _ = stepped[rows, "float32"]
+    actual = gradients(after)
+    for name, grad in speedrun.by_path(speedrun.from_torch(Z, "grad__")).items():
+        assert np.abs(actual[name] - grad).max() <= 1e-5 * np.abs(grad).max(), name
+
+
+def test_a13_embedding_gradient_is_rounded_once(stepped):
+    """The bfloat16 embedding's is the float32 one of the same weights, rounded after the sum."""
+    wide = gradients(stepped[1, "float32"][1])["embed/embedding"]
+    _, after, _, _ = stepped[1, "bfloat16"]
+    narrow = after.opt_state[0].trace["embed"]["embedding"]
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(narrow, jnp.asarray(wide).astype(jnp.bfloat16))
+
+
+def test_metrics_are_means_per_token(stepped):
+    tokens = Z["targets"].size
+    expected = speedrun.by_path(speedrun.from_torch(Z, "grad__"))
+    norm = np.sqrt(sum((grad.astype(np.float64) ** 2).sum() for grad in expected.values()))
+    for rows in (4, 1):
+        _, _, metrics, _ = stepped[rows, "float32"]
+        np.testing.assert_allclose(metrics["loss"], Z["loss_sum"] / tokens, rtol=5e-7)
+        np.testing.assert_allclose(metrics["grad_norm"], norm / tokens, rtol=1e-5)
+
+
+def test_step_counts_keeps_the_structure_and_consumes_its_argument(stepped):
+    params, after, _, before = stepped[4, "float32"]
+    assert after.step == 1 and after.step.dtype == jnp.int32
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    jax.tree.map(np.testing.assert_array_equal, after.params, params)  # updates are zero
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+
+
+def test_a17_evaluation_sums_the_losses():
+    config, graphdef, state = setup(2)
+    total = make_eval_step(graphdef, config)(state.params, BATCH)
+    assert total.dtype == jnp.float32
+    np.testing.assert_allclose(total, Z["loss_sum"], rtol=5e-7)
+
+
+def test_initial_state_follows_the_seed():
+    config, _, _ = setup(4)
+    states = [
+        init_state(dataclasses.replace(config, seed=seed), optax.identity())[1]
+        for seed in (0, 0, 1)
+    ]
+    tables = [np.asarray(state.params["embed"]["embedding"]) for state in states]
+    np.testing.assert_array_equal(tables[0], tables[1])
+    assert not np.array_equal(tables[0], tables[2])
+    shapes = jax.tree.map(lambda p: (p.shape, p.dtype), states[0].params)
+    expected = jax.tree.map(lambda p: (p.shape, p.dtype), abstract_params(config.model))
+    assert shapes == expected
