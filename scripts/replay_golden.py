@@ -108,9 +108,9 @@ def magnitude(config: dict[str, Any]) -> optax.GradientTransformation | None:
         case "sgd":
             return shampoo_jax.on_updates(optax.identity())
         case "adagrad":
-            return shampoo_jax.scale_by_diagonal(1.0, eps)
+            return shampoo_jax.scale_by_second_moment(1.0, eps)
         case "rmsprop" | "adam":
-            return shampoo_jax.scale_by_diagonal(
+            return shampoo_jax.scale_by_second_moment(
                 b2, eps, bias_correction=kind == "adam", weighted=weighted
             )
     raise ValueError(f"graft kind {kind!r} is not in the format.")

@@ -4,7 +4,8 @@ from typing import Any
 
 import optax
 
-from shampoo_jax.directions import ExponentOption, scale_by_shampoo
+from shampoo_jax.directions import scale_by_shampoo
+from shampoo_jax.exponents import ExponentOption
 from shampoo_jax.plan import DimensionRule
 from shampoo_jax.routing import Rule, assemble
 from shampoo_jax.solvers import Solver

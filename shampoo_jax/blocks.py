@@ -37,6 +37,11 @@ class Blocks:
         """Number of dimensions of one block."""
         return self.gradient.ndim - 1
 
+    @property
+    def per_dimension(self) -> tuple[Array | None, ...]:
+        """`matrices`, or None for every dimension where no part has filled them."""
+        return self.matrices or (None,) * self.order
+
 
 def is_blocks(x: Any) -> bool:
     """Whether a tree node is a `Blocks`; the `is_leaf` of every map over stacks."""

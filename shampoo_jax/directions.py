@@ -1,21 +1,22 @@
 """Shampoo's direction: the whole walk from gradients to grafted, preconditioned updates."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
+from shampoo_jax.bases import Basis, make_basis
 from shampoo_jax.blocking import blocked
-from shampoo_jax.factors import Exponents, accumulate_factors, default_exponents
+from shampoo_jax.eigenbasis import eigenbasis
+from shampoo_jax.exponents import ExponentOption, resolve_exponents
+from shampoo_jax.factors import accumulate_factors
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft as graft_parts
-from shampoo_jax.grafting import make_magnitude
+from shampoo_jax.grafting import make_magnitude, scale_by_second_moment
+from shampoo_jax.kl import kl_eigenbasis
 from shampoo_jax.plan import DimensionRule
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.skipping import skip_nonfinite_blocks
 from shampoo_jax.solvers import Solver, make_solver
-
-ExponentOption = Mapping[int, float | Mapping[int, float]] | float | None
 
 
 def scale_by_shampoo(
@@ -79,8 +80,8 @@ def scale_by_shampoo(
       every: Steps between refreshes of the roots.
       start: First step that preconditions; until then the update is the graft's alone. None means
         `every`.
-      graft: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"`, None, a part such as `scale_by_diagonal`,
-        or a stock Optax transformation, which then sees raw gradients.
+      graft: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"`, None, a part such as
+        `scale_by_second_moment`, or a stock Optax transformation, which then sees raw gradients.
       graft_b2: Decay of the grafted second moment; None means `b2`, or 0.999 where `b2` is 1.
       graft_eps: eps of the graft.
       nonfinite: `"skip_blocks"` gives blocks with a non-finite gradient a zero update and an
@@ -124,15 +125,11 @@ def scale_by_shampoo(
     )
     if graft_b2 is None:
         graft_b2 = 0.999 if isinstance(b2, (int, float)) and b2 == 1 else b2
-    magnitude = make_magnitude(graft, graft_b2, graft_eps)
-    walk = optax.chain(
+    return blocked_walk(
         filter_gradient(b1, b3, bias_correction=bias_correction),
-        direction if magnitude is None else graft_parts(magnitude, direction),
-    )
-    if nonfinite not in ("propagate", "skip_blocks"):
-        raise ValueError(f"nonfinite={nonfinite!r}: use 'propagate' or 'skip_blocks'.")
-    return blocked(
-        skip_nonfinite_blocks(walk) if nonfinite == "skip_blocks" else walk,
+        direction,
+        magnitude=make_magnitude(graft, graft_b2, graft_eps),
+        nonfinite=nonfinite,
         block_size=block_size,
         merge=merge,
         canonical=canonical and len(set(resolved(2))) == 1,
@@ -140,44 +137,264 @@ def scale_by_shampoo(
     )
 
 
-def resolve_exponents(option: ExponentOption) -> Exponents:
-    """The option of `scale_by_shampoo` as a function from block order to exponents.
+def blocked_walk(
+    first_moment: optax.GradientTransformation | None,
+    direction: optax.GradientTransformation,
+    *,
+    magnitude: optax.GradientTransformation | None,
+    nonfinite: str,
+    **blocking: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`blocked` around first moment, then direction, grafted where there is a magnitude."""
+    if nonfinite not in ("propagate", "skip_blocks"):
+        raise ValueError(f"nonfinite={nonfinite!r}: use 'propagate' or 'skip_blocks'.")
+    walk = direction if magnitude is None else graft_parts(magnitude, direction)
+    if first_moment is not None:
+        walk = optax.chain(first_moment, walk)
+    return blocked(skip_nonfinite_blocks(walk) if nonfinite == "skip_blocks" else walk, **blocking)
+
+
+def scale_by_soap(
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    *,
+    factor_b2: Any = None,
+    b3: Any = None,
+    eps: Any = 1e-8,
+    exponent: float = 0.5,
+    bias_correction: bool = True,
+    block_size: int | None = None,
+    merge: int | None = 2,
+    canonical: bool = True,
+    dimension_numbers: DimensionRule | None = None,
+    exponents: ExponentOption = None,
+    basis: str | Basis | None = None,
+    every: Any = 10,
+    start: Any = None,
+    refresh: Literal["before", "after"] = "after",
+    skip_first: bool = True,
+    reorder: bool = True,
+    rtol: float | None = 0.0,
+    graft: str | optax.GradientTransformation | None = None,
+    graft_b2: Any = None,
+    graft_eps: Any = 1e-15,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    """Rescales updates by SOAP: Adam in the eigenbasis of Shampoo's factors.
+
+    With `Q` the eigenbases of `L = EMA(G G^T)` and `R = EMA(G^T G)`, `P = Ql^T G Qr` and `M` the
+    first moment: `U = Ql [ (Ql^T M Qr) / (sqrt(EMA_b2(P^2)) + eps) ] Qr^T`.
+
+    The defaults are the authors' algorithm (Vyas et al. 2024, arXiv:2409.11321): the first gradient
+    only fills factors and bases, each gradient is used before it enters them, columns and second
+    moments are sorted by eigenvalue at each refresh. Meta's form (`EigenvalueCorrectedShampoo`) is
+    `refresh="before", skip_first=False, reorder=False` with `basis=QRBasis()` or `EighBasis()`.
 
     Args:
-      option: None, a number, or a mapping from order to a number or to {dimension: number}.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      factor_b2: Decay of the factors; None means `b2`.
+      b3: Decay of the emitted first moment, see `filter_gradient`; None means `b1`.
+      eps: Added to the denominator; on the scale of the gradients.
+      exponent: Exponent of the second moment.
+      bias_correction: Whether moments are divided by the sum of their weights.
+      block_size: Largest edge of a block; None, as the authors, for whole matrices.
+      merge: See `blocked`.
+      canonical: See `scale_by_shampoo`.
+      dimension_numbers: See `blocked`.
+      exponents: Dimensions with exponent 0 keep their basis, as in `scale_by_shampoo`; other values
+        do not matter.
+      basis: `"eigh"`, `"qr"`, a `Basis`, or None for the authors' sorted QR step.
+      every: Steps between refreshes of the bases.
+      start: First refresh with `refresh="before"`.
+      refresh: Whether bases are refreshed before or after their use, see `eigenbasis`.
+      skip_first: Whether the first step makes no update; needs `refresh="after"`.
+      reorder: Whether second moments follow when columns are sorted.
+      rtol: Truncation of null directions, see `eigenbasis`.
+      graft: As in `scale_by_shampoo`.
+      graft_b2: As in `scale_by_shampoo`.
+      graft_eps: As in `scale_by_shampoo`.
+      nonfinite: As in `scale_by_shampoo`.
 
     Returns:
-      Function of the order giving one exponent a dimension; what the option leaves out is
-      `1 / (2 * order)`.
+      A transformation without learning rate and weight decay.
 
     Raises:
-      ValueError: A negative exponent, or a dimension that the order does not have.
+      ValueError: An option out of range, or `skip_first` with `refresh="before"`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> tx = optax.chain(shampoo_jax.scale_by_soap(every=5), optax.scale_by_learning_rate(3e-3))
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> float(jnp.abs(updates["w"]).max())  # the first step only fills the state
+      0.0
     """
-    if option is None:
-        return default_exponents
-    if isinstance(option, (int, float)):
-        _check_exponent(option)
-        return lambda order: (float(option),) * order
+    if skip_first and refresh == "before":
+        raise ValueError("skip_first=True needs refresh='after': set one or the other.")
+    resolved = resolve_exponents(exponents)
+    first_moment = filter_gradient(b1, b3, bias_correction=bias_correction)
+    second = scale_by_second_moment(b2, eps, exponent=exponent, bias_correction=bias_correction)
+    direction = optax.chain(
+        accumulate_factors(b2 if factor_b2 is None else factor_b2, exponents=resolved),
+        eigenbasis(
+            # A first moment inside is skipped with the rest; outside it can serve a graft.
+            optax.chain(first_moment, second) if skip_first else second,
+            basis=make_basis(basis),
+            exponents=resolved,
+            every=every,
+            start=start,
+            refresh=refresh,
+            skip_first=skip_first,
+            rtol=rtol,
+            reorder=reorder,
+        ),
+    )
+    return blocked_walk(
+        None if skip_first else first_moment,
+        direction,
+        magnitude=make_magnitude(graft, b2 if graft_b2 is None else graft_b2, graft_eps),
+        nonfinite=nonfinite,
+        block_size=block_size,
+        merge=merge,
+        canonical=canonical and len(set(resolved(2))) == 1,
+        dimension_numbers=dimension_numbers,
+    )
 
-    for order, entry in option.items():
-        for dim, value in entry.items() if isinstance(entry, Mapping) else ((0, entry),):
-            _check_exponent(value)
-            if isinstance(entry, Mapping) and not 0 <= dim < order:
-                raise ValueError(
-                    f"exponents[{order}] names dimension {dim}: blocks of order {order} have "
-                    f"dimensions 0 to {order - 1}."
-                )
 
-    def exponents(order: int) -> tuple[float, ...]:
-        entry = option.get(order, {})
-        if not isinstance(entry, Mapping):
-            return (float(entry),) * order
-        default = default_exponents(order)
-        return tuple(float(entry.get(k, default[k])) for k in range(order))
+def scale_by_kl_shampoo(
+    b1: Any = 0.9,
+    b2: Any = 0.98,
+    *,
+    eps: Any = 1e-8,
+    first_weight: Any = None,
+    block_size: int | None = None,
+    merge: int | None = 2,
+    canonical: bool = True,
+    dimension_numbers: DimensionRule | None = None,
+    exponents: ExponentOption = None,
+    basis: str | Basis | None = None,
+    every: Any = 10,
+    cap: str | float = "size",
+    rtol: float | None = 0.0,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    """Rescales updates by KL-Shampoo: factors whitened by each other, eigenvalues tracked apart.
 
-    return exponents
+    `U = Ql [ (Ql^T M Qr) * s / (1 + eps s) ] Qr^T`, `s_ij = (dl_i dr_j)^(-1/2)`; see
+    `kl_eigenbasis` for factors, bases and eigenvalues d. No grafting and no bias correction; the
+    first gradient only fills the state. Source: Lin et al. 2025, arXiv:2509.03378. Meta's form,
+    roots of full factors, is `accumulate_kl_factors`.
+
+    Args:
+      b1: Decay of the first moment.
+      b2: Decay of factors and eigenvalues.
+      eps: Damping of s.
+      first_weight: See `kl_eigenbasis`.
+      block_size: Largest edge of a block; None for whole matrices.
+      merge: See `blocked`.
+      canonical: See `scale_by_shampoo`.
+      dimension_numbers: See `blocked`.
+      exponents: Dimensions with exponent 0 are left alone; other values do not matter.
+      basis: `"eigh"`, `"qr"`, a `Basis`, or None for one unsorted QR step.
+      every: Steps between refreshes of the bases.
+      cap: See `kl_eigenbasis`.
+      rtol: See `kl_eigenbasis`.
+      nonfinite: As in `scale_by_shampoo`.
+
+    Returns:
+      A transformation without learning rate and weight decay.
+    """
+    resolved = resolve_exponents(exponents)
+    part = kl_eigenbasis(
+        filter_gradient(b1, bias_correction=False),
+        b2,
+        scaled=True,
+        eps=eps,
+        first_weight=first_weight,
+        exponents=resolved,
+        basis=None if basis is None else make_basis(basis),
+        every=every,
+        cap=cap,
+        rtol=rtol,
+    )
+    return blocked_walk(
+        None,
+        part,
+        magnitude=None,
+        nonfinite=nonfinite,
+        block_size=block_size,
+        merge=merge,
+        canonical=canonical and len(set(resolved(2))) == 1,
+        dimension_numbers=dimension_numbers,
+    )
 
 
-def _check_exponent(value: float) -> None:
-    if value < 0:
-        raise ValueError(f"exponent {value} must not be negative: roots are inverse already.")
+def scale_by_kl_soap(
+    b1: Any = 0.9,
+    b2: Any = 0.98,
+    *,
+    factor_b2: Any = None,
+    eps: Any = 1e-8,
+    first_weight: Any = None,
+    block_size: int | None = None,
+    merge: int | None = 2,
+    canonical: bool = True,
+    dimension_numbers: DimensionRule | None = None,
+    exponents: ExponentOption = None,
+    basis: str | Basis | None = None,
+    every: Any = 10,
+    cap: str | float = "size",
+    rtol: float | None = 0.0,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    """Rescales updates by KL-SOAP: uncorrected Adam in the eigenbasis of KL-Shampoo's factors.
+
+    Source: Lin et al. 2025, arXiv:2509.03378. `first_weight=1.0, cap=4000` with `every=1` is the
+    direction of track-3 result 19.
+
+    Args:
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      factor_b2: Decay of factors and eigenvalues; None means `b2`.
+      eps: Added to the denominator; on the scale of the gradients.
+      first_weight: See `kl_eigenbasis`.
+      block_size: See `scale_by_kl_shampoo`.
+      merge: See `blocked`.
+      canonical: See `scale_by_shampoo`.
+      dimension_numbers: See `blocked`.
+      exponents: See `scale_by_kl_shampoo`.
+      basis: See `scale_by_kl_shampoo`.
+      every: Steps between refreshes of the bases.
+      cap: See `kl_eigenbasis`.
+      rtol: See `kl_eigenbasis`.
+      nonfinite: As in `scale_by_shampoo`.
+
+    Returns:
+      A transformation without learning rate and weight decay.
+    """
+    resolved = resolve_exponents(exponents)
+    part = kl_eigenbasis(
+        optax.chain(
+            filter_gradient(b1, bias_correction=False),
+            scale_by_second_moment(b2, eps, bias_correction=False),
+        ),
+        b2 if factor_b2 is None else factor_b2,
+        scaled=False,
+        first_weight=first_weight,
+        exponents=resolved,
+        basis=None if basis is None else make_basis(basis),
+        every=every,
+        cap=cap,
+        rtol=rtol,
+    )
+    return blocked_walk(
+        None,
+        part,
+        magnitude=None,
+        nonfinite=nonfinite,
+        block_size=block_size,
+        merge=merge,
+        canonical=canonical and len(set(resolved(2))) == 1,
+        dimension_numbers=dimension_numbers,
+    )

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
+from shampoo_jax.exponents import Exponents, default_exponents
 from shampoo_jax.filtering import check_range, power
 
 Array = jax.Array
-
-# Exponents of one block order: one number a dimension; 0 leaves a dimension alone.
-Exponents = Callable[[int], tuple[float, ...]]
 
 
 class AccumulateFactorsState(NamedTuple):
@@ -22,11 +20,6 @@ class AccumulateFactorsState(NamedTuple):
 
     count: Array  # int32[], steps taken
     factors: Any  # per stack a tuple over dimensions of float32 [N, d, d] or None
-
-
-def default_exponents(order: int) -> tuple[float, ...]:
-    """Shampoo's `1 / (2 * order)` on every dimension (Gupta et al. 2018, algorithm 2)."""
-    return (1 / (2 * max(order, 1)),) * order
 
 
 def contract(x: Array, dim: int) -> Array:
@@ -125,3 +118,55 @@ def factor_correction(b2: float | Array, count: Array, dtype: Any, corrected: bo
     if not corrected:
         return jnp.ones([], dtype)
     return jnp.where(jnp.asarray(b2) == 1, 1.0, 1 - power(b2, count, dtype)).astype(dtype)
+
+
+def map_factors(f: Callable[[Array], Array]) -> Part:
+    """Applies a function to every factor of every stack, `[N, d, d] -> [N, d, d]`.
+
+    To be placed between statistics and roots, see `damp` and `normalize_by_trace`.
+
+    Args:
+      f: Function of a stack of factors.
+
+    Returns:
+      A stateless part.
+    """
+
+    def update(blocks: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        del params
+
+        def one(b: Blocks) -> Blocks:
+            matrices = tuple(None if s is None else f(s) for s in b.matrices)
+            return dataclasses.replace(b, matrices=matrices)
+
+        return map_blocks(one, blocks), state
+
+    return blocks_part(lambda params: optax.EmptyState(), update)
+
+
+def damp(eps: float | Array) -> Part:
+    """Adds `eps * I` to every factor; absolute, so it depends on the scale of the gradients."""
+    return map_factors(lambda s: s + eps * jnp.eye(s.shape[-1], dtype=s.dtype))
+
+
+def normalize_by_trace(exponent: float = 0.5, eps: float | Array = 0.0) -> Part:
+    """Divides every factor by `max(trace, eps)^exponent`; a zero factor stays zero.
+
+    Args:
+      exponent: In (0, 1].
+      eps: Smallest trace that is divided by, absolute.
+
+    Returns:
+      A stateless part.
+
+    Raises:
+      ValueError: An exponent outside (0, 1].
+    """
+    if not 0 < exponent <= 1:
+        raise ValueError(f"exponent={exponent} of the trace must lie in (0, 1].")
+
+    def divide(s: Array) -> Array:
+        trace = jnp.maximum(jnp.trace(s, axis1=1, axis2=2), eps)[:, None, None]
+        return jnp.where(trace > 0, s * jnp.where(trace > 0, trace, 1.0) ** -exponent, s)
+
+    return map_factors(divide)

@@ -20,8 +20,8 @@ class GraftState(NamedTuple):
     direction: Any
 
 
-class ScaleByDiagonalState(NamedTuple):
-    """State of `scale_by_diagonal`."""
+class ScaleBySecondMomentState(NamedTuple):
+    """State of `scale_by_second_moment`."""
 
     count: Array  # int32[], steps taken
     nu: Any  # one [N, *block] a stack
@@ -35,7 +35,7 @@ def graft(magnitude: optax.GradientTransformation, direction: optax.GradientTran
     ready the update is `A`. Source: Agarwal et al. 2020, "Disentangling adaptive gradient methods".
 
     Args:
-      magnitude: Part of `Blocks`, such as `scale_by_diagonal`; a stock Optax transformation is
+      magnitude: Part of `Blocks`, such as `scale_by_second_moment`; a stock Optax transformation is
         lifted by `from_gradients` first.
       direction: Part of `Blocks`.
 
@@ -68,16 +68,18 @@ def _graft(direction: Blocks, magnitude: Blocks) -> Blocks:
     )
 
 
-def scale_by_diagonal(
+def scale_by_second_moment(
     b2: float | Array = 0.9,
     eps: float | Array = 1e-15,
     *,
+    exponent: float = 0.5,
     bias_correction: bool = True,
     weighted: bool = True,
 ) -> Part:
     """Divides the update by the root of a moving average of the squared raw gradient.
 
-    `nu = b2 * nu + w * G^2`, `update = update / (sqrt(nu / (1 - b2^t)) + eps)` with `w = 1 - b2`.
+    `nu = b2 * nu + w * G^2`, `update = update / ((nu / (1 - b2^t))^e + eps)` with
+    `w = 1 - b2` and `e = 1/2`.
     Unlike `optax.scale_by_adam` it divides what earlier parts made of the gradient but squares the
     gradient itself. With correction this is Adam's magnitude, without RMSProp's, with `b2 = 1`
     (a sum, uncorrected) AdaGrad's.
@@ -85,6 +87,7 @@ def scale_by_diagonal(
     Args:
       b2: Decay in [0, 1].
       eps: Added to the root; on the scale of the gradients.
+      exponent: e, any positive number.
       bias_correction: Whether to divide `nu` by `1 - b2^t`.
       weighted: Whether `w = 1 - b2`; False adds squares with weight 1, uncorrected.
 
@@ -96,11 +99,11 @@ def scale_by_diagonal(
     """
     check_range("b2", b2, closed=True)
 
-    def init(params: Any) -> ScaleByDiagonalState:
+    def init(params: Any) -> ScaleBySecondMomentState:
         nu = map_blocks(lambda p: jnp.zeros_like(p.update), params)
-        return ScaleByDiagonalState(jnp.zeros([], jnp.int32), nu)
+        return ScaleBySecondMomentState(jnp.zeros([], jnp.int32), nu)
 
-    def update(blocks: Any, state: ScaleByDiagonalState, params: Any) -> tuple[Any, Any]:
+    def update(blocks: Any, state: ScaleBySecondMomentState, params: Any) -> tuple[Any, Any]:
         del params
         count = optax.safe_increment(state.count)
         is_sum = jnp.asarray(b2) == 1
@@ -112,12 +115,12 @@ def scale_by_diagonal(
         def divide(b: Blocks, n: Array) -> Blocks:
             if bias_correction and weighted:
                 n = n / jnp.where(is_sum, 1.0, 1 - power(b2, count, n.dtype)).astype(n.dtype)
-            root = jnp.sqrt(n) + eps
+            root = (jnp.sqrt(n) if exponent == 0.5 else n**exponent) + eps
             # 0/0 where a gradient has been zero so far and eps is 0 or underflows.
             quotient = jnp.where(root > 0, b.update / jnp.where(root > 0, root, 1.0), 0.0)
             return dataclasses.replace(b, update=quotient.astype(b.update.dtype))
 
-        return map_blocks(divide, blocks, nu), ScaleByDiagonalState(count, nu)
+        return map_blocks(divide, blocks, nu), ScaleBySecondMomentState(count, nu)
 
     return blocks_part(init, update)
 
@@ -146,9 +149,9 @@ def make_magnitude(
     if not isinstance(graft, str):
         return from_gradients(graft)
     kinds = {
-        "adam": lambda: scale_by_diagonal(b2, eps),
-        "rmsprop": lambda: scale_by_diagonal(b2, eps, bias_correction=False),
-        "adagrad": lambda: scale_by_diagonal(1.0, eps),
+        "adam": lambda: scale_by_second_moment(b2, eps),
+        "rmsprop": lambda: scale_by_second_moment(b2, eps, bias_correction=False),
+        "adagrad": lambda: scale_by_second_moment(1.0, eps),
         "sgd": optax.identity,
     }
     if graft not in kinds:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks, where_block
-from shampoo_jax.factors import Exponents, default_exponents
+from shampoo_jax.exponents import Exponents, default_exponents
 from shampoo_jax.solvers import Solver, TruncatedEigh
 
 Array = jax.Array
@@ -74,7 +74,7 @@ def invert_roots(
 
         def refresh(old: InvertRootsState) -> InvertRootsState:
             new = map_blocks(
-                lambda b, *o: _refresh(b, *o, solve, exponents(b.order)), blocks, *old[1:]
+                lambda b, *o: _refresh(b, solve, exponents(b.order), *o), blocks, *old[1:]
             )
             parts = [map_blocks(lambda b, p, i=i: p[i], blocks, new) for i in range(3)]
             return InvertRootsState(count, *parts)
@@ -135,16 +135,16 @@ def _solver_states(p: Blocks, exponents: Exponents, solve: Solver) -> tuple[Any,
 
 def _refresh(
     b: Blocks,
+    solve: Solver,
+    exponents: tuple[float, ...],
     roots: tuple[Array | None, ...],
     carried: tuple[Any, ...],
     failures: Array,
-    solve: Solver,
-    exponents: tuple[float, ...],
 ) -> tuple[tuple[Array | None, ...], tuple[Any, ...], Array]:
     """New roots of one stack; a failed one keeps its old value and its block counts one failure."""
     new_roots, new_carried = list(roots), list(carried)
     failed = jnp.zeros(failures.shape, bool)
-    for k, (factor, exponent) in enumerate(zip(b.matrices, exponents, strict=True)):
+    for k, (factor, exponent) in enumerate(zip(b.per_dimension, exponents, strict=True)):
         if factor is None:
             continue
         root, ok, state = solve(factor, exponent, carried[k])

@@ -1,0 +1,126 @@
+"""How an eigenbasis of a factor is refreshed, and roots computed through a carried eigenbasis."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from shampoo_jax.matrix import eigh, qr
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class EighBasis:
+    """Eigenvectors by `eigh`, skipped where the old basis still nearly diagonalizes the factor.
+
+    Attributes:
+      tolerance: Accepted `|B - diag B|_F / |B|_F` with `B = Q^T A Q`, per factor; 0 decomposes at
+        every refresh (Eschenhagen et al. 2025, arXiv:2506.03595).
+    """
+
+    tolerance: Any = 0.0
+
+    def __call__(self, factor: Array, basis: Array) -> tuple[Array, Array, Array | None]:
+        """Eigenvalues `[N, d]`, basis `[N, d, d]`, and the reordering of old columns: none."""
+        if isinstance(self.tolerance, (int, float)) and self.tolerance == 0:
+            return *eigh.eigh(factor), None
+        return *qr.adaptive_eigh(factor, basis, self.tolerance), None
+
+
+@dataclasses.dataclass(frozen=True)
+class QRBasis:
+    """Eigenvectors by warm-started QR iterations `Q <- qr(A Q)`.
+
+    Attributes:
+      iterations: Largest number of QR decompositions per refresh.
+      tolerance: Accepted off-diagonal ratio that ends them early, per factor.
+      sort: `"after"` orders the new columns by ascending eigenvalue estimate, as Meta does;
+        `"before"` orders the old ones by descending estimate, as SOAP's authors do; None neither.
+    """
+
+    iterations: int = 1
+    tolerance: Any = 0.0
+    sort: Literal["before", "after"] | None = "after"
+
+    def __call__(self, factor: Array, basis: Array) -> tuple[Array, Array, Array | None]:
+        """Eigenvalue estimates `[N, d]`, basis `[N, d, d]`, and the new order of old columns."""
+        if self.sort == "after":
+            values, basis = qr.orthogonal_iteration(factor, basis, self.iterations, self.tolerance)
+            return values, basis, None
+        order = None
+        if self.sort == "before":
+            order = jnp.argsort(-eigenvalue_estimates(factor, basis), axis=-1, stable=True)
+            basis = jnp.take_along_axis(basis, order[:, None, :], axis=2)
+        for _ in range(self.iterations):
+            product = jnp.matmul(factor, basis, precision=eigh.HIGHEST)
+            basis = jnp.linalg.qr(product / eigh.power_of_two_scale(product))[0]
+        return eigenvalue_estimates(factor, basis), basis, order
+
+
+Basis = EighBasis | QRBasis
+
+
+def make_basis(basis: str | Basis | None) -> Basis:
+    """A basis method by name: `"eigh"`, `"qr"` (Meta's), None for SOAP's sorted QR step.
+
+    Raises:
+      ValueError: An unknown name.
+    """
+    if isinstance(basis, (EighBasis, QRBasis)):
+        return basis
+    named = {"eigh": EighBasis(), "qr": QRBasis(), None: QRBasis(sort="before")}
+    if basis not in named:
+        raise ValueError(f"basis={basis!r} is unknown: use 'eigh', 'qr', EighBasis or QRBasis.")
+    return named[basis]
+
+
+def eigenvalue_estimates(factor: Array, basis: Array) -> Array:
+    """`diag(Q^T A Q)` of each matrix of a stack, `[N, d]`."""
+    product = jnp.matmul(factor, basis, precision=eigh.HIGHEST)
+    return jnp.sum(basis * product, axis=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class CarriedBasis:
+    """A solver that keeps each factor's eigenbasis from one refresh to the next.
+
+    With `EighBasis()` it equals `TruncatedEigh` or `ShiftedEigh`; with a tolerance or `QRBasis` the
+    decomposition becomes approximate and cheaper.
+
+    Attributes:
+      basis: How the eigenbasis is refreshed.
+      eps: Damping as in `ShiftedEigh`; None truncates instead, as `TruncatedEigh`.
+      before: Whether eps is added to the matrix before the decomposition.
+      rtol: Relative cutoff where eps is None; None means `d * eps` of the dtype.
+      atol: Absolute cutoff where eps is None.
+    """
+
+    basis: Basis = EighBasis()
+    eps: Any = None
+    before: bool = True
+    rtol: Any = None
+    atol: Any = 0.0
+
+    def init(self, n: int, d: int, dtype: Any) -> Array:
+        """Identity bases `[N, d, d]`."""
+        return jnp.broadcast_to(jnp.eye(d, dtype=dtype), (n, d, d))
+
+    def __call__(self, factor: Array, exponent: float, state: Array) -> tuple[Array, Array, Array]:
+        """See `Solver`."""
+        if self.eps is not None and self.before:
+            factor = factor + self.eps * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+        ok = eigh.finite(factor)
+        scale = eigh.power_of_two_scale(factor)
+        safe = jnp.where(ok[:, None, None], factor / scale, jnp.zeros_like(factor))
+        values, basis, _ = self.basis(safe, state)
+        unit = scale[..., 0]
+        if self.eps is None:
+            powers = eigh.truncated_power(values, exponent, rtol=self.rtol, atol=self.atol / unit)
+        else:
+            powers = eigh.shifted_power(
+                values, exponent, eps=self.eps / unit, eps_added=self.before
+            )
+        root = eigh.reconstruct(powers, basis) * scale**-exponent
+        return root, ok & eigh.finite(root), basis
