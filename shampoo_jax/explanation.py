@@ -1,0 +1,278 @@
+"""What an optimizer will do with a set of parameters, before any training."""
+
+import collections
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from shampoo_jax.aliases import shampoo
+from shampoo_jax.exponents import resolve_exponents
+from shampoo_jax.factors import AccumulateFactorsState, Exponents
+from shampoo_jax.filtering import FilterGradientState
+from shampoo_jax.grafting import ScaleBySecondMomentState
+from shampoo_jax.plan import LeafPlan, make_plan
+from shampoo_jax.roots import InvertRootsState
+from shampoo_jax.routing import is_hidden_matrix
+
+# Golub and Van Loan, Matrix Computations, 4th edition, algorithm 8.3.3: eigenvalues and
+# eigenvectors of a symmetric d x d matrix by tridiagonal QR, (4/3) d^3 of which is the reduction.
+EIGH_FLOPS = 9
+# Q diag(w^-e) Q^T, one product of d x d matrices.
+RECONSTRUCTION_FLOPS = 2
+
+_KINDS = {
+    FilterGradientState: "first moment",
+    AccumulateFactorsState: "factors",
+    InvertRootsState: "roots",
+    ScaleBySecondMomentState: "graft",
+    optax.ScaleByAdamState: "adam",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+      name: Path, components joined by `/`.
+      shape: Its shape.
+      preconditioned: Whether it is preconditioned; otherwise the fields below are empty.
+      batch: Number of independent slices, each with factors of its own.
+      merged: Shape of a slice as it is read, before it is cut.
+      blocks: Number of blocks by block shape, over all slices.
+      factors: Number of factors by edge length, over all blocks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    preconditioned: bool
+    batch: int = 0
+    merged: tuple[int, ...] = ()
+    blocks: Mapping[tuple[int, ...], int] = dataclasses.field(default_factory=dict)
+    factors: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `explain` found; `str()` of it is a table for people.
+
+    Attributes:
+      rows: One per parameter, in the order of `jax.tree.leaves`.
+      state_bytes: Bytes of optimizer state by kind: first moment, factors, roots, graft, adam (of
+        parameters that are not preconditioned), other.
+      adamw_bytes: State of AdamW on all parameters, twice their size.
+      muon_bytes: State of Muon on the preconditioned parameters, once their size, with AdamW on
+        the others.
+      refresh_flops: One refresh of all roots by eigh, `(9 + 2) d^3` per factor (Golub and Van Loan,
+        algorithm 8.3.3, and one product to put the root together).
+      statistics_flops: Factor statistics of one step, `2 d |block|` per factor.
+      apply_flops: Application of the roots in one step, `2 d |block|` per factor.
+      root_batches: Root computations in the compiled program, one per block shape and side.
+      largest_factor: Largest edge of a factor, 0 without factors.
+    """
+
+    rows: tuple[Row, ...]
+    state_bytes: dict[str, int]
+    adamw_bytes: int
+    muon_bytes: int
+    refresh_flops: int
+    statistics_flops: int
+    apply_flops: int
+    root_batches: int
+    largest_factor: int
+
+    def __str__(self) -> str:
+        header = ("parameter", "count", "shape", "optimizer", "read as", "blocks", "factors")
+        lines = [*_align([header, *_cells(self.rows)]), ""]
+        total = sum(self.state_bytes.values())
+        kinds = ", ".join(f"{k} {_bytes(v)}" for k, v in self.state_bytes.items() if v)
+        lines += [
+            f"optimizer state   {_bytes(total)} ({kinds})",
+            f"in comparison     AdamW {_bytes(self.adamw_bytes)}, Muon {_bytes(self.muon_bytes)}",
+            f"refresh           {_flops(self.refresh_flops)} by eigh, 11 d^3 per factor",
+            f"every step        {_flops(self.statistics_flops)} statistics, "
+            f"{_flops(self.apply_flops)} application",
+            f"root batches      {self.root_batches} (block shapes x sides)",
+            f"largest factor    {self.largest_factor} x {self.largest_factor}",
+        ]
+        return "\n".join(lines)
+
+
+def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: Any) -> Report:
+    """Tells how parameters are routed, read, cut and paid for, without computing anything.
+
+    Args:
+      params: Parameters, or their shapes from `jax.eval_shape`.
+      optimizer: `shampoo`, `scale_by_shampoo` or another function of this package that takes
+        `block_size`. One without an option `preconditioned` preconditions every parameter.
+      **options: What the optimizer will be called with; the learning rate may be left out.
+
+    Returns:
+      The report.
+
+    Raises:
+      TypeError: An option that the optimizer does not have.
+      ValueError: Options that the optimizer refuses, complex parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, shampoo_jax
+      >>> params = {"layer0": {"w": jnp.ones((8, 4))}, "layer1": {"w": jnp.ones((8, 4))}}
+      >>> report = explain(params | {"bias": jnp.ones(4)}, block_size=4)
+      >>> report.root_batches, report.largest_factor, report.adamw_bytes
+      (2, 4, 548)
+      >>> print(str(report).splitlines()[1])
+      bias       1      4      adamw           -        -         -
+    """
+    signature = inspect.signature(optimizer)
+    if "learning_rate" in signature.parameters:
+        options = {"learning_rate": 1.0} | options
+    tx = optimizer(**options)
+    bound = signature.bind(**options)
+    bound.apply_defaults()
+    chosen = bound.arguments
+    rule = (
+        (chosen["preconditioned"] or is_hidden_matrix)
+        if "preconditioned" in chosen
+        else lambda path, leaf: True
+    )
+    exponents = resolve_exponents(chosen.get("exponents"))
+    ours = jax.tree_util.tree_map_with_path(lambda p, x: x if rule(p, x) else None, params)
+    others = jax.tree_util.tree_map_with_path(lambda p, x: None if rule(p, x) else x, params)
+    plan = make_plan(
+        ours,
+        block_size=chosen["block_size"],
+        merge=chosen["merge"],
+        canonical=chosen.get("canonical", True) and len(set(exponents(2))) == 1,
+        dimension_numbers=chosen["dimension_numbers"],
+    )
+    rows = _rows(params, ours, plan, exponents)
+    shapes = {shape for row in rows for shape in row.blocks}
+    # Statistics and application both multiply a d x d matrix per factor with the block.
+    product = sum(
+        2 * n * math.prod(shape) * sum(_edges(shape, exponents))
+        for row in rows
+        for shape, n in row.blocks.items()
+    )
+    edges = [(d, n) for row in rows for d, n in row.factors.items()]
+    return Report(
+        rows=rows,
+        state_bytes=_bytes_by_kind(tx, params),
+        adamw_bytes=state_bytes(optax.scale_by_adam(), params),
+        muon_bytes=state_bytes(optax.trace(0.9), ours)
+        + (state_bytes(optax.scale_by_adam(), others) if jax.tree.leaves(others) else 0),
+        refresh_flops=sum((EIGH_FLOPS + RECONSTRUCTION_FLOPS) * n * d**3 for d, n in edges),
+        statistics_flops=product,
+        apply_flops=product,
+        root_batches=sum(len(_edges(shape, exponents)) for shape in shapes),
+        largest_factor=max((d for d, _ in edges), default=0),
+    )
+
+
+def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
+    """Bytes of the state of any Optax transformation, without computing or allocating it.
+
+    Args:
+      tx: The transformation.
+      params: Parameters, or their shapes from `jax.eval_shape`.
+
+    Returns:
+      The sum over all arrays of the state, on all devices together.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> state_bytes(optax.adamw(1e-3), {"w": jnp.ones((10, 10))})  # two moments and a count
+      804
+    """
+    return sum(map(_size, jax.tree.leaves(jax.eval_shape(tx.init, params))))
+
+
+def _bytes_by_kind(tx: optax.GradientTransformation, params: Any) -> dict[str, int]:
+    sizes = dict.fromkeys([*_KINDS.values(), "other"], 0)
+    nodes = jax.tree.leaves(jax.eval_shape(tx.init, params), is_leaf=lambda x: type(x) in _KINDS)
+    for node in nodes:
+        sizes[_KINDS.get(type(node), "other")] += sum(map(_size, jax.tree.leaves(node)))
+    return sizes
+
+
+def _size(x: Any) -> int:
+    return x.size * x.dtype.itemsize
+
+
+def _edges(shape: tuple[int, ...], exponents: Exponents) -> list[int]:
+    """Edge lengths of the factors of one block."""
+    return [d for d, e in zip(shape, exponents(len(shape)), strict=True) if e]
+
+
+def _rows(params: Any, ours: Any, plan: list[LeafPlan], exponents: Exponents) -> tuple[Row, ...]:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(ours)]
+    layouts = dict(zip(paths, plan, strict=True))
+    rows = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, layout = jax.tree_util.keystr(path, simple=True, separator="/"), layouts.get(path)
+        if layout is None:
+            rows.append(Row(name, tuple(leaf.shape), preconditioned=False))
+            continue
+        blocks: collections.Counter[tuple[int, ...]] = collections.Counter()
+        factors: collections.Counter[int] = collections.Counter()
+        for cell in layout.cells:
+            shape = cell.size[::-1] if cell.transposed else cell.size
+            blocks[shape] += layout.batch
+        for shape, n in blocks.items():
+            for d in _edges(shape, exponents):
+                factors[d] += n
+        rows.append(
+            Row(name, tuple(leaf.shape), True, layout.batch, layout.merged, blocks, factors)
+        )
+    return tuple(rows)
+
+
+def _cells(rows: tuple[Row, ...]) -> list[tuple[str, ...]]:
+    """Table cells; parameters that differ only in numbers of their path share a line."""
+    groups = collections.Counter(
+        (
+            re.sub(r"\d+", "*", row.name),
+            _by(row.shape),
+            "preconditioned" if row.preconditioned else "adamw",
+            (f"{row.batch} of " if row.batch > 1 else "") + _by(row.merged)
+            if row.preconditioned
+            else "-",
+            ", ".join(f"{n} of {_by(shape)}" for shape, n in row.blocks.items()) or "-",
+            ", ".join(f"{n} of {d}" for d, n in row.factors.items()) or "-",
+        )
+        for row in rows
+    )
+    return [(name, str(count), *rest) for (name, *rest), count in groups.items()]
+
+
+def _align(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    ]
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _bytes(n: float) -> str:
+    return _scaled(n, "B")
+
+
+def _flops(n: float) -> str:
+    return _scaled(n, "FLOP")
+
+
+def _scaled(n: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T"):
+        if n < 1000 or prefix == "T":
+            break
+        n /= 1000
+    return f"{n:.3g} {prefix}{unit}"

@@ -1,0 +1,152 @@
+"""What `explain` says, against counting by hand and against what is built and compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scripts.compile_size import gpt2_matrices, measure, one_root_per_factor
+from shampoo_jax import DimensionNumbers, scale_by_shampoo
+from shampoo_jax.aliases import shampoo
+from shampoo_jax.explanation import explain, state_bytes
+
+
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+PARAMS = {
+    "layers": {
+        str(i): {"w": struct(6, 4), "fc": struct(4, 10), "bias": struct(4)} for i in range(3)
+    },
+    "embed": {"embedding": struct(50, 4)},
+}
+
+
+def row(report, name):
+    return next(r for r in report.rows if r.name == name)
+
+
+def test_routing_blocks_and_factors_of_each_parameter():
+    report = explain(PARAMS, block_size=6)
+    assert [r.name for r in report.rows if not r.preconditioned] == [
+        "embed/embedding",
+        *(f"layers/{i}/bias" for i in range(3)),
+    ]
+    fc = row(report, "layers/1/fc")  # 4x10 is cut into 4x6 and 4x4, and 4x6 stored as 6x4
+    assert fc.merged == (4, 10)
+    assert dict(fc.blocks) == {(6, 4): 1, (4, 4): 1}
+    assert dict(fc.factors) == {6: 1, 4: 3}
+    assert report.largest_factor == 6
+    assert report.root_batches == 4  # two sides of 6x4, two of 4x4
+
+
+def test_flops_are_the_sums_of_the_stated_formulas():
+    report = explain(PARAMS, block_size=6)
+    # Per layer: w is one 6x4 block, fc one 6x4 and one 4x4.
+    edges = 3 * [6, 4, 6, 4, 4, 4]
+    assert report.refresh_flops == sum(11 * d**3 for d in edges)
+    rng = np.random.default_rng(0)
+    flops = 0
+    for shape in 3 * [(6, 4), (6, 4), (4, 4)]:
+        g = rng.normal(size=shape)
+        for x in (g, g.T):
+            flops += 2 * x.shape[0] * x.shape[1] * (x @ x.T).shape[1]
+    assert report.statistics_flops == report.apply_flops == flops
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"graft": None}, {"momentum": 0.9}, {"exponents": {2: {0: 0.5, 1: 0.0}}}]
+)
+def test_state_bytes_are_those_of_the_built_state(options):
+    params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), PARAMS)
+    state = shampoo(0.1, block_size=6, **options).init(params)
+    report = explain(params, block_size=6, **options)
+    assert sum(report.state_bytes.values()) == sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_state_bytes_by_kind():
+    found = explain(PARAMS, block_size=6).state_bytes
+    weights, factors = 4 * 3 * (24 + 40), 4 * 3 * (2 * 36 + 4 * 16)
+    count = 4
+    assert found["first moment"] == found["graft"] == weights + count
+    assert found["factors"] == factors + count
+    failures = 4 * 3 * 3
+    assert found["roots"] == factors + failures + count
+    assert found["adam"] == 2 * 4 * (200 + 3 * 4) + count
+
+
+def test_comparison_with_adamw_and_muon():
+    report = explain(PARAMS)
+    matrices, others, count = 3 * (24 + 40), 200 + 3 * 4, 4
+    assert report.adamw_bytes == 2 * 4 * (matrices + others) + count
+    assert report.muon_bytes == 4 * matrices + 2 * 4 * others + count
+
+
+def test_state_bytes_of_any_transformation_in_its_own_dtype():
+    params = {"w": struct(3, 5, dtype=jnp.bfloat16)}
+    assert state_bytes(optax.sgd(0.1, momentum=0.9), params) == 2 * 15
+    assert state_bytes(optax.sgd(0.1), params) == 0
+
+
+def test_a_bare_direction_preconditions_everything():
+    report = explain(PARAMS, scale_by_shampoo, block_size=None)
+    assert all(r.preconditioned for r in report.rows)
+    assert dict(row(report, "layers/0/bias").factors) == {4: 1}
+
+
+def test_a_rule_and_dimension_numbers_are_followed():
+    params = {"q": struct(2, 8, 4, 2), "head": struct(8, 8)}
+    numbers = DimensionNumbers(dimensions=((1,), (2, 3)), batch=(0,))
+    report = explain(
+        params,
+        preconditioned=lambda path, leaf: path[0].key == "q",
+        dimension_numbers=lambda path, leaf: numbers,
+    )
+    q = row(report, "q")
+    assert (q.batch, q.merged) == (2, (8, 8))
+    assert dict(q.blocks) == {(8, 8): 2} and dict(q.factors) == {8: 4}
+    assert not row(report, "head").preconditioned
+
+
+def test_a_dimension_with_exponent_zero_has_no_factor():
+    report = explain({"w": struct(6, 4)}, exponents={2: {0: 0.5, 1: 0.0}})
+    assert dict(row(report, "w").factors) == {6: 1}
+    assert report.root_batches == 1
+
+
+def test_the_table_folds_layers_and_names_each_choice():
+    text = str(explain(PARAMS, block_size=6))
+    lines = [line.split() for line in text.splitlines()]
+    assert ["layers/*/bias", "3", "4", "adamw", "-", "-", "-"] in lines
+    folded = next(line for line in text.splitlines() if line.startswith("layers/*/fc"))
+    assert "1 of 6x4, 1 of 4x4" in folded and "3 of 4" in folded
+    assert "root batches      4" in text
+
+
+def test_none_and_empty_parameters_are_no_obstacle():
+    report = explain({"w": None, "e": struct(0, 3)})
+    assert [r.name for r in report.rows] == ["e"]
+    assert report.root_batches == report.refresh_flops == report.largest_factor == 0
+
+
+def test_an_unknown_option_and_a_refused_one_raise():
+    with pytest.raises(TypeError, match="blocksize"):
+        explain(PARAMS, blocksize=4)
+    with pytest.raises(ValueError, match="eps"):
+        explain(PARAMS, eps=1e-12)
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_the_program_holds_as_many_eigh_calls_as_explained(layers):
+    params = gpt2_matrices(layers, 32)
+    report = explain(params, scale_by_shampoo)
+    measured = measure(scale_by_shampoo(), params)
+    print(f"{layers} layers: {measured}")
+    assert measured["eigh_calls"] == report.root_batches == 4
+
+
+def test_the_unstacked_comparison_holds_one_eigh_call_per_factor():
+    params = gpt2_matrices(1, 8)
+    assert measure(one_root_per_factor(params), params)["eigh_calls"] == 12
