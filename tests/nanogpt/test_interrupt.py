@@ -1,0 +1,38 @@
+"""Stop requests."""
+
+import os
+import signal
+
+import pytest
+
+from nanogpt.interrupt import Interrupted, stop_request
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_remembered(signum):
+    before = signal.getsignal(signum)
+    with stop_request() as request:
+        assert request.signum is None
+        os.kill(os.getpid(), signum)
+        assert request.signum == signum
+    assert signal.getsignal(signum) is before
+
+
+def test_second_ctrl_c_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), stop_request():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_come_back_after_an_error():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError), stop_request():
+        raise RuntimeError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_message_tells_how_to_go_on():
+    message = str(Interrupted(signal.SIGTERM, 7, "runs/cpu/muon"))
+    assert "SIGTERM after 7 steps" in message
+    assert "runs/cpu/muon" in message
+    assert "--resume" in message

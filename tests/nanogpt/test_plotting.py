@@ -1,0 +1,40 @@
+"""What the picture shows."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt.plotting import Line, limits, spread
+
+FAST = Line("fast", range(0, 101, 10), np.linspace(7.0, 3.0, 11), range(11))
+SLOW = Line("slow", range(0, 101, 10), np.linspace(7.0, 4.0, 11), range(11))
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=8), st.floats(0.01, 3))
+def test_spread_labels_neither_overlap_nor_change_order(positions, gap):
+    moved = spread(positions, gap)
+    order = np.argsort(positions, kind="stable")
+    assert np.all(np.diff(np.array(moved)[order]) >= gap * (1 - 1e-6))
+    assert np.mean(moved) == pytest.approx(np.mean(positions), abs=1e-6)
+
+
+def test_labels_that_have_room_stay():
+    assert spread([5.0, 1.0, 3.0], gap=1.0) == [5.0, 1.0, 3.0]
+
+
+def test_limits_leave_out_the_first_fall_and_show_every_end():
+    low, high = limits([FAST, SLOW], [], {})
+    assert 2.7 < low < 3.0
+    assert 6.7 <= high < 7.0  # the slow run after a tenth of its steps is at 6.7
+
+
+def test_limits_end_above_the_highest_baseline():
+    low, high = limits([FAST, SLOW], [], {"unigram": 6.0, "bigram": 2.5})
+    assert low < 2.5
+    assert 6.0 < high < 6.3
+
+
+def test_limits_of_a_constant_are_not_empty():
+    low, high = limits([Line("flat", [0, 1], [2.0, 2.0], [0, 1])], [], {})
+    assert low < 2.0 < high

@@ -1,0 +1,202 @@
+"""The command: what it runs, what it refuses, and that Ctrl-C loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from data_pipeline import write_shard
+from nanogpt.run_folder import RunFolder
+from scripts import speedrun
+
+SETTINGS = """
+--model.vocab-size 32 --model.num-layers 1 --model.model-dim 16 --model.head-dim 8
+--model.mlp-dim 32 --model.sequence-length 8 --data.val-tokens 64 --schedule.steps 400
+--val-every 100 --output.log-every 1
+""".split()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Command line of a tiny run in tmp_path."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    tokens = np.random.default_rng(0).integers(0, 32, 3000).astype(np.uint16)
+    write_shard(folder / "t_train_000001.bin", tokens)
+    write_shard(folder / "t_val_000000.bin", tokens[:200])
+    places = ["--data.directory", str(folder), "--output.directory", str(tmp_path / "runs")]
+    return [*SETTINGS, *places]
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """Arguments of the processes that would be started; each leaves a short run behind."""
+    started = []
+
+    def run(arguments):
+        started.append(arguments)
+        options, rest = speedrun.split_arguments(arguments)
+        config = speedrun.read_config(options, options.optimizer, "", rest)
+        folder = RunFolder(config)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        start = {
+            "kind": "start",
+            "config": {
+                "name": config.name,
+                "optimizer": config.optimizer,
+                "seed": config.seed,
+                "schedule": {"steps": config.schedule.steps},
+            },
+            "versions": {},
+            "device": {"platform": "cpu", "kind": "abacus", "count": 1},
+            "git_commit": None,
+            "git_dirty": None,
+            "parameters": 1,
+            "optimizer_state_bytes": 1,
+            "baselines": {},
+        }
+        val = [{"kind": "val", "step": s, "loss": 4.0 - s, "train_time_s": s} for s in (0, 1)]
+        folder.metrics.write_text("".join(json.dumps(r) + "\n" for r in [start, *val]))
+
+    monkeypatch.setattr(speedrun, "run", run)
+    return started
+
+
+def chosen(arguments: list[str]) -> tuple[str, str, bool]:
+    """(optimizer, name, resume) of a child's command line."""
+    options, rest = speedrun.split_arguments(arguments)
+    config = speedrun.read_config(options, options.optimizer, "", rest)
+    assert config.optimizer == options.optimizer
+    return options.optimizer, config.name, options.resume
+
+
+def test_three_optimizers_and_a_picture(settings, children, tmp_path, capsys):
+    speedrun.main([*settings, "--seed", "5"])
+    assert [chosen(arguments) for arguments in children] == [
+        (name, f"cpu/{name}", False) for name in ("adamw", "muon", "shampoo")
+    ]
+    picture = tmp_path / "runs" / "cpu" / "comparison.png"
+    assert picture.exists()
+    printed = capsys.readouterr().out
+    assert f"picture: {picture}" in printed
+    assert "| Shampoo |" in printed
+
+
+def test_name_is_the_folder_of_all_three(settings, children, tmp_path):
+    speedrun.main([*settings, "--name", "mine"])
+    assert [chosen(arguments)[1] for arguments in children] == [
+        f"mine/{name}" for name in ("adamw", "muon", "shampoo")
+    ]
+    assert (tmp_path / "runs" / "mine" / "comparison.md").exists()
+
+
+def test_resume_goes_on_with_what_exists_and_starts_the_rest(settings, children, tmp_path):
+    (tmp_path / "runs" / "cpu" / "adamw" / "checkpoints").mkdir(parents=True)
+    speedrun.main([*settings, "--resume"])
+    assert [chosen(arguments)[2] for arguments in children] == [True, False, False]
+
+
+def test_nothing_starts_where_a_run_would_be_lost(settings, children, tmp_path):
+    (tmp_path / "runs" / "cpu" / "shampoo" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="cpu/shampoo already holds a run: go on with --resume"):
+        speedrun.main(settings)
+    assert children == []
+
+
+def test_nothing_to_resume(settings, children):
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        speedrun.main([*settings, "--resume"])
+    assert children == []
+
+
+def test_settings_of_one_optimizer_are_refused_for_all(settings, children, capsys):
+    with pytest.raises(SystemExit):
+        speedrun.main([*settings, "--matrices.cutoff", "positive"])
+    assert "--matrices.cutoff" in capsys.readouterr().err
+    assert children == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "sgd"], "optimizer='sgd' is unknown"),
+        (["--preset", "track3", "--optimizer", "sgd"], "unknown in preset 'track3'"),
+        (["--model.head-dim", "7"], "head_dim=7 does not divide"),
+    ],
+)
+def test_impossible_settings_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        speedrun.main(arguments)
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
+def test_every_setting_can_be_set_and_is_explained(capsys):
+    rest = "--schedule.steps 7 --matrices.learning-rate 0.5 --matrices.cutoff positive".split()
+    options, rest = speedrun.split_arguments(["--optimizer", "shampoo", *rest])
+    config = speedrun.read_config(options, "shampoo", "x", rest)
+    assert (config.name, config.schedule.steps) == ("x", 7)
+    assert (config.matrices.learning_rate, config.matrices.cutoff) == (0.5, "positive")
+    with pytest.raises(SystemExit):
+        speedrun.main(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for wanted in ("--preset", "--resume", "--overwrite", "steps between validations", "tokens"):
+        assert wanted in text
+
+
+def test_demo_text_is_prepared_once_and_only_where_it_belongs(settings, tmp_path, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(speedrun, "prepare", lambda *a, **k: prepared.append((a[1], k)))
+    monkeypatch.setattr(speedrun, "sotu", lambda: None)
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(*arguments):
+        options, rest = speedrun.split_arguments(arguments)
+        speedrun.prepare_data(speedrun.read_config(options, "adamw", "x", rest))
+
+    prepare()
+    assert prepared == [("data/sotu", {"val_tokens": 131072})]
+    prepare("--data.directory", "elsewhere")  # a typing error must not become a corpus
+    (tmp_path / "data" / "sotu").mkdir()
+    write_shard(tmp_path / "data" / "sotu" / "s_train_000001.bin", np.zeros(9, np.uint16))
+    prepare()
+    assert len(prepared) == 1
+
+
+def test_failed_child_ends_the_command():
+    with pytest.raises(SystemExit) as stopped:
+        speedrun.run(["--optimizer", "sgd"])
+    assert stopped.value.code == 1
+
+
+def measured(path) -> list[tuple]:
+    """What a metrics file says, apart from times."""
+    with open(path, encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    return [(r["kind"], r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+def test_ctrl_c_and_resume_in_real_processes(settings, tmp_path, monkeypatch):
+    """The whole command is interrupted in its first run, which then goes on bit for bit."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    command = [sys.executable, "-m", "scripts.speedrun", *settings]
+    metrics = tmp_path / "runs" / "cpu" / "adamw" / "metrics.jsonl"
+    with (tmp_path / "errors").open("w") as errors:
+        whole = subprocess.Popen(command, stderr=errors)
+        while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+            assert whole.poll() is None, (tmp_path / "errors").read_text()
+            time.sleep(0.01)
+        whole.send_signal(signal.SIGINT)
+        code = whole.wait()
+    message = (tmp_path / "errors").read_text()
+    assert code == 130, message
+    assert "stopped by SIGINT after" in message and "--resume" in message
+    assert 4 <= len(measured(metrics)) < 400
+    for options in (["--resume"], ["--name", "straight"]):
+        subprocess.run([*command, "--optimizer", "adamw", *options], check=True)
+    assert measured(metrics) == measured(tmp_path / "runs" / "straight" / "metrics.jsonl")
