@@ -6,6 +6,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 
+from shampoo_jax.matrix.batching import map_matrices
+
 Array = jax.Array
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -14,8 +16,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def eigh(matrices: Array) -> tuple[Array, Array]:
     """Eigendecomposition of a stack of symmetric matrices, `A = Q diag(w) Q^T`.
 
-    On CPU the matrices are taken one at a time: two batched decompositions of different shapes in
-    one program can starve XLA's thread pool for ever (measured with jax 0.10 on 2 cores).
+    On CPU the matrices are taken one at a time, see `batching.map_matrices`.
 
     Args:
       matrices: `[..., d, d]`, float32 or float64; only the symmetric part is read.
@@ -24,18 +25,12 @@ def eigh(matrices: Array) -> tuple[Array, Array]:
       Eigenvalues `[..., d]` in ascending order and eigenvectors `[..., d, d]` in columns.
     """
     _warn_about_blas_threads()
-    d = matrices.shape[-1]
-    flat = matrices.reshape(-1, d, d)
 
-    def one(a: Array) -> tuple[Array, Array]:
-        vectors, values = jax.lax.linalg.eigh(a)
+    def one(matrix: Array) -> tuple[Array, Array]:
+        vectors, values = jax.lax.linalg.eigh(matrix)
         return values, vectors
 
-    def one_at_a_time(a: Array) -> tuple[Array, Array]:
-        return jax.lax.map(one, a)
-
-    values, vectors = jax.lax.platform_dependent(flat, cpu=one_at_a_time, default=one)
-    return values.reshape(matrices.shape[:-1]), vectors.reshape(matrices.shape)
+    return map_matrices(one, matrices.shape[:-2], matrices)
 
 
 _warned = False

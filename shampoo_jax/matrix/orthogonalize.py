@@ -1,11 +1,13 @@
 """Orthogonalized updates, the spectral descent family: Newton-Schulz iteration and SVD."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from shampoo_jax.matrix.batching import map_matrices
 from shampoo_jax.matrix.eigh import power_of_two_scale
 from shampoo_jax.matrix.products import matmul
 
@@ -66,7 +68,8 @@ def svd_orthogonalize(update: jax.Array, *, scale_by_nuclear_norm: bool = False)
     >>> abs(svd_orthogonalize(jnp.diag(jnp.array([3.0, -2.0])))).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    u, s, vt = jnp.linalg.svd(update, full_matrices=False)
+    svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+    u, s, vt = map_matrices(svd, update.shape[:-2], update)
     polar = matmul(u * (s > 0)[..., None, :], vt)
     return polar * jnp.sum(s, axis=-1)[..., None, None] if scale_by_nuclear_norm else polar
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from shampoo_jax.matrix.batching import map_matrices
 from shampoo_jax.matrix.eigh import eigh, power_of_two_scale
 from shampoo_jax.matrix.products import matmul
 
@@ -54,10 +55,15 @@ def orthogonal_iteration(
     >>> values.tolist()
     [1.0, 3.0]
     """
-    refine = jnp.vectorize(
-        functools.partial(_iterate, iterations=iterations), signature="(n,n),(n,n),()->(n),(n,n)"
+    leading = jnp.broadcast_shapes(factor.shape[:-2], basis.shape[:-2], jnp.shape(tolerance))
+    matrix = factor.shape[-2:]
+    return map_matrices(
+        functools.partial(_iterate, iterations=iterations),
+        leading,
+        jnp.broadcast_to(factor, leading + matrix),
+        jnp.broadcast_to(basis, leading + matrix),
+        jnp.broadcast_to(jnp.asarray(tolerance, factor.dtype), leading),
     )
-    return refine(factor, basis, jnp.asarray(tolerance, factor.dtype))
 
 
 def adaptive_eigh(

@@ -1,0 +1,41 @@
+"""Stacks of decompositions: on CPU no LAPACK call may see more than one matrix."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shampoo_jax.matrix.batching import map_matrices
+from shampoo_jax.matrix.orthogonalize import svd_orthogonalize
+from shampoo_jax.matrix.qr import adaptive_eigh, orthogonal_iteration
+
+DECOMPOSITIONS = {
+    "qr": (lambda a: orthogonal_iteration(a, a, 2), "geqrf"),
+    "svd": (svd_orthogonalize, "gesdd"),
+    "eigh": (lambda a: adaptive_eigh(a, a, 0.1), "syevd"),
+}
+
+
+@pytest.mark.parametrize("name", DECOMPOSITIONS)
+def test_lapack_sees_one_matrix_at_a_time(name):
+    # Two batched calls of different shapes in one program can hang XLA's CPU thread pool.
+    function, routine = DECOMPOSITIONS[name]
+    stack = jax.ShapeDtypeStruct((3, 2, 5, 5), jnp.float32)
+    program = jax.jit(function).lower(stack).compile().as_text()
+    calls = [line for line in program.splitlines() if f"lapack_s{routine}" in line]
+    assert calls
+    for call in calls:
+        assert re.search(r"operand_layout_constraints=\{f32\[(1,)?5,5\]", call)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)])
+def test_leading_axes(leading):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(*leading, 4, 2)), rng.normal(size=leading)
+    total, scaled = map_matrices(
+        lambda matrix, scalar: (matrix.sum(), matrix * scalar), leading, jnp.array(a), jnp.array(b)
+    )
+    np.testing.assert_allclose(total, a.sum((-2, -1)), rtol=1e-4)
+    np.testing.assert_allclose(scaled, a * b[..., None, None], rtol=1e-5)
