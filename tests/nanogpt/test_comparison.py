@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -41,7 +42,7 @@ def write_run(folder, optimizer, losses, *, name=None, finished=True, known=True
         "optimizer_state_bytes": 2_500_000,
         "baselines": {"unigram": 5.5, "bigram": 4.25, "bytes_per_token": 3.0} if known else {},
     }
-    records = [start]
+    records: list[dict[str, Any]] = [start]
     for step, loss in zip(STEPS, losses, strict=False):
         records.append({"kind": "train", "step": step, "loss": 0.0})
         records.append({"kind": "val", "step": step, "loss": loss, "train_time_s": 0.2 * step})

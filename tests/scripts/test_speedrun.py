@@ -1,7 +1,6 @@
 """The command: what it runs, what it refuses, and that Ctrl-C loses nothing."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import write_shard
+from nanogpt.config import ShampooConfig
 from nanogpt.run_folder import RunFolder
 from scripts import speedrun
 
@@ -140,6 +140,7 @@ def test_every_setting_can_be_set_and_is_explained(capsys):
     options, rest = speedrun.split_arguments(["--optimizer", "shampoo", *rest])
     config = speedrun.read_config(options, "shampoo", "x", rest)
     assert (config.name, config.schedule.steps) == ("x", 7)
+    assert isinstance(config.matrices, ShampooConfig)
     assert (config.matrices.learning_rate, config.matrices.cutoff) == (0.5, "positive")
     with pytest.raises(SystemExit):
         speedrun.main(["--help"])
