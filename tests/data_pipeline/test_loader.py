@@ -1,6 +1,7 @@
 import itertools
 import pickle
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -12,7 +13,7 @@ from data_pipeline.loader import fingerprint, require_tokens, train_batches, val
 from data_pipeline.shards import ShardError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loader"
-SETTINGS = {"sequence_length": 8, "batch_rows": 4}
+SETTINGS: dict[str, Any] = {"sequence_length": 8, "batch_rows": 4}
 
 
 def take(paths, count=None, **settings):
@@ -37,7 +38,7 @@ def make_shards(directory, sizes):
 
 @pytest.fixture
 def paths(tmp_path):
-    return make_shards(tmp_path, [100, 75, 131])
+    return make_shards(tmp_path, [100, 75, 136])
 
 
 @pytest.mark.parametrize(("world", "rank"), [(1, 0), (4, 0), (4, 1), (4, 2), (4, 3)])
@@ -231,8 +232,10 @@ def test_validation_refuses_at_once(paths):
 
 
 def test_validation_may_use_every_token(tmp_path):
-    (path,) = make_shards(tmp_path, [97])
-    assert len(list(val_batches(path, sequence_length=8, val_tokens=96, rows=4))) == 3
+    enough, short = make_shards(tmp_path, [97, 96])
+    assert len(list(val_batches(enough, sequence_length=8, val_tokens=96, rows=4))) == 3
+    with pytest.raises(ShardError, match="96 tokens, but val_tokens=96 needs 97; lower it to 64"):
+        val_batches(short, sequence_length=8, val_tokens=96, rows=4)
 
 
 def test_fingerprint_knows_files_settings_and_content(tmp_path, paths):
@@ -240,5 +243,9 @@ def test_fingerprint_knows_files_settings_and_content(tmp_path, paths):
     assert original == fingerprint(paths, seed=0, mode="shuffled", sequence_length=8)
     assert original != fingerprint(paths, sequence_length=8, mode="shuffled", seed=1)
     assert original != fingerprint(paths[::-1], sequence_length=8, mode="shuffled", seed=0)
-    write_shard(paths[2], np.zeros(131, np.uint16))
+    renamed = paths[2].rename(tmp_path / "x_train_000009.bin")
+    assert original != fingerprint(
+        [*paths[:2], renamed], sequence_length=8, mode="shuffled", seed=0
+    )
+    write_shard(paths[2], np.zeros(136, np.uint16))
     assert original != fingerprint(paths, sequence_length=8, mode="shuffled", seed=0)

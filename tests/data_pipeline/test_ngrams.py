@@ -51,11 +51,11 @@ def test_equals_the_definition(texts, monkeypatch, chunk, count):
 
 def test_probabilities_sum_to_one(tmp_path):
     """A context followed by every id once: the mean of exp(-loss) over them is 1 / size."""
-    train = np.uint16([5, 6, 5, 7, 9, 9])
+    train = np.array([5, 6, 5, 7, 9, 9], np.uint16)
     write_shard(tmp_path / "x_train_1.bin", train)
     total = 0.0
     for target in range(SIZE):
-        write_shard(tmp_path / "x_val_0.bin", np.uint16([5, target]))
+        write_shard(tmp_path / "x_val_0.bin", np.array([5, target], np.uint16))
         result = baselines([tmp_path / "x_train_1.bin"], tmp_path / "x_val_0.bin", gpt2(SIZE), 1)
         total += math.exp(-result.bigram)
     assert total == pytest.approx(1.0, rel=1e-12)
@@ -64,7 +64,7 @@ def test_probabilities_sum_to_one(tmp_path):
 def test_bytes_and_bits(tmp_path):
     encoder = gpt2(SIZE)
     text = "The government of the United States"
-    tokens = np.concatenate([np.uint16([encoder.end_of_text]), encoder.encode(text)])
+    tokens = np.concatenate([np.array([encoder.end_of_text], np.uint16), encoder.encode(text)])
     for split in ("train", "val"):
         write_shard(tmp_path / f"x_{split}_0.bin", tokens)
     paths = [tmp_path / "x_train_0.bin"]
@@ -83,6 +83,6 @@ def test_refuses_more_tokens_than_there_are(texts, count):
 
 def test_refuses_ids_of_another_tokenizer(texts, tmp_path):
     _, _, _, val_path = texts
-    write_shard(tmp_path / "other.bin", np.uint16([1, 300, 2]))
+    write_shard(tmp_path / "other.bin", np.array([1, 300, 2], np.uint16))
     with pytest.raises(ShardError, match="other.bin: token 300 .* vocabulary of 300"):
         baselines([tmp_path / "other.bin"], val_path, gpt2(SIZE), 10)
