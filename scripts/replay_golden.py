@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import shampoo_jax
+from scripts import golden_adapter
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-11}
 
@@ -73,85 +73,9 @@ def load(path: Path) -> Trajectory:
         )
 
 
-def unlimited(value: Any) -> Any:
-    """The config's `"inf"` is None here."""
-    return None if value == "inf" else value
-
-
-def solver(config: dict[str, Any]) -> shampoo_jax.Solver:
-    """The inverse-root solver of a config."""
-    rank = config["preconditioner"]["rank"]
-    if rank["kind"] == "pseudo":
-        return shampoo_jax.TruncatedEigh(rank["rtol"], rank["atol"])
-    return shampoo_jax.ShiftedEigh(config["epsilon"], rank["before"])
-
-
-def exponents(config: dict[str, Any]) -> dict[int, Any] | None:
-    """The config's exponent overrides with integer keys."""
-    override = config["preconditioner"]["exponents"]
-    if not override:
-        return None
-    return {
-        int(order): {int(k): v for k, v in e.items()} if isinstance(e, dict) else e
-        for order, e in override.items()
-    }
-
-
-def magnitude(config: dict[str, Any]) -> optax.GradientTransformation | None:
-    """The graft of a config as a part, None without one."""
-    graft = config["graft"]
-    kind, b2, eps = graft["kind"], graft.get("beta2"), graft.get("epsilon")
-    weighted = not graft.get("unweighted_update", False)
-    match kind:
-        case "none":
-            return None
-        case "sgd":
-            return shampoo_jax.on_updates(optax.identity())
-        case "adagrad":
-            return shampoo_jax.scale_by_second_moment(1.0, eps)
-        case "rmsprop" | "adam":
-            return shampoo_jax.scale_by_second_moment(
-                b2, eps, bias_correction=kind == "adam", weighted=weighted
-            )
-    raise ValueError(f"graft kind {kind!r} is not in the format.")
-
-
-def direction(config: dict[str, Any]) -> optax.GradientTransformation:
-    """The preconditioned direction of a config, without decay and learning rate."""
-    preconditioner = config["preconditioner"]
-    start = config["first_refresh_step"]
-    return shampoo_jax.scale_by_shampoo(
-        config["beta1"],
-        config["beta2"],
-        b3=config["beta1_output"] if config["beta1"] else None,
-        bias_correction=config["bias_correction"],
-        block_size=unlimited(config["max_block_dim"]),
-        merge=unlimited(config["merge_target_order"]),
-        canonical=False,
-        exponents=exponents(config),
-        weighted=not preconditioner["unweighted_update"],
-        solver=solver(config),
-        every=config["refresh_interval"],
-        start=None if start == -1 else start,
-        graft=magnitude(config),
-    )
-
-
-def optimizer(trajectory: Trajectory) -> optax.GradientTransformation:
-    """The full optimizer of a trajectory, its learning rates as a schedule."""
-    config = trajectory.config
-    # The reference casts its rate to float32 even where parameters are float64.
-    rates = jnp.asarray(trajectory.learning_rates.astype(np.float32), trajectory.dtype)
-    decay = optax.add_decayed_weights(config["weight_decay"])
-    parts = [direction(config), optax.scale_by_learning_rate(lambda count: rates[count])]
-    if config["weight_decay"]:
-        parts.insert(0 if config["weight_decay_kind"] == "l2" else 1, decay)
-    return optax.chain(*parts)
-
-
 def replay(
     trajectory: Trajectory,
-    make: Callable[[Trajectory], optax.GradientTransformation] = optimizer,
+    make: Callable[[dict[str, Any]], optax.GradientTransformation] = golden_adapter.optimizer,
 ) -> float:
     """Runs a trajectory and returns the worst error as a multiple of the tolerance.
 
@@ -164,7 +88,7 @@ def replay(
     """
     # enable_x64 is a context so that one process can replay files of both precisions.
     with jax.enable_x64(trajectory.dtype == "float64"):
-        tx = shampoo_jax.accept_missing(make(trajectory))
+        tx = make({**trajectory.config, "learning_rates": trajectory.learning_rates})
         params = {n: jnp.asarray(p, trajectory.dtype) for n, p in trajectory.params.items()}
         state, step = tx.init(params), jax.jit(tx.update)
         worst = 0.0

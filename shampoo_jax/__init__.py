@@ -4,35 +4,75 @@ Everything public is exported here; modules below are free to change.
 """
 
 from shampoo_jax.aliases import shampoo
+from shampoo_jax.averaging import averaging, eval_params
+from shampoo_jax.bases import CarriedBasis, EighBasis, QRBasis
 from shampoo_jax.blocking import blocked
 from shampoo_jax.blocks import Blocks, from_gradients, on_gradients, on_updates
-from shampoo_jax.directions import scale_by_shampoo
-from shampoo_jax.factors import accumulate_factors
+from shampoo_jax.directions import (
+    scale_by_kl_shampoo,
+    scale_by_kl_soap,
+    scale_by_shampoo,
+    scale_by_soap,
+)
+from shampoo_jax.eigenbasis import eigenbasis, in_eigenbasis
+from shampoo_jax.exponents import resolve_exponents
+from shampoo_jax.factors import accumulate_factors, damp, normalize_by_trace
 from shampoo_jax.filtering import filter_gradient
-from shampoo_jax.grafting import graft, scale_by_diagonal
+from shampoo_jax.grafting import graft, scale_by_second_moment
+from shampoo_jax.kl import accumulate_kl_factors, kl_eigenbasis
+from shampoo_jax.momentum import momentum
 from shampoo_jax.plan import DimensionNumbers
 from shampoo_jax.roots import invert_roots, precondition
+from shampoo_jax.routing import is_hidden_matrix
 from shampoo_jax.skipping import accept_missing, skip_nonfinite_blocks
-from shampoo_jax.solvers import ShiftedEigh, Solver, TruncatedEigh
+from shampoo_jax.solvers import (
+    CoupledNewton,
+    HigherOrderNewton,
+    ShiftedEigh,
+    Solver,
+    TruncatedEigh,
+)
+from shampoo_jax.weight_decay import add_scheduled_weight_decay, decay_parts
 
 __all__ = [
     "Blocks",
+    "CarriedBasis",
+    "CoupledNewton",
     "DimensionNumbers",
+    "EighBasis",
+    "HigherOrderNewton",
+    "QRBasis",
     "ShiftedEigh",
     "Solver",
     "TruncatedEigh",
     "accept_missing",
     "accumulate_factors",
+    "accumulate_kl_factors",
+    "add_scheduled_weight_decay",
+    "averaging",
     "blocked",
+    "damp",
+    "decay_parts",
+    "eigenbasis",
+    "eval_params",
     "filter_gradient",
     "from_gradients",
     "graft",
+    "in_eigenbasis",
     "invert_roots",
+    "is_hidden_matrix",
+    "kl_eigenbasis",
+    "momentum",
+    "normalize_by_trace",
     "on_gradients",
     "on_updates",
     "precondition",
-    "scale_by_diagonal",
+    "resolve_exponents",
+    "scale_by_kl_shampoo",
+    "scale_by_kl_soap",
+    "scale_by_second_moment",
     "scale_by_shampoo",
+    "scale_by_soap",
     "shampoo",
     "skip_nonfinite_blocks",
 ]

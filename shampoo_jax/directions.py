@@ -1,5 +1,6 @@
 """Shampoo's direction: the whole walk from gradients to grafted, preconditioned updates."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import optax
@@ -8,7 +9,7 @@ from shampoo_jax.bases import Basis, make_basis
 from shampoo_jax.blocking import blocked
 from shampoo_jax.eigenbasis import eigenbasis
 from shampoo_jax.exponents import ExponentOption, resolve_exponents
-from shampoo_jax.factors import accumulate_factors
+from shampoo_jax.factors import accumulate_factors, damp
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft as graft_parts
 from shampoo_jax.grafting import make_magnitude, scale_by_second_moment
@@ -161,8 +162,10 @@ def scale_by_soap(
     factor_b2: Any = None,
     b3: Any = None,
     eps: Any = 1e-8,
-    exponent: float = 0.5,
+    factor_eps: Any = 0.0,
+    exponent: float | Callable[[int], float] = 0.5,
     bias_correction: bool = True,
+    weighted: bool = True,
     block_size: int | None = None,
     merge: int | None = 2,
     canonical: bool = True,
@@ -196,8 +199,10 @@ def scale_by_soap(
       factor_b2: Decay of the factors; None means `b2`.
       b3: Decay of the emitted first moment, see `filter_gradient`; None means `b1`.
       eps: Added to the denominator; on the scale of the gradients.
-      exponent: Exponent of the second moment.
+      factor_eps: Added to the diagonal of the factors before their basis is computed; absolute.
+      exponent: Exponent of the second moment, or a function of the block order giving it.
       bias_correction: Whether moments are divided by the sum of their weights.
+      weighted: Whether new statistics have weight `1 - b2`; False adds them with weight 1.
       block_size: Largest edge of a block; None, as the authors, for whole matrices.
       merge: See `blocked`.
       canonical: See `scale_by_shampoo`.
@@ -234,9 +239,17 @@ def scale_by_soap(
         raise ValueError("skip_first=True needs refresh='after': set one or the other.")
     resolved = resolve_exponents(exponents)
     first_moment = filter_gradient(b1, b3, bias_correction=bias_correction)
-    second = scale_by_second_moment(b2, eps, exponent=exponent, bias_correction=bias_correction)
+    second = scale_by_second_moment(
+        b2, eps, exponent=exponent, bias_correction=bias_correction, weighted=weighted
+    )
     direction = optax.chain(
-        accumulate_factors(b2 if factor_b2 is None else factor_b2, exponents=resolved),
+        accumulate_factors(
+            b2 if factor_b2 is None else factor_b2,
+            exponents=resolved,
+            bias_correction=bias_correction,
+            weighted=weighted,
+        ),
+        damp(factor_eps),
         eigenbasis(
             # A first moment inside is skipped with the rest; outside it can serve a graft.
             optax.chain(first_moment, second) if skip_first else second,

@@ -1,6 +1,7 @@
 """Grafting: the direction of one transformation with the magnitude of another, block by block."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +73,7 @@ def scale_by_second_moment(
     b2: float | Array = 0.9,
     eps: float | Array = 1e-15,
     *,
-    exponent: float = 0.5,
+    exponent: float | Callable[[int], float] = 0.5,
     bias_correction: bool = True,
     weighted: bool = True,
 ) -> Part:
@@ -87,7 +88,7 @@ def scale_by_second_moment(
     Args:
       b2: Decay in [0, 1].
       eps: Added to the root; on the scale of the gradients.
-      exponent: e, any positive number.
+      exponent: e, any positive number, or a function of the block order giving it.
       bias_correction: Whether to divide `nu` by `1 - b2^t`.
       weighted: Whether `w = 1 - b2`; False adds squares with weight 1, uncorrected.
 
@@ -115,7 +116,8 @@ def scale_by_second_moment(
         def divide(b: Blocks, n: Array) -> Blocks:
             if bias_correction and weighted:
                 n = n / jnp.where(is_sum, 1.0, 1 - power(b2, count, n.dtype)).astype(n.dtype)
-            root = (jnp.sqrt(n) if exponent == 0.5 else n**exponent) + eps
+            e = exponent(b.order) if callable(exponent) else exponent
+            root = (jnp.sqrt(n) if e == 0.5 else n**e) + eps
             # 0/0 where a gradient has been zero so far and eps is 0 or underflows.
             quotient = jnp.where(root > 0, b.update / jnp.where(root > 0, root, 1.0), 0.0)
             return dataclasses.replace(b, update=quotient.astype(b.update.dtype))

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import jax
 
-from shampoo_jax.matrix import eigh
+from shampoo_jax.matrix import eigh, newton
 
 Array = jax.Array
 
@@ -70,6 +70,74 @@ class ShiftedEigh(Stateless):
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """See `Solver`."""
         return *eigh.shifted_root(factor, exponent, eps=self.eps, before=self.before), state
+
+
+@dataclasses.dataclass(frozen=True)
+class CoupledNewton(Stateless):
+    """Coupled Newton iteration, see `matrix.newton.coupled_newton`.
+
+    Attributes:
+      eps: Added to every eigenvalue; absolute, so it depends on the scale of the gradients.
+      max_iterations: Most iterations per refresh.
+      tolerance: Residual that ends them.
+      max_residual: Residual above which a root counts as failed; Meta accepts any finite root,
+        `math.inf`.
+    """
+
+    eps: Any = 1e-12
+    max_iterations: int = 100
+    tolerance: Any = 1e-6
+    max_residual: Any = newton.MAX_RESIDUAL
+
+    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
+        """See `Solver`."""
+        root = newton.rational_root(exponent)
+        if root.denominator != 1:
+            raise ValueError(
+                f"exponent={exponent} is not 1/p: solver 'coupled_newton' computes integer roots "
+                "only, use 'higher_order_newton' or 'eigh'."
+            )
+        result = newton.coupled_newton(
+            factor,
+            root.numerator,
+            self.eps,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
+            max_residual=self.max_residual,
+        )
+        return result.root, result.ok, state
+
+
+@dataclasses.dataclass(frozen=True)
+class HigherOrderNewton(Stateless):
+    """Coupled iteration of any order, see `matrix.newton.coupled_higher_order`.
+
+    Attributes:
+      rel_epsilon: Damping relative to the factor's largest absolute row sum.
+      abs_epsilon: Least damping; absolute.
+      max_iterations: Most iterations per refresh.
+      tolerance: Residual that ends them.
+      order: Of the iteration, at least 2.
+    """
+
+    rel_epsilon: Any = 1e-6
+    abs_epsilon: Any = 0.0
+    max_iterations: int = 100
+    tolerance: Any = 1e-8
+    order: int = 3
+
+    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
+        """See `Solver`."""
+        result = newton.coupled_higher_order(
+            factor,
+            exponent,
+            self.rel_epsilon,
+            self.abs_epsilon,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
+            order=self.order,
+        )
+        return result.root, result.ok, state
 
 
 def make_solver(
@@ -137,6 +205,16 @@ def _shifted(cutoff: str, rtol: Any, atol: Any, eps: Any) -> Solver:
     return ShiftedEigh(1e-12 if _is_zero(eps) else eps)
 
 
+def _coupled_newton(cutoff: str, rtol: Any, atol: Any, eps: Any) -> Solver:
+    _refuse_cutoff("coupled_newton", cutoff, rtol, atol)
+    return CoupledNewton(1e-12 if _is_zero(eps) else eps)
+
+
+def _higher_order_newton(cutoff: str, rtol: Any, atol: Any, eps: Any) -> Solver:
+    _refuse_cutoff("higher_order_newton", cutoff, rtol, atol)
+    return HigherOrderNewton() if _is_zero(eps) else HigherOrderNewton(0.0, eps)
+
+
 def _refuse_cutoff(name: str, cutoff: str, rtol: Any, atol: Any) -> None:
     if cutoff == "positive" or rtol is not None or not _is_zero(atol):
         raise ValueError(
@@ -149,4 +227,6 @@ def _refuse_cutoff(name: str, cutoff: str, rtol: Any, atol: Any) -> None:
 SOLVERS: dict[str, Callable[[str, Any, Any, Any], Solver]] = {
     "eigh": _truncated,
     "shifted_eigh": _shifted,
+    "coupled_newton": _coupled_newton,
+    "higher_order_newton": _higher_order_newton,
 }
