@@ -140,7 +140,7 @@ def baselines(runs: Sequence[Run]) -> dict[str, float]:
     Empty when the runs do not agree on them: a line would be wrong for some.
     """
     found = [run.start["baselines"] for run in runs]
-    names = {"unigram": "unigram", "bigram": "bigram (interpolated)"}
+    names = {"unigram": "unigram", "bigram": "bigram"}
     return {
         title: found[0][name]
         for name, title in names.items()
@@ -178,7 +178,10 @@ def report(runs: Sequence[Run]) -> str:
     parts = ["# Comparison of optimizers", table, "![validation loss](comparison.png)"]
     lines = [f"{name} {loss:.4f}" for name, loss in baselines(runs).items()]
     if lines:
-        parts.append(f"n-gram models on the same validation text, nats/token: {', '.join(lines)}.")
+        parts.append(
+            "n-gram models on the same validation text, nats/token: "
+            f"{', '.join(lines)}. (The bigram is interpolated: .7 bigram, .3 unigram.)"
+        )
     return "\n\n".join(parts + _machines(runs)) + "\n"
 
 

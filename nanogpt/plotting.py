@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -51,17 +52,19 @@ def draw(
     baselines = baselines or {}
     low, high = limits(lines, references, baselines)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 5.6), dpi=110, layout="constrained")
+        figure = Figure(figsize=(13.5, 5.6), dpi=110, layout="constrained")
         by_step, by_time = figure.subplots(1, 2, sharey=True)
         for axes, column in ((by_step, "steps"), (by_time, "seconds")):
             _draw_runs(axes, lines, column)
             _draw_baselines(axes, baselines)
             axes.set_ylim(low, high)
-            axes.set_xlim(left=0)
         _draw_references(by_step, references)
+        for axes in (by_step, by_time):
+            axes.set_xlim(left=0)
         by_step.set(xlabel="optimizer step", ylabel="validation loss (nats per token)")
         by_time.set(xlabel="training time (seconds)")
         _label_ends(by_step, lines)
+        _label_baselines(by_time, baselines)
         figure.legend(
             *by_step.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
         )
@@ -74,8 +77,8 @@ def limits(
     """Returns the losses between which the picture is drawn.
 
     The first steps fall from ln(vocabulary) so fast that showing them would squeeze the end, where
-    runs differ: the top is a little above the highest baseline, or above what the worst run has
-    reached after a tenth of its steps.
+    runs differ: the top is a little above what the worst run has reached after a tenth of its
+    steps, or above the highest baseline.
     """
     curves = [*lines, *references]
     lowest = min([np.nanmin(curve.losses) for curve in curves] + list(baselines.values()))
@@ -85,7 +88,7 @@ def limits(
         for step, loss in zip(curve.steps, curve.losses, strict=True)
         if step >= 0.1 * curve.steps[-1]
     ]
-    highest = max(baselines.values(), default=np.nanmax(early))
+    highest = max([np.nanmax(early), *baselines.values()])
     margin = 0.05 * (highest - lowest) or 0.05
     return float(lowest - margin), float(highest + margin)
 
@@ -123,17 +126,22 @@ def _draw_runs(axes: Axes, lines: Sequence[Line], column: str) -> None:
 
 
 def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
-    for label, loss in baselines.items():
+    for loss in baselines.values():
         axes.axhline(loss, color=GREY, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
+
+
+def _label_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
+    """Names the baselines right of the panel, where no curve can cross them."""
+    low, high = axes.get_ylim()
+    places = spread(list(baselines.values()), gap=0.1 * (high - low))
+    for (label, loss), place in zip(baselines.items(), places, strict=True):
         axes.annotate(
-            f"{label} {loss:.2f}",
-            (0.99, loss),
+            f"{label}\n{loss:.3f}",
+            (1.01, place),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="right",
+            va="center",
             color=GREY,
-            fontsize=11,
+            fontsize=12,
         )
 
 
@@ -159,4 +167,5 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
             annotation_clip=False,
             fontsize=12,
             fontweight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )

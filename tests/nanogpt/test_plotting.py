@@ -29,10 +29,15 @@ def test_limits_leave_out_the_first_fall_and_show_every_end():
     assert 6.7 <= high < 7.0  # the slow run after a tenth of its steps is at 6.7
 
 
-def test_limits_end_above_the_highest_baseline():
-    low, high = limits([FAST, SLOW], [], {"unigram": 6.0, "bigram": 2.5})
-    assert low < 2.5
-    assert 6.0 < high < 6.3
+def test_limits_show_every_baseline():
+    low, high = limits([FAST, SLOW], [], {"unigram": 8.0, "bigram": 2.5})
+    assert 2.0 < low < 2.5
+    assert 8.0 < high < 8.5
+
+
+def test_limits_show_runs_that_are_worse_than_every_baseline():
+    low, high = limits([FAST, SLOW], [], {"unigram": 2.0})
+    assert 6.7 <= high
 
 
 def test_limits_of_a_constant_are_not_empty():
