@@ -3,7 +3,7 @@
 Everything public is exported here; modules below are free to change.
 """
 
-from shampoo_jax.aliases import shampoo
+from shampoo_jax.aliases import kl_shampoo, kl_soap, one_sided_shampoo, shampoo, soap
 from shampoo_jax.averaging import averaging, eval_params
 from shampoo_jax.bases import CarriedBasis, EighBasis, QRBasis
 from shampoo_jax.blocking import blocked
@@ -11,6 +11,7 @@ from shampoo_jax.blocks import Blocks, from_gradients, on_gradients, on_updates
 from shampoo_jax.directions import (
     scale_by_kl_shampoo,
     scale_by_kl_soap,
+    scale_by_one_sided_shampoo,
     scale_by_shampoo,
     scale_by_soap,
 )
@@ -23,7 +24,7 @@ from shampoo_jax.kl import accumulate_kl_factors, kl_eigenbasis
 from shampoo_jax.momentum import momentum
 from shampoo_jax.plan import DimensionNumbers
 from shampoo_jax.roots import invert_roots, precondition
-from shampoo_jax.routing import is_hidden_matrix
+from shampoo_jax.routing import complete, is_hidden_matrix
 from shampoo_jax.skipping import accept_missing, skip_nonfinite_blocks
 from shampoo_jax.solvers import (
     CoupledNewton,
@@ -51,6 +52,7 @@ __all__ = [
     "add_scheduled_weight_decay",
     "averaging",
     "blocked",
+    "complete",
     "damp",
     "decay_parts",
     "eigenbasis",
@@ -62,17 +64,22 @@ __all__ = [
     "invert_roots",
     "is_hidden_matrix",
     "kl_eigenbasis",
+    "kl_shampoo",
+    "kl_soap",
     "momentum",
     "normalize_by_trace",
     "on_gradients",
     "on_updates",
+    "one_sided_shampoo",
     "precondition",
     "resolve_exponents",
     "scale_by_kl_shampoo",
     "scale_by_kl_soap",
+    "scale_by_one_sided_shampoo",
     "scale_by_second_moment",
     "scale_by_shampoo",
     "scale_by_soap",
     "shampoo",
     "skip_nonfinite_blocks",
+    "soap",
 ]

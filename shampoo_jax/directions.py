@@ -411,3 +411,79 @@ def scale_by_kl_soap(
         canonical=canonical and len(set(resolved(2))) == 1,
         dimension_numbers=dimension_numbers,
     )
+
+
+def scale_by_one_sided_shampoo(
+    b1: Any = 0.9,
+    b2: Any = 0.95,
+    *,
+    side: Literal["left", "right"] = "right",
+    bias_correction: bool = True,
+    block_size: int | None = 1024,
+    merge: int | None = 2,
+    dimension_numbers: DimensionRule | None = None,
+    solver: str | Solver = "eigh",
+    cutoff: str = "relative",
+    rtol: Any = None,
+    atol: Any = 0.0,
+    eps: Any = 0.0,
+    every: Any = 1,
+    start: Any = None,
+    graft: str | optax.GradientTransformation | None = None,
+    graft_b2: Any = None,
+    graft_eps: Any = 1e-15,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    """Rescales updates by one-sided Shampoo: `U = M R^(-1/2)` with `R = EMA(G^T G)`.
+
+    Sources: An et al. 2025 (ASGO, arXiv:2503.20762), Xie et al. 2025 (arXiv:2503.10537). The root
+    is truncated where the paper adds eps to it; the paper has neither grafting nor bias correction.
+
+    Args:
+      b1: Decay of the first moment.
+      b2: Decay of the factor.
+      side: `"right"` preconditions the last dimension of a matrix, `"left"` the first.
+      bias_correction: As in `scale_by_shampoo`, like all options below.
+      block_size: See `scale_by_shampoo`.
+      merge: See `scale_by_shampoo`.
+      dimension_numbers: See `scale_by_shampoo`.
+      solver: See `scale_by_shampoo`.
+      cutoff: See `scale_by_shampoo`.
+      rtol: See `scale_by_shampoo`.
+      atol: See `scale_by_shampoo`.
+      eps: See `scale_by_shampoo`.
+      every: See `scale_by_shampoo`.
+      start: See `scale_by_shampoo`.
+      graft: See `scale_by_shampoo`.
+      graft_b2: See `scale_by_shampoo`.
+      graft_eps: See `scale_by_shampoo`.
+      nonfinite: See `scale_by_shampoo`.
+
+    Returns:
+      A transformation without learning rate and weight decay.
+
+    Raises:
+      ValueError: An unknown side, or an option out of range.
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f"side={side!r}: use 'left' or 'right'.")
+    return scale_by_shampoo(
+        b1,
+        b2,
+        bias_correction=bias_correction,
+        block_size=block_size,
+        merge=merge,
+        dimension_numbers=dimension_numbers,
+        exponents={2: {0: 0.5, 1: 0.0} if side == "left" else {0: 0.0, 1: 0.5}},
+        solver=solver,
+        cutoff=cutoff,
+        rtol=rtol,
+        atol=atol,
+        eps=eps,
+        every=every,
+        start=start,
+        graft=graft,
+        graft_b2=graft_b2,
+        graft_eps=graft_eps,
+        nonfinite=nonfinite,
+    )

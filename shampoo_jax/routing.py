@@ -53,26 +53,59 @@ def labels_by(rule: Rule) -> Callable[[Any], Any]:
     return lambda params: jax.tree_util.tree_map_with_path(label, params)
 
 
-def assemble(
+def complete(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    weight_decay: Any,
-    weight_decay_kind: str,
-    peak_lr: Any,
-    mask: Any,
-    momentum: Any,
-    dampening: Any,
-    nesterov: bool,
-    preconditioned: Rule | None,
-    adamw_learning_rate: optax.ScalarOrSchedule | None,
-    adamw_b1: Any,
-    adamw_b2: Any,
-    adamw_eps: Any,
-    adamw_weight_decay: Any,
-    nonfinite: str,
+    weight_decay: Any = 0.0,
+    weight_decay_kind: str = "decoupled",
+    peak_lr: Any = None,
+    mask: Any = None,
+    momentum: Any = None,
+    dampening: Any = 0.0,
+    nesterov: bool = False,
+    preconditioned: Rule | None = None,
+    adamw_learning_rate: optax.ScalarOrSchedule | None = None,
+    adamw_b1: Any = 0.9,
+    adamw_b2: Any = 0.95,
+    adamw_eps: Any = 1e-15,
+    adamw_weight_decay: Any = None,
+    nonfinite: str = "skip",
 ) -> optax.GradientTransformationExtraArgs:
-    """A complete optimizer around a direction; the arguments are those of `shampoo`."""
+    """A complete optimizer: a direction on matrices, AdamW on everything else.
+
+    `U = direction(G) + weight_decay * W`, momentum if asked for, then `W -= learning_rate * U`. A
+    gradient that is None leaves its parameter and its state alone.
+
+    Args:
+      direction: Any transformation of trees of matrices without learning rate and decay.
+      learning_rate: Number or schedule.
+      weight_decay: Strength of the decay of matrices.
+      weight_decay_kind: `"decoupled"`, `"l2"`, `"lr_over_peak"` or `"over_peak"`, see
+        `add_scheduled_weight_decay`.
+      peak_lr: Largest learning rate, for the two relative kinds.
+      mask: Which parameters decay: tree of booleans or function of parameters.
+      momentum: Decay of heavy-ball momentum on the finished direction; None for none.
+      dampening: See `momentum`.
+      nesterov: See `momentum`.
+      preconditioned: Callable of (path, leaf): whether the direction takes this parameter. None
+        means `is_hidden_matrix`.
+      adamw_learning_rate: Learning rate of the others; None means `learning_rate`.
+      adamw_b1: Decay of their first moment.
+      adamw_b2: Decay of their second moment.
+      adamw_eps: Their eps, on the scale of the gradients.
+      adamw_weight_decay: Their decoupled decay; None means `weight_decay`.
+      nonfinite: `"skip"` leaves parameters and state alone in a step with any non-finite gradient,
+        and counts it in `state.total_notfinite`; `"propagate"` does nothing.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: An option out of range, or options that contradict each other.
+    """
+    if nonfinite not in ("skip", "propagate"):
+        raise ValueError(f"nonfinite={nonfinite!r}: use 'skip' or 'propagate'.")
     before, after = decay_parts(weight_decay_kind, weight_decay, learning_rate, peak_lr, mask)
     if momentum is not None:
         after = [*after, momentum_part(momentum, dampening, nesterov)]
