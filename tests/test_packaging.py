@@ -18,12 +18,12 @@ PACKAGES = ("shampoo_jax", "nanogpt", "data_pipeline")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
-def package_files() -> list[str]:
-    """Every file of the packages, relative to the root."""
+def files_of(*folders: str) -> list[str]:
+    """Every file in these folders, relative to the root."""
     return [
         path.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for path in sorted((ROOT / package).rglob("*"))
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     ]
 
@@ -32,7 +32,8 @@ def package_files() -> list[str]:
 def wheel(tmp_path_factory):
     """The wheel of a copy of this tree: building leaves files behind."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", *package_files()):
+    loose = ("pyproject.toml", "README.md", "LICENSE", "tests/conftest.py")
+    for name in (*loose, *files_of(*PACKAGES, "scripts")):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-c", BUILD, str(built)]
@@ -80,7 +81,7 @@ def test_extras(requirements):
 
 
 def test_every_module_and_data_file_is_in_the_wheel(wheel):
-    files = package_files()
+    files = files_of(*PACKAGES)
     assert "data_pipeline/gpt2_merges.xz" in files
     assert set(files) <= set(wheel.namelist())
 
