@@ -31,19 +31,23 @@ def token_losses(raw_NxV: jax.Array, targets_N: jax.Array) -> jax.Array:
 
 def _forward(raw_NxV: jax.Array, targets_N: jax.Array):
     logits_NxV = soft_cap(widen_exactly(raw_NxV))
-    log_sum_N = jnp.log(jnp.sum(jnp.exp(logits_NxV), axis=-1))
+    sum_N = jnp.sum(jnp.exp(logits_NxV), axis=-1)
     picked_N = jnp.take_along_axis(logits_NxV, targets_N[:, None], axis=-1)[:, 0]
-    return log_sum_N - picked_N, (raw_NxV, targets_N, log_sum_N)
+    return jnp.log(sum_N) - picked_N, (raw_NxV, targets_N, sum_N)
 
 
 def _backward(residuals, cotangent_N: jax.Array):
-    """(softmax - one-hot) times the cap's slope 15^3 / (z^2 + 225)^(3/2)."""
-    raw_NxV, targets_N, log_sum_N = residuals
+    """(softmax - one-hot) times the cap's slope (15 / sqrt(z^2 + 225))^3.
+
+    In this form softmax and slope are exactly 1/V and 1 under zero logits (V a power of 2), and
+    zero entries of the first gradient are zero, not rounding that Adam would blow up.
+    """
+    raw_NxV, targets_N, sum_N = residuals
     wide_NxV = widen_exactly(raw_NxV)
-    softmax_NxV = jnp.exp(soft_cap(wide_NxV) - log_sum_N[:, None])
+    softmax_NxV = jnp.exp(soft_cap(wide_NxV)) * (1 / sum_N)[:, None]
     hot_NxV = jnp.arange(raw_NxV.shape[-1]) == targets_N[:, None]
     inverse_NxV = jax.lax.rsqrt(wide_NxV * wide_NxV + LOGIT_CAP**2)
-    slope_NxV = LOGIT_CAP**3 * inverse_NxV * inverse_NxV * inverse_NxV
+    slope_NxV = (LOGIT_CAP * inverse_NxV) ** 3
     gradient_NxV = (softmax_NxV - hot_NxV) * slope_NxV * cotangent_N[:, None]
     return jax.lax.optimization_barrier(gradient_NxV.astype(raw_NxV.dtype)), None
 
