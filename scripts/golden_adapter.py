@@ -222,7 +222,9 @@ def basis(chosen: Config) -> sj.EighBasis | sj.QRBasis:
 
 def magnitude(entry: Config) -> Transformation | None:
     """A diagonal method, as a graft or as the preconditioner; None for no graft."""
-    kind, b2, eps = entry["kind"], entry.get("beta2"), entry.get("epsilon")
+    kind: str = entry["kind"]
+    b2: Any = entry.get("beta2")
+    eps: Any = entry.get("epsilon")
     weighted = not entry.get("unweighted_update", False)
     match kind:
         case "none":
