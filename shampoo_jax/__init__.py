@@ -3,6 +3,7 @@
 Everything public is exported here; modules below are free to change.
 """
 
+from shampoo_jax import presets
 from shampoo_jax.aliases import kl_shampoo, kl_soap, one_sided_shampoo, shampoo, soap
 from shampoo_jax.averaging import averaging, eval_params
 from shampoo_jax.bases import CarriedBasis, EighBasis, QRBasis
@@ -72,6 +73,7 @@ __all__ = [
     "on_updates",
     "one_sided_shampoo",
     "precondition",
+    "presets",
     "resolve_exponents",
     "scale_by_kl_shampoo",
     "scale_by_kl_soap",
