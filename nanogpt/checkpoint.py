@@ -46,7 +46,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: grain.DatasetIterator, seconds: float) -> None:
-        """Starts to save; a step that is already there is left alone.
+        """Starts to save; Orbax leaves a step alone that is already there.
 
         Args:
             step: updates done; equals state.step.
@@ -54,8 +54,6 @@ class Checkpoints:
             data: iterator that has handed out `step` batches.
             seconds: training time so far.
         """
-        if step in self._manager.all_steps():
-            return
         self._manager.save(
             step,
             args=ocp.args.Composite(
