@@ -12,12 +12,7 @@ import jax
 import optax
 
 from shampoo_jax.aliases import shampoo
-from shampoo_jax.exponents import resolve_exponents
-from shampoo_jax.factors import AccumulateFactorsState, Exponents
-from shampoo_jax.filtering import FilterGradientState
-from shampoo_jax.grafting import ScaleBySecondMomentState
-from shampoo_jax.plan import LeafPlan, make_plan
-from shampoo_jax.roots import InvertRootsState
+from shampoo_jax.plan import Cell, LeafPlan, make_plan
 from shampoo_jax.routing import is_hidden_matrix
 
 # Golub and Van Loan, Matrix Computations, 4th edition, algorithm 8.3.3: eigenvalues and
@@ -26,13 +21,20 @@ EIGH_FLOPS = 9
 # Q diag(w^-e) Q^T, one product of d x d matrices.
 RECONSTRUCTION_FLOPS = 2
 
-_KINDS = {
-    FilterGradientState: "first moment",
-    AccumulateFactorsState: "factors",
-    InvertRootsState: "roots",
-    ScaleBySecondMomentState: "graft",
-    optax.ScaleByAdamState: "adam",
+# Kinds of state by the field that holds it, inside the parts of this package.
+KINDS = {
+    "mu": "first moment",
+    "factors": "factors",
+    "roots": "roots",
+    "solver": "roots",
+    "bases": "roots",
+    "eigenvalues": "roots",
+    "nu": "second moment",
 }
+ADAM, OTHER = "adam", "other"
+
+# For every stack, which dimensions of its blocks have a factor.
+Factored = dict[str, tuple[bool, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +66,9 @@ class Report:
 
     Attributes:
       rows: One per parameter, in the order of `jax.tree.leaves`.
-      state_bytes: Bytes of optimizer state by kind: first moment, factors, roots, graft, adam (of
-        parameters that are not preconditioned), other.
+      state_bytes: Bytes of optimizer state by kind: first moment, factors, roots (or bases), second
+        moment (of the graft or in the eigenbasis), adam (both moments of parameters that are not
+        preconditioned), other (momentum, counts ...).
       adamw_bytes: State of AdamW on all parameters, twice their size.
       muon_bytes: State of Muon on the preconditioned parameters, once their size, with AdamW on
         the others.
@@ -117,7 +120,7 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
       The report.
 
     Raises:
-      TypeError: An option that the optimizer does not have.
+      TypeError: An option that the optimizer does not have, or an optimizer without blocks.
       ValueError: Options that the optimizer refuses, complex parameters.
 
     Example:
@@ -141,35 +144,31 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
         if "preconditioned" in chosen
         else lambda path, leaf: True
     )
-    exponents = resolve_exponents(chosen.get("exponents"))
+    if "block_size" not in chosen:
+        raise TypeError(f"{optimizer} has no option block_size: explain cannot tell its blocks.")
+    state = jax.eval_shape(tx.init, params)
+    factored = _factored(state)
     ours = jax.tree_util.tree_map_with_path(lambda p, x: x if rule(p, x) else None, params)
     others = jax.tree_util.tree_map_with_path(lambda p, x: None if rule(p, x) else x, params)
-    plan = make_plan(
-        ours,
-        block_size=chosen["block_size"],
-        merge=chosen["merge"],
-        canonical=chosen.get("canonical", True) and len(set(exponents(2))) == 1,
-        dimension_numbers=chosen["dimension_numbers"],
-    )
-    rows = _rows(params, ours, plan, exponents)
-    shapes = {shape for row in rows for shape in row.blocks}
+    plan = _plan_of(ours, chosen, factored)
+    rows = _rows(params, ours, plan, factored)
     # Statistics and application both multiply a d x d matrix per factor with the block.
     product = sum(
-        2 * n * math.prod(shape) * sum(_edges(shape, exponents))
-        for row in rows
-        for shape, n in row.blocks.items()
+        2 * leaf.batch * math.prod(cell.size) * sum(_edges(cell, factored))
+        for leaf in plan
+        for cell in leaf.cells
     )
     edges = [(d, n) for row in rows for d, n in row.factors.items()]
     return Report(
         rows=rows,
-        state_bytes=_bytes_by_kind(tx, params),
+        state_bytes=_bytes_by_kind(state),
         adamw_bytes=state_bytes(optax.scale_by_adam(), params),
         muon_bytes=state_bytes(optax.trace(0.9), ours)
         + (state_bytes(optax.scale_by_adam(), others) if jax.tree.leaves(others) else 0),
         refresh_flops=sum((EIGH_FLOPS + RECONSTRUCTION_FLOPS) * n * d**3 for d, n in edges),
         statistics_flops=product,
         apply_flops=product,
-        root_batches=sum(len(_edges(shape, exponents)) for shape in shapes),
+        root_batches=sum(map(sum, factored.values())),
         largest_factor=max((d for d, _ in edges), default=0),
     )
 
@@ -192,24 +191,49 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
     return sum(map(_size, jax.tree.leaves(jax.eval_shape(tx.init, params))))
 
 
-def _bytes_by_kind(tx: optax.GradientTransformation, params: Any) -> dict[str, int]:
-    sizes = dict.fromkeys([*_KINDS.values(), "other"], 0)
-    nodes = jax.tree.leaves(jax.eval_shape(tx.init, params), is_leaf=lambda x: type(x) in _KINDS)
-    for node in nodes:
-        sizes[_KINDS.get(type(node), "other")] += sum(map(_size, jax.tree.leaves(node)))
+def _bytes_by_kind(state: Any) -> dict[str, int]:
+    sizes = dict.fromkeys([*KINDS.values(), ADAM, OTHER], 0)
+    nodes = jax.tree_util.tree_leaves_with_path(
+        state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
+    )
+    for path, node in nodes:
+        fields = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
+        kind = KINDS.get(fields[-1], OTHER) if fields else OTHER
+        kind = ADAM if isinstance(node, optax.ScaleByAdamState) else kind
+        sizes[kind] += sum(map(_size, jax.tree.leaves(node)))
     return sizes
+
+
+def _factored(state: Any) -> Factored:
+    """Read from the state that was built, whatever options decided it."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "factors"))
+    stacks = [node.factors for node in nodes if hasattr(node, "factors")]
+    return {k: tuple(f is not None for f in v) for s in stacks for k, v in s.items()}
+
+
+def _plan_of(params: Any, chosen: Mapping[str, Any], factored: Factored) -> list[LeafPlan]:
+    """The plan whose stacks are those of the state; it tells whether blocks were transposed."""
+    options = {name: chosen[name] for name in ("block_size", "merge", "dimension_numbers")}
+    plan = make_plan(params, canonical=True, **options)
+    if {cell.key for leaf in plan for cell in leaf.cells} == factored.keys():
+        return plan
+    return make_plan(params, canonical=False, **options)
 
 
 def _size(x: Any) -> int:
     return x.size * x.dtype.itemsize
 
 
-def _edges(shape: tuple[int, ...], exponents: Exponents) -> list[int]:
+def _edges(cell: Cell, factored: Factored) -> list[int]:
     """Edge lengths of the factors of one block."""
-    return [d for d, e in zip(shape, exponents(len(shape)), strict=True) if e]
+    return [d for d, has in zip(_stored(cell), factored[cell.key], strict=True) if has]
 
 
-def _rows(params: Any, ours: Any, plan: list[LeafPlan], exponents: Exponents) -> tuple[Row, ...]:
+def _stored(cell: Cell) -> tuple[int, ...]:
+    return cell.size[::-1] if cell.transposed else cell.size
+
+
+def _rows(params: Any, ours: Any, plan: list[LeafPlan], factored: Factored) -> tuple[Row, ...]:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(ours)]
     layouts = dict(zip(paths, plan, strict=True))
     rows = []
@@ -221,11 +245,9 @@ def _rows(params: Any, ours: Any, plan: list[LeafPlan], exponents: Exponents) ->
         blocks: collections.Counter[tuple[int, ...]] = collections.Counter()
         factors: collections.Counter[int] = collections.Counter()
         for cell in layout.cells:
-            shape = cell.size[::-1] if cell.transposed else cell.size
-            blocks[shape] += layout.batch
-        for shape, n in blocks.items():
-            for d in _edges(shape, exponents):
-                factors[d] += n
+            blocks[_stored(cell)] += layout.batch
+            for d in _edges(cell, factored):
+                factors[d] += layout.batch
         rows.append(
             Row(name, tuple(leaf.shape), True, layout.batch, layout.merged, blocks, factors)
         )

@@ -124,7 +124,8 @@ def _record(b: Blocks, old: dict[str, Any], exponents: tuple[float, ...]) -> dic
     for k, exponent in enumerate(exponents):
         if not exponent:
             continue
-        factor, matrix = b.figures.get(f"factor/{k}"), b.matrices[k] if b.matrices else None
+        factor, basis = b.figures.get(f"factor/{k}"), b.figures.get(f"basis/{k}")
+        matrix = b.per_dimension[k] if basis is None else basis
         if factor is None or matrix is None:
             raise ValueError(
                 f"monitor_spectrum found no factor of dimension {k} in a stack of blocks of shape "
@@ -132,11 +133,11 @@ def _record(b: Blocks, old: dict[str, Any], exponents: tuple[float, ...]) -> dic
                 "the same exponents."
             )
         scale = power_of_two_scale(factor)
-        previous = b.figures.get(f"previous/{k}")
-        if previous is None:
+        if basis is None:
             figures = _root_figures(factor / scale, matrix * scale**exponent, exponent)
         else:
-            figures = _basis_figures(factor / scale, matrix, previous, old[str(k)]["rotation"])
+            previous, rotation = b.figures[f"previous/{k}"], old[str(k)]["rotation"]
+            figures = _basis_figures(factor / scale, matrix, previous, rotation)
         new[str(k)] = {name: figures.get(name, old[str(k)][name]) for name in DIMENSION_FIGURES}
     return jax.tree.map(lambda n, o: jnp.where(b.ready, n, o).astype(o.dtype), new, old)
 
@@ -160,7 +161,7 @@ def _root_figures(factor: Array, root: Array, exponent: float) -> dict[str, Arra
     return {
         "effective_rank": effective_rank(factor),
         "kept_rank": rank,
-        "condition_number": jnp.where(rank > 0, condition, 0.0),
+        "condition_number": condition,
         "dropped_energy": _dropped(_diagonal(rotated), kept),
         "root_residual": jnp.linalg.norm(residual, axis=(1, 2)) / jnp.sqrt(jnp.maximum(rank, 1)),
     }
@@ -179,9 +180,7 @@ def _basis_figures(
     return {
         "effective_rank": effective_rank(factor),
         "kept_rank": rank,
-        "condition_number": jnp.where(
-            rank > 0, largest[:, 0] / jnp.where(rank > 0, smallest, 1.0), 0.0
-        ),
+        "condition_number": largest[:, 0] / jnp.where(rank > 0, smallest, 1.0),
         "dropped_energy": _dropped(values, kept),
         "rotation": jnp.where(turned, rotation_angle(basis, previous, values), rotation),
     }

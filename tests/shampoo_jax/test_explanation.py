@@ -8,7 +8,7 @@ import pytest
 
 from scripts.compile_size import gpt2_matrices, measure, one_root_per_factor
 from shampoo_jax import DimensionNumbers, scale_by_shampoo
-from shampoo_jax.aliases import shampoo
+from shampoo_jax.aliases import kl_shampoo, one_sided_shampoo, shampoo, soap
 from shampoo_jax.explanation import explain, state_bytes
 
 
@@ -69,12 +69,9 @@ def test_state_bytes_are_those_of_the_built_state(options):
 def test_state_bytes_by_kind():
     found = explain(PARAMS, block_size=6).state_bytes
     weights, factors = 4 * 3 * (24 + 40), 4 * 3 * (2 * 36 + 4 * 16)
-    count = 4
-    assert found["first moment"] == found["graft"] == weights + count
-    assert found["factors"] == factors + count
-    failures = 4 * 3 * 3
-    assert found["roots"] == factors + failures + count
-    assert found["adam"] == 2 * 4 * (200 + 3 * 4) + count
+    assert found["first moment"] == found["second moment"] == weights
+    assert found["factors"] == found["roots"] == factors
+    assert found["adam"] == 2 * 4 * (200 + 3 * 4) + 4  # and a count
 
 
 def test_comparison_with_adamw_and_muon():
@@ -114,6 +111,25 @@ def test_a_dimension_with_exponent_zero_has_no_factor():
     report = explain({"w": struct(6, 4)}, exponents={2: {0: 0.5, 1: 0.0}})
     assert dict(row(report, "w").factors) == {6: 1}
     assert report.root_batches == 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "batches", "factors"),
+    [(soap, 2, {6: 1, 4: 1}), (kl_shampoo, 2, {6: 1, 4: 1}), (one_sided_shampoo, 1, {6: 1})],
+)
+def test_every_alias_is_read_from_the_state_it_builds(optimizer, batches, factors):
+    report = explain({"w": struct(4, 6)}, optimizer)
+    assert report.root_batches == batches
+    assert dict(row(report, "w").factors) == factors
+    squares = sum(4 * d * d * n for d, n in factors.items())
+    assert report.state_bytes["factors"] == squares
+    eigenvalues = 4 * (4 + 6) if optimizer is kl_shampoo else 0
+    assert report.state_bytes["roots"] == squares + eigenvalues
+
+
+def test_a_function_without_blocks_is_refused():
+    with pytest.raises(TypeError, match="block_size"):
+        explain(PARAMS, optax.scale_by_adam)
 
 
 def test_the_table_folds_layers_and_names_each_choice():

@@ -10,8 +10,10 @@ import pytest
 
 from shampoo_jax.blocking import blocked
 from shampoo_jax.blocks import Blocks, blocks_part, map_blocks
+from shampoo_jax.eigenbasis import eigenbasis
 from shampoo_jax.factors import accumulate_factors
 from shampoo_jax.grafting import graft, scale_by_second_moment
+from shampoo_jax.kl import kl_eigenbasis
 from shampoo_jax.monitoring import (
     MonitorState,
     effective_rank,
@@ -151,7 +153,7 @@ def test_records_are_made_at_step_1_and_every_interval():
 
 
 def report_basis(basis, previous):
-    """Stands in for a part that applies eigenbases and reports the previous ones."""
+    """Stands in for an eigenbasis part whose bases are known."""
 
     def update(blocks, state, params):
         del params
@@ -159,7 +161,8 @@ def report_basis(basis, previous):
         def report(b):
             figures = {f"factor/{k}": s for k, s in enumerate(b.matrices)}
             figures |= {f"previous/{k}": previous[None] for k in range(2)}
-            return dataclasses.replace(b, matrices=(basis[None],) * 2, figures=figures)
+            figures |= {f"basis/{k}": basis[None] for k in range(2)}
+            return dataclasses.replace(b, figures=figures)
 
         return map_blocks(report, blocks), state
 
@@ -185,6 +188,28 @@ def test_eigenbases_report_spectrum_and_rotation():
     share = (9 + 4) / 14  # of the trace, in the two directions that turned
     expected = np.arcsin(np.sqrt(share) * np.sin(0.3))
     np.testing.assert_allclose(figures["rotation"], [expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("direction", "refreshes"),
+    [
+        ([accumulate_factors(0.9), eigenbasis(optax.identity(), every=2)], [2, 4]),
+        ([kl_eigenbasis(optax.identity(), 0.9, scaled=True, every=2)], [3, 5]),
+    ],
+    ids=["eigenbasis", "kl_eigenbasis"],
+)
+def test_rotation_of_a_real_eigenbasis_is_kept_until_the_next_refresh(direction, refreshes):
+    tx = blocked(optax.chain(*direction, monitor_spectrum()))
+    state = tx.init({"w": jnp.ones((5, 5))})
+    angles = []
+    for step in range(1, 6):
+        g = np.random.default_rng(step).normal(size=(5, 5))
+        _, state = jax.jit(tx.update)({"w": jnp.asarray(g)}, state)
+        figures = read_monitor(state)["5x5/0"]
+        angles.append(float(figures["rotation"][0]))
+        assert figures["effective_rank"] > 1 or step == 1
+    assert [t + 1 for t in range(1, 5) if angles[t] != angles[t - 1]] == refreshes
+    assert 0 < angles[-1] < np.pi / 2
 
 
 @pytest.mark.parametrize("angle", [1e-4, 0.1, 0.7])
