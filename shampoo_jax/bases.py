@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from shampoo_jax.matrix import eigh, qr
+from shampoo_jax.matrix.batching import map_matrices
 
 Array = jax.Array
 
@@ -18,15 +19,21 @@ class EighBasis:
     Attributes:
       tolerance: Accepted `|B - diag B|_F / |B|_F` with `B = Q^T A Q`, per factor; 0 decomposes at
         every refresh (Eschenhagen et al. 2025, arXiv:2506.03595).
+      descending: Whether the largest eigenvalue comes first. Later QR steps depend on the order.
     """
 
     tolerance: Any = 0.0
+    descending: bool = False
 
     def __call__(self, factor: Array, basis: Array) -> tuple[Array, Array, Array | None]:
         """Eigenvalues `[N, d]`, basis `[N, d, d]`, and the reordering of old columns: none."""
         if isinstance(self.tolerance, (int, float)) and self.tolerance == 0:
-            return *eigh.eigh(factor), None
-        return *qr.adaptive_eigh(factor, basis, self.tolerance), None
+            values, basis = eigh.eigh(factor)
+        else:
+            values, basis = qr.adaptive_eigh(factor, basis, self.tolerance)
+        if self.descending:
+            values, basis = values[:, ::-1], basis[:, :, ::-1]
+        return values, basis, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,8 @@ class QRBasis:
             basis = jnp.take_along_axis(basis, order[:, None, :], axis=2)
         for _ in range(self.iterations):
             product = jnp.matmul(factor, basis, precision=eigh.HIGHEST)
-            basis = jnp.linalg.qr(product / eigh.power_of_two_scale(product))[0]
+            scaled = product / eigh.power_of_two_scale(product)
+            basis = map_matrices(lambda a: jnp.linalg.qr(a)[0], scaled.shape[:1], scaled)
         return eigenvalue_estimates(factor, basis), basis, order
 
 

@@ -238,17 +238,12 @@ def scale_by_soap(
     if skip_first and refresh == "before":
         raise ValueError("skip_first=True needs refresh='after': set one or the other.")
     resolved = resolve_exponents(exponents)
-    first_moment = filter_gradient(b1, b3, bias_correction=bias_correction)
-    second = scale_by_second_moment(
-        b2, eps, exponent=exponent, bias_correction=bias_correction, weighted=weighted
-    )
+    corrected = {"bias_correction": bias_correction}
+    weighting = {**corrected, "weighted": weighted}
+    first_moment = filter_gradient(b1, b3, **corrected)
+    second = scale_by_second_moment(b2, eps, exponent=exponent, **weighting)
     direction = optax.chain(
-        accumulate_factors(
-            b2 if factor_b2 is None else factor_b2,
-            exponents=resolved,
-            bias_correction=bias_correction,
-            weighted=weighted,
-        ),
+        accumulate_factors(b2 if factor_b2 is None else factor_b2, exponents=resolved, **weighting),
         damp(factor_eps),
         eigenbasis(
             # A first moment inside is skipped with the rest; outside it can serve a graft.

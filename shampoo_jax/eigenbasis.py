@@ -104,15 +104,8 @@ def eigenbasis(
         keep = map_blocks(lambda p: _keep_all(p, exponents) if truncated else (), params)
         return EigenbasisState(jnp.zeros([], jnp.int32), bases, keep, state)
 
-    def new_bases(method: Basis, blocks: Any, state: EigenbasisState) -> EigenbasisState:
-        new = map_blocks(lambda b, q: _refresh(b, q, method, rtol), blocks, state.bases)
-        moves = map_blocks(lambda b, q, r: Move(q, r.bases, r.order), blocks, state.bases, new)
-        return EigenbasisState(
-            state.count,
-            map_blocks(lambda b, r: r.bases, blocks, new),
-            map_blocks(lambda b, r: r.keep if truncated else (), blocks, new),
-            carry(state.inner, moves, first_moments, reorder),
-        )
+    def moved(method: Basis, blocks: Any, state: EigenbasisState) -> EigenbasisState:
+        return _move(blocks, state, method, rtol, first_moments, reorder)
 
     def use(blocks: Any, state: EigenbasisState, params: Any) -> tuple[Any, Any]:
         rotated = map_blocks(rotate, blocks, state.bases)
@@ -124,7 +117,7 @@ def eigenbasis(
     def update_before(blocks: Any, state: EigenbasisState, params: Any) -> tuple[Any, Any]:
         state = when(
             _always(every, first) or refresh_due(state.count, every, first),
-            lambda s: new_bases(basis, blocks, s),
+            lambda s: moved(basis, blocks, s),
             state,
         )
         new, state = use(blocks, state, params)
@@ -132,18 +125,19 @@ def eigenbasis(
 
     def update_after(blocks: Any, state: EigenbasisState, params: Any) -> tuple[Any, Any]:
         is_first = state.count == 1
-        state = when(is_first, lambda s: new_bases(EighBasis(), blocks, s), state)
+        state = when(is_first, lambda s: moved(EighBasis(descending=True), blocks, s), state)
         new, used = use(blocks, state, params)
         if skip_first:
             new, used = _skip(is_first, new, used, state)
         age = state.count - 1 if skip_first else state.count
         due = (age > 0) & (age % every == 0)
-        used = when(due, lambda s: new_bases(basis, blocks, s), used)
+        used = when(due, lambda s: moved(basis, blocks, s), used)
         return _ready(new, ~is_first if skip_first else jnp.array(True)), used
 
     def update(blocks: Any, state: EigenbasisState, params: Any) -> tuple[Any, Any]:
-        state = state._replace(count=optax.safe_increment(state.count))
-        return (update_before if refresh == "before" else update_after)(blocks, state, params)
+        do = update_before if refresh == "before" else update_after
+        new, after = do(blocks, state._replace(count=optax.safe_increment(state.count)), params)
+        return map_blocks(report_bases, new, state.bases, after.bases), after
 
     return blocks_part(init, update)
 
@@ -185,6 +179,25 @@ def in_eigenbasis(
     return eigenbasis(from_gradients(inner), first_moments=first_moments, **options)
 
 
+def _move(
+    blocks: Any,
+    state: EigenbasisState,
+    method: Basis,
+    rtol: Any,
+    first_moments: Sequence[str],
+    reorder: bool,
+) -> EigenbasisState:
+    """The state in new bases."""
+    new = map_blocks(lambda b, q: _refresh(b, q, method, rtol), blocks, state.bases)
+    moves = map_blocks(lambda b, q, r: Move(q, r.bases, r.order), blocks, state.bases, new)
+    return EigenbasisState(
+        state.count,
+        map_blocks(lambda b, r: r.bases, blocks, new),
+        map_blocks(lambda b, old, r: r.keep if old else (), blocks, state.keep, new),
+        carry(state.inner, moves, first_moments, reorder),
+    )
+
+
 def rotate(b: Blocks, bases: Matrices) -> Blocks:
     """Gradient and update of a stack in the eigenbases."""
     gradient = apply_matrices(b.gradient, bases, transpose=True)
@@ -204,6 +217,21 @@ def when(condition: Array | bool, f: Any, operand: Any) -> Any:
     if condition is True:
         return f(operand)
     return jax.lax.cond(condition, f, lambda same: same, operand)
+
+
+def report_bases(
+    b: Blocks, previous: Matrices, bases: Matrices, factors: Matrices | None = None
+) -> Blocks:
+    """Adds factors and bases, before and after this step, to the figures: a monitor reads them."""
+    factors = b.per_dimension if factors is None else factors
+    named = {"factor": factors, "previous": previous, "basis": bases}
+    figures = {
+        f"{name}/{k}": matrix
+        for name, matrices in named.items()
+        for k, matrix in enumerate(matrices)
+        if matrix is not None
+    }
+    return dataclasses.replace(b, figures={**b.figures, **figures})
 
 
 def _always(every: Any, first: Any) -> bool:

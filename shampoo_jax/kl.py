@@ -9,7 +9,15 @@ import optax
 
 from shampoo_jax.bases import Basis, EighBasis, QRBasis
 from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
-from shampoo_jax.eigenbasis import Matrices, Move, carry, rotate, rotate_back, when
+from shampoo_jax.eigenbasis import (
+    Matrices,
+    Move,
+    carry,
+    report_bases,
+    rotate,
+    rotate_back,
+    when,
+)
 from shampoo_jax.exponents import Exponents, default_exponents
 from shampoo_jax.factors import (
     contract,
@@ -174,59 +182,6 @@ def kl_eigenbasis(
             tx.init(params),
         )
 
-    def start(blocks: Any, state: KLEigenbasisState) -> KLEigenbasisState:
-        """Factors and bases of the first gradient."""
-
-        def first(b: Blocks, factors: Matrices) -> Matrices:
-            nothing = (None,) * b.order
-            new = _whitened_contractions(b.gradient, factors, nothing, True)
-            return tuple(None if c is None else weight * c for c in new)
-
-        factors = map_blocks(first, blocks, state.factors)
-        bases = map_blocks(
-            lambda b, s, q: _new_bases(s, q, EighBasis()), blocks, factors, state.bases
-        )
-        return state._replace(factors=factors, bases=bases)
-
-    def step(blocks: Any, state: KLEigenbasisState) -> KLEigenbasisState:
-        """Factors and eigenvalues after a later gradient."""
-
-        def accumulate(b: Blocks, s: Matrices, q: Matrices, d: Matrices) -> Matrices:
-            whiten = tuple(
-                None if b_k is None else b_k * (d_k**-0.5)[:, None, :]
-                for b_k, d_k in zip(q, d, strict=True)
-            )
-            new = _whitened_contractions(b.gradient, s, _transposed(whiten), True)
-            return decay_factors(s, new, b2, True)
-
-        def track(b: Blocks, q: Matrices, d: Matrices) -> Matrices:
-            squares = apply_matrices(b.gradient, q, transpose=True) ** 2
-            return tuple(
-                None
-                if old is None
-                else _capped(b2 * old + (1 - b2) * _mean_over(squares, d, k), cap)
-                for k, old in enumerate(d)
-            )
-
-        factors = map_blocks(accumulate, blocks, state.factors, state.bases, state.eigenvalues)
-        eigenvalues = map_blocks(track, blocks, state.bases, state.eigenvalues)
-        return state._replace(factors=factors, eigenvalues=eigenvalues)
-
-    def refresh(state: KLEigenbasisState) -> KLEigenbasisState:
-        bases = jax.tree.map(
-            lambda s, q: _new_bases(s, q, basis),
-            state.factors,
-            state.bases,
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
-        moves = jax.tree.map(
-            lambda q, new: Move(q, new, ()),
-            state.bases,
-            bases,
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
-        return state._replace(bases=bases, inner=carry(state.inner, moves, ("mu",), False))
-
     def update(blocks: Any, state: KLEigenbasisState, params: Any) -> tuple[Any, Any]:
         count = optax.safe_increment(state.count)
         is_first = count == 1
@@ -240,15 +195,66 @@ def kl_eigenbasis(
             ),
             new,
         )
-        used = state._replace(count=count, inner=inner)
+        used, previous = state._replace(count=count, inner=inner), state.bases
         state = jax.lax.cond(
             is_first,
-            lambda: start(blocks, state._replace(count=count)),
-            lambda: when(((count - 1) % every) == 0, refresh, step(blocks, used)),
+            lambda: _start(blocks, state._replace(count=count), weight),
+            lambda: when(
+                ((count - 1) % every) == 0,
+                lambda s: _refresh(s, basis),
+                _accumulate(blocks, used, b2, cap),
+            ),
         )
-        return new, state
+        return map_blocks(report_bases, new, previous, state.bases, state.factors), state
 
     return blocks_part(init, update)
+
+
+def _start(blocks: Any, state: KLEigenbasisState, weight: Any) -> KLEigenbasisState:
+    """Factors and bases of the first gradient."""
+
+    def first(b: Blocks, factors: Matrices) -> Matrices:
+        new = _whitened_contractions(b.gradient, factors, (None,) * b.order, True)
+        return tuple(None if c is None else weight * c for c in new)
+
+    factors = map_blocks(first, blocks, state.factors)
+    bases = map_blocks(
+        lambda b, s, q: _new_bases(s, q, EighBasis(descending=True)), blocks, factors, state.bases
+    )
+    return state._replace(factors=factors, bases=bases)
+
+
+def _accumulate(blocks: Any, state: KLEigenbasisState, b2: Any, cap: Any) -> KLEigenbasisState:
+    """Factors and eigenvalues after a later gradient."""
+
+    def accumulate(b: Blocks, s: Matrices, q: Matrices, d: Matrices) -> Matrices:
+        whiten = tuple(
+            None if q_k is None else (q_k * (d_k**-0.5)[:, None, :]).swapaxes(1, 2)
+            for q_k, d_k in zip(q, d, strict=True)
+        )
+        return decay_factors(s, _whitened_contractions(b.gradient, s, whiten, True), b2, True)
+
+    def track(b: Blocks, q: Matrices, d: Matrices) -> Matrices:
+        squares = apply_matrices(b.gradient, q, transpose=True) ** 2
+        return tuple(
+            None if old is None else _capped(b2 * old + (1 - b2) * _mean_over(squares, d, k), cap)
+            for k, old in enumerate(d)
+        )
+
+    factors = map_blocks(accumulate, blocks, state.factors, state.bases, state.eigenvalues)
+    eigenvalues = map_blocks(track, blocks, state.bases, state.eigenvalues)
+    return state._replace(factors=factors, eigenvalues=eigenvalues)
+
+
+def _refresh(state: KLEigenbasisState, basis: Basis) -> KLEigenbasisState:
+    """New bases from the factors, first moments carried along."""
+
+    def per_stack(f: Any, *trees: Any) -> Any:
+        return jax.tree.map(f, *trees, is_leaf=lambda x: isinstance(x, tuple))
+
+    bases = per_stack(lambda s, q: _new_bases(s, q, basis), state.factors, state.bases)
+    moves = per_stack(lambda q, new: Move(q, new, ()), state.bases, bases)
+    return state._replace(bases=bases, inner=carry(state.inner, moves, ("mu",), False))
 
 
 def _first_eigenvalues(p: Blocks, exponents: Exponents) -> Matrices:
@@ -264,10 +270,6 @@ def _new_bases(factors: Matrices, bases: Matrices, method: Basis) -> Matrices:
         None if s is None or q is None else method(s, q)[1]
         for s, q in zip(factors, bases, strict=True)
     )
-
-
-def _transposed(matrices: Matrices) -> Matrices:
-    return tuple(None if m is None else m.swapaxes(1, 2) for m in matrices)
 
 
 def _along(x: Array, dim: int, ndim: int) -> Array:
