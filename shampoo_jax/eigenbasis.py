@@ -248,7 +248,9 @@ def _keep_all(p: Blocks, exponents: Exponents) -> Matrices:
 
 def _refresh(b: Blocks, old: Matrices, method: Basis, rtol: Any) -> Refreshed:
     """New bases of one stack; a factor that is not finite keeps its old one."""
-    bases, keep, order = list(old), [None] * len(old), [None] * len(old)
+    bases: list[Array | None] = list(old)
+    keep: list[Array | None] = [None] * len(old)
+    order: list[Array | None] = [None] * len(old)
     for k, (factor, q) in enumerate(zip(b.per_dimension, old, strict=True)):
         if factor is None or q is None:
             continue

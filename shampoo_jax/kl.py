@@ -229,7 +229,7 @@ def _accumulate(blocks: Any, state: KLEigenbasisState, b2: Any, cap: Any) -> KLE
 
     def accumulate(b: Blocks, s: Matrices, q: Matrices, d: Matrices) -> Matrices:
         whiten = tuple(
-            None if q_k is None else (q_k * (d_k**-0.5)[:, None, :]).swapaxes(1, 2)
+            None if q_k is None or d_k is None else (q_k * (d_k**-0.5)[:, None, :]).swapaxes(1, 2)
             for q_k, d_k in zip(q, d, strict=True)
         )
         return decay_factors(s, _whitened_contractions(b.gradient, s, whiten, True), b2, True)
