@@ -110,13 +110,16 @@ def assert_equal(left: dict, right: dict) -> None:
     assert jax.tree.structure(left) == jax.tree.structure(right)
 
 
-def interrupt_after(monkeypatch, batches: int, signum: int) -> None:
-    """Sends this process a signal while the loop fetches training batch number `batches`."""
+def interrupt_after(monkeypatch, batches: int, signum: int, rows: int = 4) -> None:
+    """Sends this process a signal while the loop fetches batch number `batches` of `rows` rows.
+
+    Training batches have 4 rows; validation batches have 2, and one validation is 8 of them.
+    """
     fetched = iter(range(1, 10**6))
     to_device = loop.to_device
 
     def with_signal(batch):
-        if batch["inputs"].shape[0] == 4 and next(fetched) == batches:
+        if batch["inputs"].shape[0] == rows and next(fetched) == batches:
             os.kill(os.getpid(), signum)
         return to_device(batch)
 
@@ -165,6 +168,8 @@ def test_first_record_tells_what_the_run_is(whole):
 
 def test_losses_of_every_due_step_are_recorded(whole):
     assert [record["step"] for record in records(whole, "train")] == list(range(STEPS))
+    steps = [record["step"] for record in records(whole)[1:]]
+    assert steps == sorted(steps)  # a step is settled, and its time taken, before a validation
     validations = records(whole, "val")
     assert [record["step"] for record in validations] == [0, 4, 8, 9, 10]
     assert validations[0]["loss"] == pytest.approx(math.log(VOCAB), abs=1e-6)  # the head is zero
@@ -183,20 +188,30 @@ def test_last_record_sums_the_run_up(whole):
     assert 1e7 < end["peak_memory_bytes"] < 1e11
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_goes_on_bit_for_bit(shards, tmp_path, whole, monkeypatch, signum):
+@pytest.mark.parametrize(
+    ("rows", "batches", "signum", "step", "validated"),
+    [
+        (4, 5, signal.SIGINT, 5, [0, 4]),
+        (2, 2 * 8 + 2, signal.SIGTERM, 8, [0, 4]),  # in the third validation
+        (2, 4 * 8 + 2, signal.SIGINT, 10, [0, 4, 8, 9]),  # in the last one
+    ],
+)
+def test_interrupted_run_goes_on_bit_for_bit(
+    shards, tmp_path, whole, monkeypatch, rows, batches, signum, step, validated
+):
     config = tiny(shards, tmp_path)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 5, signum)
-        with pytest.raises(Interrupted, match="after 5 steps.*--resume") as stopped:
+        interrupt_after(patch, batches, signum, rows)
+        with pytest.raises(Interrupted, match=f"after {step} steps.*--resume") as stopped:
             fit(config)
-    assert (stopped.value.signum, stopped.value.step) == (signum, 5)
-    assert [record["step"] for record in records(config, "train")] == list(range(5))
+    assert (stopped.value.signum, stopped.value.step) == (signum, step)
+    assert [record["step"] for record in records(config, "train")] == list(range(step))
+    assert [record["step"] for record in records(config, "val")] == validated
     fit(config, resume=True)
     assert losses(config) == losses(whole)
     assert_equal(saved(config), saved(whole))
     assert saved(config)["data"] == {"next_index": STEPS}
-    assert [record["step"] for record in records(config, "resume")] == [5]
+    assert [record["step"] for record in records(config, "resume")] == [step]
 
 
 def test_shampoo_goes_on_bit_for_bit(shards, tmp_path, monkeypatch):
