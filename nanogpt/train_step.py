@@ -35,6 +35,18 @@ def abstract_params(config: ModelConfig) -> optax.Params:
     return jax.eval_shape(lambda: _init_params(config, 0))
 
 
+def model_structure(config: ModelConfig) -> nnx.GraphDef:
+    """The model without its parameters; computes nothing.
+
+    Args:
+        config: The model.
+
+    Returns:
+        What `nnx.merge` needs beside a parameter tree to give a `GPT`.
+    """
+    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
+
+
 def _init_params(config: ModelConfig, seed: int) -> optax.Params:
     return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
 
@@ -55,8 +67,7 @@ def init_state(config: Config, tx: optax.GradientTransformation) -> tuple[nnx.Gr
         params = _init_params(config.model, config.seed)
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: GPT(config.model, nnx.Rngs(0))))
-    return graphdef, init()
+    return model_structure(config.model), init()
 
 
 def summed_loss(

@@ -10,7 +10,7 @@ import pytest
 
 from nanogpt.optimizers import build_optimizer
 from nanogpt.presets import preset
-from nanogpt.train_step import TrainState, init_state, make_eval_step, make_train_step
+from nanogpt.train_step import TrainState, make_eval_step, make_train_step, model_structure
 from tests.oracles import speedrun
 
 Z = speedrun.load("train_e2e.npz")
@@ -26,14 +26,13 @@ class Case(NamedTuple):
     vector_norm: float
 
 
-# Tolerances: 2 to 4 times what the torch script itself moves under rounding noise, see the golden
-# data's `spread_*`, but at least what float32 arithmetic in another order costs.
+# Tolerances: a few times what the torch script itself moves under rounding noise, see the golden
+# data's `spread_*`, or float32 norms summed in another order.
 CASES = {
-    "muon_f32ns": Case("muon_track3", {"ns_dtype": "float32"}, {}, 1e-5, 2e-5, 2e-5),
-    "muon_bf16ns": Case("muon_track3", {}, {}, 2e-4, 2e-2, 2e-2),
-    "adamw": Case("adamw", {}, {"warmup_steps": SHAPE["warmup"]}, 1e-5, 5e-5, 5e-5),
-    "shampoo": Case("shampoo", {}, {}, 1.5e-4, 2e-3, 6e-2),
-    "shampoo_rtol_none": Case("shampoo", {"cutoff": "relative"}, {}, 1e-4, 1e-3, 1e-2),
+    "muon_f32ns": Case("muon_track3", {"ns_dtype": "float32"}, {}, 5e-6, 2e-5, 2e-5),
+    "adamw": Case("adamw", {}, {"warmup_steps": SHAPE["warmup"]}, 5e-6, 2e-5, 5e-5),
+    "shampoo": Case("shampoo", {}, {}, 1e-4, 2e-3, 6e-2),
+    "shampoo_rtol_none": Case("shampoo", {"cutoff": "relative"}, {}, 5e-5, 5e-4, 3e-3),
 }
 
 
@@ -62,7 +61,7 @@ def train(config):
     """Training losses, validation losses (before steps 0, 5, ..., K) and norms after each step."""
     params = jax.tree.map(jnp.asarray, speedrun.from_torch(Z, "init__"))
     tx = build_optimizer(config, params)
-    graphdef, _ = init_state(config, tx)
+    graphdef = model_structure(config.model)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
     step, evaluate = make_train_step(graphdef, tx, config), make_eval_step(graphdef, config)
     rows, held_out = SHAPE["batch_rows"], batch(Z["val_tokens"], 0, SHAPE["val_rows"])
@@ -82,7 +81,7 @@ def train(config):
 def test_trajectory_equals_torch(kind):
     case = CASES[kind]
     losses, val, norms = train(configuration(case))
-    np.testing.assert_allclose(losses[:4], Z[f"{kind}__train_loss"][:4], rtol=0, atol=3e-6)
+    np.testing.assert_allclose(losses[:4], Z[f"{kind}__train_loss"][:4], rtol=0, atol=5e-6)
     np.testing.assert_allclose(losses, Z[f"{kind}__train_loss"], rtol=0, atol=case.loss)
     np.testing.assert_allclose(val, Z[f"{kind}__val_loss"], rtol=0, atol=case.loss)
     for index, name in enumerate(map(speedrun.our_name, speedrun.read_json(Z["names"]))):
