@@ -115,7 +115,9 @@ def averaging(
         share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1.0), 1.0)
         return 1 - share, weight_sum
 
-    def update_fn(updates: Any, state: AveragingState, params: Any = None, **extra: Any) -> Any:
+    def update_fn(
+        updates: Any, state: AveragingState, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("averaging needs the parameters: call update(updates, state, params).")
         lr = jnp.asarray(value_at(learning_rate, state.count), jnp.float32)
@@ -141,7 +143,7 @@ def averaging(
 
 
 def eval_params(state: Any, params: Any) -> Any:
-    """The average to evaluate, `x`, from the parameters that are trained, `y`, which it leaves alone.
+    """The average to evaluate, `x`, from the trained parameters `y`, which stay as they are.
 
     `x = y + (1 - 1 / train_coeff) (z - y)`.
 

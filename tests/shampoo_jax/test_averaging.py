@@ -30,8 +30,9 @@ def wide(tree):
 
 def run(tx, params, grads):
     """All parameters on the way, and the last state; one compilation, everything donated."""
-    state = jax.jit(tx.init)(params)
-    traces = []
+    params = jax.tree.map(jnp.copy, params)
+    state = tx.init(params)  # eagerly: a jitted one never shares memory with its arguments
+    traces, path = [], []
 
     def step(params, state, g):
         traces.append(g)
@@ -39,7 +40,6 @@ def run(tx, params, grads):
         return optax.apply_updates(params, updates), state
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    path, params = [], jax.tree.map(jnp.copy, params)
     for g in grads:
         params, state = step(params, state, g)
         path.append(jax.tree.map(np.asarray, params))
@@ -158,6 +158,7 @@ def test_bfloat16_parameters_keep_their_dtype_and_z_is_float32(kind):
     params = jnp.ones(4, jnp.bfloat16)
     tx = averaging(optax.sgd(1e-3), kind, learning_rate=1e-3)
     state = tx.init(params)
+    assert state.z.dtype == jnp.float32
     for _ in range(16):  # each step is half a rounding unit of bfloat16 at 1
         updates, state = tx.update(jnp.ones_like(params), state, params)
     assert updates.dtype == eval_params(state, params).dtype == jnp.bfloat16
@@ -186,7 +187,7 @@ def test_state_is_arrays_of_stable_structure():
         _, after = tx.update(grads[0], state, params)
         assert jax.tree.structure(state) == jax.tree.structure(after) == jax.tree.structure(shapes)
         assert jax.tree.map(jnp.result_type, state) == jax.tree.map(jnp.result_type, after)
-        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves((state, after)))
 
 
 def test_parameters_inside_the_state_are_found():
