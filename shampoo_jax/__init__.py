@@ -17,12 +17,14 @@ from shampoo_jax.directions import (
     scale_by_soap,
 )
 from shampoo_jax.eigenbasis import eigenbasis, in_eigenbasis
+from shampoo_jax.explanation import Report, explain, state_bytes
 from shampoo_jax.exponents import resolve_exponents
 from shampoo_jax.factors import accumulate_factors, damp, normalize_by_trace
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft, scale_by_second_moment
 from shampoo_jax.kl import accumulate_kl_factors, kl_eigenbasis
 from shampoo_jax.momentum import momentum
+from shampoo_jax.monitoring import monitor_spectrum, read_monitor
 from shampoo_jax.plan import DimensionNumbers
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.routing import complete, is_hidden_matrix
@@ -44,6 +46,7 @@ __all__ = [
     "EighBasis",
     "HigherOrderNewton",
     "QRBasis",
+    "Report",
     "ShiftedEigh",
     "Solver",
     "TruncatedEigh",
@@ -58,6 +61,7 @@ __all__ = [
     "decay_parts",
     "eigenbasis",
     "eval_params",
+    "explain",
     "filter_gradient",
     "from_gradients",
     "graft",
@@ -68,12 +72,14 @@ __all__ = [
     "kl_shampoo",
     "kl_soap",
     "momentum",
+    "monitor_spectrum",
     "normalize_by_trace",
     "on_gradients",
     "on_updates",
     "one_sided_shampoo",
     "precondition",
     "presets",
+    "read_monitor",
     "resolve_exponents",
     "scale_by_kl_shampoo",
     "scale_by_kl_soap",
@@ -84,4 +90,5 @@ __all__ = [
     "shampoo",
     "skip_nonfinite_blocks",
     "soap",
+    "state_bytes",
 ]

@@ -8,12 +8,13 @@ import optax
 from shampoo_jax.bases import Basis, make_basis
 from shampoo_jax.blocking import blocked
 from shampoo_jax.eigenbasis import eigenbasis
-from shampoo_jax.exponents import ExponentOption, resolve_exponents
+from shampoo_jax.exponents import ExponentOption, Exponents, resolve_exponents
 from shampoo_jax.factors import accumulate_factors, damp
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft as graft_parts
 from shampoo_jax.grafting import make_magnitude, scale_by_second_moment
 from shampoo_jax.kl import kl_eigenbasis
+from shampoo_jax.monitoring import monitor_spectrum
 from shampoo_jax.plan import DimensionRule
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.skipping import skip_nonfinite_blocks
@@ -43,6 +44,7 @@ def scale_by_shampoo(
     graft_b2: Any = None,
     graft_eps: Any = 1e-15,
     nonfinite: str = "propagate",
+    monitor: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by Shampoo: Kronecker-factored preconditioning, Adam's magnitude per block.
 
@@ -88,6 +90,7 @@ def scale_by_shampoo(
       nonfinite: `"skip_blocks"` gives blocks with a non-finite gradient a zero update and an
         unchanged state; `"propagate"` leaves that to a wrapper around the whole optimizer, such as
         the one inside `shampoo`.
+      monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
 
     Returns:
       A transformation without learning rate and weight decay. Its state holds float32 stacks of
@@ -130,10 +133,12 @@ def scale_by_shampoo(
         filter_gradient(b1, b3, bias_correction=bias_correction),
         direction,
         magnitude=make_magnitude(graft, graft_b2, graft_eps),
+        exponents=resolved,
         nonfinite=nonfinite,
+        monitor=monitor,
         block_size=block_size,
         merge=merge,
-        canonical=canonical and len(set(resolved(2))) == 1,
+        canonical=canonical,
         dimension_numbers=dimension_numbers,
     )
 
@@ -143,16 +148,25 @@ def blocked_walk(
     direction: optax.GradientTransformation,
     *,
     magnitude: optax.GradientTransformation | None,
+    exponents: Exponents,
     nonfinite: str,
+    monitor: int | None,
+    canonical: bool,
     **blocking: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`blocked` around first moment, then direction, grafted where there is a magnitude."""
+    """`blocked` around first moment, direction (grafted where there is a magnitude) and monitor."""
     if nonfinite not in ("propagate", "skip_blocks"):
         raise ValueError(f"nonfinite={nonfinite!r}: use 'propagate' or 'skip_blocks'.")
-    walk = direction if magnitude is None else graft_parts(magnitude, direction)
-    if first_moment is not None:
-        walk = optax.chain(first_moment, walk)
-    return blocked(skip_nonfinite_blocks(walk) if nonfinite == "skip_blocks" else walk, **blocking)
+    parts = [] if first_moment is None else [first_moment]
+    parts.append(direction if magnitude is None else graft_parts(magnitude, direction))
+    if monitor is not None:
+        parts.append(monitor_spectrum(exponents=exponents, every=monitor))
+    walk = optax.chain(*parts)
+    return blocked(
+        skip_nonfinite_blocks(walk) if nonfinite == "skip_blocks" else walk,
+        canonical=canonical and len(set(exponents(2))) == 1,
+        **blocking,
+    )
 
 
 def scale_by_soap(
@@ -182,6 +196,7 @@ def scale_by_soap(
     graft_b2: Any = None,
     graft_eps: Any = 1e-15,
     nonfinite: str = "propagate",
+    monitor: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by SOAP: Adam in the eigenbasis of Shampoo's factors.
 
@@ -220,6 +235,7 @@ def scale_by_soap(
       graft_b2: As in `scale_by_shampoo`.
       graft_eps: As in `scale_by_shampoo`.
       nonfinite: As in `scale_by_shampoo`.
+      monitor: As in `scale_by_shampoo`.
 
     Returns:
       A transformation without learning rate and weight decay.
@@ -262,10 +278,12 @@ def scale_by_soap(
         None if skip_first else first_moment,
         direction,
         magnitude=make_magnitude(graft, b2 if graft_b2 is None else graft_b2, graft_eps),
+        exponents=resolved,
         nonfinite=nonfinite,
+        monitor=monitor,
         block_size=block_size,
         merge=merge,
-        canonical=canonical and len(set(resolved(2))) == 1,
+        canonical=canonical,
         dimension_numbers=dimension_numbers,
     )
 
@@ -286,6 +304,7 @@ def scale_by_kl_shampoo(
     cap: str | float = "size",
     rtol: float | None = 0.0,
     nonfinite: str = "propagate",
+    monitor: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by KL-Shampoo: factors whitened by each other, eigenvalues tracked apart.
 
@@ -309,6 +328,7 @@ def scale_by_kl_shampoo(
       cap: See `kl_eigenbasis`.
       rtol: See `kl_eigenbasis`.
       nonfinite: As in `scale_by_shampoo`.
+      monitor: As in `scale_by_shampoo`.
 
     Returns:
       A transformation without learning rate and weight decay.
@@ -330,10 +350,12 @@ def scale_by_kl_shampoo(
         None,
         part,
         magnitude=None,
+        exponents=resolved,
         nonfinite=nonfinite,
+        monitor=monitor,
         block_size=block_size,
         merge=merge,
-        canonical=canonical and len(set(resolved(2))) == 1,
+        canonical=canonical,
         dimension_numbers=dimension_numbers,
     )
 
@@ -355,6 +377,7 @@ def scale_by_kl_soap(
     cap: str | float = "size",
     rtol: float | None = 0.0,
     nonfinite: str = "propagate",
+    monitor: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by KL-SOAP: uncorrected Adam in the eigenbasis of KL-Shampoo's factors.
 
@@ -377,6 +400,7 @@ def scale_by_kl_soap(
       cap: See `kl_eigenbasis`.
       rtol: See `kl_eigenbasis`.
       nonfinite: As in `scale_by_shampoo`.
+      monitor: As in `scale_by_shampoo`.
 
     Returns:
       A transformation without learning rate and weight decay.
@@ -400,10 +424,12 @@ def scale_by_kl_soap(
         None,
         part,
         magnitude=None,
+        exponents=resolved,
         nonfinite=nonfinite,
+        monitor=monitor,
         block_size=block_size,
         merge=merge,
-        canonical=canonical and len(set(resolved(2))) == 1,
+        canonical=canonical,
         dimension_numbers=dimension_numbers,
     )
 
@@ -428,6 +454,7 @@ def scale_by_one_sided_shampoo(
     graft_b2: Any = None,
     graft_eps: Any = 1e-15,
     nonfinite: str = "propagate",
+    monitor: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by one-sided Shampoo: `U = M R^(-1/2)` with `R = EMA(G^T G)`.
 
@@ -453,6 +480,7 @@ def scale_by_one_sided_shampoo(
       graft_b2: See `scale_by_shampoo`.
       graft_eps: See `scale_by_shampoo`.
       nonfinite: See `scale_by_shampoo`.
+      monitor: See `scale_by_shampoo`.
 
     Returns:
       A transformation without learning rate and weight decay.
@@ -481,4 +509,5 @@ def scale_by_one_sided_shampoo(
         graft_b2=graft_b2,
         graft_eps=graft_eps,
         nonfinite=nonfinite,
+        monitor=monitor,
     )
