@@ -1,6 +1,7 @@
 """The model against the torch benchmark script; A1 .. A11 are rows of the list of parity traps."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -192,18 +193,12 @@ def test_a9_cap_is_the_inverse_square_root_form():
 
 
 def test_a9_cap_reads_rounded_logits():
-    """Under jit too, where XLA likes to keep the float32 accumulator of a bfloat16 product."""
+    """Rounding that XLA may not drop, as some backends drop a cast to bfloat16 and back."""
     z = speedrun.load("model_bf16.npz")
     graphdef, params, batch = build(z, dtype="bfloat16", embed_dtype="bfloat16")
-    params["head"]["bias"] = jnp.full_like(params["head"]["bias"], 3.0)
-
-    @jax.jit
-    def both():
-        model = nnx.merge(graphdef, params)
-        return model.raw_logits(batch["inputs"]), model(batch["inputs"])
-
-    raw, capped = both()
-    np.testing.assert_allclose(capped, soft_cap(raw.astype(jnp.float32)), rtol=1e-6, atol=1e-6)
+    traced = jax.make_jaxpr(lambda p: nnx.merge(graphdef, p)(batch["inputs"]))(params)
+    rounding = r"f32\[4,32,128\] = reduce_precision\[\s*exponent_bits=8\s+mantissa_bits=7"
+    assert re.search(rounding, str(traced))
 
 
 def test_a6_parameters_of_track3():
