@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import shampoo_jax
 from scripts import golden_adapter
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-11}
@@ -39,6 +40,8 @@ class Trajectory:
     expected: list[dict[str, np.ndarray]]
     spread: list[dict[str, float]]
     learning_rates: np.ndarray
+    evaluated: dict[str, np.ndarray]
+    evaluated_spread: dict[str, float]
 
     @property
     def dtype(self) -> str:
@@ -70,6 +73,8 @@ def load(path: Path) -> Trajectory:
             expected=[{n: z[f"param__{n}"][t] for n in names} for t in steps],
             spread=[{n: float(z[f"spread__{n}"][t]) for n in names} for t in steps],
             learning_rates=z["lr"],
+            evaluated={n: z[f"eval__{n}"] for n in names if f"eval__{n}" in z},
+            evaluated_spread={n: float(z[f"eval_spread__{n}"]) for n in names if f"eval__{n}" in z},
         )
 
 
@@ -109,10 +114,23 @@ def replay(
             }
             params, state = step(updates, state, params)
             for n, value in params.items():
-                error = np.abs(np.asarray(value, np.float64) - trajectory.expected[t][n]).max()
-                tolerance = 4 * trajectory.spread[t][n] + TOLERANCE[trajectory.dtype]
-                worst = max(worst, float(np.nan_to_num(error / tolerance, nan=np.inf)))
+                worst = max(
+                    worst,
+                    _miss(trajectory, value, trajectory.expected[t][n], trajectory.spread[t][n]),
+                )
+        if trajectory.evaluated:
+            averages = shampoo_jax.eval_params(state, params)
+            for n, value in trajectory.evaluated.items():
+                worst = max(
+                    worst, _miss(trajectory, averages[n], value, trajectory.evaluated_spread[n])
+                )
         return worst
+
+
+def _miss(trajectory: Trajectory, ours: jax.Array, theirs: np.ndarray, spread: float) -> float:
+    """The largest error over the tolerance; infinite where ours is not a number."""
+    error = np.abs(np.asarray(ours, np.float64) - theirs).max()
+    return float(np.nan_to_num(error / (4 * spread + TOLERANCE[trajectory.dtype]), nan=np.inf))
 
 
 def main(argv: list[str] | None = None) -> int:
