@@ -174,9 +174,10 @@ _CPU_BASE = Config(
         mode="shuffled",
         batch_rows=8,
         microbatch_rows=8,
-        val_tokens=131072,
+        val_tokens=65536,
     ),
-    val_every=25,
+    val_every=40,
+    val_every_final=20,
     **CPU["adamw"]._asdict(),
 )
 PRESETS: dict[str, tuple[dict[str, Recipe], Config]] = {

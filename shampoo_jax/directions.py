@@ -251,12 +251,9 @@ def scale_by_soap(
       >>> float(jnp.abs(updates["w"]).max())  # the first step only fills the state
       0.0
     """
-    if skip_first and refresh == "before":
-        raise ValueError("skip_first=True needs refresh='after': set one or the other.")
     resolved = resolve_exponents(exponents)
-    corrected = {"bias_correction": bias_correction}
-    weighting = {**corrected, "weighted": weighted}
-    first_moment = filter_gradient(b1, b3, **corrected)
+    weighting = {"bias_correction": bias_correction, "weighted": weighted}
+    first_moment = filter_gradient(b1, b3, bias_correction=bias_correction)
     second = scale_by_second_moment(b2, eps, exponent=exponent, **weighting)
     direction = optax.chain(
         accumulate_factors(b2 if factor_b2 is None else factor_b2, exponents=resolved, **weighting),

@@ -92,6 +92,8 @@ def eigenbasis(
         does not have the blocks' shape (factored second moments).
     """
     check_schedule(every, start)
+    if skip_first and refresh == "before":
+        raise ValueError("skip_first=True needs refresh='after': set one or the other.")
     basis = EighBasis() if basis is None else basis
     first = every if start is None else start
     tx = optax.with_extra_args_support(inner)
