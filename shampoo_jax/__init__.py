@@ -22,13 +22,19 @@ from shampoo_jax.exponents import resolve_exponents
 from shampoo_jax.factors import accumulate_factors, damp, normalize_by_trace
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft, scale_by_second_moment
+from shampoo_jax.hyperparameters import inject_hyperparams
 from shampoo_jax.kl import accumulate_kl_factors, kl_eigenbasis
 from shampoo_jax.momentum import momentum
 from shampoo_jax.monitoring import monitor_spectrum, read_monitor
 from shampoo_jax.plan import DimensionNumbers
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.routing import complete, is_hidden_matrix
-from shampoo_jax.skipping import accept_missing, skip_nonfinite_blocks
+from shampoo_jax.skipping import (
+    accept_missing,
+    check_finite,
+    skip_nonfinite_blocks,
+    skip_nonfinite_parameters,
+)
 from shampoo_jax.solvers import (
     CoupledNewton,
     HigherOrderNewton,
@@ -56,6 +62,7 @@ __all__ = [
     "add_scheduled_weight_decay",
     "averaging",
     "blocked",
+    "check_finite",
     "complete",
     "damp",
     "decay_parts",
@@ -66,6 +73,7 @@ __all__ = [
     "from_gradients",
     "graft",
     "in_eigenbasis",
+    "inject_hyperparams",
     "invert_roots",
     "is_hidden_matrix",
     "kl_eigenbasis",
@@ -89,6 +97,7 @@ __all__ = [
     "scale_by_soap",
     "shampoo",
     "skip_nonfinite_blocks",
+    "skip_nonfinite_parameters",
     "soap",
     "state_bytes",
 ]

@@ -21,8 +21,7 @@ def _alias(scale_by: Optimizer) -> Callable[[Optimizer], Optimizer]:
     """
     outer = dict(list(inspect.signature(complete).parameters.items())[1:])
     inner = dict(inspect.signature(scale_by).parameters)
-    # "skip_blocks" is the direction's business, skipping whole steps that of `complete`.
-    inner.pop("nonfinite")
+    inner.pop("nonfinite")  # skipping whole steps is the business of `complete`
     rate = outer.pop("learning_rate")
     parameters = sorted([rate, *inner.values(), *outer.values()], key=lambda p: p.kind)
     signature = inspect.Signature(
@@ -36,7 +35,6 @@ def _alias(scale_by: Optimizer) -> Callable[[Optimizer], Optimizer]:
             learning_rate = options.pop("learning_rate")
             around = {name: options.pop(name) for name in list(options) if name in outer}
             if around.get("nonfinite") == "skip_blocks":
-                around["nonfinite"] = "propagate"
                 options["nonfinite"] = "skip_blocks"
             return complete(scale_by(**options), learning_rate, **around)
 
@@ -50,8 +48,8 @@ def _alias(scale_by: Optimizer) -> Callable[[Optimizer], Optimizer]:
 def shampoo(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """Shampoo on matrices, AdamW on everything else.
 
-    The learning rate first, then the options of `scale_by_shampoo` and `complete` by name;
-    `nonfinite` also takes `"skip_blocks"`. With Adam grafting, start from AdamW's learning rate.
+    The learning rate first, then the options of `scale_by_shampoo` and `complete` by name. With
+    Adam grafting, start from AdamW's learning rate.
     Multiplying every gradient by a constant changes nothing beyond rounding.
 
     Example:

@@ -1,7 +1,7 @@
 """From a parameter tree to stacks of equal blocks and back."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from shampoo_jax.blocks import Blocks
+from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.plan import DimensionRule, LeafPlan, make_plan
 from shampoo_jax.skipping import drop_missing, fill_missing, missing_paths, where_blocks
 
@@ -105,7 +106,8 @@ def blocked(
       A transformation of parameter trees. Updates have the dtype of the incoming updates.
 
     Raises:
-      ValueError: `block_size` or `merge` below 1; complex parameters.
+      ValueError: `block_size` or `merge` below 1 or traced; complex parameters; in `update`, a
+        gradient that is None without `params` to tell whose it is.
 
     Example:
       >>> import jax.numpy as jnp, optax, shampoo_jax
@@ -115,6 +117,7 @@ def blocked(
       >>> updates["w"].shape, float(updates["w"][5, 3])
       ((6, 4), -1.0)
     """
+    check_static(locals())
     for name, value in (("block_size", block_size), ("merge", merge)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1, or None for no limit.")
@@ -130,9 +133,9 @@ def blocked(
         )
 
     def init_fn(params: Any) -> BlockedState:
-        if not all(hasattr(x, "shape") for x in jax.tree.leaves(params)):
-            # optax.tree.map_params asks which state leaves mirror parameters: none here.
-            return BlockedState("fingerprint", "stacks")
+        if _is_placeholder(params):
+            # Two leaves stand for all of the state: none of it mirrors a parameter.
+            return BlockedState(jnp.zeros(0, jnp.uint32), jnp.zeros(0))
         plan = plan_of(params)
         return BlockedState(fingerprints(plan), tx.init(_stack(params, plan)))
 
@@ -142,6 +145,11 @@ def blocked(
         missing = frozenset() if params is None else missing_paths(updates, params)
         filled = fill_missing(updates, params, missing) if missing else updates
         plan = plan_of(filled)
+        if len(plan) != len(state.fingerprints):
+            raise ValueError(
+                f"{len(plan)} gradients for {len(state.fingerprints)} parameters: where a gradient "
+                "is None, pass the parameters too, update(updates, state, params)."
+            )
         stacks, inner_state = tx.update(
             _stack(filled, plan),
             state.inner,
@@ -158,6 +166,16 @@ def blocked(
         return drop_missing(new, missing), state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_placeholder(params: Any) -> bool:
+    """Whether `optax.tree.map_params` asks which leaves of a state mirror parameters.
+
+    It passes an empty node of a type of its own, which no tree of parameters is.
+    """
+    structure = jax.tree.structure(params)
+    own_type = not isinstance(params, Mapping | Sequence | None)
+    return structure.num_nodes == 1 and structure.num_leaves == 0 and own_type
 
 
 def _stack(tree: Any, plan: Sequence[LeafPlan]) -> dict[str, Blocks]:

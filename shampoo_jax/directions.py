@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import optax
 
 from shampoo_jax.bases import Basis, make_basis
@@ -13,6 +14,7 @@ from shampoo_jax.factors import accumulate_factors, damp
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft as graft_parts
 from shampoo_jax.grafting import make_magnitude, scale_by_second_moment
+from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.kl import kl_eigenbasis
 from shampoo_jax.monitoring import monitor_spectrum
 from shampoo_jax.plan import DimensionRule
@@ -114,6 +116,7 @@ def scale_by_shampoo(
       >>> bool(updates["w"][0, 0] < 0)
       True
     """
+    check_static(locals())
     resolved = resolve_exponents(exponents)
     direction = optax.chain(
         accumulate_factors(
@@ -127,12 +130,10 @@ def scale_by_shampoo(
         ),
         precondition(),
     )
-    if graft_b2 is None:
-        graft_b2 = 0.999 if isinstance(b2, (int, float)) and b2 == 1 else b2
     return blocked_walk(
         filter_gradient(b1, b3, bias_correction=bias_correction),
         direction,
-        magnitude=make_magnitude(graft, graft_b2, graft_eps),
+        magnitude=make_magnitude(graft, _graft_decay(graft_b2, b2), graft_eps),
         exponents=resolved,
         nonfinite=nonfinite,
         monitor=monitor,
@@ -141,6 +142,15 @@ def scale_by_shampoo(
         canonical=canonical,
         dimension_numbers=dimension_numbers,
     )
+
+
+def _graft_decay(graft_b2: Any, b2: Any) -> Any:
+    """`graft_b2`, or where it is None `b2`, but 0.999 where `b2` sums."""
+    if graft_b2 is not None:
+        return graft_b2
+    if isinstance(b2, (int, float)):
+        return 0.999 if b2 == 1 else b2
+    return jnp.where(b2 == 1, 0.999, b2)
 
 
 def blocked_walk(
@@ -251,7 +261,9 @@ def scale_by_soap(
       >>> float(jnp.abs(updates["w"]).max())  # the first step only fills the state
       0.0
     """
+    check_static(locals())
     resolved = resolve_exponents(exponents)
+    schedule = {"every": every, "start": start, "refresh": refresh, "skip_first": skip_first}
     weighting = {"bias_correction": bias_correction, "weighted": weighted}
     first_moment = filter_gradient(b1, b3, bias_correction=bias_correction)
     second = scale_by_second_moment(b2, eps, exponent=exponent, **weighting)
@@ -263,18 +275,15 @@ def scale_by_soap(
             optax.chain(first_moment, second) if skip_first else second,
             basis=make_basis(basis),
             exponents=resolved,
-            every=every,
-            start=start,
-            refresh=refresh,
-            skip_first=skip_first,
             rtol=rtol,
             reorder=reorder,
+            **schedule,
         ),
     )
     return blocked_walk(
         None if skip_first else first_moment,
         direction,
-        magnitude=make_magnitude(graft, b2 if graft_b2 is None else graft_b2, graft_eps),
+        magnitude=make_magnitude(graft, _graft_decay(graft_b2, b2), graft_eps),
         exponents=resolved,
         nonfinite=nonfinite,
         monitor=monitor,
@@ -330,6 +339,7 @@ def scale_by_kl_shampoo(
     Returns:
       A transformation without learning rate and weight decay.
     """
+    check_static(locals())
     resolved = resolve_exponents(exponents)
     part = kl_eigenbasis(
         filter_gradient(b1, bias_correction=False),
@@ -402,6 +412,7 @@ def scale_by_kl_soap(
     Returns:
       A transformation without learning rate and weight decay.
     """
+    check_static(locals())
     resolved = resolve_exponents(exponents)
     part = kl_eigenbasis(
         optax.chain(
@@ -485,6 +496,7 @@ def scale_by_one_sided_shampoo(
     Raises:
       ValueError: An unknown side, or an option out of range.
     """
+    check_static(locals())
     if side not in ("left", "right"):
         raise ValueError(f"side={side!r}: use 'left' or 'right'.")
     return scale_by_shampoo(

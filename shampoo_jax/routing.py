@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import optax
 
+from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.momentum import momentum as momentum_part
-from shampoo_jax.skipping import accept_missing
+from shampoo_jax.precision import in_float32
+from shampoo_jax.skipping import accept_missing, skip_nonfinite_parameters
 from shampoo_jax.weight_decay import decay_parts
 
 Rule = Callable[[tuple[Any, ...], Any], bool]
@@ -17,7 +19,7 @@ Rule = Callable[[tuple[Any, ...], Any], bool]
 # Parameters whose rows are looked up or whose columns are vocabulary entries: two-dimensional, but
 # their gradients are sparse or tall and Adam serves them as well for less.
 _TABLES = re.compile(
-    r"embed|(^|[^a-z])(lm_)?head([^a-z]|$)|vocab|logits|(^|[^a-z])w[tp]e([^a-z]|$)"
+    r"embed|vocab|logits|(^|_)emb($|_)|^w[tp]e$|^(?!(multi|attn|attention)_)(\w*_)?(lm)?head(_\d+)?$"
 )
 
 
@@ -25,8 +27,9 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     """The default rule: order 2 or more without unit dimensions, and no embedding or output head.
 
     Args:
-      path: Key path of the parameter. A component that contains `embed`, `vocab` or `logits`, or is
-        `head`, `lm_head`, `wte` or `wpe`, names a table.
+      path: Key path of the parameter. A component that contains `embed`, `vocab`, `logits` or the
+        word `emb`, is `wte` or `wpe`, or ends in the word `head` (but `multi_head`, `attn_head`),
+        names a table. Slashes separate components, as in Haiku's names.
       leaf: The parameter or its shape.
 
     Returns:
@@ -40,7 +43,7 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
       {'attn': {'q': True}, 'b': False, 'lm_head': False}
     """
     order = sum(d > 1 for d in np.shape(leaf))
-    names = [jax.tree_util.keystr((key,), simple=True).lower() for key in path]
+    names = jax.tree_util.keystr(path, simple=True, separator="/").lower().split("/")
     return order >= 2 and not any(_TABLES.search(name) for name in names)
 
 
@@ -96,16 +99,19 @@ def complete(
       adamw_eps: Their eps, on the scale of the gradients.
       adamw_weight_decay: Their decoupled decay; None means `weight_decay`.
       nonfinite: `"skip"` leaves parameters and state alone in a step with any non-finite gradient,
-        and counts it in `state.total_notfinite`; `"propagate"` does nothing.
+        and counts it in `state.total_notfinite`. `"skip_blocks"` leaves out the others that are
+        affected and relies on `direction` to do likewise; decay and momentum of matrices go on.
+        `"propagate"` does nothing. `check_finite` raises where something was skipped.
 
     Returns:
-      The optimizer.
+      The optimizer. It computes in float32 or wider; updates have the dtype of the gradients.
 
     Raises:
       ValueError: An option out of range, or options that contradict each other.
     """
-    if nonfinite not in ("skip", "propagate"):
-        raise ValueError(f"nonfinite={nonfinite!r}: use 'skip' or 'propagate'.")
+    check_static(locals())
+    if nonfinite not in ("skip", "skip_blocks", "propagate"):
+        raise ValueError(f"nonfinite={nonfinite!r}: use 'skip', 'skip_blocks' or 'propagate'.")
     before, after = decay_parts(weight_decay_kind, weight_decay, learning_rate, peak_lr, mask)
     if momentum is not None:
         after = [*after, momentum_part(momentum, dampening, nesterov)]
@@ -118,8 +124,11 @@ def complete(
         weight_decay=weight_decay if adamw_weight_decay is None else adamw_weight_decay,
         mask=mask,
     )
+    if nonfinite == "skip_blocks":
+        others = skip_nonfinite_parameters(others)
     rule = is_hidden_matrix if preconditioned is None else preconditioned
     tx = optax.partition({"matrices": matrices, "others": others}, labels_by(rule))
+    tx = in_float32(tx)
     return accept_missing(skip_nonfinite_steps(tx) if nonfinite == "skip" else tx)
 
 

@@ -1,7 +1,7 @@
 """Gradients that are missing or not finite: what they may not touch keeps its old value."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,23 +66,78 @@ def accept_missing(
             return tx.update(updates, state, params, **extra)
         filled = fill_missing(updates, params, absent)
         new, new_state = tx.update(filled, state, params, absent=absent, **extra)
-        shapes = {p: x.shape for p, x in jax.tree_util.tree_leaves_with_path(params) if p in absent}
-        return drop_missing(new, absent), _restore(new_state, state, shapes)
+        owners = {
+            path: (x.shape, jnp.array(False))
+            for path, x in jax.tree_util.tree_leaves_with_path(params)
+            if path in absent
+        }
+        return drop_missing(new, absent), _where_parameters(new_state, state, owners)
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
-def _restore(new: Any, old: Any, shapes: dict[KeyPath, tuple[int, ...]]) -> Any:
-    """Old state leaves for the parameters named in `shapes`."""
+def _where_parameters(
+    new: Any, old: Any, owners: dict[KeyPath, tuple[tuple[int, ...], Array]]
+) -> Any:
+    """The new state, but old leaves of parameters whose condition is false.
+
+    Args:
+      new: State; a leaf belongs to a parameter if its path ends with the parameter's and it has its
+        shape.
+      old: State of the same structure.
+      owners: Shape and condition by the parameter's path.
+
+    Returns:
+      The mixed state.
+    """
 
     def choose(path: KeyPath, new_leaf: Any, old_leaf: Any) -> Any:
-        owned = any(
-            path[len(path) - len(p) :] == p and jnp.shape(new_leaf) == shape
-            for p, shape in shapes.items()
-        )
-        return old_leaf if owned else new_leaf
+        for owner, (shape, condition) in owners.items():
+            if path[len(path) - len(owner) :] == owner and jnp.shape(new_leaf) == shape:
+                return jnp.where(condition, new_leaf, old_leaf)
+        return new_leaf
 
     return jax.tree_util.tree_map_with_path(choose, new, old)
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of `skip_nonfinite_blocks` and `skip_nonfinite_parameters`; see `check_finite`."""
+
+    skipped: Any  # times skipped so far: int32[N] by stack, int32[parameters]
+    inner: Any
+
+
+def skip_nonfinite_parameters(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves parameters whose gradient holds a NaN or an infinity alone, with their state.
+
+    Args:
+      inner: Transformation of parameter trees whose state leaves that belong to a parameter end
+        with its path and have its shape, such as `optax.adamw`.
+
+    Returns:
+      The transformation. It counts what was skipped.
+    """
+    tx = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> SkipNonfiniteState:
+        count = jnp.zeros(len(jax.tree.leaves(params)), jnp.int32)
+        return SkipNonfiniteState(count, tx.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        finite = jax.tree.map(lambda g: jnp.isfinite(g).all(), updates)
+        keep = lambda g, ok: jnp.where(ok, g, jnp.zeros_like(g))  # noqa: E731
+        clean = jax.tree.map(keep, updates, finite)
+        new, inner_state = tx.update(clean, state.inner, params, **extra)
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        conditions = jax.tree.leaves(finite)
+        owners = {p: (g.shape, ok) for (p, g), ok in zip(leaves, conditions, strict=True)}
+        skipped = state.skipped + ~jnp.array(conditions, bool)
+        inner_state = _where_parameters(inner_state, state.inner, owners)
+        return jax.tree.map(keep, new, finite), SkipNonfiniteState(skipped, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def where_blocks(condition: dict[str, Any], new: Any, old: Any) -> Any:
@@ -114,9 +169,13 @@ def skip_nonfinite_blocks(inner: optax.GradientTransformation) -> Part:
       inner: Part of `Blocks` whose per-block state lies below dictionary entries named as stacks.
 
     Returns:
-      A part. `figures["nonfinite"]` tells which blocks were skipped.
+      A part. It counts what was skipped per block, see `check_finite`.
     """
     tx = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> SkipNonfiniteState:
+        count = map_blocks(lambda p: jnp.zeros(len(p.update), jnp.int32), params)
+        return SkipNonfiniteState(count, tx.init(params))
 
     def update(blocks: Any, state: Any, params: Any) -> tuple[Any, Any]:
         finite = map_blocks(
@@ -127,16 +186,62 @@ def skip_nonfinite_blocks(inner: optax.GradientTransformation) -> Part:
             gradient = where_block(ok, b.gradient, jnp.zeros_like(b.gradient))
             return dataclasses.replace(b, gradient=gradient, update=gradient)
 
-        new, new_state = tx.update(map_blocks(clean, blocks, finite), state, params)
+        new, new_state = tx.update(map_blocks(clean, blocks, finite), state.inner, params)
         new = map_blocks(
             lambda b, ok: dataclasses.replace(
-                b,
-                update=where_block(ok, b.update, jnp.zeros_like(b.update)),
-                figures={**b.figures, "nonfinite": ~ok},
+                b, update=where_block(ok, b.update, jnp.zeros_like(b.update))
             ),
             new,
             finite,
         )
-        return new, where_blocks(finite, new_state, state)
+        skipped = map_blocks(lambda b, n, ok: n + ~ok, blocks, state.skipped, finite)
+        return new, SkipNonfiniteState(skipped, where_blocks(finite, new_state, state.inner))
 
-    return blocks_part(tx.init, update)
+    return blocks_part(init, update)
+
+
+def check_finite(opt_state: Any) -> None:
+    """Raises where gradients were not finite and steps or blocks were skipped, for a training loop.
+
+    To be called outside jit, as often as a stop may be late: it waits for the step.
+
+    Args:
+      opt_state: State of any optimizer that counts what it skips: the aliases, `complete`,
+        `skip_nonfinite_blocks`, `optax.apply_if_finite`, nested in whatever wrappers.
+
+    Raises:
+      FloatingPointError: Something was skipped since the state was made; the message says how many
+        steps and, with `"skip_blocks"`, how many times a block or an AdamW parameter.
+      ValueError: The state counts nothing.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> tx = shampoo_jax.shampoo(0.1)
+      >>> params = {"w": jnp.ones((2, 2))}
+      >>> _, state = tx.update({"w": jnp.full((2, 2), jnp.nan)}, tx.init(params), params)
+      >>> shampoo_jax.check_finite(state)
+      Traceback (most recent call last):
+      FloatingPointError: gradients were not finite: 1 step and 0 blocks were skipped so far.
+    """
+    counters = (optax.ApplyIfFiniteState, SkipNonfiniteState)
+    pending, steps, parts, found = [opt_state], 0, 0, False
+    while pending:
+        state = pending.pop()
+        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, counters)):
+            if isinstance(node, optax.ApplyIfFiniteState):
+                found, steps = True, steps + int(node.total_notfinite)
+                pending.append(node.inner_state)
+            elif isinstance(node, SkipNonfiniteState):
+                counts = [int(jnp.sum(x)) for x in jax.tree.leaves(node.skipped)]
+                found, parts = True, parts + sum(counts)
+                pending.append(node.inner)
+    if not found:
+        raise ValueError(
+            "this optimizer state counts no skipped gradients: build the optimizer with nonfinite="
+            "'skip' or 'skip_blocks', or wrap it in optax.apply_if_finite."
+        )
+    if steps or parts:
+        raise FloatingPointError(
+            f"gradients were not finite: {steps} step{'' if steps == 1 else 's'} and {parts} "
+            f"block{'' if parts == 1 else 's'} were skipped so far."
+        )
