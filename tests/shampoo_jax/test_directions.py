@@ -1,0 +1,298 @@
+"""Shampoo's direction as a whole: its invariances, and life under every wrapper of optax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from shampoo_jax import DimensionNumbers, ShiftedEigh, scale_by_second_moment, scale_by_shampoo
+
+PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+
+
+def gradients_like(params, steps, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+        for _ in range(steps)
+    ]
+
+
+GRADIENTS = gradients_like(PARAMS, 4)
+
+
+def run(tx, gradients, params=None):
+    """Updates of every step, and the last state."""
+    params = gradients[0] if params is None else params
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+    updates = []
+    for g in gradients:
+        new, state = update(g, state, params)
+        updates.append(new)
+    return updates, state
+
+
+def assert_close(a, b, rtol=1e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * np.abs(y).max())
+
+
+def scaled(gradients, factor):
+    return jax.tree.map(lambda g: g * jnp.asarray(factor, g.dtype), gradients)
+
+
+SCALE_FREE = {
+    "default": {},
+    "no graft": {"graft": None},
+    "refreshes": {"every": 2, "start": 3},
+    "refreshes, no graft": {"every": 2, "start": 3, "graft": None},
+    "positive": {"cutoff": "positive"},
+    "sums": {"b2": 1.0},
+}
+
+
+@pytest.mark.parametrize("options", SCALE_FREE.values(), ids=SCALE_FREE)
+def test_the_scale_of_gradients_does_not_matter(options):
+    tx = scale_by_shampoo(**{"b2": 0.9} | options)
+    base, _ = run(tx, GRADIENTS)
+    # Without a graft the first updates are bare gradients.
+    first = options.get("start", 1) - 1 if options.get("graft", "adam") is None else 0
+    # A power of two changes no rounding; else eigenvalues that are noise come out differently,
+    # which a cutoff at 0 lets through.
+    close = () if options.get("cutoff") == "positive" else (1e-6, 1e6)
+    for factor in (2.0**-20, 2.0**20, *close):
+        updates, _ = run(tx, scaled(GRADIENTS, factor))
+        assert_close(updates[first:], base[first:], 1e-3 if factor in close else 1e-5)
+
+
+def test_blocks_are_independent():
+    """A matrix cut into blocks is as many parameters, and no block sees another's gradient."""
+    rng = np.random.default_rng(1)
+    gradients = [{"w": jnp.asarray(rng.normal(size=(6, 7)), jnp.float32)} for _ in range(3)]
+    pieces = [
+        {"a": g["w"][:4, :4], "b": g["w"][:4, 4:], "c": g["w"][4:, :4], "d": g["w"][4:, 4:]}
+        for g in gradients
+    ]
+    tx = scale_by_shampoo(block_size=4)
+    whole, _ = run(tx, gradients)
+    apart, _ = run(scale_by_shampoo(block_size=None), pieces)
+    for w, p in zip(whole, apart, strict=True):
+        joined = jnp.block([[p["a"], p["b"]], [p["c"], p["d"]]])
+        np.testing.assert_allclose(w["w"], joined, rtol=1e-5, atol=1e-6)
+    changed = [{"w": g["w"].at[5, 6].multiply(-3)} for g in gradients]
+    other, _ = run(tx, changed)
+    same = np.asarray(other[-1]["w"] == whole[-1]["w"])
+    assert same[:4].all() and same[4:, :4].all() and not same[4:, 4:].all()
+
+
+def test_orientation_and_naming_do_not_matter():
+    gradients = gradients_like({"w": jnp.ones((3, 2, 4))}, 2)
+    rule = DimensionNumbers(((0,), (1, 2)))
+    named, _ = run(scale_by_shampoo(dimension_numbers=lambda path, leaf: rule), gradients)
+    flat = [{"w": g["w"].reshape(3, 8)} for g in gradients]
+    plain, _ = run(scale_by_shampoo(canonical=False), flat)
+    turned, _ = run(scale_by_shampoo(), [{"w": g["w"].T} for g in flat])
+    for a, b, c in zip(named, plain, turned, strict=True):
+        np.testing.assert_allclose(a["w"].reshape(3, 8), b["w"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(c["w"].T, b["w"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("graft", ["adam", "rmsprop", "adagrad", "sgd", None])
+def test_zero_gradients_at_first_give_zero_updates(graft):
+    zeros = jax.tree.map(jnp.zeros_like, GRADIENTS[0])
+    updates, state = run(scale_by_shampoo(graft=graft), [zeros, zeros, *GRADIENTS[:2]])
+    for x in jax.tree.leaves(updates[:2]):
+        np.testing.assert_array_equal(x, 0.0)
+    for x in jax.tree.leaves(updates[2:]):
+        assert np.isfinite(x).all() and np.abs(x).max() > 0
+    failures = jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "failures"))
+    assert all(
+        (f == 0).all() for s in failures if hasattr(s, "failures") for f in s.failures.values()
+    )
+
+
+def test_until_start_the_graft_alone_steps():
+    adam = optax.scale_by_adam(b1=0.9, b2=0.8, eps=1e-15)
+    tx = scale_by_shampoo(0.9, 0.8, every=2, start=3)
+    updates, expected = run(tx, GRADIENTS)[0], run(adam, GRADIENTS)[0]
+    assert_close(updates[:2], expected[:2], 1e-5)
+    assert np.abs(np.asarray(updates[2]["w"] - expected[2]["w"])).max() > 1e-2
+    # From then on the size of each block is still Adam's.
+    for u, e in zip(updates[2:], expected[2:], strict=True):
+        for name in u:
+            np.testing.assert_allclose(np.linalg.norm(u[name]), np.linalg.norm(e[name]), rtol=1e-5)
+
+
+def test_half_precision_parameters_get_float32_factors_and_keep_their_dtype():
+    half = jax.tree.map(lambda g: g.astype(jnp.bfloat16), GRADIENTS)
+    updates, state = run(scale_by_shampoo(), half)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+    floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert floats == {jnp.dtype(jnp.float32)}
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), half)
+    assert_close(updates, run(scale_by_shampoo(), wide)[0], 2**-8)
+
+
+def test_state_is_arrays_of_a_fixed_structure():
+    tx = scale_by_shampoo(every=2)
+    abstract = jax.eval_shape(tx.init, PARAMS)
+    state = tx.init(PARAMS)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+    for _ in range(3):
+        described = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        assert described == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+        _, state = jax.jit(tx.update)(GRADIENTS[0], state, PARAMS)
+    updates, _ = jax.eval_shape(tx.update, GRADIENTS[0], state, PARAMS)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, PARAMS)
+
+
+def test_one_compilation_and_donation():
+    tx = scale_by_shampoo(every=2)
+    traces = []
+
+    def step(params, state, gradients):
+        traces.append(None)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    donated = jax.jit(step, donate_argnums=(0, 1))
+    params, state = jax.tree.map(jnp.copy, PARAMS), jax.jit(tx.init)(PARAMS)
+    for g in GRADIENTS:
+        old = jax.tree.leaves((params, state))
+        params, state = donated(params, state, g)
+        assert all(x.is_deleted() for x in old)
+    assert len(traces) == 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+BARE = run(scale_by_shampoo(), GRADIENTS)[0]
+
+
+def test_chain():
+    tx = optax.chain(
+        optax.clip_by_global_norm(1e9),
+        scale_by_shampoo(),
+        optax.add_decayed_weights(0.1),
+        optax.scale_by_learning_rate(0.5),
+    )
+    updates, _ = run(tx, GRADIENTS, PARAMS)
+    for u, b in zip(updates, BARE, strict=True):
+        assert_close(u, jax.tree.map(lambda x, p: -0.5 * (x + 0.1 * p), b, PARAMS))
+
+
+@pytest.mark.parametrize("wrapper", ["partition", "masked"])
+def test_a_part_of_the_parameters(wrapper):
+    tx = {
+        "partition": lambda: optax.partition(
+            {"s": scale_by_shampoo(), "adam": optax.scale_by_adam()}, {"w": "s", "b": "adam"}
+        ),
+        "masked": lambda: optax.masked(scale_by_shampoo(), {"w": True, "b": False}),
+    }[wrapper]()
+    updates, _ = run(tx, GRADIENTS)
+    other = GRADIENTS if wrapper == "masked" else run(optax.scale_by_adam(), GRADIENTS)[0]
+    assert_close([u["w"] for u in updates], [b["w"] for b in BARE])
+    assert_close([u["b"] for u in updates], [o["b"] for o in other])
+
+
+def test_multi_steps():
+    tx = optax.MultiSteps(scale_by_shampoo(), every_k_schedule=2)
+    halves = [jax.tree.map(lambda x, k=k: x * k, g) for g in GRADIENTS[:2] for k in (0.5, 1.5)]
+    updates, _ = run(tx, halves)
+    assert all((x == 0).all() for u in updates[::2] for x in jax.tree.leaves(u))
+    assert_close(updates[1::2], BARE[:2])
+
+
+def test_inject_hyperparams():
+    traced = ("b1", "b2", "b3", "graft_b2", "graft_eps", "every")
+    arguments = dict(b1=0.8, b2=0.7, b3=0.6, graft_b2=0.5, graft_eps=1e-3, every=2)
+    names = set(scale_by_shampoo.__code__.co_varnames[: scale_by_shampoo.__code__.co_argcount])
+    names |= set(scale_by_shampoo.__kwdefaults__)
+    wrapped = optax.inject_hyperparams(scale_by_shampoo, static_args=names - set(traced))
+    tx = wrapped(**arguments, start=2)
+    updates, state = run(tx, GRADIENTS)
+    assert_close(updates, run(scale_by_shampoo(**arguments, start=2), GRADIENTS)[0])
+    state.hyperparams["b1"] = jnp.asarray(0.0)
+    assert state.hyperparams.keys() >= set(traced)
+
+
+def test_apply_if_finite():
+    tx = optax.apply_if_finite(scale_by_shampoo(), max_consecutive_errors=10)
+    bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), GRADIENTS[0])
+    updates, state = run(tx, [GRADIENTS[0], bad, GRADIENTS[1]])
+    assert all((x == 0).all() for x in jax.tree.leaves(updates[1]))
+    assert_close([updates[0], updates[2]], BARE[:2])
+    assert int(state.total_notfinite) == 1
+
+
+def test_grafts_of_all_kinds():
+    """A part sees Blocks; a stock transformation sees raw gradients; both give their norm."""
+    part = run(scale_by_shampoo(graft=scale_by_second_moment(0.9, 1e-15)), GRADIENTS)[0]
+    assert_close(part, BARE)
+    stock = run(scale_by_shampoo(graft=optax.scale_by_sign()), GRADIENTS)[0]
+    for u in stock:
+        for name, x in u.items():
+            np.testing.assert_allclose(np.linalg.norm(x), np.sqrt(PARAMS[name].size), rtol=1e-5)
+
+
+def test_it_descends_where_sgd_crawls():
+    """An ill-conditioned quadratic of a matrix, condition number 1e4 on each side."""
+    a, b = jnp.geomspace(1e-2, 1, 6), jnp.geomspace(1e-2, 1, 4)
+
+    def loss(w):
+        return jnp.sum((a[:, None] * w * b) ** 2)
+
+    tx = optax.chain(
+        scale_by_shampoo(0.9, 0.95),
+        optax.scale_by_learning_rate(optax.linear_schedule(0.1, 0.0, 200)),
+    )
+
+    @jax.jit
+    def train(w):
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(jax.grad(loss)(w), state, w)
+            return (w + updates, state), None
+
+        return jax.lax.scan(step, (w, tx.init(w)), None, 200)[0][0]
+
+    w = jnp.ones((6, 4))
+    assert float(loss(train(w))) < 1e-4 * float(loss(w))
+
+
+def test_one_sided_exponents_ignore_the_other_side():
+    exponents = {2: {0: 0.5, 1: 0.0}}
+    tx = scale_by_shampoo(exponents=exponents, graft=None, b1=0.0)
+    g = GRADIENTS[0]["w"].astype(jnp.float32)
+    (update,), state = run(tx, [{"w": g}])
+    u, _, vt = np.linalg.svd(np.asarray(g, np.float64), full_matrices=False)
+    np.testing.assert_allclose(update["w"], u @ vt, atol=1e-4)  # (G G^T)^(-1/2) G
+    matrices = [x.shape for x in jax.tree.leaves(state) if x.ndim == 3 and x.shape[1] == x.shape[2]]
+    assert set(matrices) == {(1, 4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"b1": 1.0}, "b1=1.0 must lie in"),
+        ({"b2": 1.5}, "b2=1.5 must lie in"),
+        ({"block_size": 0}, "block_size=0 must be at least 1"),
+        ({"every": 0}, "every=0 must be at least 1"),
+        ({"every": 5, "start": 2}, "start=2 must not be below every=5"),
+        ({"exponents": -1.0}, "exponent -1.0 must not be negative"),
+        ({"solver": "cholesky"}, "solver='cholesky' is unknown: choose from"),
+        ({"cutoff": "none"}, "cutoff='none' is unknown"),
+        ({"cutoff": "positive", "rtol": 1e-3}, "rtol=0.001 .*drop them"),
+        ({"cutoff": "positive", "atol": 1.0}, "atol=1.0 .*drop them"),
+        ({"eps": 1e-3}, "eps=0.001 has no meaning .*shifted_eigh"),
+        ({"solver": "shifted_eigh", "eps": 1e-3, "rtol": 1e-3}, "truncates nothing"),
+        ({"solver": "shifted_eigh", "cutoff": "positive"}, "truncates nothing"),
+        ({"solver": ShiftedEigh(1e-3), "eps": 1e-3}, "on the solver itself"),
+        ({"graft": "adamw"}, "graft='adamw' is unknown"),
+        ({"nonfinite": "ignore"}, "nonfinite='ignore'"),
+    ],
+)
+def test_contradictory_options_are_refused_before_any_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        scale_by_shampoo(**options)
