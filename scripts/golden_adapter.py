@@ -287,6 +287,7 @@ def schedule(config: Config) -> Config:
 
 
 def blocking(config: Config) -> Config:
-    """Block size and merging; the config's `"inf"` is None here."""
+    """Block size and merging, no other reading; the config's `"inf"` is None here."""
     sizes = {"block_size": config["max_block_dim"], "merge": config["merge_target_order"]}
-    return {name: None if value == "inf" else value for name, value in sizes.items()}
+    finite = {name: None if value == "inf" else value for name, value in sizes.items()}
+    return {**finite, "dimension_numbers": None}

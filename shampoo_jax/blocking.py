@@ -1,6 +1,6 @@
 """From a parameter tree to stacks of equal blocks and back."""
 
-import zlib
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 from shampoo_jax.blocks import Blocks
+from shampoo_jax.dimension_numbers import DimensionOption, resolve_dimension_numbers
 from shampoo_jax.hyperparameters import check_static
-from shampoo_jax.plan import DimensionRule, LeafPlan, make_plan
+from shampoo_jax.plan import LeafPlan, make_plan
 from shampoo_jax.skipping import drop_missing, fill_missing, missing_paths, where_blocks
 
 Array = jax.Array
@@ -20,7 +21,8 @@ Array = jax.Array
 class BlockedState(NamedTuple):
     """State of `blocked`."""
 
-    fingerprints: Any  # uint32[leaves], checksums of the layout the stacks follow
+    fingerprints: Any  # uint32[leaves, 4], checksums of names, shapes and layouts
+    leaves: Any  # per stack int32[N], the leaf, a row of fingerprints, each block was cut from
     inner: Any  # state of the inner transformation, keyed by stack
 
 
@@ -84,7 +86,7 @@ def blocked(
     block_size: int | None = 1024,
     merge: int | None = 2,
     canonical: bool = True,
-    dimension_numbers: DimensionRule | None = None,
+    dimension_numbers: DimensionOption = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on stacks of equal blocks instead of on the parameter tree.
 
@@ -100,14 +102,16 @@ def blocked(
         at most `block_size`; 1 turns small matrices into vectors as Meta's package does; None
         leaves all shapes alone.
       canonical: Whether 2-D blocks are stored with the longer dimension first.
-      dimension_numbers: Callable of (path, leaf) returning `DimensionNumbers` or None.
+      dimension_numbers: Callable of (path, leaf) returning `DimensionNumbers` or None for merging
+        alone; `"flax"` stands for `default_dimension_numbers`, None for merging everywhere.
 
     Returns:
       A transformation of parameter trees. Updates have the dtype of the incoming updates.
 
     Raises:
-      ValueError: `block_size` or `merge` below 1 or traced; complex parameters; in `update`, a
-        gradient that is None without `params` to tell whose it is.
+      ValueError: `block_size` or `merge` below 1 or traced; an unknown name of dimension numbers;
+        complex parameters; in `update`, a gradient that is None without `params` to tell whose
+        it is.
 
     Example:
       >>> import jax.numpy as jnp, optax, shampoo_jax
@@ -121,6 +125,7 @@ def blocked(
     for name, value in (("block_size", block_size), ("merge", merge)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1, or None for no limit.")
+    rule = resolve_dimension_numbers(dimension_numbers)
     tx = optax.with_extra_args_support(inner)
 
     def plan_of(tree: Any) -> list[LeafPlan]:
@@ -129,15 +134,18 @@ def blocked(
             block_size=block_size,
             merge=merge,
             canonical=canonical,
-            dimension_numbers=dimension_numbers,
+            dimension_numbers=rule,
         )
 
     def init_fn(params: Any) -> BlockedState:
         if _is_placeholder(params):
-            # Two leaves stand for all of the state: none of it mirrors a parameter.
-            return BlockedState(jnp.zeros(0, jnp.uint32), jnp.zeros(0))
+            # Three leaves stand for all of the state: none of it mirrors a parameter.
+            return BlockedState(jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.int32), jnp.zeros(0))
         plan = plan_of(params)
-        return BlockedState(fingerprints(plan), tx.init(_stack(params, plan)))
+        leaves = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.int32), _per_block(range(len(plan)), plan)
+        )
+        return BlockedState(fingerprints(plan), leaves, tx.init(_stack(params, plan)))
 
     def update_fn(
         updates: Any, state: BlockedState, params: Any = None, **extra: Any
@@ -183,9 +191,9 @@ def _stack(tree: Any, plan: Sequence[LeafPlan]) -> dict[str, Blocks]:
     return {key: Blocks(gradient=x, update=x) for key, x in stacks.items()}
 
 
-def _per_block(values: Sequence[bool], plan: Sequence[LeafPlan]) -> dict[str, np.ndarray]:
-    """One value per leaf, repeated for each of its blocks: `bool[N]` by stack key."""
-    repeated: dict[str, list[bool]] = {}
+def _per_block(values: Sequence[int], plan: Sequence[LeafPlan]) -> dict[str, np.ndarray]:
+    """One value per leaf, repeated for each of its blocks: `[N]` by stack key."""
+    repeated: dict[str, list[int]] = {}
     for value, leaf in zip(values, plan, strict=True):
         for cell in leaf.cells:
             repeated.setdefault(cell.key, []).extend([value] * leaf.batch)
@@ -193,9 +201,33 @@ def _per_block(values: Sequence[bool], plan: Sequence[LeafPlan]) -> dict[str, np
 
 
 def fingerprints(plan: Sequence[LeafPlan]) -> Array:
-    """A checksum of each leaf's name, shape and layout, `uint32[leaves]`.
+    """Checksums of each leaf: `identity` in columns 0 to 2, how it is cut in column 3.
 
     Stacks follow the order of the leaves, so a state restored for parameters that were renamed,
-    reordered or cut differently would silently feed blocks each other's statistics.
+    reordered or cut differently would silently feed blocks each other's statistics; `check_state`
+    compares these.
+
+    Args:
+      plan: Layout from `make_plan`.
+
+    Returns:
+      `uint32[leaves, 4]`.
     """
-    return jnp.array([zlib.crc32(repr(leaf).encode()) for leaf in plan], jnp.uint32)
+    rows = []
+    for leaf in plan:
+        cells = [(c.key, c.start, c.size, c.transposed) for c in leaf.cells]
+        layout = _words((leaf.permutation, leaf.batch, leaf.merged, cells), 1)
+        rows.append([*identity(leaf.name, leaf.shape), *layout])
+    return jnp.asarray(np.array(rows, np.uint32).reshape(-1, 4))
+
+
+def identity(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Checksums of a leaf's name (64 bits: it identifies the leaf) and of its shape (32 bits)."""
+    first, second = _words(name, 2)
+    return (first, second, *_words(shape, 1))
+
+
+def _words(x: Any, count: int) -> tuple[int, ...]:
+    """Checksum of what `repr` writes, in words of 32 bits."""
+    digest = hashlib.blake2b(repr(x).encode(), digest_size=4 * count).digest()
+    return tuple(np.frombuffer(digest, "<u4").tolist())

@@ -8,6 +8,7 @@ import optax
 
 from shampoo_jax.bases import Basis, make_basis
 from shampoo_jax.blocking import blocked
+from shampoo_jax.dimension_numbers import DimensionOption
 from shampoo_jax.eigenbasis import eigenbasis
 from shampoo_jax.exponents import ExponentOption, Exponents, resolve_exponents
 from shampoo_jax.factors import accumulate_factors, damp
@@ -17,7 +18,6 @@ from shampoo_jax.grafting import make_magnitude, scale_by_second_moment
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.kl import kl_eigenbasis
 from shampoo_jax.monitoring import monitor_spectrum
-from shampoo_jax.plan import DimensionRule
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.skipping import skip_nonfinite_blocks
 from shampoo_jax.solvers import Solver, make_solver
@@ -32,7 +32,7 @@ def scale_by_shampoo(
     block_size: int | None = 1024,
     merge: int | None = 2,
     canonical: bool = True,
-    dimension_numbers: DimensionRule | None = None,
+    dimension_numbers: DimensionOption = "flax",
     exponents: ExponentOption = None,
     weighted: bool = True,
     solver: str | Solver = "eigh",
@@ -72,7 +72,9 @@ def scale_by_shampoo(
       canonical: Whether matrix blocks with equal exponents are stored longer dimension first. False
         keeps the order of every product as in the parameter, which matters only for parity of
         rounding noise under `cutoff="positive"`.
-      dimension_numbers: Callable of (path, leaf) returning `DimensionNumbers` or None.
+      dimension_numbers: `"flax"` reads attention and convolution kernels as matrices, see
+        `default_dimension_numbers`; None merges everywhere; or a callable of (path, leaf) returning
+        `DimensionNumbers` or None.
       exponents: `e` of `S^(-e)`: None for `1 / (2 * order)`, a number for every dimension, or a
         mapping from block order to a number or to a mapping from dimension to number. Exponent 0
         leaves a dimension alone: `{2: {0: 0.5, 1: 0.0}}` is one-sided Shampoo.
@@ -193,7 +195,7 @@ def scale_by_soap(
     block_size: int | None = None,
     merge: int | None = 2,
     canonical: bool = True,
-    dimension_numbers: DimensionRule | None = None,
+    dimension_numbers: DimensionOption = "flax",
     exponents: ExponentOption = None,
     basis: str | Basis | None = None,
     every: Any = 10,
@@ -231,7 +233,7 @@ def scale_by_soap(
       block_size: Largest edge of a block; None, as the authors, for whole matrices.
       merge: See `blocked`.
       canonical: See `scale_by_shampoo`.
-      dimension_numbers: See `blocked`.
+      dimension_numbers: See `scale_by_shampoo`.
       exponents: Dimensions with exponent 0 keep their basis, as in `scale_by_shampoo`; other values
         do not matter.
       basis: `"eigh"`, `"qr"`, a `Basis`, or None for the authors' sorted QR step.
@@ -303,7 +305,7 @@ def scale_by_kl_shampoo(
     block_size: int | None = None,
     merge: int | None = 2,
     canonical: bool = True,
-    dimension_numbers: DimensionRule | None = None,
+    dimension_numbers: DimensionOption = "flax",
     exponents: ExponentOption = None,
     basis: str | Basis | None = None,
     every: Any = 10,
@@ -327,7 +329,7 @@ def scale_by_kl_shampoo(
       block_size: Largest edge of a block; None for whole matrices.
       merge: See `blocked`.
       canonical: See `scale_by_shampoo`.
-      dimension_numbers: See `blocked`.
+      dimension_numbers: See `scale_by_shampoo`.
       exponents: Dimensions with exponent 0 are left alone; other values do not matter.
       basis: `"eigh"`, `"qr"`, a `Basis`, or None for one unsorted QR step.
       every: Steps between refreshes of the bases.
@@ -377,7 +379,7 @@ def scale_by_kl_soap(
     block_size: int | None = None,
     merge: int | None = 2,
     canonical: bool = True,
-    dimension_numbers: DimensionRule | None = None,
+    dimension_numbers: DimensionOption = "flax",
     exponents: ExponentOption = None,
     basis: str | Basis | None = None,
     every: Any = 10,
@@ -400,7 +402,7 @@ def scale_by_kl_soap(
       block_size: See `scale_by_kl_shampoo`.
       merge: See `blocked`.
       canonical: See `scale_by_shampoo`.
-      dimension_numbers: See `blocked`.
+      dimension_numbers: See `scale_by_shampoo`.
       exponents: See `scale_by_kl_shampoo`.
       basis: See `scale_by_kl_shampoo`.
       every: Steps between refreshes of the bases.
@@ -450,7 +452,7 @@ def scale_by_one_sided_shampoo(
     bias_correction: bool = True,
     block_size: int | None = 1024,
     merge: int | None = 2,
-    dimension_numbers: DimensionRule | None = None,
+    dimension_numbers: DimensionOption = "flax",
     solver: str | Solver = "eigh",
     cutoff: str = "relative",
     rtol: Any = None,

@@ -7,30 +7,16 @@ is needed and never stored in a state.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True)
-class DimensionNumbers:
-    """Which axes of a parameter form which dimension of its blocks.
-
-    Attributes:
-      dimensions: One tuple of axes per dimension of the block, in order; the axes of one tuple are
-        flattened together. `((0,), (1, 2))` reads a `(d, heads, head_dim)` attention kernel as a
-        `d x heads*head_dim` matrix.
-      batch: Axes along which the parameter is a batch of independent tensors, each with factors of
-        its own (scanned layers, experts, heads).
-    """
-
-    dimensions: tuple[tuple[int, ...], ...]
-    batch: tuple[int, ...] = ()
-
-
-DimensionRule = Callable[[tuple[Any, ...], Any], DimensionNumbers | None]
+from shampoo_jax.dimension_numbers import (
+    DimensionNumbers,
+    DimensionOption,
+    resolve_dimension_numbers,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +120,7 @@ def make_plan(
     block_size: int | None,
     merge: int | None,
     canonical: bool,
-    dimension_numbers: DimensionRule | None = None,
+    dimension_numbers: DimensionOption = None,
 ) -> list[LeafPlan]:
     """Plans every leaf of a tree of arrays or shape structs, in the order of `jax.tree.leaves`.
 
@@ -144,7 +130,7 @@ def make_plan(
       merge: See `merge_dimensions`.
       canonical: Whether 2-D blocks are stored with the longer dimension first, which halves the
         number of distinct shapes.
-      dimension_numbers: Callable of (path, leaf) for leaves that need more than merging.
+      dimension_numbers: Rule for leaves that need more than merging, see `blocked`.
 
     Returns:
       One `LeafPlan` a leaf.
@@ -152,6 +138,7 @@ def make_plan(
     Raises:
       ValueError: A complex parameter, or dimension numbers that do not fit its shape.
     """
+    rule = resolve_dimension_numbers(dimension_numbers)
     plans = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, shape = jax.tree_util.keystr(path), tuple(np.shape(leaf))
@@ -160,8 +147,7 @@ def make_plan(
                 f"parameter {name} is complex ({leaf.dtype}): Shampoo's factors are real. Wrap the "
                 "transformation in optax.contrib.split_real_and_imaginary."
             )
-        numbers = dimension_numbers(path, leaf) if dimension_numbers else None
-        permutation, batch, merged = _layout(shape, numbers, merge, block_size, name)
+        permutation, batch, merged = _layout(shape, rule(path, leaf), merge, block_size, name)
         cells = _cells(merged, block_size, canonical) if batch else ()
         plans.append(LeafPlan(name, shape, permutation, batch, merged, cells))
     return plans

@@ -142,6 +142,7 @@ def meta_shampoo(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> 
         eps=eps,
         block_size=block_size,
         merge=1,
+        dimension_numbers=None,
         canonical=False,
         every=every,
         graft=None,
@@ -165,5 +166,6 @@ def meta_soap(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> Opt
         reorder=False,
         block_size=block_size,
         merge=1,
+        dimension_numbers=None,
         canonical=False,
     )

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from shampoo_jax.dimension_numbers import component_names
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.momentum import momentum as momentum_part
 from shampoo_jax.precision import in_float32
@@ -24,12 +25,13 @@ _TABLES = re.compile(
 
 
 def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
-    """The default rule: order 2 or more without unit dimensions, and no embedding or output head.
+    """The default rule: order 2 or more without unit dimensions, no bias, embedding or output head.
 
     Args:
       path: Key path of the parameter. A component that contains `embed`, `vocab`, `logits` or the
         word `emb`, is `wte` or `wpe`, or ends in the word `head` (but `multi_head`, `attn_head`),
-        names a table. Slashes separate components, as in Haiku's names.
+        names a table. Slashes separate components, as in Haiku's names. A parameter `bias` or
+        `scale` is a vector even where it has more axes (heads, scanned layers).
       leaf: The parameter or its shape.
 
     Returns:
@@ -43,8 +45,9 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
       {'attn': {'q': True}, 'b': False, 'lm_head': False}
     """
     order = sum(d > 1 for d in np.shape(leaf))
-    names = jax.tree_util.keystr(path, simple=True, separator="/").lower().split("/")
-    return order >= 2 and not any(_TABLES.search(name) for name in names)
+    names = component_names(path)
+    is_vector = names[-1:] in (["bias"], ["scale"])
+    return order >= 2 and not is_vector and not any(_TABLES.search(name) for name in names)
 
 
 def labels_by(rule: Rule) -> Callable[[Any], Any]:

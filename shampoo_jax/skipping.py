@@ -103,7 +103,7 @@ def _where_parameters(
 class SkipNonfiniteState(NamedTuple):
     """State of `skip_nonfinite_blocks` and `skip_nonfinite_parameters`; see `check_finite`."""
 
-    skipped: Any  # times skipped so far: int32[N] by stack, int32[parameters]
+    skipped: Any  # times skipped so far: int32[N] by stack, or int32[] by parameter
     inner: Any
 
 
@@ -122,7 +122,7 @@ def skip_nonfinite_parameters(
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SkipNonfiniteState:
-        count = jnp.zeros(len(jax.tree.leaves(params)), jnp.int32)
+        count = jax.tree.map(lambda p: jnp.zeros([], jnp.int32), params)
         return SkipNonfiniteState(count, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -133,7 +133,7 @@ def skip_nonfinite_parameters(
         leaves = jax.tree_util.tree_leaves_with_path(updates)
         conditions = jax.tree.leaves(finite)
         owners = {p: (g.shape, ok) for (p, g), ok in zip(leaves, conditions, strict=True)}
-        skipped = state.skipped + ~jnp.array(conditions, bool)
+        skipped = jax.tree.map(lambda n, ok: n + ~ok, state.skipped, finite)
         inner_state = _where_parameters(inner_state, state.inner, owners)
         return jax.tree.map(keep, new, finite), SkipNonfiniteState(skipped, inner_state)
 
