@@ -94,6 +94,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the jitted step; it consumes (donates) the state it is given.
 
+    A step whose gradient is not finite changes neither parameters nor optimizer state; its record
+    shows the norm that was not a number.
+
     Gradients are those of the loss summed over every token of the batch. They are taken with
     respect to float32 copies of the parameters, accumulated over microbatches in float32, and
     rounded to the parameters' precision once.
@@ -128,9 +131,16 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         total, grads = gradients(state.params, batch)
         tokens = batch["targets"].size
+        norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": total / tokens, "grad_norm": optax.tree.norm(grads) / tokens}
+        done = (optax.apply_updates(state.params, updates), opt_state)
+        # A NaN that entered a moment or a factor would stay there for ever.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(jnp.isfinite(norm), new, old),
+            done,
+            (state.params, state.opt_state),
+        )
+        metrics = {"loss": total / tokens, "grad_norm": norm / tokens}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -90,6 +90,16 @@ def test_step_counts_keeps_the_structure_and_consumes_its_argument(stepped):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
 
 
+def test_a_gradient_that_is_not_finite_enters_no_state():
+    config, graphdef, state = setup(4)
+    state.params["head"]["bias"] = state.params["head"]["bias"].at[3].set(jnp.nan)
+    before = jax.tree.map(np.asarray, state)
+    after, metrics = make_train_step(graphdef, KEEP_GRADIENTS, config)(state, BATCH)
+    assert np.isnan(metrics["grad_norm"]) and after.step == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+
+
 def test_a17_evaluation_sums_the_losses():
     config, graphdef, state = setup(2)
     total = make_eval_step(graphdef, config)(state.params, BATCH)
