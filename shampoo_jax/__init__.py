@@ -9,6 +9,12 @@ from shampoo_jax.averaging import averaging, eval_params
 from shampoo_jax.bases import CarriedBasis, EighBasis, QRBasis
 from shampoo_jax.blocking import blocked
 from shampoo_jax.blocks import Blocks, from_gradients, on_gradients, on_updates
+from shampoo_jax.checkpoints import check_state, state_to_tree, tree_to_state
+from shampoo_jax.dimension_numbers import (
+    DimensionNumbers,
+    batch_axes,
+    default_dimension_numbers,
+)
 from shampoo_jax.directions import (
     scale_by_kl_shampoo,
     scale_by_kl_soap,
@@ -26,7 +32,6 @@ from shampoo_jax.hyperparameters import inject_hyperparams
 from shampoo_jax.kl import accumulate_kl_factors, kl_eigenbasis
 from shampoo_jax.momentum import momentum
 from shampoo_jax.monitoring import monitor_spectrum, read_monitor
-from shampoo_jax.plan import DimensionNumbers
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.routing import complete, is_hidden_matrix
 from shampoo_jax.skipping import (
@@ -61,11 +66,14 @@ __all__ = [
     "accumulate_kl_factors",
     "add_scheduled_weight_decay",
     "averaging",
+    "batch_axes",
     "blocked",
     "check_finite",
+    "check_state",
     "complete",
     "damp",
     "decay_parts",
+    "default_dimension_numbers",
     "eigenbasis",
     "eval_params",
     "explain",
@@ -100,4 +108,6 @@ __all__ = [
     "skip_nonfinite_parameters",
     "soap",
     "state_bytes",
+    "state_to_tree",
+    "tree_to_state",
 ]
