@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -138,8 +139,28 @@ def complete(
 def skip_nonfinite_steps(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Leaves state and parameters alone in a step with any non-finite gradient, and counts it.
+    """Leaves state and parameters alone in a step with any unusable gradient, and counts it.
 
-    It is `optax.apply_if_finite` that never gives up; `total_notfinite` in its state is the count.
+    Unusable are NaN, infinity, and entries whose squares could overflow when they are summed: one
+    such gradient would make a factor or a second moment infinite for ever. It is
+    `optax.apply_if_finite` that never gives up; `total_notfinite` in its state is the count.
+
+    Args:
+      inner: The optimizer.
+
+    Returns:
+      The optimizer with its state inside `ApplyIfFiniteState`.
     """
-    return optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
+    guarded = optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return guarded.update(jax.tree.map(overflow_to_inf, updates), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(guarded.init, update)
+
+
+def overflow_to_inf(x: jax.Array) -> jax.Array:
+    """Infinity where the squares of that many entries of this size would overflow float32."""
+    x = jnp.asarray(x)
+    largest = float(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).max)
+    return jnp.where(jnp.abs(x) > (largest / max(x.size, 1)) ** 0.5, jnp.inf, x)
