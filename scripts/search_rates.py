@@ -3,7 +3,7 @@
     python -m scripts.search_rates --preset cpu --optimizers adamw muon shampoo
 
 Each run is one `scripts.speedrun --optimizer ...` with the preset's rate times a factor; finished
-runs are kept, so the search can be stopped and started again. Prints the final losses as a table.
+runs with the same settings are kept, so the search can be stopped and started again. Prints the final losses as a table.
 """
 
 import argparse
@@ -39,12 +39,14 @@ def final_loss(options: argparse.Namespace, optimizer: str, factor: float) -> fl
     """Validation loss after the last step of one run, trained now unless it is there already."""
     rate = preset(options.preset, optimizer).matrices.learning_rate * factor
     name = f"{options.name}/{optimizer}-{rate:g}"
-    metrics = Path("runs", name, "metrics.jsonl")
-    if not metrics.exists() or read_records(metrics)[-1]["kind"] != "end":
-        command = [sys.executable, "-m", "scripts.speedrun", "--preset", options.preset]
-        command += ["--optimizer", optimizer, "--name", name, "--overwrite"]
-        command += ["--matrices.learning-rate", repr(rate), *options.settings]
-        subprocess.run(command, check=True)
+    metrics, done = Path("runs", name, "metrics.jsonl"), Path("runs", name, "command.txt")
+    command = ["-m", "scripts.speedrun", "--preset", options.preset, "--optimizer", optimizer]
+    command += ["--name", name, "--overwrite", "--matrices.learning-rate", repr(rate)]
+    command += options.settings
+    # A run with other settings is no point of this search.
+    if not done.exists() or done.read_text() != " ".join(command):
+        subprocess.run([sys.executable, *command], check=True)
+        done.write_text(" ".join(command))
     return [r["loss"] for r in read_records(metrics) if r["kind"] == "val"][-1]
 
 
