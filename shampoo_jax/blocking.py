@@ -1,7 +1,7 @@
 """From a parameter tree to stacks of equal blocks and back."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from shampoo_jax.blocks import Blocks
+from shampoo_jax.blocks import Blocks, is_placeholder
 from shampoo_jax.dimension_numbers import DimensionOption, resolve_dimension_numbers
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.plan import LeafPlan, make_plan
@@ -138,7 +138,7 @@ def blocked(
         )
 
     def init_fn(params: Any) -> BlockedState:
-        if _is_placeholder(params):
+        if is_placeholder(params):
             # Three leaves stand for all of the state: none of it mirrors a parameter.
             return BlockedState(jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.int32), jnp.zeros(0))
         plan = plan_of(params)
@@ -174,16 +174,6 @@ def blocked(
         return drop_missing(new, missing), state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _is_placeholder(params: Any) -> bool:
-    """Whether `optax.tree.map_params` asks which leaves of a state mirror parameters.
-
-    It passes an empty node of a type of its own, which no tree of parameters is.
-    """
-    structure = jax.tree.structure(params)
-    own_type = not isinstance(params, Mapping | Sequence | None)
-    return structure.num_nodes == 1 and structure.num_leaves == 0 and own_type
 
 
 def _stack(tree: Any, plan: Sequence[LeafPlan]) -> dict[str, Blocks]:
@@ -223,8 +213,8 @@ def fingerprints(plan: Sequence[LeafPlan]) -> Array:
 
 def identity(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Checksums of a leaf's name (64 bits: it identifies the leaf) and of its shape (32 bits)."""
-    first, second = _words(name, 2)
-    return (first, second, *_words(shape, 1))
+    (low, high), (of_shape,) = _words(name, 2), _words(shape, 1)
+    return low, high, of_shape
 
 
 def _words(x: Any, count: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Stacks of equal blocks, and transformations of them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,16 @@ def is_blocks(x: Any) -> bool:
 def map_blocks(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` whose leaves are the stacks of `tree`."""
     return jax.tree.map(f, tree, *rest, is_leaf=is_blocks)
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether `optax.tree.map_params` asks which leaves of a state mirror parameters.
+
+    It passes an empty node of a type of its own, which no tree of parameters is.
+    """
+    structure = jax.tree.structure(params)
+    own_type = not isinstance(params, Mapping | Sequence | None)
+    return structure.num_nodes == 1 and structure.num_leaves == 0 and own_type
 
 
 class Part(optax.GradientTransformationExtraArgs):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks, where_block
+from shampoo_jax.blocks import Blocks, Part, blocks_part, is_placeholder, map_blocks, where_block
 
 Array = jax.Array
 KeyPath = tuple[Any, ...]
@@ -122,6 +122,9 @@ def skip_nonfinite_parameters(
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SkipNonfiniteState:
+        if is_placeholder(params):
+            # A count has not its parameter's shape: it must not take that parameter's sharding.
+            return SkipNonfiniteState(jnp.zeros(0, jnp.int32), tx.init(params))
         count = jax.tree.map(lambda p: jnp.zeros([], jnp.int32), params)
         return SkipNonfiniteState(count, tx.init(params))
 
