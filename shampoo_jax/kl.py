@@ -26,7 +26,7 @@ from shampoo_jax.factors import (
     zero_factors,
 )
 from shampoo_jax.filtering import check_range
-from shampoo_jax.roots import apply_matrices, identity_roots
+from shampoo_jax.roots import apply_matrices, check_schedule, identity_roots
 
 Array = jax.Array
 
@@ -166,9 +166,10 @@ def kl_eigenbasis(
       A part that stands for statistics, roots and preconditioning together.
 
     Raises:
-      ValueError: `b2` outside [0, 1).
+      ValueError: `b2` outside [0, 1), or `every` below 1.
     """
     check_range("b2", b2)
+    check_schedule(every, None)
     tx = optax.with_extra_args_support(inner)
     basis = QRBasis(sort=None) if basis is None else basis
     weight = 1 - b2 if first_weight is None else first_weight

@@ -39,7 +39,14 @@ def assert_close(a, b):
 
 
 SHAMPOO = dict(learning_rate=0.1, b1=0.8, b2=0.7, every=2, weight_decay=0.1, momentum=0.5)
-SOAP = dict(learning_rate=0.1, b1=0.8, b2=0.7, factor_b2=0.6, eps=1e-3, every=2)
+KL = dict(learning_rate=0.1, b1=0.8, b2=0.7, eps=1e-3, every=2)
+SOAP = {**KL, "factor_b2": 0.6}
+
+
+def matrices_only(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
 # Name -> (factory, options that are to be traced, static options).
 CASES = {
     "scale_by_shampoo": (
@@ -52,7 +59,7 @@ CASES = {
     "shampoo": (
         sj.shampoo,
         {**SHAMPOO, "dampening": 0.2, "adamw_b1": 0.7, "adamw_eps": 1e-3, "adamw_b2": 0.6},
-        dict(nesterov=True, dimension_numbers=lambda path, leaf: None, mask=lambda p: p),
+        dict(nesterov=True, dimension_numbers=lambda path, leaf: None, mask=matrices_only),
     ),
     "relative decay": (
         sj.shampoo,
@@ -65,7 +72,7 @@ CASES = {
         {**SOAP, "rtol": 1e-3, "factor_eps": 1e-3, "graft_b2": 0.5},
         dict(refresh="before", skip_first=False, reorder=False, graft="rmsprop", basis="eigh"),
     ),
-    "kl_shampoo": (sj.kl_shampoo, {**SOAP, "first_weight": 0.5, "rtol": 1e-3}, dict(cap=100.0)),
+    "kl_shampoo": (sj.kl_shampoo, {**KL, "first_weight": 0.5, "rtol": 1e-3}, dict(cap=100.0)),
     "kl_soap": (sj.kl_soap, SOAP, dict(nonfinite="skip_blocks")),
     "one_sided_shampoo": (sj.one_sided_shampoo, SHAMPOO, dict(side="left", graft="adam")),
     "filter_gradient": (sj.filter_gradient, dict(b1=0.8, b3=0.7), dict(bias_correction=False)),
@@ -76,8 +83,6 @@ CASES = {
         dict(inner=optax.sgd(0.1), kind="primal"),
     ),
 }
-CASES["kl_shampoo"][1].pop("factor_b2")
-CASES["shampoo"][2]["mask"] = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 @pytest.mark.parametrize("name", CASES)

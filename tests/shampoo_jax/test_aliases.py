@@ -1,0 +1,221 @@
+"""Complete optimizers: what their options reach, and what stands where in the chain."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import shampoo_jax as sj
+
+ALIASES = {
+    sj.shampoo: sj.scale_by_shampoo,
+    sj.soap: sj.scale_by_soap,
+    sj.kl_shampoo: sj.scale_by_kl_shampoo,
+    sj.kl_soap: sj.scale_by_kl_soap,
+    sj.one_sided_shampoo: sj.scale_by_one_sided_shampoo,
+}
+aliases = pytest.mark.parametrize("alias", ALIASES, ids=lambda f: f.__name__)
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+PARAMS, *GRADIENTS = (
+    {"dense": {"kernel": normal(3, 3), "bias": normal(3)}, "head": normal(3, 2)} for _ in range(4)
+)
+KERNELS = [g["dense"]["kernel"] for g in GRADIENTS]
+OTHERS = [{"bias": g["dense"]["bias"], "head": g["head"]} for g in (PARAMS, *GRADIENTS)]
+
+
+def run(tx, gradients=GRADIENTS, params=PARAMS):
+    """Updates at constant parameters, and the last state, without jit."""
+    with jax.disable_jit():
+        state, updates = tx.init(params), []
+        for g in gradients:
+            new, state = tx.update(g, state, params)
+            updates.append(new)
+    return updates, state
+
+
+def kernels(updates):
+    return [u["dense"]["kernel"] for u in updates]
+
+
+def others(updates):
+    return [{"bias": u["dense"]["bias"], "head": u["head"]} for u in updates]
+
+
+def assert_close(a, b, rtol=1e-6):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * float(jnp.abs(y).max()))
+
+
+@aliases
+def test_the_signature_is_that_of_direction_and_frame(alias):
+    direction = inspect.signature(ALIASES[alias]).parameters
+    frame = dict(list(inspect.signature(sj.complete).parameters.items())[1:])
+    signature = inspect.signature(alias).parameters
+    assert next(iter(signature)) == "learning_rate"
+    assert set(signature) == set(direction) | set(frame)
+    for name, parameter in signature.items():
+        source = frame if name in frame else direction
+        assert (parameter.default, parameter.kind) == (source[name].default, source[name].kind)
+    # The name that both have is the frame's, so that whole steps are skipped by default.
+    assert set(direction) & set(frame) == {"nonfinite"}
+    assert signature["nonfinite"].default == "skip"
+    assert alias.__doc__ and alias.__name__ in sj.__all__
+
+
+@aliases
+def test_matrices_take_the_direction_and_others_adamw(alias):
+    tx = alias(0.1, 0.8, b2=0.7, adamw_b1=0.6, adamw_b2=0.5, adamw_eps=1e-3)
+    updates, _ = run(tx)
+    direction, _ = run(ALIASES[alias](0.8, b2=0.7), KERNELS, PARAMS["dense"]["kernel"])
+    adam, _ = run(optax.adam(0.1, b1=0.6, b2=0.5, eps=1e-3), OTHERS[1:], OTHERS[0])
+    assert_close(kernels(updates), [-0.1 * d for d in direction], 1e-5)
+    assert_close(others(updates), adam)
+
+
+# Options of each direction away from their defaults, to be seen to arrive.
+FORWARDED = {
+    sj.shampoo: dict(
+        b3=0.5,
+        block_size=2,
+        exponents=0.3,
+        solver="shifted_eigh",
+        eps=0.1,
+        every=2,
+        start=2,
+        graft="sgd",
+        weighted=False,
+    ),
+    sj.soap: dict(factor_b2=0.5, eps=0.1, basis="eigh", every=2, skip_first=False, reorder=False),
+    sj.kl_shampoo: dict(eps=0.1, first_weight=1.0, every=2, cap=10.0, basis="eigh"),
+    sj.kl_soap: dict(factor_b2=0.5, eps=0.1, every=2, cap=10.0),
+    sj.one_sided_shampoo: dict(side="left", graft="adagrad", rtol=0.1, bias_correction=False),
+}
+
+
+@aliases
+def test_options_are_forwarded(alias):
+    options = FORWARDED[alias]
+    updates, _ = run(alias(0.1, **options))
+    direction, _ = run(ALIASES[alias](**options), KERNELS, PARAMS["dense"]["kernel"])
+    assert_close(kernels(updates), [-0.1 * d for d in direction], 1e-5)
+    plain, _ = run(alias(0.1))
+    assert jnp.abs(kernels(updates)[-1] - kernels(plain)[-1]).max() > 1e-3
+
+
+def test_decay_momentum_and_learning_rate_in_their_order():
+    schedule = optax.linear_schedule(0.1, 0.0, 4)
+    tx = sj.shampoo(schedule, weight_decay=0.2, momentum=0.5, dampening=0.1, nesterov=True)
+    updates, _ = run(tx)
+    weights = PARAMS["dense"]["kernel"]
+    direction, _ = run(sj.scale_by_shampoo(), KERNELS, weights)
+    trace = 0.0
+    for t, (update, d) in enumerate(zip(kernels(updates), direction, strict=True)):
+        d = 0.9 * (d + 0.2 * weights)
+        trace = 0.5 * trace + d
+        assert_close(update, -schedule(t) * (d + 0.5 * trace), 1e-5)
+    adamw, _ = run(optax.adamw(schedule, 0.9, 0.95, 1e-15, weight_decay=0.2), OTHERS[1:], OTHERS[0])
+    assert_close(others(updates), adamw, 1e-5)
+
+
+def test_l2_decay_goes_through_the_direction():
+    weights = PARAMS["dense"]["kernel"]
+    updates, _ = run(sj.shampoo(0.1, weight_decay=0.2, weight_decay_kind="l2"))
+    expected, _ = run(sj.scale_by_shampoo(), [g + 0.2 * weights for g in KERNELS], weights)
+    assert_close(kernels(updates), [-0.1 * u for u in expected], 1e-5)
+
+
+def test_relative_decay_needs_and_takes_the_peak():
+    schedule = optax.linear_schedule(0.1, 0.0, 4)
+    options = dict(weight_decay=0.2, weight_decay_kind="over_peak")
+    with pytest.raises(ValueError, match="needs peak_lr"):
+        sj.shampoo(schedule, **options)
+    updates, _ = run(sj.shampoo(schedule, peak_lr=0.1, **options))
+    bare, _ = run(sj.shampoo(schedule))
+    for t, (u, b) in enumerate(zip(kernels(updates), kernels(bare), strict=True)):
+        assert_close(u - b, -schedule(t) * 0.2 / 0.1 * PARAMS["dense"]["kernel"], 1e-4)
+
+
+@pytest.mark.parametrize("form", ["tree", "function"])
+def test_a_mask_says_what_decays(form):
+    mask = {"dense": {"kernel": True, "bias": False}, "head": False}
+    by_function = lambda tree: jax.tree.map(lambda x: x.shape == (3, 3), tree)  # noqa: E731
+    decayed, _ = run(
+        sj.shampoo(0.1, weight_decay=0.2, mask=mask if form == "tree" else by_function)
+    )
+    bare, _ = run(sj.shampoo(0.1))
+    assert_close(others(decayed), others(bare))
+    for u, b in zip(kernels(decayed), kernels(bare), strict=True):
+        assert_close(u - b, -0.1 * 0.2 * PARAMS["dense"]["kernel"], 1e-4)
+
+
+def test_others_may_have_a_learning_rate_and_a_decay_of_their_own():
+    options = dict(adamw_learning_rate=0.3, adamw_weight_decay=0.4)
+    updates, _ = run(sj.shampoo(0.1, weight_decay=0.2, **options))
+    adamw, _ = run(optax.adamw(0.3, 0.9, 0.95, 1e-15, weight_decay=0.4), OTHERS[1:], OTHERS[0])
+    assert_close(others(updates), adamw)
+
+
+def test_a_rule_of_ones_own():
+    tx = sj.shampoo(0.1, preconditioned=lambda path, leaf: path[0].key == "head")
+    updates, _ = run(tx)
+    heads = [g["head"] for g in GRADIENTS]
+    direction, _ = run(sj.scale_by_shampoo(), heads, PARAMS["head"])
+    assert_close([u["head"] for u in updates], [-0.1 * d for d in direction], 1e-5)
+    rest = [g["dense"] for g in GRADIENTS]
+    adamw, _ = run(optax.adamw(0.1, 0.9, 0.95, 1e-15, weight_decay=0.0), rest, PARAMS["dense"])
+    assert_close([u["dense"] for u in updates], adamw)
+
+
+def test_complete_takes_any_direction():
+    updates, _ = run(sj.complete(optax.scale_by_lion(), 0.1, weight_decay=0.2))
+    weights = PARAMS["dense"]["kernel"]
+    expected, _ = run(optax.scale_by_lion(), KERNELS, weights)
+    assert_close(kernels(updates), [-0.1 * (u + 0.2 * weights) for u in expected], 1e-5)
+
+
+@aliases
+def test_half_precision_rounds_once(alias):
+    """Everything between gradient and update is float32, AdamW's moments included."""
+    half = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), t) for t in (PARAMS, *GRADIENTS)]
+    wide = [jax.tree.map(lambda x: x.astype(jnp.float32), t) for t in half]
+    tx = alias(0.1, weight_decay=0.2, momentum=0.5)
+    updates, state = run(tx, half[1:], half[0])
+    expected, expected_state = run(tx, wide[1:], wide[0])
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected)
+    jax.tree.map(np.testing.assert_array_equal, updates, rounded)
+    jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+
+
+@aliases
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonfinite": "ignore"}, "nonfinite='ignore': use 'skip', 'skip_blocks' or 'propagate'"),
+        ({"b1": 1.0}, "b1=1.0 must lie in"),
+        ({"block_size": 0}, "block_size=0 must be at least 1"),
+        ({"every": 0}, "every=0 must be at least 1"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must not be negative"),
+        ({"weight_decay_kind": "adam"}, "kind='adam' is unknown: choose from l2, decoupled"),
+        ({"momentum": 1.0}, r"=1.0 must lie in"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(alias, options, message):
+    with pytest.raises(ValueError, match=message):
+        alias(0.1, **options)
+
+
+@aliases
+def test_unknown_options_are_refused_by_name(alias):
+    with pytest.raises(TypeError, match="beta1"):
+        alias(0.1, beta1=0.9)
+    with pytest.raises(TypeError, match="learning_rate"):
+        alias()
