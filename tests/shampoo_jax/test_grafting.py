@@ -74,6 +74,16 @@ def test_zero_gradients_give_zero_and_no_nan(kind, eps):
     assert (norm(new.update) > 0).all()
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-15])
+def test_an_entry_without_any_gradient_so_far_stays_zero(eps):
+    gradient = GRADIENT.copy()
+    gradient[0, 1, 2] = 0
+    tx = graft(scale_by_second_moment(0.9, eps), on_updates(optax.identity()))
+    new, _ = step(tx, blocks_of(gradient), blocks_of(gradient))
+    assert new.update[0, 1, 2] == 0
+    np.testing.assert_allclose(norm(new.update), np.sqrt([7, 8, 8]), rtol=1e-5)
+
+
 def test_until_the_direction_is_ready_the_magnitude_is_the_update():
     def not_ready(ready):
         def update(blocks, state, params):

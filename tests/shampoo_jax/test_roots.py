@@ -108,10 +108,10 @@ def test_a_block_that_fails_in_both_dimensions_counts_once_and_the_good_side_is_
     zeros = jnp.zeros((2, 1, 1))
     tx = invert_roots(FailsOn((7.0,)))
     state = tx.init({"k": Blocks(gradient=zeros, update=zeros)})
-    left, right = jnp.float32([7, 2]).reshape(2, 1, 1), jnp.float32([7, 7]).reshape(2, 1, 1)
+    left, right = jnp.float32([7, 7]).reshape(2, 1, 1), jnp.float32([2, 7]).reshape(2, 1, 1)
     blocks = {"k": Blocks(gradient=zeros, update=zeros, matrices=(left, right))}
     new, state = jax.jit(tx.update)(blocks, state)
-    assert [m.ravel().tolist() for m in new["k"].matrices] == [[1, 2], [1, 1]]
+    assert [m.ravel().tolist() for m in new["k"].matrices] == [[1, 1], [2, 1]]
     assert state.failures["k"].tolist() == [1, 1]
 
 

@@ -114,6 +114,7 @@ SPECTRUM = [-0.5, -1e-6, 0.0, 1e-5, 1e-3, 0.1, 1.0, 4.0]
         (1e-3, 0.0, 3),  # relative to the largest, 4
         (0.0, 0.05, 3),
         (1e-3, 0.5, 2),  # the larger of the two
+        (0.02, 0.07, 3),  # not their sum
         (0.3, 1e-4, 1),
         (1.0, 0.0, 0),  # a value at the cutoff is dropped
         (None, 0.0, 5),  # d * eps
