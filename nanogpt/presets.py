@@ -80,11 +80,11 @@ TRACK3: dict[str, Recipe] = {
 # Learning rates of the matrices: the best of four, each twice the last, on 200 steps of one seed
 # (scripts.search_rates). Everything else is common to all.
 CPU_STEPS = 400
-CPU_AUXILIARY = AuxiliaryConfig(0.1, 0.001, 0.003)  # a third: 2048 tokens a step, not 524288
+CPU_AUXILIARY = AuxiliaryConfig(0.3, 0.01, 0.01)
 CPU: dict[str, Recipe] = {
     "adamw": Recipe(
         "adamw",
-        AdamWConfig(0.00075, weight_decay=0.1),
+        AdamWConfig(0.0005, weight_decay=0.1),
         CPU_AUXILIARY,
         ScheduleConfig(CPU_STEPS, warmup_steps=20),
     ),
