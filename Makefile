@@ -3,11 +3,15 @@
 PYTHON ?= python3
 GOLDEN ?= $(wildcard tests/golden/meta/*.npz)
 PYTEST_ARGS ?=
+ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Another pyproject.toml or other constraints: another stamp, so a new install.
-STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+# EXTRAS=cuda12 (or cuda13, tpu) holds for later targets too, until EXTRAS= or `make clean`.
+EXTRAS ?= $(shell cat $(VENV)/extras 2>/dev/null)
+COMMA := ,
+# Another pyproject.toml, other constraints or extras: another stamp, so a new install.
+STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv speedrun test lint format types golden clean
@@ -15,7 +19,7 @@ STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(STAMP)  ## Create .venv with everything installed (again only when its inputs change)
+venv: $(STAMP)  ## Create .venv with everything installed (EXTRAS=cuda12 adds JAX for NVIDIA GPUs)
 
 # The interpreter behind an activated .venv does the work, since .venv is replaced; its pip installs
 # into .venv from outside, so that neither ensurepip nor activation is needed.
@@ -26,11 +30,12 @@ $(STAMP):
 	install() { "$$base" -m pip --python $(BIN)/python install --quiet --constraint constraints.txt "$$@"; }; \
 	"$$base" -m venv --clear --without-pip $(VENV); \
 	install pip setuptools; \
-	install --no-build-isolation --editable '.[test,dev]'
+	install --no-build-isolation --editable '.[test,dev$(addprefix $(COMMA),$(EXTRAS))]'
+	@echo '$(EXTRAS)' > $(VENV)/extras
 	@touch $@
 
-speedrun: venv  ## Train a small GPT with AdamW, Muon and Shampoo, draw the comparison (CPU, < 15 min)
-	@$(BIN)/python -m scripts.speedrun
+speedrun: venv  ## Train a small GPT with AdamW, Muon and Shampoo, draw the comparison (ARGS=--resume goes on)
+	@$(BIN)/python -m scripts.speedrun $(ARGS)
 
 test: venv  ## Run the test suite (PYTEST_ARGS="-k blocks" chooses tests)
 	@$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)

@@ -96,8 +96,12 @@ def sotu() -> Corpus:
     )
 
 
-_HELD_OUT_SHARE = 0.05
 _PIECE_CHARACTERS = 1 << 16
+_SUFFIXES = (".txt", ".jsonl")
+# A twentieth of a large text; of a small one more, so that 65,536 tokens can be scored as soon as
+# they are an eighth of it.
+_HELD_OUT_SHARE, _LARGEST_SHARE = 0.05, 0.125
+_HELD_OUT_CHARACTERS = 5 * _PIECE_CHARACTERS
 
 
 def folder(path: str | os.PathLike[str]) -> Corpus:
@@ -111,8 +115,8 @@ def folder(path: str | os.PathLike[str]) -> Corpus:
       path: the folder; searched recursively, in the order of the file names.
 
     Returns:
-      The corpus; a piece is held out if the hash of its name is in the lowest twentieth, or the
-      lowest of all.
+      The corpus. Pieces are held out in the order of the hashes of their names, until they are a
+      twentieth of the characters and 327,680 of them, or an eighth where that is less.
 
     Raises:
       CorpusError: if the folder or its text is missing, a file is not UTF-8, a line is not JSON
@@ -121,18 +125,17 @@ def folder(path: str | os.PathLike[str]) -> Corpus:
     root = Path(path)
     if not root.is_dir():
         raise CorpusError(f"{root}: no such folder; pass a folder of .txt or .jsonl files.")
-    digest, hashes = hashlib.sha256(), []
+    digest, sizes = hashlib.sha256(), {}
     for name, text in _pieces(root):
         digest.update(f"{name}\0{text}\0".encode())
-        hashes.append(_hash(name))
-    if len(hashes) < 2:
+        sizes[_hash(name)] = len(text)
+    if len(sizes) < 2:
         raise CorpusError(
-            f"{root}: {len(hashes)} piece(s) of text in .txt and .jsonl files, but training and "
+            f"{root}: {len(sizes)} piece(s) of text in .txt and .jsonl files, but training and "
             f"validation need one each; add documents, or one of over {_PIECE_CHARACTERS} "
             "characters."
         )
-    share = f"{int(_HELD_OUT_SHARE * 2**64):016x}"
-    threshold = max(share, min(hashes))
+    threshold = _last_held_out(sizes)
 
     def documents() -> Iterator[Document]:
         for name, text in _pieces(root):
@@ -142,10 +145,24 @@ def folder(path: str | os.PathLike[str]) -> Corpus:
         name="".join(c if c.isalnum() else "-" for c in root.resolve().name) or "text",
         version=digest.hexdigest()[:16],
         licence="the user's own text",
-        split_rule=f"val: sha256 of the piece's name in the lowest {_HELD_OUT_SHARE:.0%}, "
-        "or the lowest of all",
+        split_rule="val: pieces by the sha256 of their names, lowest first, until they are "
+        f"{_HELD_OUT_SHARE:.1%} of the characters and {_HELD_OUT_CHARACTERS} of them, or "
+        f"{_LARGEST_SHARE:.1%}",
         documents=documents,
     )
+
+
+def _last_held_out(sizes: dict[str, int]) -> str:
+    """The highest hash of a held-out piece, given {hash: characters} of at least two pieces."""
+    total = sum(sizes.values())
+    wanted = max(_HELD_OUT_SHARE * total, min(_HELD_OUT_CHARACTERS, _LARGEST_SHARE * total))
+    order = sorted(sizes)
+    held_out = 0
+    for name in order[:-1]:  # one at least is for training
+        held_out += sizes[name]
+        if held_out >= wanted:
+            return name
+    return order[-2]
 
 
 def _hash(name: str) -> str:
@@ -155,13 +172,14 @@ def _hash(name: str) -> str:
 def _pieces(root: Path) -> Iterator[tuple[str, str]]:
     """Yields (name, text) of every piece that holds more than white space."""
     for file in sorted(root.rglob("*")):
-        if file.suffix not in (".txt", ".jsonl") or not file.is_file():
+        suffix = file.suffix.lower()
+        if suffix not in _SUFFIXES or not file.is_file():
             continue
         name = file.relative_to(root).as_posix()
         try:
             # utf-8-sig drops a byte order mark; newline="" keeps line ends as they are.
             with file.open(encoding="utf-8-sig", newline="") as stream:
-                if file.suffix == ".txt":
+                if suffix == ".txt":
                     yield from _cut(name, stream)
                 else:
                     for number, line in enumerate(stream, start=1):

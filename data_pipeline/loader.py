@@ -149,9 +149,17 @@ def val_batches(
         )
     tokens = open_tokens(path)
     if tokens.size <= val_tokens:
+        fitting = (tokens.size - 1) // stride * stride
+        remedy = (
+            f"lower it to {fitting} or hold out more text (--data.val-tokens {fitting}, and "
+            f"scripts.prepare_data with --val-tokens {fitting})."
+            if fitting
+            else f"one batch of {rows} x {sequence_length} needs {stride + 1}: hold out more text "
+            "or lower --data.microbatch-rows."
+        )
         raise ShardError(
             f"{path}: {tokens.size} tokens, but val_tokens={val_tokens} needs {val_tokens + 1}; "
-            f"lower it to {(tokens.size - 1) // stride * stride} or hold out more text."
+            + remedy
         )
     first, length = rank * local * sequence_length, local * sequence_length + 1
     starts = range(first, val_tokens, stride)

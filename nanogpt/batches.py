@@ -12,6 +12,9 @@ from data_pipeline import Baselines
 from nanogpt.config import Config
 from nanogpt.train_step import Batch
 
+# A vocabulary may be rounded up to what the hardware likes: track 3 has 50304 rows for 50257 ids.
+_PADDING = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
@@ -23,12 +26,14 @@ class RunData:
         fingerprint: identifies shards and order.
         baselines: losses of n-gram models on the tokens that validation scores; None if the
             folder's manifest does not tell.
+        notes: what the user should know about these data before training on them.
     """
 
     training: grain.DatasetIterator
     validation: Callable[[], Iterator[data_pipeline.Batch]]
     fingerprint: str
     baselines: Baselines | None
+    notes: tuple[str, ...]
 
 
 def open_data(config: Config) -> RunData:
@@ -41,6 +46,7 @@ def open_data(config: Config) -> RunData:
     data, length = config.data, config.model.sequence_length
     training = data_pipeline.shard_paths(data.directory, "train")
     scored = data_pipeline.shard_paths(data.directory, "val")[0]
+    baselines, notes = _read_manifest(config)
     data_pipeline.check_shards([*training, scored], config.model.vocab_size)
     order = {"sequence_length": length, "batch_rows": data.batch_rows, "mode": data.mode}
     data_pipeline.require_tokens(training, steps=config.schedule.steps, **order)
@@ -56,7 +62,8 @@ def open_data(config: Config) -> RunData:
         training=data_pipeline.train_batches(training, seed=data.seed, **order, **place),
         validation=validation,
         fingerprint=data_pipeline.fingerprint([*training, scored], seed=data.seed, **order),
-        baselines=_baselines(data.directory, data.val_tokens),
+        baselines=baselines,
+        notes=notes,
     )
 
 
@@ -71,9 +78,35 @@ def batch_pattern(rows: int, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return {"inputs": tokens, "targets": tokens}
 
 
-def _baselines(directory: str, val_tokens: int) -> Baselines | None:
-    """The manifest's figures if they are about the very tokens which the run scores."""
-    if not (pathlib.Path(directory) / "manifest.json").exists():
-        return None
-    found = data_pipeline.read_manifest(directory).baselines
-    return found if found.val_tokens == val_tokens else None
+def _read_manifest(config: Config) -> tuple[Baselines | None, tuple[str, ...]]:
+    """The manifest's figures if they are about the very tokens which the run scores, and notes.
+
+    Raises:
+        ShardError: the shards were made for a larger vocabulary than the model's.
+    """
+    path = pathlib.Path(config.data.directory) / "manifest.json"
+    if not path.exists():
+        return None, ()
+    manifest, notes = data_pipeline.read_manifest(path.parent), []
+    made_for, size = manifest.source.vocab_size, config.model.vocab_size
+    if made_for > size:
+        raise data_pipeline.ShardError(
+            f"{path.parent}: its shards have a vocabulary of {made_for}, model.vocab_size is "
+            f"{size}; set --model.vocab-size {made_for}, or prepare the text again with "
+            f"--vocab-size {size}."
+        )
+    if size - made_for >= _PADDING:
+        notes.append(
+            f"warning: the shards in {path.parent} use only {made_for} of the {size} ids of "
+            f"model.vocab_size; set --model.vocab-size {made_for}, or prepare the text again with "
+            f"--vocab-size {size}"
+        )
+    found, scored = manifest.baselines, config.data.val_tokens
+    if found.val_tokens == scored:
+        return found, tuple(notes)
+    notes.append(
+        f"warning: no bigram line and no bits per byte, since {path} tells them for "
+        f"{found.val_tokens} validation tokens and this run scores {scored}; prepare the text "
+        f"again with --val-tokens {scored}"
+    )
+    return None, tuple(notes)

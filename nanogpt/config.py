@@ -1,13 +1,36 @@
 """Every setting of a training run, as frozen dataclasses.
 
 The classes hold no numbers of their own beyond what the benchmark fixes for every optimizer;
-`presets.py` holds the values. A field's trailing comment is its `--help` text.
+`presets.py` holds the values. A field's trailing comment is its `--help` text. Impossible values
+are refused where they are set, before any work.
 """
 
 import dataclasses
-from typing import Literal
+import math
+import pathlib
+from typing import Any, Literal
+
+import tyro
 
 Dtype = Literal["float32", "bfloat16"]
+
+
+def _check(settings: Any, rule: str, *names: str) -> None:
+    """Raises ValueError if one of the named fields breaks a rule, a key of `_RULES`."""
+    for name in names:
+        value = getattr(settings, name)
+        if not _RULES[rule](value):
+            raise ValueError(f"{name}={value!r}: must be {rule}.")
+
+
+_RULES = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0": lambda value: value >= 0,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+    "positive and finite": lambda value: 0 < value < math.inf,
+    "at least 0 and finite": lambda value: 0 <= value < math.inf,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +48,8 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cudnn flash attention on GPU
 
     def __post_init__(self):
+        sizes = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "sequence_length")
+        _check(self, "at least 1", *sizes)
         if self.model_dim % self.head_dim:
             raise ValueError(
                 f"head_dim={self.head_dim} does not divide model_dim={self.model_dim}: "
@@ -48,6 +73,8 @@ class DataConfig:
     seed: int = 0  # order of the rows in mode shuffled
 
     def __post_init__(self):
+        _check(self, "at least 1", "batch_rows", "microbatch_rows", "val_tokens")
+        _check(self, "at least 0", "seed")
         if self.batch_rows % self.microbatch_rows:
             raise ValueError(
                 f"microbatch_rows={self.microbatch_rows} does not divide "
@@ -64,6 +91,13 @@ class ScheduleConfig:
     warmup_steps: int = 0  # eta is capped by (s + 1) / warmup_steps
     warmup_from: float | None = None  # learning rate of the first update; replaces the cap's rule
 
+    def __post_init__(self):
+        _check(self, "at least 1", "steps")
+        _check(self, "between 0 and 1", "cooldown")
+        _check(self, "at least 0", "warmup_steps")
+        if self.warmup_from is not None:
+            _check(self, "at least 0 and finite", "warmup_from")
+
 
 @dataclasses.dataclass(frozen=True)
 class AdamWConfig:
@@ -74,6 +108,11 @@ class AdamWConfig:
     b1: float = 0.9  # decay of the first moment
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-10  # added to sqrt(second moment); on the scale of summed gradients
+
+    def __post_init__(self):
+        _check(self, "positive and finite", "learning_rate")
+        _check(self, "at least 0 and finite", "weight_decay", "eps")
+        _check(self, "at least 0 and below 1", "b1", "b2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +125,12 @@ class MuonConfig:
     ns_steps: int = 5  # Newton-Schulz iterations
     ns_coeffs: tuple[float, float, float] = (3.4445, -4.775, 2.0315)  # quintic's coefficients
     ns_dtype: Dtype = "float32"  # precision of the Newton-Schulz iterations; muon_track3 only
+
+    def __post_init__(self):
+        _check(self, "positive and finite", "learning_rate")
+        _check(self, "at least 0 and finite", "weight_decay")
+        _check(self, "at least 0 and below 1", "b1")
+        _check(self, "at least 1", "ns_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +147,12 @@ class ShampooConfig:
     graft_b2: float = 0.9  # decay of the grafted Adam's second moment
     graft_eps: float = 1e-15  # eps of the grafted Adam; on the scale of summed gradients
 
+    def __post_init__(self):
+        _check(self, "positive and finite", "learning_rate")
+        _check(self, "at least 0 and finite", "weight_decay", "graft_eps")
+        _check(self, "at least 0 and below 1", "b1", "b2", "graft_b2")
+        _check(self, "at least 1", "every", "block_size")
+
 
 @dataclasses.dataclass(frozen=True)
 class AuxiliaryConfig:
@@ -115,6 +166,12 @@ class AuxiliaryConfig:
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-10  # added to sqrt(second moment); on the scale of summed gradients
 
+    def __post_init__(self):
+        rates = ("embed_learning_rate", "head_learning_rate", "vector_learning_rate")
+        _check(self, "positive and finite", *rates)
+        _check(self, "at least 0 and finite", "weight_decay", "eps")
+        _check(self, "at least 0 and below 1", "b1", "b2")
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig:
@@ -124,6 +181,10 @@ class OutputConfig:
     log_every: int = 10  # steps between records of the training loss
     checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end or when interrupted
     keep_checkpoints: int = 2  # newest checkpoints kept
+
+    def __post_init__(self):
+        _check(self, "at least 1", "log_every", "keep_checkpoints")
+        _check(self, "at least 0", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +196,20 @@ class Config:
     model: ModelConfig
     data: DataConfig
     schedule: ScheduleConfig
-    optimizer: str  # registry name of the optimizer of the block matrices
+    # Chosen together with the class of `matrices`, so not by a flag of its own.
+    optimizer: tyro.conf.Suppress[str]  # registry name of the optimizer of the block matrices
     matrices: AdamWConfig | MuonConfig | ShampooConfig  # its hyperparameters
     auxiliary: AuxiliaryConfig
     output: OutputConfig = OutputConfig()
     val_every: int = 125  # steps between validations while s < 0.9 * steps
     val_every_final: int = 25  # steps between validations afterwards
+
+    def __post_init__(self):
+        _check(self, "at least 0", "seed")
+        _check(self, "at least 1", "val_every", "val_every_final")
+        path = pathlib.PurePath(self.name)
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            raise ValueError(
+                f"name={self.name!r}: must be a folder inside output.directory, as in 'mine/first'; "
+                "set output.directory to write elsewhere."
+            )

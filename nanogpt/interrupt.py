@@ -18,7 +18,7 @@ class Interrupted(Exception):
     def __init__(self, signum: int, step: int, folder: str):
         super().__init__(
             f"stopped by {signal.Signals(signum).name} after {step} steps; they are saved in "
-            f"{folder}. Repeat the same command with --resume to go on."
+            f"{folder}. Repeat the same command with --resume to go on (with make: ARGS=--resume)."
         )
         self.signum = signum
         self.step = step

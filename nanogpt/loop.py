@@ -43,14 +43,21 @@ def fit(
     Raises:
         ShardError: bad shards, or fewer tokens than the run needs.
         FileExistsError: the folder holds a run, and neither resume nor overwrite is given.
-        FileNotFoundError: resume, and the folder holds no run.
+        FileNotFoundError: resume, and the folder holds no run, or one without metrics.jsonl.
         ValueError: resume, and the saved run had other settings or data.
         Interrupted: a signal stopped the run; its state is saved.
     """
     data, folder = open_data(config), RunFolder(config)
-    folder.claim(resume=resume, overwrite=overwrite)
+    folder.check(resume=resume, overwrite=overwrite)
     with stop_request() as stop, contextlib.closing(_Run(config, data, folder, stop)) as run:
+        if resume:
+            run.open_checkpoints()
         if not run.finished():
+            run.compile()
+            if not resume:
+                # Not before: a run that turns out to be impossible must not cost an earlier one.
+                folder.claim(resume=resume, overwrite=overwrite)
+                run.open_checkpoints()
             path, known = folder.metrics, data.baselines
             with Report(config, path, run.saved, baselines=known, console=console) as report:
                 run.train(report)
@@ -78,12 +85,22 @@ class _Run:
         self.config, self.data, self.folder, self.stop = config, data, folder, stop
         self.optimizer = build_optimizer(config, abstract_params(config.model))
         self.graphdef, self.state = init_state(config, self.optimizer)
-        self.checkpoints = Checkpoints(folder.checkpoints, config, data.fingerprint)
-        self.saved, seconds = self.checkpoints.latest(), 0.0
-        if self.saved is not None:
-            self.state, seconds = self.checkpoints.restore(self.saved, self.state, data.training)
-        self.clock = StepClock(seconds)
+        self.saved: int | None = None
+        self.clock = StepClock(0.0)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
+        self.resources = contextlib.ExitStack()
+        self.resources.callback(data.training.close)
+
+    def open_checkpoints(self) -> None:
+        """Opens the folder of checkpoints and goes to the newest one, if there is one."""
+        directory, fingerprint = self.folder.checkpoints, self.data.fingerprint
+        self.checkpoints = Checkpoints(directory, self.config, fingerprint)
+        self.resources.callback(self.checkpoints.close)
+        self.saved = self.checkpoints.latest()
+        if self.saved is not None:
+            restored = self.checkpoints.restore(self.saved, self.state, self.data.training)
+            self.state, seconds = restored
+            self.clock = StepClock(seconds)
 
     def finished(self) -> bool:
         """Tells whether an earlier process has done everything."""
@@ -93,7 +110,9 @@ class _Run:
     def train(self, report: Report) -> None:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""
         report.start(self.state)
-        self._compile(report)
+        for note in self.data.notes:
+            report.note(note)
+        report.compiled(self.compile_s)
         every = self.config.output.checkpoint_every
         self.clock.start()
         for step in range(self.saved or 0, self.config.schedule.steps):
@@ -110,10 +129,9 @@ class _Run:
 
     def close(self) -> None:
         """Finishes saving and ends the reader's thread."""
-        self.checkpoints.close()
-        self.data.training.close()
+        self.resources.close()
 
-    def _compile(self, report: Report) -> None:
+    def compile(self) -> None:
         """Compiles ahead of time: a compiled step refuses other shapes, so it never recompiles."""
         begin = time.perf_counter()
         sizes = self.config.data
@@ -124,7 +142,6 @@ class _Run:
         batch = batch_pattern(sizes.microbatch_rows, self.config)
         self.evaluate = _compiled(evaluate, self.state.params, batch)
         self.compile_s = time.perf_counter() - begin
-        report.compiled(self.compile_s)
 
     def _settle(self, report: Report) -> None:
         """Waits for the step in flight and reports it."""

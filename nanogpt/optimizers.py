@@ -17,6 +17,7 @@ import optax.contrib
 import shampoo_jax
 from nanogpt.config import (
     AdamWConfig,
+    AuxiliaryConfig,
     Config,
     MuonConfig,
     ShampooConfig,
@@ -61,7 +62,6 @@ def build_optimizer(config: Config, params: optax.Params) -> optax.GradientTrans
     """
     entry = _entry(config)
     matrices, aux = config.matrices, config.auxiliary
-    auxiliary = AdamWConfig(0.0, aux.weight_decay, aux.b1, aux.b2, aux.eps)
 
     def group(direction: optax.GradientTransformation, peak: float, decay: float):
         return optax.chain(
@@ -71,7 +71,7 @@ def build_optimizer(config: Config, params: optax.Params) -> optax.GradientTrans
         )
 
     def adamw(peak: float):
-        return in_float32(group(_adam(auxiliary), peak, aux.weight_decay))
+        return in_float32(group(_adam(aux), peak, aux.weight_decay))
 
     transforms = {
         "matrices": group(entry.direction(matrices), matrices.learning_rate, matrices.weight_decay),
@@ -212,7 +212,7 @@ def scale_by_aspect() -> optax.GradientTransformation:
     )
 
 
-def _adam(settings: AdamWConfig) -> optax.GradientTransformation:
+def _adam(settings: AdamWConfig | AuxiliaryConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
 
 

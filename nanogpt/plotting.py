@@ -78,17 +78,19 @@ def limits(
 
     The first steps fall from ln(vocabulary) so fast that showing them would squeeze the end, where
     runs differ: the top is a little above what the worst run has reached after a tenth of its
-    steps, or above the highest baseline.
+    steps, or above the highest baseline. Losses that are not finite do not count.
     """
-    curves = [*lines, *references]
-    lowest = min([np.nanmin(curve.losses) for curve in curves] + list(baselines.values()))
-    early = [
-        loss
-        for curve in curves
+    measured = [
+        (loss, step >= 0.1 * curve.steps[-1])
+        for curve in [*lines, *references]
         for step, loss in zip(curve.steps, curve.losses, strict=True)
-        if step >= 0.1 * curve.steps[-1]
+        if np.isfinite(loss)
     ]
-    highest = max([np.nanmax(early), *baselines.values()])
+    levels = [*baselines.values()]
+    lowest = min([loss for loss, _ in measured] + levels, default=0.0)
+    # A run that diverged in its first tenth has nothing but its beginning.
+    late = [loss for loss, is_late in measured if is_late] or [loss for loss, _ in measured]
+    highest = max(late + levels, default=1.0)
     margin = 0.05 * (highest - lowest) or 0.05
     return float(lowest - margin), float(highest + margin)
 
@@ -154,11 +156,13 @@ def _draw_references(axes: Axes, references: Sequence[Line]) -> None:
 def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
     """Writes each run's final loss at its right end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    finals = [line.losses[-1] for line in lines]
+    # A run that diverged has no end to write at: its label goes to the top.
+    finals = [line.losses[-1] if np.isfinite(line.losses[-1]) else high for line in lines]
     places = spread(finals, gap=0.045 * (high - low))
     for index, (line, place) in enumerate(zip(lines, places, strict=True)):
+        loss = line.losses[-1]
         axes.annotate(
-            f"{line.label} {line.losses[-1]:.3f}",
+            f"{line.label} {loss:.3f}" if np.isfinite(loss) else f"{line.label} diverged",
             (line.steps[-1], place),
             xytext=(9, 0),
             textcoords="offset points",

@@ -68,6 +68,10 @@ class Report:
             baselines=dataclasses.asdict(self._baselines) if self._baselines else {},
         )
 
+    def note(self, message: str) -> None:
+        """Shows a line that is about the whole run."""
+        self._progress.note(message)
+
     def compiled(self, seconds: float) -> None:
         """Shows the seconds spent on compiling, which no other figure includes."""
         self._progress.note(f"compiled in {seconds:.1f} s")

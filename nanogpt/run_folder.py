@@ -27,7 +27,7 @@ class RunFolder:
 
         Raises:
             ValueError: both are asked for.
-            FileNotFoundError: nothing to resume.
+            FileNotFoundError: nothing to resume, or checkpoints without their metrics.jsonl.
             FileExistsError: a run lies here and neither is asked for.
         """
         if resume and overwrite:
@@ -40,13 +40,32 @@ class RunFolder:
         if self.holds_run() and not (resume or overwrite):
             raise FileExistsError(
                 f"{self.path} already holds a run: go on with --resume, replace it with "
-                "--overwrite, or choose another --name."
+                "--overwrite, or choose another --name; with make: make speedrun ARGS=--resume."
+            )
+        if resume and not self._recorded() and self._saved():
+            raise FileNotFoundError(
+                f"{self.metrics} is missing or empty, but checkpoints lie beside it: put the file "
+                "back, or start anew with --overwrite or another --name."
             )
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
         """Makes the folder ready for a run; arguments and errors as in `check`."""
         self.check(resume=resume, overwrite=overwrite)
         if overwrite:
-            self.metrics.unlink(missing_ok=True)
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.clear()
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def clear(self) -> None:
+        """Deletes the run that lies here, and nothing else."""
+        self.metrics.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def changed(self) -> int | None:
+        """Returns when metrics.jsonl was last written (ns), None if there is none."""
+        return self.metrics.stat().st_mtime_ns if self.metrics.exists() else None
+
+    def _recorded(self) -> bool:
+        return self.metrics.exists() and self.metrics.stat().st_size > 0
+
+    def _saved(self) -> bool:
+        return self.checkpoints.exists() and any(self.checkpoints.iterdir())

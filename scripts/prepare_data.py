@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,15 +11,18 @@ import tyro
 
 from data_pipeline import Manifest, describe, fineweb, folder, gpt2, prepare, sotu
 from data_pipeline.download import SOURCE, VAL_TOKENS
+from nanogpt.presets import preset
+
+DEMO = preset("cpu", "adamw")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sotu:
     """US presidents' annual messages, 2.4 million GPT-2 tokens; needs no network."""
 
-    directory: Path = Path("data/sotu")  # folder to write
-    vocab_size: int = 50257  # ids of the tokenizer: 257 to 50257, fewer for a smaller head
-    val_tokens: int | None = None  # validation tokens that the count models score; default: all
+    directory: Path = Path(DEMO.data.directory)  # folder to write
+    vocab_size: int = DEMO.model.vocab_size  # ids of the tokenizer: 257 to 50257
+    val_tokens: int = DEMO.data.val_tokens  # validation tokens that the count models score
 
     def run(self) -> Manifest:
         """Prepares the corpus."""
@@ -32,12 +36,17 @@ class Folder:
     path: tyro.conf.Positional[Path]  # folder of .txt and .jsonl files, searched recursively
     directory: Path = Path("data/folder")  # folder to write
     vocab_size: int = 50257  # ids of the tokenizer: 257 to 50257, fewer for a smaller head
-    val_tokens: int | None = None  # validation tokens that the count models score; default: all
+    val_tokens: int | None = None  # validation tokens that the count models score; set it to the
+    # run's data.val_tokens. Default: what preset cpu scores, or as many of its batches as there are
 
     def run(self) -> Manifest:
         """Prepares the corpus."""
-        corpus = folder(self.path)
-        return prepare(corpus, self.directory, gpt2(self.vocab_size), val_tokens=self.val_tokens)
+        corpus, tokenizer = folder(self.path), gpt2(self.vocab_size)
+        manifest = prepare(corpus, self.directory, tokenizer, val_tokens=self.val_tokens)
+        if self.val_tokens is not None:
+            return manifest
+        fitting = fitting_val_tokens(manifest.val[0].tokens)
+        return prepare(corpus, self.directory, tokenizer, val_tokens=fitting or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +71,16 @@ Command = (
 )
 
 
+def fitting_val_tokens(held_out: int) -> int:
+    """Returns how many of so many held-out tokens a run of preset cpu can score.
+
+    >>> fitting_val_tokens(10**6), fitting_val_tokens(5000), fitting_val_tokens(2048)
+    (65536, 4096, 0)
+    """
+    batch = DEMO.data.microbatch_rows * DEMO.model.sequence_length
+    return min(DEMO.data.val_tokens, (held_out - 1) // batch * batch)
+
+
 def summary(manifest: Manifest) -> str:
     """A few lines about a prepared folder."""
     counts = manifest.baselines
@@ -84,8 +103,11 @@ def main() -> None:
     command: Sotu | Folder | Fineweb = tyro.cli(Command, description=__doc__)
     try:
         manifest = command.run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on or starts again", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     print(f"{command.directory}\n{summary(manifest)}")
 
 

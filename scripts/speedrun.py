@@ -1,7 +1,8 @@
 """Trains one optimizer after another on the same batches and draws the comparison.
 
 Without --optimizer: AdamW, Muon and Shampoo, each in a process of its own. Every setting below can
-be changed; the values shown are those of the preset.
+be changed; the values shown are those of the preset. `--optimizer shampoo --help` shows that
+optimizer's own settings, --matrices.*, in the place of AdamW's.
 """
 
 import argparse
@@ -16,7 +17,9 @@ from types import FrameType
 
 import tyro
 
-from data_pipeline import ShardError, gpt2, prepare, shard_paths, sotu
+from data_pipeline import gpt2, prepare, sotu
+from data_pipeline.manifest import FILE_NAME
+from data_pipeline.tokenizer import GPT2_VOCAB_SIZE
 from nanogpt.comparison import compare
 from nanogpt.config import Config
 from nanogpt.presets import PRESETS, preset
@@ -78,6 +81,7 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
     """Trains one optimizer in this process; a stop request ends it with 128 + signal."""
     config = read_config(options, options.optimizer, f"{options.preset}/{options.optimizer}", rest)
     prepare_data(config)
+    warn_without_accelerator(options.preset)
     # Imports jax, which must see the environment that `main` sets.
     from nanogpt.interrupt import Interrupted
     from nanogpt.loop import fit
@@ -94,7 +98,7 @@ def train_all(options: argparse.Namespace, rest: list[str]) -> None:
     group = read_config(options, DEMO[0], options.preset, rest)
     configs = {
         optimizer: read_config(
-            options, optimizer, "", [*rest, "--name", f"{group.name}/{optimizer}"]
+            options, optimizer, optimizer, [*rest, "--name", f"{group.name}/{optimizer}"]
         )
         for optimizer in DEMO
     }
@@ -104,11 +108,19 @@ def train_all(options: argparse.Namespace, rest: list[str]) -> None:
     for folder in folders.values():
         folder.check(resume=options.resume and folder.holds_run(), overwrite=options.overwrite)
     prepare_data(group)
+    before = folders[DEMO[0]].changed()
     for optimizer, folder in folders.items():
         flags = ["--resume"] * (options.resume and folder.holds_run())
         flags += ["--overwrite"] * options.overwrite
         chosen = ["--preset", options.preset, "--optimizer", optimizer, *flags]
-        run([*chosen, *rest, "--name", configs[optimizer].name])
+        try:
+            run([*chosen, *rest, "--name", configs[optimizer].name])
+        finally:
+            # Whatever becomes of it, the first new run ends the old group: a later --resume must
+            # not take the old group's other runs for its own.
+            if options.overwrite and optimizer == DEMO[0] and folder.changed() != before:
+                for other in DEMO[1:]:
+                    folders[other].clear()
     out = RunFolder(group).path
     picture = compare([folder.path for folder in folders.values()], out)
     print((out / "comparison.md").read_text(encoding="utf-8"))
@@ -116,15 +128,26 @@ def train_all(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def prepare_data(config: Config) -> None:
-    """Makes shards of the demo text if the folder of a demo run has none."""
-    if config.data.directory != preset("cpu", DEMO[0]).data.directory:
+    """Brings the demo's own folder up to date: nothing is done where its manifest fits the run."""
+    directory = config.data.directory
+    if directory != preset("cpu", DEMO[0]).data.directory:
         return
-    with contextlib.suppress(ShardError):
-        shard_paths(config.data.directory, "train")
-        return
-    print(f"preparing text in {config.data.directory}", flush=True)
-    tokenizer = gpt2(config.model.vocab_size)
-    prepare(sotu(), config.data.directory, tokenizer, val_tokens=config.data.val_tokens)
+    if not os.path.exists(os.path.join(directory, FILE_NAME)):
+        print(f"preparing text in {directory}", flush=True)
+    tokenizer = gpt2(min(config.model.vocab_size, GPT2_VOCAB_SIZE))
+    prepare(sotu(), directory, tokenizer, val_tokens=config.data.val_tokens)
+
+
+def warn_without_accelerator(name: str) -> None:
+    """Says so if a preset that is made for an accelerator is about to run on the CPU."""
+    import jax
+
+    if name == "track3" and jax.default_backend() == "cpu":
+        print(
+            "warning: jax sees only a CPU, on which preset track3 takes weeks; for an NVIDIA GPU "
+            "run `make venv EXTRAS=cuda12` first",
+            file=sys.stderr,
+        )
 
 
 def run(arguments: Sequence[str]) -> None:
