@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from shampoo_jax.matrix import eigh, qr
 from shampoo_jax.matrix.batching import map_matrices
+from shampoo_jax.solvers import AnyExponent
 
 Array = jax.Array
 
@@ -91,7 +92,7 @@ def eigenvalue_estimates(factor: Array, basis: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class CarriedBasis:
+class CarriedBasis(AnyExponent):
     """A solver that keeps each factor's eigenbasis from one refresh to the next.
 
     With `EighBasis()` it equals `TruncatedEigh` or `ShiftedEigh`; with a tolerance or `QRBasis` the

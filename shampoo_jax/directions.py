@@ -7,20 +7,21 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.bases import Basis, make_basis
-from shampoo_jax.blocking import blocked
 from shampoo_jax.dimension_numbers import DimensionOption
 from shampoo_jax.eigenbasis import eigenbasis
-from shampoo_jax.exponents import ExponentOption, Exponents, resolve_exponents
+from shampoo_jax.exponents import (
+    ExponentOption,
+    given_exponents,
+    resolve_exponents,
+)
 from shampoo_jax.factors import accumulate_factors, damp
 from shampoo_jax.filtering import filter_gradient
-from shampoo_jax.grafting import graft as graft_parts
 from shampoo_jax.grafting import make_magnitude, scale_by_second_moment
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.kl import kl_eigenbasis
-from shampoo_jax.monitoring import monitor_spectrum
 from shampoo_jax.roots import invert_roots, precondition
-from shampoo_jax.skipping import skip_nonfinite_blocks
 from shampoo_jax.solvers import Solver, make_solver
+from shampoo_jax.walk import blocked_walk
 
 
 def scale_by_shampoo(
@@ -120,12 +121,20 @@ def scale_by_shampoo(
     """
     check_static(locals())
     resolved = resolve_exponents(exponents)
+    chosen = make_solver(solver, cutoff=cutoff, rtol=rtol, atol=atol, eps=eps)
+    for exponent in given_exponents(exponents):
+        chosen.check(exponent)
+    if isinstance(every, int) and every > 1 and isinstance(atol, (int, float)) and atol > 0:
+        raise ValueError(
+            f"atol={atol} with every={every}: roots of old factors meet newer gradients, and an "
+            "absolute cutoff lets noise directions through: use rtol, or every=1."
+        )
     direction = optax.chain(
         accumulate_factors(
             b2, exponents=resolved, bias_correction=bias_correction, weighted=weighted
         ),
         invert_roots(
-            make_solver(solver, cutoff=cutoff, rtol=rtol, atol=atol, eps=eps),
+            chosen,
             exponents=resolved,
             every=every,
             start=start,
@@ -153,32 +162,6 @@ def _graft_decay(graft_b2: Any, b2: Any) -> Any:
     if isinstance(b2, (int, float)):
         return 0.999 if b2 == 1 else b2
     return jnp.where(b2 == 1, 0.999, b2)
-
-
-def blocked_walk(
-    first_moment: optax.GradientTransformation | None,
-    direction: optax.GradientTransformation,
-    *,
-    magnitude: optax.GradientTransformation | None,
-    exponents: Exponents,
-    nonfinite: str,
-    monitor: int | None,
-    canonical: bool,
-    **blocking: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """`blocked` around first moment, direction (grafted where there is a magnitude) and monitor."""
-    if nonfinite not in ("propagate", "skip_blocks"):
-        raise ValueError(f"nonfinite={nonfinite!r}: use 'propagate' or 'skip_blocks'.")
-    parts = [] if first_moment is None else [first_moment]
-    parts.append(direction if magnitude is None else graft_parts(magnitude, direction))
-    if monitor is not None:
-        parts.append(monitor_spectrum(exponents=exponents, every=monitor))
-    walk = optax.chain(*parts)
-    return blocked(
-        skip_nonfinite_blocks(walk) if nonfinite == "skip_blocks" else walk,
-        canonical=canonical and len(set(exponents(2))) == 1,
-        **blocking,
-    )
 
 
 def scale_by_soap(

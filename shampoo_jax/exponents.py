@@ -54,3 +54,13 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
 def _check_exponent(value: float) -> None:
     if value < 0:
         raise ValueError(f"exponent {value} must not be negative: roots are inverse already.")
+
+
+def given_exponents(option: ExponentOption) -> set[float]:
+    """The non-zero exponents that an option names."""
+    if option is None:
+        return set()
+    if isinstance(option, (int, float)):
+        return {float(option)} - {0.0}
+    entries = [e.values() if isinstance(e, Mapping) else (e,) for e in option.values()]
+    return {float(x) for values in entries for x in values} - {0.0}

@@ -17,8 +17,13 @@ class Solver(Protocol):
     `init` gives what the solver carries from one refresh to the next, arrays with leading axis N
     (an eigenbasis to start from, say), or `()`. A call takes factors `[N, d, d]`, a positive float
     and that state; it returns roots `[N, d, d]`, `ok` as `bool[N]`, and the new state. Where `ok`
-    is false the caller keeps the previous root and state.
+    is false the caller keeps the previous root and state. `check` raises ValueError for an exponent
+    that the solver cannot compute.
     """
+
+    def check(self, exponent: float) -> None:
+        """Refuses an exponent before any work."""
+        ...
 
     def init(self, n: int, d: int, dtype: Any) -> Any:
         """State for a stack of n factors of size d."""
@@ -27,6 +32,14 @@ class Solver(Protocol):
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """Roots, whether each can be used, and the new state."""
         ...
+
+
+class AnyExponent:
+    """A solver that computes every real exponent."""
+
+    def check(self, exponent: float) -> None:
+        """Nothing to refuse."""
+        del exponent
 
 
 class Stateless:
@@ -39,7 +52,7 @@ class Stateless:
 
 
 @dataclasses.dataclass(frozen=True)
-class TruncatedEigh(Stateless):
+class TruncatedEigh(AnyExponent, Stateless):
     """Eigendecomposition with a pseudo-inverse cutoff, see `matrix.eigh.truncated_root`.
 
     Attributes:
@@ -56,7 +69,7 @@ class TruncatedEigh(Stateless):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShiftedEigh(Stateless):
+class ShiftedEigh(AnyExponent, Stateless):
     """Eigendecomposition of `A + eps I`, see `matrix.eigh.shifted_root`.
 
     Attributes:
@@ -89,17 +102,20 @@ class CoupledNewton(Stateless):
     tolerance: Any = 1e-6
     max_residual: Any = newton.MAX_RESIDUAL
 
-    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
-        """See `Solver`."""
-        root = newton.rational_root(exponent)
-        if root.denominator != 1:
+    def check(self, exponent: float) -> None:
+        """Refuses exponents that are not 1/p."""
+        if newton.rational_root(exponent).denominator != 1:
             raise ValueError(
                 f"exponent={exponent} is not 1/p: solver 'coupled_newton' computes integer roots "
                 "only, use 'higher_order_newton' or 'eigh'."
             )
+
+    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
+        """See `Solver`."""
+        self.check(exponent)
         result = newton.coupled_newton(
             factor,
-            root.numerator,
+            newton.rational_root(exponent).numerator,
             self.eps,
             max_iterations=self.max_iterations,
             tolerance=self.tolerance,
@@ -125,6 +141,10 @@ class HigherOrderNewton(Stateless):
     max_iterations: int = 100
     tolerance: Any = 1e-8
     order: int = 3
+
+    def check(self, exponent: float) -> None:
+        """Refuses exponents that are no fraction with small terms."""
+        newton.rational_root(exponent)
 
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """See `Solver`."""

@@ -292,6 +292,9 @@ def test_one_sided_exponents_ignore_the_other_side():
         ({"solver": ShiftedEigh(1e-3), "eps": 1e-3}, "on the solver itself"),
         ({"graft": "adamw"}, "graft='adamw' is unknown"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore'"),
+        ({"atol": 1e-3, "every": 3}, "atol=0.001 with every=3: .* use rtol"),
+        ({"solver": "coupled_newton", "exponents": {2: 0.4}}, "exponent=0.4 is not 1/p"),
+        ({"solver": "higher_order_newton", "exponents": 0.31415}, "exponent=0.31415 is not"),
     ],
 )
 def test_contradictory_options_are_refused_before_any_work(options, message):

@@ -166,3 +166,16 @@ def test_labels_of_trees_with_holes():
         "b": optax.MaskedNode(),
         "c": "matrices",
     }
+
+
+def test_a_gradient_whose_squares_overflow_is_skipped_and_forgotten():
+    """It is finite, but would make factors and second moments infinite for ever."""
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    tx = sj.shampoo(0.1)
+    state, update = tx.init(params), jax.jit(tx.update)
+    updates, state = update(params, state, params)
+    huge, state = update(jax.tree.map(lambda p: 1e20 * (p + 1), params), state, params)
+    again, state = update(params, state, params)
+    assert state.total_notfinite == 1
+    assert not any(x.any() for x in jax.tree.leaves(huge))
+    assert jnp.abs(again["w"]).max() > 0.5 * jnp.abs(updates["w"]).max()
