@@ -210,6 +210,6 @@ class Config:
         path = pathlib.PurePath(self.name)
         if not path.parts or path.is_absolute() or ".." in path.parts:
             raise ValueError(
-                f"name={self.name!r}: must be a folder inside output.directory, as in 'mine/first'; "
-                "set output.directory to write elsewhere."
+                f"name={self.name!r}: must be a folder inside output.directory, as in "
+                "'mine/first'; set output.directory to write elsewhere."
             )

@@ -59,8 +59,9 @@ def draw(
             _draw_baselines(axes, baselines)
             axes.set_ylim(low, high)
         _draw_references(by_step, references)
-        for axes in (by_step, by_time):
-            axes.set_xlim(left=0)
+        # Explicit: what diverged is not drawn, but its label needs its place on the axis.
+        by_step.set_xlim(0, 1.05 * max(line.steps[-1] for line in [*lines, *references]) or 1)
+        by_time.set_xlim(0, 1.05 * max(line.seconds[-1] for line in lines) or 1)
         by_step.set(xlabel="optimizer step", ylabel="validation loss (nats per token)")
         by_time.set(xlabel="training time (seconds)")
         _label_ends(by_step, lines)

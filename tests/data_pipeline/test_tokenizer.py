@@ -1,4 +1,5 @@
 import lzma
+from importlib import resources
 
 import hypothesis
 import hypothesis.strategies as st
@@ -84,8 +85,19 @@ def test_refuses_impossible_sizes(size):
         gpt2(size)
 
 
-def test_refuses_a_damaged_merge_table(monkeypatch):
+@pytest.mark.parametrize("damage", ["cut", "bit", "other table", "empty"])
+def test_refuses_a_damaged_merge_table(tmp_path, monkeypatch, damage):
+    packed = resources.files("data_pipeline").joinpath("gpt2_merges.xz").read_bytes()
+    flipped = bytearray(packed)
+    flipped[len(packed) // 2] ^= 1
+    damaged = {
+        "cut": packed[:-100],
+        "bit": bytes(flipped),
+        "other table": lzma.compress(b"#version: 0.2\nh e\n"),
+        "empty": b"",
+    }[damage]
+    (tmp_path / "gpt2_merges.xz").write_bytes(damaged)
     tokenizer._gpt2_tokens.cache_clear()
-    monkeypatch.setattr(lzma, "decompress", lambda _: b"#version: 0.2\nh e\n")
+    monkeypatch.setattr(tokenizer.resources, "files", lambda _: tmp_path)
     with pytest.raises(ValueError, match="gpt2_merges.xz: sha256 .* damaged"):
         tokenizer._gpt2_tokens()

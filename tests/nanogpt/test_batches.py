@@ -84,4 +84,20 @@ def test_baselines_count_only_on_the_tokens_that_are_scored(config, scored, know
     Manifest(source, (), (), figures).write(config.data.directory)
     data = open_data(config)
     assert data.baselines == (figures if known else None)
+    assert [note for note in data.notes if "again with --val-tokens 64" in note] == list(data.notes)
+    assert len(data.notes) == (not known)
     data.training.close()
+
+
+@pytest.mark.parametrize("model", [40, 64, 50 + 128])
+def test_shards_of_another_vocabulary_are_named(config, model):
+    source = Source("t", "1", "none", "none", "bytes", 50)
+    Manifest(source, (), (), Baselines(64, 3.0, 3.5, 3.0)).write(config.data.directory)
+    config = change(config, "model", vocab_size=model)
+    if model < 50:
+        with pytest.raises(ShardError, match="--model.vocab-size 50, .* --vocab-size 40"):
+            open_data(config)
+        return
+    data = open_data(config)
+    data.training.close()
+    assert ["use only 50 of the 178 ids" in note for note in data.notes] == [True] * (model > 64)

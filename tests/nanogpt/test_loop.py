@@ -286,6 +286,23 @@ def test_existing_run_is_not_overwritten(whole):
     assert records(whole) == before
 
 
+@pytest.mark.parametrize("possible", [False, True])
+def test_an_overwritten_run_goes_when_the_new_one_is_compiled(shards, tmp_path, possible):
+    config = tiny(shards, tmp_path, schedule=ScheduleConfig(2))
+    fit(config)
+    before = records(config)
+    again = dataclasses.replace(config, optimizer="adamw" if possible else "shampoo", seed=4)
+    if possible:
+        fit(again, overwrite=True)
+        assert records(again)[0]["config"]["seed"] == 4
+        assert saved(again, 2)["state"]["step"] == 2
+    else:
+        with pytest.raises(ValueError, match="shampoo"):
+            fit(again, overwrite=True)
+        assert records(config) == before
+        assert fit(config, resume=True) == before[-1]
+
+
 def test_resume_names_the_setting_that_differs(whole):
     changed = dataclasses.replace(whole, schedule=ScheduleConfig(STEPS, cooldown=0.5))
     with pytest.raises(ValueError, match=r"schedule\.cooldown=0\.7, this run has .*=0\.5"):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt.plotting import Line, limits, spread
+from nanogpt.plotting import Line, draw, limits, spread
 
 FAST = Line("fast", range(0, 101, 10), np.linspace(7.0, 3.0, 11), range(11))
 SLOW = Line("slow", range(0, 101, 10), np.linspace(7.0, 4.0, 11), range(11))
@@ -43,3 +43,13 @@ def test_limits_show_runs_that_are_worse_than_every_baseline():
 def test_limits_of_a_constant_are_not_empty():
     low, high = limits([Line("flat", [0, 1], [2.0, 2.0], [0, 1])], [], {})
     assert low < 2.0 < high
+
+
+@pytest.mark.parametrize("baselines", [{}, {"bigram": 3.0}])
+@pytest.mark.parametrize("first", [7.0, np.nan])
+def test_diverged_runs_still_give_a_picture(tmp_path, first, baselines):
+    runs = [Line(name, [0, 10, 20], [first, np.nan, np.nan], [0, 1, 2]) for name in ("a", "b")]
+    low, high = limits(runs, [], baselines)
+    assert np.isfinite([low, high]).all() and low < high
+    draw(tmp_path / "picture.png", runs, baselines=baselines)
+    assert (tmp_path / "picture.png").stat().st_size > 1000

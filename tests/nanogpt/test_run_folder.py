@@ -34,7 +34,7 @@ def test_a_trace_of_a_run_is_enough_to_refuse(folder, left):
     folder.path.mkdir(parents=True)
     trace = getattr(folder, left)
     trace.mkdir() if left == "checkpoints" else trace.touch()
-    with pytest.raises(FileExistsError, match="a/b already holds a run"):
+    with pytest.raises(FileExistsError, match="a/b already holds a run.*ARGS=--resume"):
         folder.claim(resume=False, overwrite=False)
 
 
@@ -57,3 +57,11 @@ def test_resume_and_overwrite_exclude_each_other(used):
     with pytest.raises(ValueError, match="exclude each other"):
         used.claim(resume=True, overwrite=True)
     assert used.metrics.exists()
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_checkpoints_without_their_metrics_are_not_resumed(used, content):
+    used.metrics.unlink() if content is None else used.metrics.write_text(content)
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl is missing or empty.*--overwrite"):
+        used.check(resume=True, overwrite=False)
+    used.check(resume=False, overwrite=True)

@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from data_pipeline import write_shard
+from data_pipeline import Corpus, Document, read_manifest, write_shard
 from nanogpt.config import ShampooConfig
+from nanogpt.presets import preset
 from nanogpt.run_folder import RunFolder
 from scripts import speedrun
 
@@ -41,7 +42,7 @@ def children(monkeypatch):
     def run(arguments):
         started.append(arguments)
         options, rest = speedrun.split_arguments(arguments)
-        config = speedrun.read_config(options, options.optimizer, "", rest)
+        config = speedrun.read_config(options, options.optimizer, "x", rest)
         folder = RunFolder(config)
         folder.path.mkdir(parents=True, exist_ok=True)
         start = {
@@ -70,7 +71,7 @@ def children(monkeypatch):
 def chosen(arguments: list[str]) -> tuple[str, str, bool]:
     """(optimizer, name, resume) of a child's command line."""
     options, rest = speedrun.split_arguments(arguments)
-    config = speedrun.read_config(options, options.optimizer, "", rest)
+    config = speedrun.read_config(options, options.optimizer, "x", rest)
     assert config.optimizer == options.optimizer
     return options.optimizer, config.name, options.resume
 
@@ -96,7 +97,8 @@ def test_name_is_the_folder_of_all_three(settings, children, tmp_path):
 
 
 def test_resume_goes_on_with_what_exists_and_starts_the_rest(settings, children, tmp_path):
-    (tmp_path / "runs" / "cpu" / "adamw" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "cpu" / "adamw").mkdir(parents=True)
+    (tmp_path / "runs" / "cpu" / "adamw" / "metrics.jsonl").write_text("{}\n")
     speedrun.main([*settings, "--resume"])
     assert [chosen(arguments)[2] for arguments in children] == [True, False, False]
 
@@ -127,6 +129,8 @@ def test_settings_of_one_optimizer_are_refused_for_all(settings, children, capsy
         (["--optimizer", "sgd"], "optimizer='sgd' is unknown"),
         (["--preset", "track3", "--optimizer", "sgd"], "unknown in preset 'track3'"),
         (["--model.head-dim", "7"], "head_dim=7 does not divide"),
+        (["--schedule.steps", "0"], "steps=0: must be at least 1"),
+        (["--name", "../elsewhere"], "name='../elsewhere': must be a folder inside"),
     ],
 )
 def test_impossible_settings_are_named(arguments, message, capsys):
@@ -147,25 +151,85 @@ def test_every_setting_can_be_set_and_is_explained(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for wanted in ("--preset", "--resume", "--overwrite", "steps between validations", "tokens"):
         assert wanted in text
+    assert "--optimizer shampoo --help" in text
+    assert "--optimizer STR" not in text  # tyro's own flag would not choose the settings
 
 
-def test_demo_text_is_prepared_once_and_only_where_it_belongs(settings, tmp_path, monkeypatch):
-    prepared = []
-    monkeypatch.setattr(speedrun, "prepare", lambda *a, **k: prepared.append((a[1], k)))
-    monkeypatch.setattr(speedrun, "sotu", lambda: None)
+@pytest.fixture
+def demo_folder(tmp_path, monkeypatch):
+    """Prepares a run's data in tmp_path, where the demo text is a small one."""
+    documents = [
+        Document(f"{i}", "We the people. " * 20, "val" if i < 2 else "train") for i in range(6)
+    ]
+    monkeypatch.setattr(
+        speedrun, "sotu", lambda: Corpus("tiny", "1", "none", "first two", lambda: iter(documents))
+    )
     monkeypatch.chdir(tmp_path)
 
     def prepare(*arguments):
-        options, rest = speedrun.split_arguments(arguments)
+        options, rest = speedrun.split_arguments(["--data.val-tokens", "64", *arguments])
         speedrun.prepare_data(speedrun.read_config(options, "adamw", "x", rest))
 
-    prepare()
-    assert prepared == [("data/sotu", {"val_tokens": 131072})]
-    prepare("--data.directory", "elsewhere")  # a typing error must not become a corpus
-    (tmp_path / "data" / "sotu").mkdir()
-    write_shard(tmp_path / "data" / "sotu" / "s_train_000001.bin", np.zeros(9, np.uint16))
-    prepare()
-    assert len(prepared) == 1
+    return prepare
+
+
+def test_demo_text_is_prepared_only_in_its_own_folder(demo_folder, tmp_path, monkeypatch):
+    scored = []
+    monkeypatch.setattr(speedrun, "prepare", lambda *a, **k: scored.append((a[1], k)))
+    options, rest = speedrun.split_arguments([])
+    speedrun.prepare_data(speedrun.read_config(options, "adamw", "x", rest))
+    assert scored == [("data/sotu", {"val_tokens": preset("cpu", "adamw").data.val_tokens})]
+    demo_folder("--data.directory", "elsewhere")  # a typing error must not become a corpus
+    assert len(scored) == 1 and not (tmp_path / "elsewhere").exists()
+
+
+def test_demo_folder_always_fits_the_run(demo_folder, tmp_path, capsys):
+    """Baselines are those of the run's val_tokens, shards those of the model's vocabulary."""
+
+    def made():
+        manifest = read_manifest(tmp_path / "data" / "sotu")
+        return manifest.source.vocab_size, manifest.baselines.val_tokens
+
+    demo_folder()
+    assert made() == (2048, 64)
+    assert "preparing text in data/sotu" in capsys.readouterr().out
+    demo_folder("--data.val-tokens", "32")
+    assert made() == (2048, 32)
+    demo_folder("--model.vocab-size", "300")
+    assert made() == (300, 64)
+    assert capsys.readouterr().out == ""
+
+
+def test_overwriting_the_first_run_of_a_group_clears_the_others(
+    settings, children, tmp_path, monkeypatch
+):
+    """A Ctrl-C in the first run must not leave a new run beside old ones, for --resume to mix."""
+    speedrun.main(settings)
+    shampoo = tmp_path / "runs" / "cpu" / "shampoo" / "metrics.jsonl"
+    leave_a_run, fails = speedrun.run, True
+
+    def stopped(arguments):
+        if not fails:
+            leave_a_run(arguments)
+        sys.exit(130)
+
+    monkeypatch.setattr(speedrun, "run", stopped)
+    with pytest.raises(SystemExit):
+        speedrun.main([*settings, "--overwrite"])
+    assert shampoo.exists()  # the first run turned out to be impossible: nothing is lost
+    fails = False
+    with pytest.raises(SystemExit):
+        speedrun.main([*settings, "--overwrite"])
+    assert not shampoo.exists()
+    assert (tmp_path / "runs" / "cpu" / "adamw" / "metrics.jsonl").exists()
+
+
+def test_track3_without_an_accelerator_is_warned_about(capsys):
+    speedrun.warn_without_accelerator("cpu")
+    assert capsys.readouterr().err == ""
+    speedrun.warn_without_accelerator("track3")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "only a CPU" in line and "make venv EXTRAS=cuda12" in line
 
 
 def test_failed_child_ends_the_command():

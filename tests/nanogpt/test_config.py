@@ -1,0 +1,54 @@
+"""Impossible settings are refused where they are set."""
+
+import dataclasses
+import math
+
+import pytest
+
+from nanogpt.presets import PRESETS, preset
+
+CONFIG = preset("cpu", "shampoo")
+WRONG = [
+    *(("", name, 0) for name in ("val_every", "val_every_final")),
+    ("", "seed", -1),
+    *(("", "name", name) for name in ("", ".", "../up", "a/../../up", "/absolute")),
+    *(("model", name, 0) for name in ("vocab_size", "num_layers", "model_dim", "head_dim")),
+    *(("model", name, -4) for name in ("head_dim", "mlp_dim", "sequence_length")),
+    *(("data", name, 0) for name in ("batch_rows", "microbatch_rows", "val_tokens")),
+    ("data", "seed", -1),
+    ("schedule", "steps", 0),
+    *(("schedule", "cooldown", value) for value in (-0.1, 1.1, math.nan)),
+    ("schedule", "warmup_steps", -1),
+    ("schedule", "warmup_from", -1e-7),
+    *(("matrices", "learning_rate", value) for value in (0.0, -0.1, math.inf, math.nan)),
+    *(("matrices", name, 1.0) for name in ("b1", "b2", "graft_b2")),
+    *(("matrices", name, 0) for name in ("every", "block_size")),
+    ("matrices", "weight_decay", -0.1),
+    ("auxiliary", "head_learning_rate", 0.0),
+    ("auxiliary", "b1", 1.0),
+    ("output", "log_every", 0),
+    ("output", "keep_checkpoints", 0),
+    ("output", "checkpoint_every", -1),
+]
+
+
+@pytest.mark.parametrize(("group", "name", "value"), WRONG)
+def test_impossible_values_are_named(group, name, value):
+    settings = getattr(CONFIG, group) if group else CONFIG
+    with pytest.raises(ValueError, match=f"^{name}={value!r}: must be"):
+        dataclasses.replace(settings, **{name: value})
+
+
+@pytest.mark.parametrize("preset_name", PRESETS)
+def test_matrices_of_every_recipe_are_checked(preset_name):
+    for optimizer in PRESETS[preset_name][0]:
+        matrices = preset(preset_name, optimizer).matrices
+        with pytest.raises(ValueError, match="b1=-0.5: must be at least 0 and below 1"):
+            dataclasses.replace(matrices, b1=-0.5)
+
+
+def test_borders_are_possible():
+    dataclasses.replace(CONFIG.schedule, steps=1, cooldown=0.0, warmup_from=0.0)
+    dataclasses.replace(CONFIG.schedule, cooldown=1.0)
+    dataclasses.replace(CONFIG.matrices, b1=0.0, weight_decay=0.0, graft_eps=0.0)
+    dataclasses.replace(CONFIG, name="a/b.c/..d")
