@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -13,7 +12,7 @@ from shampoo_jax.dimension_numbers import component_names
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.momentum import momentum as momentum_part
 from shampoo_jax.precision import in_float32
-from shampoo_jax.skipping import accept_missing, skip_nonfinite_parameters
+from shampoo_jax.skipping import accept_missing, overflow_to_inf, skip_nonfinite_parameters
 from shampoo_jax.weight_decay import decay_parts
 
 Rule = Callable[[tuple[Any, ...], Any], bool]
@@ -157,10 +156,3 @@ def skip_nonfinite_steps(
         return guarded.update(jax.tree.map(overflow_to_inf, updates), state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(guarded.init, update)
-
-
-def overflow_to_inf(x: jax.Array) -> jax.Array:
-    """Infinity where the squares of that many entries of this size would overflow float32."""
-    x = jnp.asarray(x)
-    largest = float(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).max)
-    return jnp.where(jnp.abs(x) > (largest / max(x.size, 1)) ** 0.5, jnp.inf, x)

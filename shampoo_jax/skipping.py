@@ -100,6 +100,13 @@ def _where_parameters(
     return jax.tree_util.tree_map_with_path(choose, new, old)
 
 
+def overflow_to_inf(x: jax.Array) -> jax.Array:
+    """Infinity where the squares of that many entries of this size would overflow float32."""
+    x = jnp.asarray(x)
+    largest = float(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).max)
+    return jnp.where(jnp.abs(x) > (largest / max(x.size, 1)) ** 0.5, jnp.inf, x)
+
+
 class SkipNonfiniteState(NamedTuple):
     """State of `skip_nonfinite_blocks` and `skip_nonfinite_parameters`; see `check_finite`."""
 
@@ -110,7 +117,7 @@ class SkipNonfiniteState(NamedTuple):
 def skip_nonfinite_parameters(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Leaves parameters whose gradient holds a NaN or an infinity alone, with their state.
+    """Leaves parameters whose gradient is not finite, or overflows when squared, alone.
 
     Args:
       inner: Transformation of parameter trees whose state leaves that belong to a parameter end
@@ -129,7 +136,7 @@ def skip_nonfinite_parameters(
         return SkipNonfiniteState(count, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        finite = jax.tree.map(lambda g: jnp.isfinite(g).all(), updates)
+        finite = jax.tree.map(lambda g: jnp.isfinite(overflow_to_inf(g)).all(), updates)
         keep = lambda g, ok: jnp.where(ok, g, jnp.zeros_like(g))  # noqa: E731
         clean = jax.tree.map(keep, updates, finite)
         new, inner_state = tx.update(clean, state.inner, params, **extra)
@@ -166,7 +173,9 @@ def where_blocks(condition: dict[str, Any], new: Any, old: Any) -> Any:
 
 
 def skip_nonfinite_blocks(inner: optax.GradientTransformation) -> Part:
-    """Gives blocks whose gradient holds a NaN or an infinity a zero update and an unchanged state.
+    """Gives blocks whose gradient is not finite a zero update and an unchanged state.
+
+    So it does with gradients that overflow when squared, see `overflow_to_inf`.
 
     Args:
       inner: Part of `Blocks` whose per-block state lies below dictionary entries named as stacks.
@@ -182,7 +191,10 @@ def skip_nonfinite_blocks(inner: optax.GradientTransformation) -> Part:
 
     def update(blocks: Any, state: Any, params: Any) -> tuple[Any, Any]:
         finite = map_blocks(
-            lambda b: jnp.isfinite(b.gradient).all(tuple(range(1, b.gradient.ndim))), blocks
+            lambda b: jnp.isfinite(overflow_to_inf(b.gradient)).all(
+                tuple(range(1, b.gradient.ndim))
+            ),
+            blocks,
         )
 
         def clean(b: Blocks, ok: Array) -> Blocks:

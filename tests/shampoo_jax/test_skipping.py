@@ -166,6 +166,7 @@ BAD = {
     "nan": lambda x: x.at[0].set(jnp.nan),
     "inf": lambda x: x.at[-1].set(jnp.inf),
     "all": lambda x: jnp.full_like(x, -jnp.inf),
+    "overflow": lambda x: x.at[0].set(1e25),  # finite, but its square is not
 }
 
 
