@@ -36,8 +36,7 @@ class Folder:
     path: tyro.conf.Positional[Path]  # folder of .txt and .jsonl files, searched recursively
     directory: Path = Path("data/folder")  # folder to write
     vocab_size: int = 50257  # ids of the tokenizer: 257 to 50257, fewer for a smaller head
-    val_tokens: int | None = None  # validation tokens that the count models score; set it to the
-    # run's data.val_tokens. Default: what preset cpu scores, or as many of its batches as there are
+    val_tokens: int | None = None  # as many as the run's data.val_tokens; default: preset cpu's
 
     def run(self) -> Manifest:
         """Prepares the corpus."""

@@ -7,6 +7,7 @@ commands (`make speedrun`, `make test`) are thus known to exist but not run here
 
 import functools
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -60,10 +62,15 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def check_make(*arguments: str) -> None:
-    """Every word that is no flag or variable is a target."""
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    """Every word that is no flag is a target, or sets a variable that the Makefile has."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+):", makefile, re.M)
+    variables = re.findall(r"^([A-Z_]+) \?=", makefile, re.M)
     for argument in arguments:
-        if "=" not in argument and not argument.startswith("-"):
+        if "=" in argument:
+            name = argument.split("=")[0]
+            assert name in variables, f"make has no variable {name!r}; it has {variables}"
+        elif not argument.startswith("-"):
             assert argument in targets, f"make has no target {argument!r}; it has {targets}"
 
 
@@ -139,6 +146,50 @@ def test_shell_block_names_what_exists(block):
         check(command)
 
 
+TINY = """
+--model.num-layers 1 --model.model-dim 16 --model.head-dim 8 --model.mlp-dim 32 --schedule.steps 6
+--output.log-every 1 --optimizer adamw
+""".split()
+
+
+def test_own_text_becomes_a_run_and_a_picture(tmp_path):
+    """README's commands on a folder of 3 MB, with a tiny model and nothing else changed."""
+    words = "the people of these States and their government shall keep peace with all nations"
+    picked = np.random.default_rng(0).choice(words.split(), 560_000)
+    (tmp_path / "my_texts").mkdir()
+    (tmp_path / "my_texts" / "all.txt").write_text(" ".join(picked), encoding="utf-8")
+    blocks = [block for block in fenced_blocks(README) if block.language in SHELLS]
+    found = [command for block in blocks for command in commands(block)]
+    prepare, train = (
+        next(c for c in found if f"scripts.{name}" in c and "my_texts" in c)
+        for name in ("prepare_data", "speedrun")
+    )
+
+    def run(command: list[str], *more: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "400"}
+        return subprocess.run(
+            [sys.executable, *command[1:], *more],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    prepared = run(prepare)
+    assert prepared.returncode == 0, prepared.stderr
+    trained = run(train, *TINY)
+    assert trained.returncode == 0, trained.stderr
+    assert "warning" not in trained.stdout + trained.stderr
+    assert "bits per byte" in trained.stdout
+    (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
+    refused = run(train, *TINY)
+    assert refused.returncode == 1 and "already holds a run" in refused.stderr
+    before = metrics.read_text()
+    assert run(train, *TINY, "--resume").returncode == 0
+    assert metrics.read_text() == before  # it was finished
+    compared = run(["python", "-m", "scripts.compare", str(metrics.parent)])
+    assert compared.returncode == 0, compared.stderr
+    assert "| AdamW | 6 |" in compared.stdout and "bigram" in compared.stdout
+    assert (tmp_path / "runs" / "comparison.png").exists()
+
+
 def test_every_block_is_executed_or_checked():
     blocks = fenced_blocks(README)
     assert README.count("```") == 2 * len(blocks)
@@ -168,6 +219,7 @@ def test_commands_are_found():
     ("command", "complaint"),
     [
         ("make speedrunn", "no target 'speedrunn'"),
+        ("make speedrun ARG=--resume", "no variable 'ARG'"),
         ("python -m scripts.nothing", "no module 'scripts.nothing'"),
         ("python -m scripts.speedrun --no-such-flag 3", "no flag '--no-such-flag'"),
         ("pip install '.[cuda99]'", "no extra 'cuda99'"),

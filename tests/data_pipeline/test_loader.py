@@ -236,6 +236,11 @@ def test_validation_may_use_every_token(tmp_path):
     assert len(list(val_batches(enough, sequence_length=8, val_tokens=96, rows=4))) == 3
     with pytest.raises(ShardError, match="96 tokens, but val_tokens=96 needs 97; lower it to 64"):
         val_batches(short, sequence_length=8, val_tokens=96, rows=4)
+    with pytest.raises(ShardError, match="--data.val-tokens 64, .* --val-tokens 64"):
+        val_batches(short, sequence_length=8, val_tokens=96, rows=4)
+    (tiny,) = make_shards(tmp_path, [32])
+    with pytest.raises(ShardError, match="one batch of 4 x 8 needs 33: hold out more text"):
+        val_batches(tiny, sequence_length=8, val_tokens=96, rows=4)
 
 
 def test_fingerprint_knows_files_settings_and_content(tmp_path, paths):

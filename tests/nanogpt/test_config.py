@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from nanogpt.config import ShampooConfig
 from nanogpt.presets import PRESETS, preset
 
 CONFIG = preset("cpu", "shampoo")
@@ -50,5 +51,5 @@ def test_matrices_of_every_recipe_are_checked(preset_name):
 def test_borders_are_possible():
     dataclasses.replace(CONFIG.schedule, steps=1, cooldown=0.0, warmup_from=0.0)
     dataclasses.replace(CONFIG.schedule, cooldown=1.0)
-    dataclasses.replace(CONFIG.matrices, b1=0.0, weight_decay=0.0, graft_eps=0.0)
+    ShampooConfig(0.1, weight_decay=0.0, b1=0.0, graft_eps=0.0)
     dataclasses.replace(CONFIG, name="a/b.c/..d")
