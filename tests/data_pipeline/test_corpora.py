@@ -90,10 +90,11 @@ def test_small_folders_hold_out_a_larger_share(tmp_path, characters, low, high):
 
 
 def test_something_is_left_to_train_on(tmp_path):
-    for i in range(4):  # tiny pieces whose hashes may all be below the one that holds the text
-        (tmp_path / f"{i}.txt").write_text("a")
-    (tmp_path / "big.txt").write_text("b" * 1000)
-    assert {document.split for document in folder(tmp_path).documents()} == {"train", "val"}
+    """Although all the pieces before the one that holds the text are not enough to hold out."""
+    names = sorted((f"{i}.txt" for i in range(5)), key=lambda name: corpora._hash(f"{name}#0"))
+    for name in names:
+        (tmp_path / name).write_text("b" * 1000 if name == names[-1] else "a")
+    assert held_out(tmp_path)[0] == {f"{name}#0" for name in names[:-1]}
 
 
 def test_folder_version_follows_content(tmp_path):
