@@ -51,9 +51,10 @@ def matrices_only(params):
 CASES = {
     "scale_by_shampoo": (
         sj.scale_by_shampoo,
-        dict(b1=0.8, b2=0.7, b3=0.6, rtol=1e-3, atol=1e-3, graft_b2=0.5, graft_eps=1e-3, every=2),
+        dict(b1=0.8, b2=0.7, b3=0.6, rtol=1e-3, graft_b2=0.5, graft_eps=1e-3, every=2),
         dict(block_size=2, merge=1, canonical=False, start=3, exponents={2: 0.3}),
     ),
+    "absolute cutoff": (sj.scale_by_shampoo, dict(atol=1e-3, every=1), dict(graft=None)),
     "sums": (sj.scale_by_shampoo, dict(b2=1.0), dict(weighted=True)),
     "shifted_eigh": (sj.scale_by_shampoo, dict(eps=1e-3), dict(solver="shifted_eigh")),
     "shampoo": (
