@@ -33,9 +33,9 @@ def run(tx, change=None, params=PARAMS):
     return updates
 
 
-def assert_close(a, b):
+def assert_close(a, b, rtol=1e-5):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * float(jnp.abs(y).max()))
+        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * float(jnp.abs(y).max()))
 
 
 SHAMPOO = dict(learning_rate=0.1, b1=0.8, b2=0.7, every=2, weight_decay=0.1, momentum=0.5)
@@ -97,7 +97,8 @@ def test_traced_options_give_the_untraced_run(name):
     ) == jax.tree.structure(state)
     assert traced.keys() <= state.hyperparams.keys()
     assert not static.keys() & state.hyperparams.keys()
-    assert_close(run(tx), run(factory(**traced, **static)))
+    # 1 - b2 is rounded to float32 where b2 is traced; factors multiply that by their condition.
+    assert_close(run(tx), run(factory(**traced, **static)), 1e-4)
 
 
 @pytest.mark.parametrize(
