@@ -77,20 +77,19 @@ TRACK3: dict[str, Recipe] = {
     ),
 }
 
-# Learning rates of the matrices: the best of four, each twice the last, on 200 steps of one seed
-# (scripts.search_rates). Everything else is common to all.
-CPU_STEPS = 400
+# How these rates were found: docs/demo.md.
+CPU_STEPS = 300
 CPU_AUXILIARY = AuxiliaryConfig(0.3, 0.01, 0.01)
 CPU: dict[str, Recipe] = {
     "adamw": Recipe(
         "adamw",
-        AdamWConfig(0.0005, weight_decay=0.1),
+        AdamWConfig(0.004, weight_decay=0.1),
         CPU_AUXILIARY,
         ScheduleConfig(CPU_STEPS, warmup_steps=20),
     ),
     "muon": Recipe(
         "muon",
-        MuonConfig(0.02, weight_decay=0.025),
+        MuonConfig(0.04, weight_decay=0.025),
         CPU_AUXILIARY,
         ScheduleConfig(CPU_STEPS),
     ),
@@ -102,7 +101,7 @@ CPU: dict[str, Recipe] = {
     ),
     "shampoo": Recipe(
         "shampoo",
-        ShampooConfig(0.005, weight_decay=0.1),
+        ShampooConfig(0.01, weight_decay=0.1),
         CPU_AUXILIARY,
         ScheduleConfig(CPU_STEPS),
     ),
