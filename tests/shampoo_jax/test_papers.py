@@ -64,7 +64,7 @@ def test_equals_the_paper(name):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6 * max(1, np.abs(theirs).max()))
 
 
-@pytest.mark.parametrize("name", set(CASES) - {"one_sided"})
+@pytest.mark.parametrize("name", [name for name in CASES if name != "one_sided"])
 def test_a_wide_matrix_is_treated_as_its_transpose(name):
     grads = gradients((6, 4))
     tall = directions(CASES[name][0], grads)
