@@ -4,7 +4,8 @@
 
 A file holds a config in JSON, initial parameters, gradients, the reference's parameters after every
 step and `spread`, how far rounding alone moves the reference. A parameter agrees if its error is
-within `4 * spread + 1e-6` (float32) or `4 * spread + 1e-11` (float64). Exits 1 on a miss.
+within `4 * spread + 1e-6` (float32) or `4 * spread + 1e-11` (float64). Files of matrix functions
+are compared as `scripts.golden_matrix` says. Exits 1 on a miss.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import numpy as np
 import optax
 
 import shampoo_jax
-from scripts import golden_adapter
+from scripts import golden_adapter, golden_matrix
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-11}
 
@@ -136,10 +137,11 @@ def _miss(trajectory: Trajectory, ours: jax.Array, theirs: np.ndarray, spread: f
 def main(argv: list[str] | None = None) -> int:
     """Replays the files named on the command line; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, help="trajectory files (.npz)")
+    parser.add_argument("files", nargs="+", type=Path, help="recorded files (.npz)")
     misses = 0
     for path in parser.parse_args(argv).files:
-        worst = replay(load(path))
+        matrices = golden_matrix.load(path)
+        worst = golden_matrix.worst_error(*matrices) if matrices else replay(load(path))
         misses += worst > 1
         print(f"{path.stem:40s} {worst:10.4f} {'' if worst <= 1 else 'MISS'}", flush=True)
     return 1 if misses else 0
