@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from shampoo_jax.matrix import eigh, qr
 from shampoo_jax.matrix.batching import map_matrices
-from shampoo_jax.solvers import AnyExponent
+from shampoo_jax.solvers import AnyExponent, identities
 
 Array = jax.Array
 
@@ -114,7 +114,12 @@ class CarriedBasis(AnyExponent):
 
     def init(self, n: int, d: int, dtype: Any) -> Array:
         """Identity bases `[N, d, d]`."""
-        return jnp.broadcast_to(jnp.eye(d, dtype=dtype), (n, d, d))
+        return identities(n, d, dtype)
+
+    def init_root(self, n: int, d: int, dtype: Any, exponent: float) -> Array:
+        """The root of an eigendecomposition with all eigenvalues 1, under this solver's rule."""
+        powers = self._powers(jnp.ones((n, d), dtype), exponent, 1.0)
+        return (powers[:, :, None] * jnp.eye(d, dtype=dtype)).astype(dtype)
 
     def __call__(self, factor: Array, exponent: float, state: Array) -> tuple[Array, Array, Array]:
         """See `Solver`."""
@@ -124,12 +129,12 @@ class CarriedBasis(AnyExponent):
         scale = eigh.power_of_two_scale(factor)
         safe = jnp.where(ok[:, None, None], factor / scale, jnp.zeros_like(factor))
         values, basis, _ = self.basis(safe, state)
-        unit = scale[..., 0]
-        if self.eps is None:
-            powers = eigh.truncated_power(values, exponent, rtol=self.rtol, atol=self.atol / unit)
-        else:
-            powers = eigh.shifted_power(
-                values, exponent, eps=self.eps / unit, eps_added=self.before
-            )
+        powers = self._powers(values, exponent, scale[..., 0])
         root = eigh.reconstruct(powers, basis) * scale**-exponent
         return root, ok & eigh.finite(root), basis
+
+    def _powers(self, values: Array, exponent: float, unit: Array | float) -> Array:
+        """Powers of eigenvalues `[N, d]` that are given in a unit."""
+        if self.eps is None:
+            return eigh.truncated_power(values, exponent, rtol=self.rtol, atol=self.atol / unit)
+        return eigh.shifted_power(values, exponent, eps=self.eps / unit, eps_added=self.before)

@@ -20,11 +20,18 @@ from shampoo_jax.blocks import (
 )
 from shampoo_jax.exponents import Exponents, default_exponents
 from shampoo_jax.matrix import eigh
-from shampoo_jax.roots import apply_matrices, check_schedule, identity_roots, refresh_due
+from shampoo_jax.paths import KeyPath, stack_of
+from shampoo_jax.roots import (
+    apply_matrices,
+    check_schedule,
+    identity_roots,
+    no_failures,
+    refresh_due,
+)
 
 Array = jax.Array
 Matrices = tuple[Array | None, ...]
-KeyPath = tuple[Any, ...]
+FIRST_MOMENTS = ("mu", "trace")  # fields of stock and own transformations, linear in the gradient
 
 
 class EigenbasisState(NamedTuple):
@@ -33,15 +40,17 @@ class EigenbasisState(NamedTuple):
     count: Array  # int32[], steps taken
     bases: Any  # per stack a tuple over dimensions of orthogonal [N, d, d] or None
     keep: Any  # per stack a tuple over dimensions of bool [N, d] or None: not truncated
+    failures: Any  # per stack int32[N], refreshes so far that kept an old basis
     inner: Any
 
 
 class Refreshed(NamedTuple):
-    """New bases of one stack, the directions kept, and how old columns were reordered."""
+    """New bases of one stack, directions kept, how old columns were reordered, and failures."""
 
     bases: Matrices
     keep: Matrices
     order: Matrices
+    failed: Array  # bool[N], whether the block kept an old basis
 
 
 def eigenbasis(
@@ -54,7 +63,7 @@ def eigenbasis(
     refresh: Literal["before", "after"] = "before",
     skip_first: bool = False,
     rtol: float | None = 0.0,
-    first_moments: Sequence[str] = ("mu",),
+    first_moments: Sequence[str] | None = None,
     reorder: bool = False,
 ) -> Part:
     """Rotates gradient and update into the eigenbases of the factors, runs `inner`, rotates back.
@@ -63,7 +72,8 @@ def eigenbasis(
     that is `Ql^T G Qr`. With `scale_by_second_moment` inside this is SOAP (Vyas et al. 2024,
     arXiv:2409.11321), alias eigenvalue-corrected Shampoo.
 
-    When bases change, state leaves of `inner` named in `first_moments` are carried along,
+    Parameters are rotated like the update, so decay inside `inner` is decay of the parameters. When
+    bases change, state leaves of `inner` named in `first_moments` are carried along,
     `m <- m x_k Q_new^T Q_old`, so they go on describing the same tensor; all other leaves stay, or
     are permuted with the columns if `reorder`.
 
@@ -81,19 +91,19 @@ def eigenbasis(
         is zero and `inner` does not see it.
       rtol: Directions whose eigenvalue is at most `rtol` times the largest get a zero update; 0.0
         truncates nothing, None means `d * eps` of the dtype.
-      first_moments: Names of state fields that are linear in the gradient.
+      first_moments: Names of state fields that are linear in the gradient; None means `mu` and
+        `trace`, where there are any.
       reorder: Whether the other leaves follow when columns are reordered by `QRBasis`.
 
     Returns:
       A part; it reads `Blocks.matrices` as factors.
 
     Raises:
-      ValueError: A schedule that makes no sense, or at init an inner transformation whose state
-        does not have the blocks' shape (factored second moments).
+      ValueError: A schedule that makes no sense, `start` or `skip_first` beside the other
+        `refresh`; at init an inner transformation whose state does not have the blocks' shape
+        (factored second moments), or a given first moment that it does not have.
     """
-    check_schedule(every, start)
-    if skip_first and refresh == "before":
-        raise ValueError("skip_first=True needs refresh='after': set one or the other.")
+    _check_refresh(every, start, refresh, skip_first)
     basis = EighBasis() if basis is None else basis
     first = every if start is None else start
     tx = optax.with_extra_args_support(inner)
@@ -102,16 +112,21 @@ def eigenbasis(
     def init(params: Any) -> EigenbasisState:
         state = tx.init(params)
         _check_elementwise(state, params)
+        _check_named(state, params, first_moments or ())
         bases = map_blocks(lambda p: identity_roots(p, exponents), params)
         keep = map_blocks(lambda p: _keep_all(p, exponents) if truncated else (), params)
-        return EigenbasisState(jnp.zeros([], jnp.int32), bases, keep, state)
+        failures = map_blocks(no_failures, params)
+        return EigenbasisState(jnp.zeros([], jnp.int32), bases, keep, failures, state)
 
     def moved(method: Basis, blocks: Any, state: EigenbasisState) -> EigenbasisState:
-        return _move(blocks, state, method, rtol, first_moments, reorder)
+        names = FIRST_MOMENTS if first_moments is None else first_moments
+        return _move(blocks, state, method, rtol, names, reorder)
 
     def use(blocks: Any, state: EigenbasisState, params: Any) -> tuple[Any, Any]:
         rotated = map_blocks(rotate, blocks, state.bases)
-        done, inner_state = tx.update(rotated, state.inner, params)
+        # Weight decay inside adds parameters to the update, which is rotated back.
+        weights = None if params is None else map_blocks(rotate, params, state.bases)
+        done, inner_state = tx.update(rotated, state.inner, weights)
         if truncated:
             done = map_blocks(_truncate, done, state.keep)
         return map_blocks(rotate_back, done, blocks, state.bases), state._replace(inner=inner_state)
@@ -139,7 +154,8 @@ def eigenbasis(
     def update(blocks: Any, state: EigenbasisState, params: Any) -> tuple[Any, Any]:
         do = update_before if refresh == "before" else update_after
         new, after = do(blocks, state._replace(count=optax.safe_increment(state.count)), params)
-        return map_blocks(report_bases, new, state.bases, after.bases), after
+        new = map_blocks(report_bases, new, state.bases, after.bases)
+        return map_blocks(report_failures, new, after.failures), after
 
     return blocks_part(init, update)
 
@@ -147,7 +163,7 @@ def eigenbasis(
 def in_eigenbasis(
     inner: optax.GradientTransformation,
     *,
-    first_moments: Sequence[str] = ("mu",),
+    first_moments: Sequence[str] | None = None,
     **options: Any,
 ) -> Part:
     """Runs any elementwise Optax transformation on raw gradients in the Kronecker eigenbasis.
@@ -158,8 +174,8 @@ def in_eigenbasis(
     Args:
       inner: Transformation whose state leaves have the shape of what it updates; factored ones
         (Adafactor) are refused.
-      first_moments: Names of its state fields that are linear in the gradient (`mu`, `trace`):
-        they are carried into the new basis at each refresh.
+      first_moments: Names of its state fields that are linear in the gradient: they are carried
+        into the new basis at each refresh. None means `mu` and `trace`, where there are any.
       **options: As in `eigenbasis`.
 
     Returns:
@@ -196,6 +212,7 @@ def _move(
         state.count,
         map_blocks(lambda b, r: r.bases, blocks, new),
         map_blocks(lambda b, old, r: r.keep if old else (), blocks, state.keep, new),
+        map_blocks(lambda b, n, r: n + r.failed, blocks, state.failures, new),
         carry(state.inner, moves, first_moments, reorder),
     )
 
@@ -236,6 +253,11 @@ def report_bases(
     return dataclasses.replace(b, figures={**b.figures, **figures})
 
 
+def report_failures(b: Blocks, failures: Array) -> Blocks:
+    """Adds the count of failures to the figures."""
+    return dataclasses.replace(b, figures={**b.figures, "failures": failures})
+
+
 def _always(every: Any, first: Any) -> bool:
     return isinstance(every, int) and isinstance(first, int) and every == first == 1
 
@@ -253,20 +275,32 @@ def _refresh(b: Blocks, old: Matrices, method: Basis, rtol: Any) -> Refreshed:
     bases: list[Array | None] = list(old)
     keep: list[Array | None] = [None] * len(old)
     order: list[Array | None] = [None] * len(old)
+    failed = jnp.zeros(len(b.update), bool)
     for k, (factor, q) in enumerate(zip(b.per_dimension, old, strict=True)):
         if factor is None or q is None:
             continue
-        ok = eigh.finite(factor)
-        safe = where_block(ok, factor, jnp.zeros_like(factor))
-        values, new, columns = method(safe, q)
-        ok &= eigh.finite(new)
-        bases[k] = where_block(ok, new, q)
+        values, bases[k], columns, ok = new_basis(factor, q, method)
+        failed |= ~ok
         keep[k] = eigh.truncated_power(values, 0.0, rtol=rtol) > 0
         if columns is not None:
             order[k] = where_block(
                 ok, columns, jnp.broadcast_to(jnp.arange(q.shape[-1]), columns.shape)
             )
-    return Refreshed(tuple(bases), tuple(keep), tuple(order))
+    return Refreshed(tuple(bases), tuple(keep), tuple(order), failed)
+
+
+def new_basis(
+    factor: Array, basis: Array, method: Basis
+) -> tuple[Array, Array, Array | None, Array]:
+    """A method's result for a stack of factors, with the old basis where one is not finite.
+
+    Returns:
+      Eigenvalues, bases, order of old columns as in `EighBasis`, and `bool[N]`: not refused.
+    """
+    ok = eigh.finite(factor)
+    values, new, columns = method(where_block(ok, factor, jnp.zeros_like(factor)), basis)
+    ok &= eigh.finite(new)
+    return values, where_block(ok, new, basis), columns, ok
 
 
 def _truncate(b: Blocks, keep: Matrices) -> Blocks:
@@ -312,18 +346,17 @@ def carry(state: Any, moves: Any, first_moments: Sequence[str], reorder: bool) -
     Returns:
       The state of the same structure.
     """
-    stacks = jax.tree_util.tree_leaves_with_path(moves, is_leaf=lambda x: isinstance(x, Move))
+    stacks = dict(jax.tree_util.tree_leaves_with_path(moves, is_leaf=lambda x: isinstance(x, Move)))
 
     def one(path: KeyPath, leaf: Array) -> Array:
-        owners = [move for prefix, move in stacks if jnp.ndim(leaf) and _contains(path, prefix)]
-        if not owners:
+        stack = stack_of(path, stacks) if jnp.ndim(leaf) else None
+        if stack is None:
             return leaf
-        names = {k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)}
-        if names & set(first_moments):
-            return apply_matrices(
-                apply_matrices(leaf, owners[0].old), owners[0].new, transpose=True
-            )
-        return _permute(leaf, owners[0].order) if reorder else leaf
+        move = stacks[stack]
+        if _fields(path) & set(first_moments):
+            moved = apply_matrices(apply_matrices(leaf, move.old), move.new, transpose=True)
+            return moved.astype(leaf.dtype)
+        return _permute(leaf, move.order) if reorder else leaf
 
     return jax.tree_util.tree_map_with_path(one, state)
 
@@ -338,19 +371,51 @@ def _permute(x: Array, order: Matrices) -> Array:
     return x
 
 
-def _contains(path: KeyPath, part: KeyPath) -> bool:
-    """Whether `part` stands somewhere in `path`, in one piece."""
-    return any(path[i : i + len(part)] == part for i in range(len(path) - len(part) + 1))
+def _fields(path: KeyPath) -> set[str]:
+    return {k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)}
+
+
+def _per_block(state: Any, params: Any) -> list[tuple[KeyPath, Array, Blocks]]:
+    """Every leaf of a state that is about blocks, with its path and its stack of parameters."""
+    stacks = dict(jax.tree_util.tree_leaves_with_path(params, is_leaf=is_blocks))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    owned = [(path, leaf, stack_of(path, stacks)) for path, leaf in leaves if leaf.ndim]
+    return [(path, leaf, stacks[stack]) for path, leaf, stack in owned if stack is not None]
+
+
+def _check_refresh(every: Any, start: Any, refresh: str, skip_first: bool) -> None:
+    """Raises ValueError for a schedule that makes no sense."""
+    check_schedule(every, start)
+    if refresh not in ("before", "after"):
+        raise ValueError(f"refresh={refresh!r}: use 'before' or 'after'.")
+    if start is not None and refresh == "after":
+        raise ValueError(
+            f"start={start} with refresh='after', whose first basis is that of the first gradient: "
+            "drop start, or set refresh='before'."
+        )
+    if skip_first and refresh == "before":
+        raise ValueError("skip_first=True needs refresh='after': set one or the other.")
 
 
 def _check_elementwise(state: Any, params: Any) -> None:
     """Raises ValueError where a per-block state leaf does not have its block's shape."""
-    stacks = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_blocks)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        for prefix, p in stacks:
-            if leaf.ndim and _contains(path, prefix) and leaf.shape != p.update.shape:
-                raise ValueError(
-                    f"the inner transformation keeps {jax.tree_util.keystr(path)} of shape "
-                    f"{leaf.shape} for blocks of shape {p.update.shape}: only elementwise "
-                    "transformations can run in an eigenbasis, factored ones cannot."
-                )
+    for path, leaf, p in _per_block(state, params):
+        if leaf.shape != p.update.shape:
+            raise ValueError(
+                f"the inner transformation keeps {jax.tree_util.keystr(path)} of shape "
+                f"{leaf.shape} for blocks of shape {p.update.shape}: only elementwise "
+                "transformations can run in an eigenbasis, factored ones cannot."
+            )
+
+
+def _check_named(state: Any, params: Any, first_moments: Sequence[str]) -> None:
+    """Raises ValueError where a name is no field of the per-block state."""
+    if not jax.tree.leaves(params):
+        return
+    found = set().union(*(_fields(path) for path, _, _ in _per_block(state, params)))
+    unknown = [name for name in first_moments if name not in found]
+    if unknown:
+        raise ValueError(
+            f"first_moments names {unknown[0]!r}, which the inner transformation does not keep; it "
+            f"keeps {sorted(found)}: name fields as a tuple of strings, or leave first_moments out."
+        )

@@ -1,6 +1,7 @@
 """Statistics that minimize a Kullback-Leibler divergence: each side whitened by the others."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.bases import Basis, EighBasis, QRBasis
-from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
+from shampoo_jax.blocks import Blocks, Part, blocks_part, is_blocks, map_blocks, where_block
 from shampoo_jax.eigenbasis import (
     Matrices,
     Move,
     carry,
+    new_basis,
     report_bases,
+    report_failures,
     rotate,
     rotate_back,
     when,
@@ -26,7 +29,8 @@ from shampoo_jax.factors import (
     zero_factors,
 )
 from shampoo_jax.filtering import check_range
-from shampoo_jax.roots import apply_matrices, check_schedule, identity_roots
+from shampoo_jax.paths import stack_of
+from shampoo_jax.roots import apply_matrices, check_schedule, identity_roots, no_failures
 
 Array = jax.Array
 
@@ -59,8 +63,8 @@ def accumulate_kl_factors(
     arXiv:2509.03378, eq. for S_a and S_b); with a single dimension it is plain Shampoo.
 
     Args:
-      inner_roots: Part that turns factors into roots and keeps them in a state field `roots`, such
-        as `invert_roots`.
+      inner_roots: Part that turns factors into roots, `invert_roots` alone or in a chain: one state
+        in it keeps them in a field `roots`.
       b2: Decay in [0, 1].
       exponents: As given to `inner_roots`.
       bias_correction: Whether factors are reported divided by `1 - b2^t`.
@@ -71,14 +75,16 @@ def accumulate_kl_factors(
       A part that stands for statistics and roots together.
 
     Raises:
-      ValueError: `b2` outside [0, 1].
+      ValueError: `b2` outside [0, 1]; at init, a part that keeps no roots.
     """
     check_range("b2", b2, closed=True)
     tx = optax.with_extra_args_support(inner_roots)
 
     def init(params: Any) -> AccumulateKLFactorsState:
         factors = map_blocks(lambda p: zero_factors(p, exponents), params)
-        return AccumulateKLFactorsState(jnp.zeros([], jnp.int32), factors, tx.init(params))
+        inner = tx.init(params)
+        _roots_in(inner)
+        return AccumulateKLFactorsState(jnp.zeros([], jnp.int32), factors, inner)
 
     def update(blocks: Any, state: AccumulateKLFactorsState, params: Any) -> tuple[Any, Any]:
         count = optax.safe_increment(state.count)
@@ -92,11 +98,23 @@ def accumulate_kl_factors(
             matrices = tuple(None if s is None else s / scale for s in factors)
             return dataclasses.replace(b, matrices=matrices)
 
-        factors = map_blocks(accumulate, blocks, state.factors, state.inner.roots)
+        factors = map_blocks(accumulate, blocks, state.factors, _roots_in(state.inner))
         new, inner = tx.update(map_blocks(report, blocks, factors), state.inner, params)
         return new, AccumulateKLFactorsState(count, factors, inner)
 
     return blocks_part(init, update)
+
+
+def _roots_in(state: Any) -> Any:
+    """The roots in the state of a part, or of a chain of parts."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "roots"))
+    found = [node.roots for node in nodes if hasattr(node, "roots")]
+    if len(found) != 1:
+        raise ValueError(
+            f"inner_roots keeps {len(found)} sets of roots, one is needed: give invert_roots(...), "
+            "alone or in optax.chain with parts that change factors."
+        )
+    return found[0]
 
 
 def _whitened_contractions(
@@ -121,6 +139,7 @@ class KLEigenbasisState(NamedTuple):
     factors: Any  # per stack a tuple over dimensions of [N, d, d] or None
     bases: Any  # likewise, orthogonal
     eigenvalues: Any  # per stack a tuple over dimensions of [N, d] or None, tracked on their own
+    failures: Any  # per stack int32[N], steps and refreshes so far that kept old values
     inner: Any
 
 
@@ -144,6 +163,9 @@ def kl_eigenbasis(
       `L <- b2 L + (1 - b2)/n G Qr diag(1/dr) Qr^T G^T`, `R` likewise,
       `dl <- b2 dl + (1 - b2) mean_j P_ij^2 / dr_j`, `dr` likewise with the old `dl`,
       `Q <- qr(S Q)` every `every` steps, all after the update has been made.
+
+    Where a finite gradient makes something of a block overflow, the block keeps its factors, bases,
+    eigenvalues and inner state, its update is zero, and this is counted.
 
     The first gradient only fills factors and bases; all eigenvalues start at 0.1. Source: Lin et
     al. 2025, arXiv:2509.03378, and its authors' code.
@@ -180,6 +202,7 @@ def kl_eigenbasis(
             map_blocks(lambda p: zero_factors(p, exponents), params),
             map_blocks(lambda p: identity_roots(p, exponents), params),
             map_blocks(lambda p: _first_eigenvalues(p, exponents), params),
+            map_blocks(no_failures, params),
             tx.init(params),
         )
 
@@ -190,25 +213,67 @@ def kl_eigenbasis(
         done, inner = tx.update(rotated, state.inner, params)
         done = map_blocks(lambda b, d: _finish(b, d, scaled, eps, rtol), done, state.eigenvalues)
         new = map_blocks(rotate_back, done, blocks, state.bases)
-        new = map_blocks(
-            lambda b: dataclasses.replace(
-                b, update=jnp.where(is_first, 0.0, b.update), ready=~is_first
-            ),
-            new,
-        )
-        used, previous = state._replace(count=count, inner=inner), state.bases
+        old, previous = state._replace(count=count), state.bases
         state = jax.lax.cond(
             is_first,
-            lambda: _start(blocks, state._replace(count=count), weight),
+            lambda: _start(blocks, old, weight),
             lambda: when(
                 ((count - 1) % every) == 0,
-                lambda s: _refresh(s, basis),
-                _accumulate(blocks, used, b2, cap),
+                lambda s: _refresh(blocks, s, basis),
+                _accumulate(blocks, old._replace(inner=inner), b2, cap),
             ),
         )
+        ok = _finite(new, state)
+        state = _keep_finite(ok, state, old)
+
+        def report(b: Blocks, ok: Array) -> Blocks:
+            update = where_block(ok & ~is_first, b.update, jnp.zeros_like(b.update))
+            return dataclasses.replace(b, update=update, ready=~is_first)
+
+        new = map_blocks(report_failures, map_blocks(report, new, ok), state.failures)
         return map_blocks(report_bases, new, previous, state.bases, state.factors), state
 
     return blocks_part(init, update)
+
+
+def _finite(blocks: Any, state: KLEigenbasisState) -> Any:
+    """Whether update and state of each block are finite: `bool[N]` by stack."""
+    stacks = [p for p, _ in jax.tree_util.tree_leaves_with_path(blocks, is_leaf=is_blocks)]
+    inner = [
+        (stack_of(path, stacks), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(state.inner)
+        if jnp.ndim(x)
+    ]
+
+    def one(path: Any, b: Blocks, *kept: Matrices) -> Array:
+        own = [x for owner, x in inner if owner == path]
+        arrays = [b.update, *own, *(x for xs in kept for x in xs if x is not None)]
+        return functools.reduce(
+            jnp.logical_and, (jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in arrays)
+        )
+
+    return jax.tree_util.tree_map_with_path(
+        one, blocks, state.factors, state.bases, state.eigenvalues, is_leaf=is_blocks
+    )
+
+
+def _keep_finite(ok: Any, new: KLEigenbasisState, old: KLEigenbasisState) -> KLEigenbasisState:
+    """Per block, the new state where it is finite, else the old one and a failure more."""
+    stacks = dict(jax.tree_util.tree_leaves_with_path(ok))
+
+    def matrices(ok: Array, new: Matrices, old: Matrices) -> Matrices:
+        return jax.tree.map(functools.partial(where_block, ok), new, old)
+
+    def leaf(path: Any, new: Array, old: Array) -> Array:
+        owner = stack_of(path, stacks) if jnp.ndim(new) else None
+        return new if owner is None else where_block(stacks[owner], new, old)
+
+    return KLEigenbasisState(
+        new.count,
+        *(jax.tree.map(matrices, ok, n, o) for n, o in zip(new[1:4], old[1:4], strict=True)),
+        jax.tree.map(lambda ok, n, o: jnp.where(ok, n, o + 1), ok, new.failures, old.failures),
+        jax.tree_util.tree_map_with_path(leaf, new.inner, old.inner),
+    )
 
 
 def _start(blocks: Any, state: KLEigenbasisState, weight: Any) -> KLEigenbasisState:
@@ -219,10 +284,7 @@ def _start(blocks: Any, state: KLEigenbasisState, weight: Any) -> KLEigenbasisSt
         return tuple(None if c is None else weight * c for c in new)
 
     factors = map_blocks(first, blocks, state.factors)
-    bases = map_blocks(
-        lambda b, s, q: _new_bases(s, q, EighBasis(descending=True)), blocks, factors, state.bases
-    )
-    return state._replace(factors=factors, bases=bases)
+    return _rebased(blocks, state._replace(factors=factors), EighBasis(descending=True))
 
 
 def _accumulate(blocks: Any, state: KLEigenbasisState, b2: Any, cap: Any) -> KLEigenbasisState:
@@ -247,15 +309,22 @@ def _accumulate(blocks: Any, state: KLEigenbasisState, b2: Any, cap: Any) -> KLE
     return state._replace(factors=factors, eigenvalues=eigenvalues)
 
 
-def _refresh(state: KLEigenbasisState, basis: Basis) -> KLEigenbasisState:
+def _refresh(blocks: Any, state: KLEigenbasisState, basis: Basis) -> KLEigenbasisState:
     """New bases from the factors, first moments carried along."""
+    new = _rebased(blocks, state, basis)
+    moves = map_blocks(lambda b, q, q_new: Move(q, q_new, ()), blocks, state.bases, new.bases)
+    return new._replace(inner=carry(state.inner, moves, ("mu",), False))
 
-    def per_stack(f: Any, *trees: Any) -> Any:
-        return jax.tree.map(f, *trees, is_leaf=lambda x: isinstance(x, tuple))
 
-    bases = per_stack(lambda s, q: _new_bases(s, q, basis), state.factors, state.bases)
-    moves = per_stack(lambda q, new: Move(q, new, ()), state.bases, bases)
-    return state._replace(bases=bases, inner=carry(state.inner, moves, ("mu",), False))
+def _rebased(blocks: Any, state: KLEigenbasisState, method: Basis) -> KLEigenbasisState:
+    """The state with bases of its factors; one that is not finite is refused and counted."""
+    new = map_blocks(
+        lambda b, s, q: _new_bases(b, s, q, method), blocks, state.factors, state.bases
+    )
+    return state._replace(
+        bases=map_blocks(lambda b, n: n[0], blocks, new),
+        failures=map_blocks(lambda b, f, n: f + n[1], blocks, state.failures, new),
+    )
 
 
 def _first_eigenvalues(p: Blocks, exponents: Exponents) -> Matrices:
@@ -266,11 +335,16 @@ def _first_eigenvalues(p: Blocks, exponents: Exponents) -> Matrices:
     )
 
 
-def _new_bases(factors: Matrices, bases: Matrices, method: Basis) -> Matrices:
-    return tuple(
-        None if s is None or q is None else method(s, q)[1]
-        for s, q in zip(factors, bases, strict=True)
-    )
+def _new_bases(
+    b: Blocks, factors: Matrices, bases: Matrices, method: Basis
+) -> tuple[Matrices, Array]:
+    """Bases of one stack, and per block whether one of them had to stay."""
+    new, failed = list(bases), jnp.zeros(len(b.update), bool)
+    for k, (s, q) in enumerate(zip(factors, bases, strict=True)):
+        if s is not None and q is not None:
+            _, new[k], _, ok = new_basis(s, q, method)
+            failed |= ~ok
+    return tuple(new), failed
 
 
 def _along(x: Array, dim: int, ndim: int) -> Array:

@@ -10,7 +10,7 @@ import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks, where_block
 from shampoo_jax.exponents import Exponents, default_exponents
-from shampoo_jax.solvers import Solver, TruncatedEigh
+from shampoo_jax.solvers import Solver, TruncatedEigh, identities
 
 Array = jax.Array
 
@@ -41,8 +41,9 @@ def invert_roots(
 ) -> Part:
     """Replaces factors by their inverse roots `S_k^(-e_k)`, recomputed on a schedule.
 
-    Before step `start` the roots are identities and the stacks are marked as not ready. A root
-    whose solver reports failure keeps its last good value and is counted.
+    Before step `start` the roots are the solver's `init_root`, identities but for `CarriedBasis`,
+    and the stacks are marked as not ready. A root whose solver reports failure keeps its last good
+    value and is counted.
 
     Args:
       solver: See `Solver`; None means `TruncatedEigh()`.
@@ -63,9 +64,9 @@ def invert_roots(
     def init(params: Any) -> InvertRootsState:
         return InvertRootsState(
             jnp.zeros([], jnp.int32),
-            map_blocks(lambda p: identity_roots(p, exponents), params),
+            map_blocks(lambda p: _first_roots(p, exponents, solve), params),
             map_blocks(lambda p: _solver_states(p, exponents, solve), params),
-            map_blocks(lambda p: jnp.zeros(len(p.update), jnp.int32), params),
+            map_blocks(no_failures, params),
         )
 
     def update(blocks: Any, state: InvertRootsState, params: Any) -> tuple[Any, Any]:
@@ -120,7 +121,20 @@ def identity_roots(p: Blocks, exponents: Exponents) -> tuple[Array | None, ...]:
     """Identity matrices `[N, d, d]` for every dimension of a stack with a non-zero exponent."""
     n, *shape = p.update.shape
     return tuple(
-        jnp.broadcast_to(jnp.eye(d, dtype=p.update.dtype), (n, d, d)) if e else None
+        identities(n, d, p.update.dtype) if e else None
+        for d, e in zip(shape, exponents(len(shape)), strict=True)
+    )
+
+
+def no_failures(p: Blocks) -> Array:
+    """A count per block of a stack, `int32[N]`."""
+    return jnp.zeros(len(p.update), jnp.int32)
+
+
+def _first_roots(p: Blocks, exponents: Exponents, solve: Solver) -> tuple[Array | None, ...]:
+    n, *shape = p.update.shape
+    return tuple(
+        solve.init_root(n, d, p.update.dtype, e) if e else None
         for d, e in zip(shape, exponents(len(shape)), strict=True)
     )
 

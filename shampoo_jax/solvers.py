@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from shampoo_jax.matrix import eigh, newton
 
@@ -15,10 +16,11 @@ class Solver(Protocol):
     """Computes `factor^(-exponent)` for a stack of factors.
 
     `init` gives what the solver carries from one refresh to the next, arrays with leading axis N
-    (an eigenbasis to start from, say), or `()`. A call takes factors `[N, d, d]`, a positive float
-    and that state; it returns roots `[N, d, d]`, `ok` as `bool[N]`, and the new state. Where `ok`
-    is false the caller keeps the previous root and state. `check` raises ValueError for an exponent
-    that the solver cannot compute.
+    (an eigenbasis to start from, say), or `()`; `init_root` gives the roots `[N, d, d]` in use
+    until the first refresh. A call takes factors `[N, d, d]`, a positive float and that state; it
+    returns roots `[N, d, d]`, `ok` as `bool[N]`, and the new state. Where `ok` is false the caller
+    keeps the previous root and state. `check` raises ValueError for an exponent that the solver
+    cannot compute.
     """
 
     def check(self, exponent: float) -> None:
@@ -27,6 +29,10 @@ class Solver(Protocol):
 
     def init(self, n: int, d: int, dtype: Any) -> Any:
         """State for a stack of n factors of size d."""
+        ...
+
+    def init_root(self, n: int, d: int, dtype: Any, exponent: float) -> Array:
+        """Roots of a stack before its first refresh."""
         ...
 
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
@@ -43,12 +49,22 @@ class AnyExponent:
 
 
 class Stateless:
-    """A solver that starts every refresh from the factor alone."""
+    """A solver that starts every refresh from the factor alone; its first roots are identities."""
 
     def init(self, n: int, d: int, dtype: Any) -> Any:
         """Nothing to carry."""
         del n, d, dtype
         return ()
+
+    def init_root(self, n: int, d: int, dtype: Any, exponent: float) -> Array:
+        """Identity matrices."""
+        del exponent
+        return identities(n, d, dtype)
+
+
+def identities(n: int, d: int, dtype: Any) -> Array:
+    """A stack of n identity matrices `[N, d, d]`."""
+    return jnp.broadcast_to(jnp.eye(d, dtype=dtype), (n, d, d))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Copy(Stateless):
 
 
 @dataclasses.dataclass(frozen=True)
-class FailsOn:
+class FailsOn(Stateless):
     """Copies the factor, NaN and failed where its first entry is one of these; counts its calls."""
 
     bad: tuple[float, ...]
