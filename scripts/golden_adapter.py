@@ -1,5 +1,6 @@
 """Builds the optimizer that a recorded trajectory's config describes in neutral words."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import optax
 
 import shampoo_jax as sj
-from shampoo_jax.matrix import orthogonalize
+from shampoo_jax.blocks import blocks_part, map_blocks
+from shampoo_jax.exponents import given_exponents
+from shampoo_jax.matrix import newton, orthogonalize
 
 Config = dict[str, Any]
 Transformation = optax.GradientTransformation
@@ -76,9 +79,13 @@ def direction(config: Config) -> Transformation:
     if kind == "kronecker_root" and preconditioner["trace_scaling"] is None:
         return shampoo(config)
     if kind == "eigenbasis_adam":
-        return soap(config)
+        return soap(config) if preconditioner["trace_scaling"] is None else scaled_soap(config)
+    return walk(config, core(config, kind))
+
+
+def walk(config: Config, inner: Transformation) -> Transformation:
+    """First moment and a part that makes a direction, grafted, on blocks."""
     b3 = config["beta1_output"] if config["beta1"] else None
-    inner = core(config, kind)
     graft = magnitude(config["graft"])
     return sj.blocked(
         optax.chain(
@@ -110,21 +117,18 @@ def shampoo(config: Config) -> Transformation:
 def soap(config: Config) -> Transformation:
     """Adam in the eigenbasis, in the reference's form."""
     preconditioner = config["preconditioner"]
-    override = preconditioner["exponents"]
-    skipped = {int(o): dict.fromkeys(dims, 0.0) for o, dims in preconditioner["skip_basis"].items()}
-    second = {int(order): float(e) for order, e in override.items()}
     return sj.scale_by_soap(
         config["beta1"],
         config["beta2"],
         b3=config["beta1_output"] if config["beta1"] else None,
         eps=config["epsilon"],
-        exponent=lambda order: second.get(order, 0.5),
+        exponent=second_exponent(config),
         bias_correction=config["bias_correction"],
         weighted=not preconditioner["unweighted_update"],
         canonical=False,
-        exponents=skipped or None,
+        exponents=skipped(config),
         basis=basis(preconditioner["solver"]),
-        factor_eps=config["epsilon"] if preconditioner["rank"].get("before") else 0.0,
+        factor_eps=damping(config),
         refresh="before",
         skip_first=False,
         reorder=False,
@@ -134,9 +138,72 @@ def soap(config: Config) -> Transformation:
     )
 
 
+def scaled_soap(config: Config) -> Transformation:
+    """Adam in the eigenbasis of factors that are divided by their trace first."""
+    preconditioner = config["preconditioner"]
+    resolved = sj.resolve_exponents(skipped(config))
+    weighting = dict(
+        bias_correction=config["bias_correction"],
+        weighted=not preconditioner["unweighted_update"],
+    )
+    second = sj.scale_by_second_moment(
+        config["beta2"], config["epsilon"], exponent=second_exponent(config), **weighting
+    )
+    return walk(
+        config,
+        optax.chain(
+            sj.accumulate_factors(config["beta2"], exponents=resolved, **weighting),
+            sj.normalize_by_trace(preconditioner["trace_scaling"], config["epsilon"]),
+            sj.damp(damping(config)),
+            sj.eigenbasis(
+                second,
+                basis=basis(preconditioner["solver"]),
+                exponents=resolved,
+                **schedule(config),
+            ),
+        ),
+    )
+
+
+def skipped(config: Config) -> dict[int, dict[int, float]] | None:
+    """Dimensions that are not rotated, as exponents of 0."""
+    entries = config["preconditioner"]["skip_basis"].items()
+    return {int(order): dict.fromkeys(dims, 0.0) for order, dims in entries} or None
+
+
+def second_exponent(config: Config) -> Callable[[int], float]:
+    """Exponent of the second moment by block order."""
+    override = config["preconditioner"]["exponents"]
+    return lambda order: float(override.get(str(order), 0.5))
+
+
+def damping(config: Config) -> float:
+    """What is added to factors before their basis is computed."""
+    return config["epsilon"] if config["preconditioner"]["rank"].get("before") else 0.0
+
+
 def core(config: Config, kind: str) -> Transformation:
     """The part that turns a filtered gradient into a direction, for all other kinds."""
-    preconditioner = config["preconditioner"]
+    if kind in ("kronecker_root", "kronecker_eig", "kl_root", "kl_eig"):
+        return kronecker(config, kind)
+    start = config["first_refresh_step"]
+    first = config["refresh_interval"] if start == -1 else start
+    return optax.chain(diagonal(config["preconditioner"], kind), ready_from(first))
+
+
+def ready_from(start: int) -> Transformation:
+    """Marks stacks as ready from a step on: until then a graft steps alone."""
+
+    def update(blocks: Any, count: jax.Array, params: Any) -> tuple[Any, Any]:
+        count = optax.safe_increment(count)
+        ready = count >= start
+        return map_blocks(lambda b: dataclasses.replace(b, ready=ready), blocks), count
+
+    return blocks_part(lambda params: jnp.zeros([], jnp.int32), update)
+
+
+def diagonal(preconditioner: Config, kind: str) -> Transformation:
+    """A direction without factors."""
     match kind:
         case "identity":
             return sj.on_updates(optax.identity())
@@ -148,8 +215,6 @@ def core(config: Config, kind: str) -> Transformation:
             return sj.on_updates(optax.stateless(sign(preconditioner.get("scale"))))
         case "orthogonal":
             return sj.on_updates(optax.stateless(orthogonal(preconditioner)))
-        case "kronecker_root" | "kronecker_eig" | "kl_root" | "kl_eig":
-            return kronecker(config, kind)
     raise ValueError(f"preconditioner kind {kind!r} is not in the format.")
 
 
@@ -184,6 +249,7 @@ def solver(config: Config) -> sj.Solver:
     chosen, rank = config["preconditioner"]["solver"], config["preconditioner"]["rank"]
     match chosen["kind"]:
         case "newton":
+            check_integer_roots(config)
             # The reference accepts every finite root.
             return sj.CoupledNewton(
                 config["epsilon"],
@@ -202,6 +268,16 @@ def solver(config: Config) -> sj.Solver:
     if rank["kind"] == "pseudo":
         return sj.TruncatedEigh(rank["rtol"], rank["atol"])
     return sj.ShiftedEigh(config["epsilon"], rank["before"])
+
+
+def check_integer_roots(config: Config) -> None:
+    """Raises ValueError where coupled Newton would fail at every refresh."""
+    for exponent in given_exponents(exponents(config)):
+        if newton.rational_root(exponent).denominator != 1:
+            raise ValueError(
+                f"preconditioner.exponents has {exponent} with solver 'newton', which computes "
+                "roots 1/p only: not in the format."
+            )
 
 
 def carried(config: Config) -> sj.Solver:
@@ -234,6 +310,11 @@ def magnitude(entry: Config) -> Transformation | None:
         case "adagrad":
             return sj.scale_by_second_moment(1.0, eps)
         case "rmsprop" | "adam":
+            if b2 == 1 and weighted:
+                raise ValueError(
+                    f"beta2={b2} of {kind} leaves the second moment at 0 in the reference: not in "
+                    "the format. Use adagrad for a sum."
+                )
             return sj.scale_by_second_moment(
                 b2, eps, bias_correction=kind == "adam", weighted=weighted
             )
