@@ -8,6 +8,7 @@ import optax
 
 from shampoo_jax.filtering import check_range
 from shampoo_jax.precision import cast_like, widen
+from shampoo_jax.skipping import skip_nonfinite_steps
 from shampoo_jax.weight_decay import Scalar, ScalarOrSchedule, value_at
 
 Array = jax.Array
@@ -56,6 +57,10 @@ def averaging(
     `optax.contrib.schedule_free` weights by the largest learning rate so far instead and leaves
     decay to the wrapped optimizer, which applies it at `y`; decay inside `inner` does that here.
 
+    A step with any non-finite gradient is skipped as a whole, see `skip_nonfinite_steps`, whatever
+    `inner` would do with it: `y`, `z`, the decay and all counts stay, so `inner` and the average
+    agree on the step of a schedule. `check_finite` reads how many were skipped.
+
     Args:
       inner: Optimizer or chain that ends in the learning rate, without momentum: averaging takes
         its place.
@@ -70,8 +75,9 @@ def averaging(
 
     Returns:
       A transformation that needs `params`. Updates keep the dtype of the incoming ones. The state
-      holds `z` in float32 or wider, since steps of a small learning rate vanish in bfloat16; the
-      average profits from it in full only where parameters are float32 as well.
+      is an `AveragingState` inside `optax.ApplyIfFiniteState`; it holds `z` in float32 or wider,
+      since steps of a small learning rate vanish in bfloat16; the average profits from it in full
+      only where parameters are float32 as well.
 
     Raises:
       ValueError: An unknown kind, an option out of range or of the other kind, missing params.
@@ -139,7 +145,7 @@ def averaging(
         )
         return cast_like(moved, updates), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return skip_nonfinite_steps(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def eval_params(state: Any, params: Any) -> Any:

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 from shampoo_jax.blocking import BlockedState, identity
+from shampoo_jax.paths import KeyPath, parameter_of
 
-KeyPath = tuple[Any, ...]
 Rows = Mapping[str, Any]  # by parameter, the rows of a state leaf that are its own; ... for all
 Tree = dict[str, Any]
 
@@ -250,11 +250,11 @@ def _rows(node: BlockedState, known: _Parameters) -> dict[str, Rows]:
 
 
 def _own(path: KeyPath, known: _Parameters) -> tuple[str, Rows]:
-    """The parameter whose path is the longest end of a leaf's path, and the rest of that path."""
-    for i in range(len(path) + 1):
-        if path[i:] in known.names:
-            return _key(path[:i]), {known.names[path[i:]]: ...}
-    return _key(path), {}
+    """The rest of a leaf's path, and the parameter that its end names."""
+    owner = parameter_of(path, known.names)
+    if owner is None:
+        return _key(path), {}
+    return _key(path[: len(path) - len(owner)]), {known.names[owner]: ...}
 
 
 def _entry_of(name: str) -> str:

@@ -19,6 +19,7 @@ from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import make_magnitude, scale_by_second_moment
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.kl import kl_eigenbasis
+from shampoo_jax.options import check_options
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.solvers import Solver, make_solver
 from shampoo_jax.walk import blocked_walk
@@ -120,15 +121,11 @@ def scale_by_shampoo(
       True
     """
     check_static(locals())
+    check_options(locals())
     resolved = resolve_exponents(exponents)
     chosen = make_solver(solver, cutoff=cutoff, rtol=rtol, atol=atol, eps=eps)
     for exponent in given_exponents(exponents):
         chosen.check(exponent)
-    if isinstance(every, int) and every > 1 and isinstance(atol, (int, float)) and atol > 0:
-        raise ValueError(
-            f"atol={atol} with every={every}: roots of old factors meet newer gradients, and an "
-            "absolute cutoff lets noise directions through: use rtol, or every=1."
-        )
     direction = optax.chain(
         accumulate_factors(
             b2, exponents=resolved, bias_correction=bias_correction, weighted=weighted
@@ -203,6 +200,11 @@ def scale_by_soap(
     moments are sorted by eigenvalue at each refresh. Meta's form (`EigenvalueCorrectedShampoo`) is
     `refresh="before", skip_first=False, reorder=False` with `basis=QRBasis()` or `EighBasis()`.
 
+    The authors' code leaves a dimension of more than 10,000 unrotated (`max_precond_dim`); here
+    every dimension of every block gets a factor, d x d. `soap` leaves embeddings and heads to
+    AdamW; for other long dimensions set `block_size`, or exclude a side of all matrices by
+    `exponents={2: {0: 0.0}}`. `explain` names the largest factor.
+
     Args:
       b1: Decay of the first moment.
       b2: Decay of the second moment.
@@ -221,7 +223,7 @@ def scale_by_soap(
         do not matter.
       basis: `"eigh"`, `"qr"`, a `Basis`, or None for the authors' sorted QR step.
       every: Steps between refreshes of the bases.
-      start: First refresh with `refresh="before"`.
+      start: First refresh; needs `refresh="before"`.
       refresh: Whether bases are refreshed before or after their use, see `eigenbasis`.
       skip_first: Whether the first step makes no update; needs `refresh="after"`.
       reorder: Whether second moments follow when columns are sorted.
@@ -236,7 +238,7 @@ def scale_by_soap(
       A transformation without learning rate and weight decay.
 
     Raises:
-      ValueError: An option out of range, or `skip_first` with `refresh="before"`.
+      ValueError: An option out of range, or options that contradict each other.
 
     Example:
       >>> import jax.numpy as jnp, optax, shampoo_jax
@@ -247,6 +249,7 @@ def scale_by_soap(
       0.0
     """
     check_static(locals())
+    check_options(locals())
     resolved = resolve_exponents(exponents)
     schedule = {"every": every, "start": start, "refresh": refresh, "skip_first": skip_first}
     weighting = {"bias_correction": bias_correction, "weighted": weighted}
@@ -325,6 +328,7 @@ def scale_by_kl_shampoo(
       A transformation without learning rate and weight decay.
     """
     check_static(locals())
+    check_options(locals())
     resolved = resolve_exponents(exponents)
     part = kl_eigenbasis(
         filter_gradient(b1, bias_correction=False),
@@ -398,6 +402,7 @@ def scale_by_kl_soap(
       A transformation without learning rate and weight decay.
     """
     check_static(locals())
+    check_options(locals())
     resolved = resolve_exponents(exponents)
     part = kl_eigenbasis(
         optax.chain(
@@ -482,6 +487,7 @@ def scale_by_one_sided_shampoo(
       ValueError: An unknown side, or an option out of range.
     """
     check_static(locals())
+    check_options(locals())
     if side not in ("left", "right"):
         raise ValueError(f"side={side!r}: use 'left' or 'right'.")
     return scale_by_shampoo(

@@ -11,8 +11,13 @@ import optax
 from shampoo_jax.dimension_numbers import component_names
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.momentum import momentum as momentum_part
+from shampoo_jax.options import check_options, is_off
 from shampoo_jax.precision import in_float32
-from shampoo_jax.skipping import accept_missing, overflow_to_inf, skip_nonfinite_parameters
+from shampoo_jax.skipping import (
+    accept_missing,
+    skip_nonfinite_parameters,
+    skip_nonfinite_steps,
+)
 from shampoo_jax.weight_decay import decay_parts
 
 Rule = Callable[[tuple[Any, ...], Any], bool]
@@ -113,6 +118,8 @@ def complete(
       ValueError: An option out of range, or options that contradict each other.
     """
     check_static(locals())
+    check_options(locals())
+    _check_pairs(weight_decay_kind, peak_lr, momentum, dampening, nesterov)
     if nonfinite not in ("skip", "skip_blocks", "propagate"):
         raise ValueError(f"nonfinite={nonfinite!r}: use 'skip', 'skip_blocks' or 'propagate'.")
     before, after = decay_parts(weight_decay_kind, weight_decay, learning_rate, peak_lr, mask)
@@ -135,24 +142,17 @@ def complete(
     return accept_missing(skip_nonfinite_steps(tx) if nonfinite == "skip" else tx)
 
 
-def skip_nonfinite_steps(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Leaves state and parameters alone in a step with any unusable gradient, and counts it.
-
-    Unusable are NaN, infinity, and entries whose squares could overflow when they are summed: one
-    such gradient would make a factor or a second moment infinite for ever. It is
-    `optax.apply_if_finite` that never gives up; `total_notfinite` in its state is the count.
-
-    Args:
-      inner: The optimizer.
-
-    Returns:
-      The optimizer with its state inside `ApplyIfFiniteState`.
-    """
-    guarded = optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return guarded.update(jax.tree.map(overflow_to_inf, updates), state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(guarded.init, update)
+def _check_pairs(
+    weight_decay_kind: str, peak_lr: Any, momentum: Any, dampening: Any, nesterov: bool
+) -> None:
+    """Raises ValueError for an option that another one leaves without effect."""
+    if peak_lr is not None and weight_decay_kind in ("l2", "decoupled"):
+        raise ValueError(
+            f"peak_lr={peak_lr} with weight_decay_kind={weight_decay_kind!r}: only 'lr_over_peak' "
+            "and 'over_peak' divide by it, choose one of them or drop peak_lr."
+        )
+    if momentum is None and (nesterov or not is_off(dampening)):
+        raise ValueError(
+            f"nesterov={nesterov}, dampening={dampening} without momentum: set momentum=..., or "
+            "drop them."
+        )

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, is_placeholder, map_blocks, where_block
+from shampoo_jax.paths import KeyPath, parameter_of, stack_of
 
 Array = jax.Array
-KeyPath = tuple[Any, ...]
 
 
 def missing_paths(updates: Any, params: Any) -> frozenset[KeyPath]:
@@ -48,9 +49,9 @@ def accept_missing(
 
     A missing gradient reaches `inner` as zeros, named in the extra argument `absent` that `blocked`
     understands; afterwards every state leaf that belongs to the parameter (its path ends with the
-    parameter's and it has its shape) is put back, and the update is None. Step counts advance for
-    all parameters alike, as in Meta's distributed_shampoo. Whether a gradient is missing is part of
-    the tree's structure, so each pattern compiles once.
+    parameter's, no longer one's, and it has its shape) is put back, and the update is None. Step
+    counts advance for all parameters alike, as in Meta's distributed_shampoo. Whether a gradient is
+    missing is part of the tree's structure, so each pattern compiles once.
 
     Args:
       inner: The whole optimizer, outermost.
@@ -67,9 +68,8 @@ def accept_missing(
         filled = fill_missing(updates, params, absent)
         new, new_state = tx.update(filled, state, params, absent=absent, **extra)
         owners = {
-            path: (x.shape, jnp.array(False))
+            path: (jnp.shape(x), path not in absent)
             for path, x in jax.tree_util.tree_leaves_with_path(params)
-            if path in absent
         }
         return drop_missing(new, absent), _where_parameters(new_state, state, owners)
 
@@ -77,25 +77,24 @@ def accept_missing(
 
 
 def _where_parameters(
-    new: Any, old: Any, owners: dict[KeyPath, tuple[tuple[int, ...], Array]]
+    new: Any, old: Any, owners: dict[KeyPath, tuple[tuple[int, ...], Array | bool]]
 ) -> Any:
     """The new state, but old leaves of parameters whose condition is false.
 
     Args:
-      new: State; a leaf belongs to a parameter if its path ends with the parameter's and it has its
-        shape.
+      new: State; a leaf belongs to the parameter that `parameter_of` names if it has its shape.
       old: State of the same structure.
-      owners: Shape and condition by the parameter's path.
+      owners: Shape and condition by path, for all parameters.
 
     Returns:
       The mixed state.
     """
 
     def choose(path: KeyPath, new_leaf: Any, old_leaf: Any) -> Any:
-        for owner, (shape, condition) in owners.items():
-            if path[len(path) - len(owner) :] == owner and jnp.shape(new_leaf) == shape:
-                return jnp.where(condition, new_leaf, old_leaf)
-        return new_leaf
+        owner = parameter_of(path, owners)
+        if owner is None or jnp.shape(new_leaf) != owners[owner][0]:
+            return new_leaf
+        return jnp.where(owners[owner][1], new_leaf, old_leaf)
 
     return jax.tree_util.tree_map_with_path(choose, new, old)
 
@@ -105,6 +104,29 @@ def overflow_to_inf(x: jax.Array) -> jax.Array:
     x = jnp.asarray(x)
     largest = float(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).max)
     return jnp.where(jnp.abs(x) > (largest / max(x.size, 1)) ** 0.5, jnp.inf, x)
+
+
+def skip_nonfinite_steps(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves state and parameters alone in a step with any unusable gradient, and counts it.
+
+    Unusable are NaN, infinity, and entries whose squares could overflow when they are summed: one
+    such gradient would make a factor or a second moment infinite for ever. It is
+    `optax.apply_if_finite` that never gives up; `total_notfinite` in its state is the count.
+
+    Args:
+      inner: The optimizer.
+
+    Returns:
+      The optimizer with its state inside `ApplyIfFiniteState`.
+    """
+    guarded = optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return guarded.update(jax.tree.map(overflow_to_inf, updates), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(guarded.init, update)
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -150,24 +172,25 @@ def skip_nonfinite_parameters(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def where_blocks(condition: dict[str, Any], new: Any, old: Any) -> Any:
+def where_blocks(condition: Any, new: Any, old: Any) -> Any:
     """Per block, the new state where a condition holds and the old one elsewhere.
 
     Args:
-      condition: `bool[N]` by stack key.
-      new: State whose per-block leaves lie below a dictionary entry named as their stack and have
-        leading axis N; other leaves (counts) are taken as they are.
+      condition: `bool[N]` for every stack, in the tree of the stacks.
+      new: State whose per-block leaves have the path of their stack in their own, see `stack_of`,
+        and leading axis N; other leaves (counts) are taken as they are.
       old: State of the same structure.
 
     Returns:
       The mixed state.
     """
+    conditions = dict(jax.tree_util.tree_leaves_with_path(condition))
 
     def choose(path: KeyPath, new_leaf: Any, old_leaf: Any) -> Any:
-        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in condition]
-        if not keys:
+        stack = stack_of(path, conditions)
+        if stack is None or jnp.shape(new_leaf)[:1] != conditions[stack].shape:
             return new_leaf
-        return where_block(jnp.asarray(condition[keys[0]]), new_leaf, old_leaf)
+        return where_block(jnp.asarray(conditions[stack]), new_leaf, old_leaf)
 
     return jax.tree_util.tree_map_with_path(choose, new, old)
 
@@ -178,7 +201,7 @@ def skip_nonfinite_blocks(inner: optax.GradientTransformation) -> Part:
     So it does with gradients that overflow when squared, see `overflow_to_inf`.
 
     Args:
-      inner: Part of `Blocks` whose per-block state lies below dictionary entries named as stacks.
+      inner: Part of `Blocks` whose per-block state is in the tree of the stacks.
 
     Returns:
       A part. It counts what was skipped per block, see `check_finite`.

@@ -206,6 +206,11 @@ def test_half_precision_rounds_once(alias):
         ({"weight_decay": -1.0}, "weight_decay=-1.0 must not be negative"),
         ({"weight_decay_kind": "adam"}, "kind='adam' is unknown: choose from l2, decoupled"),
         ({"momentum": 1.0}, r"=1.0 must lie in"),
+        ({"nesterov": True}, "nesterov=True, dampening=0.0 without momentum: set momentum"),
+        ({"dampening": 0.1}, "nesterov=False, dampening=0.1 without momentum"),
+        ({"peak_lr": 0.1}, "peak_lr=0.1 with weight_decay_kind='decoupled': .*drop peak_lr"),
+        ({"peak_lr": 0.1, "weight_decay_kind": "l2"}, "peak_lr=0.1 with weight_decay_kind='l2'"),
+        ({"adamw_eps": -1.0}, "adamw_eps=-1.0 must not be negative"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(alias, options, message):

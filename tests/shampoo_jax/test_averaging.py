@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from shampoo_jax.aliases import shampoo
 from shampoo_jax.averaging import AveragingState, averaging, eval_params
+from shampoo_jax.skipping import check_finite
 from shampoo_jax.weight_decay import decay_parts
 
 RATES = np.array([0.0, 0.05, 0.1, 0.2, 0.2, 0.15, 0.1, 0.05])
@@ -158,11 +160,11 @@ def test_bfloat16_parameters_keep_their_dtype_and_z_is_float32(kind):
     params = jnp.ones(4, jnp.bfloat16)
     tx = averaging(optax.sgd(1e-3), kind, learning_rate=1e-3)
     state = tx.init(params)
-    assert state.z.dtype == jnp.float32
+    assert state.inner_state.z.dtype == jnp.float32
     for _ in range(16):  # each step is half a rounding unit of bfloat16 at 1
         updates, state = tx.update(jnp.ones_like(params), state, params)
     assert updates.dtype == eval_params(state, params).dtype == jnp.bfloat16
-    np.testing.assert_allclose(state.z, 1 - 16e-3, rtol=1e-4)
+    np.testing.assert_allclose(state.inner_state.z, 1 - 16e-3, rtol=1e-4)
 
 
 def test_double_precision_is_kept():
@@ -174,8 +176,8 @@ def test_double_precision_is_kept():
         for g in grads:
             z = {k: z[k] - 0.125 * np.asarray(g[k]) for k in z}
         for k, value in z.items():
-            assert state.z[k].dtype == path[-1][k].dtype == np.float64
-            np.testing.assert_allclose(state.z[k], value, rtol=1e-13, atol=1e-14)
+            assert state.inner_state.z[k].dtype == path[-1][k].dtype == np.float64
+            np.testing.assert_allclose(state.inner_state.z[k], value, rtol=1e-13, atol=1e-14)
 
 
 def test_state_is_arrays_of_stable_structure():
@@ -194,8 +196,8 @@ def test_parameters_inside_the_state_are_found():
     params, _ = problem()
     tx = averaging(optax.adam(0.1), learning_rate=0.1)
     state = optax.tree.map_params(tx, lambda x: x + 1.0, tx.init(params))
-    np.testing.assert_allclose(state.z["w"], params["w"] + 1)
-    assert int(state.count) == 0
+    np.testing.assert_allclose(state.inner_state.z["w"], params["w"] + 1)
+    assert int(state.inner_state.count) == 0
 
 
 def test_injected_learning_rate_follows_its_value():
@@ -243,8 +245,8 @@ def test_masked_decay_spares_its_parameters():
     tx = averaging(optax.sgd(0.1), learning_rate=0.1, decay=decay)
     zeros = jax.tree.map(jnp.zeros_like, params)
     _, state = tx.update(zeros, tx.init(params), params)
-    np.testing.assert_allclose(state.z["w"], 0.95 * params["w"], rtol=1e-6)
-    np.testing.assert_array_equal(state.z["b"], params["b"])
+    np.testing.assert_allclose(state.inner_state.z["w"], 0.95 * params["w"], rtol=1e-6)
+    np.testing.assert_array_equal(state.inner_state.z["b"], params["b"])
 
 
 def test_extra_arguments_reach_the_wrapped_optimizer():
@@ -256,7 +258,26 @@ def test_extra_arguments_reach_the_wrapped_optimizer():
     tx = averaging(inner, learning_rate=1.0)
     params = jnp.ones(2)
     _, state = tx.update(params, tx.init(params), params, factor=-3.0)
-    np.testing.assert_allclose(state.z, -2.0)
+    np.testing.assert_allclose(state.inner_state.z, -2.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_with_a_bad_gradient_has_not_been(kind):
+    """Neither mixing, decay nor schedule go on, whether or not the wrapped optimizer skips too."""
+    params, grads = problem()
+    bad = {**grads[2], "b": grads[2]["b"].at[1].set(jnp.nan)}
+    decay = decay_parts("decoupled", 0.7, schedule)[1][0]
+    for inner in (optax.sgd(schedule), shampoo(schedule, every=2)):
+        tx = averaging(inner, kind, learning_rate=schedule, decay=decay)
+        path, state, last = run(tx, params, [*grads[:2], bad, *grads[2:4]])
+        expected, other, _ = run(tx, params, grads[:4])
+        jax.tree.map(np.testing.assert_array_equal, path[2], path[1])
+        jax.tree.map(np.testing.assert_array_equal, [*path[:2], *path[3:]], expected)
+        jax.tree.map(np.testing.assert_array_equal, state.inner_state, other.inner_state)
+        assert int(state.inner_state.count) == 4
+        with pytest.raises(FloatingPointError, match="1 step and 0 blocks"):
+            check_finite(state)
+        assert jax.tree.all(jax.tree.map(lambda x: jnp.isfinite(x).all(), eval_params(state, last)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,4 +318,4 @@ def test_bad_calls_are_named():
         tx.update(params, tx.init(params))
     with pytest.raises(ValueError, match="no AveragingState"):
         eval_params(optax.sgd(0.1).init(params), params)
-    assert isinstance(tx.init(params), AveragingState)
+    assert isinstance(tx.init(params).inner_state, AveragingState)

@@ -41,7 +41,7 @@ ALIAS = {
     "one_sided_shampoo": functools.partial(sj.one_sided_shampoo, graft="adam", side="left"),
 }
 ALIASES = {
-    name: functools.partial(alias, b2=0.8, every=2, weight_decay=0.1, peak_lr=0.1)
+    name: functools.partial(alias, b2=0.8, every=2, weight_decay=0.1)
     for name, alias in ALIAS.items()
 }
 OTHERS = {

@@ -10,8 +10,11 @@ from shampoo_jax import (
     DimensionNumbers,
     ShiftedEigh,
     inject_hyperparams,
+    scale_by_kl_shampoo,
+    scale_by_kl_soap,
     scale_by_second_moment,
     scale_by_shampoo,
+    scale_by_soap,
 )
 
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
@@ -295,8 +298,58 @@ def test_one_sided_exponents_ignore_the_other_side():
         ({"atol": 1e-3, "every": 3}, "atol=0.001 with every=3: .* use rtol"),
         ({"solver": "coupled_newton", "exponents": {2: 0.4}}, "exponent=0.4 is not 1/p"),
         ({"solver": "higher_order_newton", "exponents": 0.31415}, "exponent=0.31415 is not"),
+        ({"cutoff": "positive", "every": 3}, "cutoff='positive' with every=3: .* every=1"),
+        ({"graft": None, "graft_b2": 0.9}, "graft_b2=0.9 with graft=None: .*drop graft_b2"),
+        ({"graft": "sgd", "graft_b2": 0.9}, "graft_b2=0.9 with graft='sgd'"),
+        ({"b1": 0.0, "b3": 0.5}, "b3=0.5 with b1=0: .*drop b3"),
+        ({"solver": "shifted_eigh", "eps": -1e-3}, "eps=-0.001 must not be negative"),
+        ({"graft_eps": -1.0}, "graft_eps=-1.0 must not be negative"),
+        ({"atol": -1.0}, "atol=-1.0 must not be negative"),
+        ({"rtol": 1.0}, r"rtol=1.0 must lie in \[0, 1\)"),
+        ({"rtol": -0.1}, r"rtol=-0.1 must lie in \[0, 1\)"),
+        ({"every": 2.5}, "every=2.5 must be a whole number"),
+        ({"every": True}, "every=True must be a whole number"),
+        ({"start": 1.5}, "start=1.5 must be a whole number"),
+        ({"block_size": 64.0}, "block_size=64.0 must be a whole number"),
+        ({"merge": "2"}, "merge='2' must be a whole number"),
+        ({"monitor": 0.5}, "monitor=0.5 must be a whole number"),
     ],
 )
 def test_contradictory_options_are_refused_before_any_work(options, message):
     with pytest.raises(ValueError, match=message):
         scale_by_shampoo(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 20}, "start=20 with refresh='after'.*drop start"),
+        ({"refresh": "never"}, "refresh='never': use 'before' or 'after'"),
+        ({"refresh": "before"}, "skip_first=True needs refresh='after'"),
+        ({"factor_eps": 1e-6, "rtol": None}, "factor_eps=1e-06 with rtol=None: .*rtol=0.0"),
+        ({"factor_eps": -1e-6}, "factor_eps=-1e-06 must not be negative"),
+        ({"eps": -1.0}, "eps=-1.0 must not be negative"),
+        ({"exponent": 0.0}, "exponent=0.0 must be positive"),
+        ({"graft_b2": 0.9}, "graft_b2=0.9 with graft=None"),
+        ({"basis": "svd"}, "basis='svd' is unknown"),
+    ],
+)
+def test_contradictory_options_of_soap_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        scale_by_soap(**options)
+
+
+@pytest.mark.parametrize("direction", [scale_by_kl_shampoo, scale_by_kl_soap])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cap": "largest"}, "cap='largest': use 'size' or a positive number"),
+        ({"cap": 0.0}, "cap=0.0: use"),
+        ({"rtol": 2.0}, "rtol=2.0 must lie in"),
+        ({"eps": -1.0}, "eps=-1.0 must not be negative"),
+        ({"every": 1.5}, "every=1.5 must be a whole number"),
+    ],
+)
+def test_impossible_options_of_kl_are_refused(direction, options, message):
+    with pytest.raises(ValueError, match=message):
+        direction(**options)

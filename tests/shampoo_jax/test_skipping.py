@@ -236,6 +236,54 @@ def test_skipping_blocks_reaches_the_parameters_of_adamw():
     assert_equal(before, after)
 
 
+def assert_only_the_first_is_frozen(before, after, params):
+    """Momentum of w as it was, that of z/w as after another step with the same gradient."""
+    np.testing.assert_array_equal(after["w"], before["w"])
+    np.testing.assert_allclose(after["z"]["w"], 1.9 * params["z"]["w"], rtol=1e-6)
+
+
+ALIKE = {"w": normal(3), "z": {"w": normal(3)}}
+
+
+def test_a_missing_gradient_leaves_longer_paths_with_the_same_end_alone():
+    tx = sj.accept_missing(optax.trace(0.9))
+    _, before = tx.update(ALIKE, tx.init(ALIKE), ALIKE)
+    new, after = tx.update({**ALIKE, "w": None}, before, ALIKE)
+    assert new["w"] is None
+    assert_only_the_first_is_frozen(before.trace, after.trace, ALIKE)
+
+
+def test_a_bad_gradient_leaves_longer_paths_with_the_same_end_alone():
+    tx = sj.skip_nonfinite_parameters(optax.trace(0.9))
+    _, before = tx.update(ALIKE, tx.init(ALIKE), ALIKE)
+    new, after = tx.update({**ALIKE, "w": BAD["nan"](ALIKE["w"])}, before, ALIKE)
+    assert (new["w"] == 0).all()
+    assert_only_the_first_is_frozen(before.inner.trace, after.inner.trace, ALIKE)
+
+
+PACKS = {"tuple": lambda a, b: (a, b), "nested": lambda a, b: {"w": a, "z": {"w": b}}}
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("pack", PACKS)
+def test_skipping_blocks_alone_on_a_plain_tree(pack, bad):
+    """Paths in a tuple look like positions in the chain, and `w` is the end of `z/w`."""
+    tx = sj.skip_nonfinite_blocks(optax.chain(sj.filter_gradient(0.9), sj.accumulate_factors(0.8)))
+    good = [normal(3, 3), normal(3, 3)]
+    spoiled = list(good)
+    spoiled[bad] = BAD["nan"](good[bad])
+    updates, states = run(tx, [PACKS[pack](*good), PACKS[pack](*spoiled)], PACKS[pack](*good))
+    assert [bool((u == 0).all()) for u in jax.tree.leaves(updates[1])] == [bad == 0, bad == 1]
+    (old_filter, old), (new_filter, new) = (s.inner for s in states[1:])
+    same = lambda a, b: [  # noqa: E731
+        bool((x == y).all()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    ]
+    frozen = [bad == 0, bad == 1]
+    assert same(old_filter.mu, new_filter.mu) == frozen
+    assert same(old.factors, new.factors) == [f for f in frozen for _ in range(2)]
+    assert [int(n[0]) for n in jax.tree.leaves(states[2].skipped)] == frozen
+
+
 class TestCheckFinite:
     spoiled = {k: BAD["nan"](g) for k, g in GRADIENTS[0].items()}
 
