@@ -12,14 +12,25 @@ import jax
 import optax
 
 from shampoo_jax.aliases import shampoo
+from shampoo_jax.bases import Basis, CarriedBasis, EighBasis, QRBasis, make_basis
+from shampoo_jax.options import is_off
 from shampoo_jax.plan import Cell, LeafPlan, make_plan
 from shampoo_jax.routing import is_hidden_matrix
+from shampoo_jax.solvers import (
+    CoupledNewton,
+    HigherOrderNewton,
+    ShiftedEigh,
+    TruncatedEigh,
+    make_solver,
+)
 
+# Multiples of d^3 for a d x d matrix. A product, such as Q diag(w^-e) Q^T.
+PRODUCT = 2.0
 # Golub and Van Loan, Matrix Computations, 4th edition, algorithm 8.3.3: eigenvalues and
-# eigenvectors of a symmetric d x d matrix by tridiagonal QR, (4/3) d^3 of which is the reduction.
-EIGH_FLOPS = 9
-# Q diag(w^-e) Q^T, one product of d x d matrices.
-RECONSTRUCTION_FLOPS = 2
+# eigenvectors of a symmetric matrix by tridiagonal QR, 4/3 of which is the reduction.
+EIGH = 9.0
+# Algorithm 5.2.1, Householder QR, and as much again to form Q.
+QR = 8 / 3
 
 # Kinds of state by the field that holds it, inside the parts of this package.
 KINDS = {
@@ -72,10 +83,11 @@ class Report:
       adamw_bytes: State of AdamW on all parameters, twice their size.
       muon_bytes: State of Muon on the preconditioned parameters, once their size, with AdamW on
         the others.
-      refresh_flops: One refresh of all roots by eigh, `(9 + 2) d^3` per factor (Golub and Van Loan,
-        algorithm 8.3.3, and one product to put the root together).
+      refresh_flops: One refresh of all roots or bases; for Newton's methods, one iteration of it.
+      refresh_method: How that is done, and its multiple of d^3 per factor (Golub and Van Loan).
       statistics_flops: Factor statistics of one step, `2 d |block|` per factor.
-      apply_flops: Application of the roots in one step, `2 d |block|` per factor.
+      apply_flops: Application in one step: with roots `2 d |block|` per factor; with eigenbases
+        three times that, for gradient and first moment into the basis and the update back.
       root_batches: Root computations in the compiled program, one per block shape and side.
       largest_factor: Largest edge of a factor, 0 without factors.
     """
@@ -84,7 +96,8 @@ class Report:
     state_bytes: dict[str, int]
     adamw_bytes: int
     muon_bytes: int
-    refresh_flops: int
+    refresh_flops: float
+    refresh_method: str
     statistics_flops: int
     apply_flops: int
     root_batches: int
@@ -98,7 +111,7 @@ class Report:
         lines += [
             f"optimizer state   {_bytes(total)} ({kinds})",
             f"in comparison     AdamW {_bytes(self.adamw_bytes)}, Muon {_bytes(self.muon_bytes)}",
-            f"refresh           {_flops(self.refresh_flops)} by eigh, 11 d^3 per factor",
+            f"refresh           {_flops(self.refresh_flops)} by {self.refresh_method}",
             f"every step        {_flops(self.statistics_flops)} statistics, "
             f"{_flops(self.apply_flops)} application",
             f"root batches      {self.root_batches} (block shapes x sides)",
@@ -152,22 +165,24 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
     others = jax.tree_util.tree_map_with_path(lambda p, x: None if rule(p, x) else x, params)
     plan = _plan_of(ours, chosen, factored)
     rows = _rows(params, ours, plan, factored)
-    # Statistics and application both multiply a d x d matrix per factor with the block.
+    # A d x d matrix per factor times the block, or the block times itself.
     product = sum(
         2 * leaf.batch * math.prod(cell.size) * sum(_edges(cell, factored))
         for leaf in plan
         for cell in leaf.cells
     )
     edges = [(d, n) for row in rows for d, n in row.factors.items()]
+    cost, method = _refresh_cost(chosen)
     return Report(
         rows=rows,
         state_bytes=_bytes_by_kind(state),
         adamw_bytes=state_bytes(optax.scale_by_adam(), params),
         muon_bytes=state_bytes(optax.trace(0.9), ours)
         + (state_bytes(optax.scale_by_adam(), others) if jax.tree.leaves(others) else 0),
-        refresh_flops=sum((EIGH_FLOPS + RECONSTRUCTION_FLOPS) * n * d**3 for d, n in edges),
+        refresh_flops=cost * sum(n * d**3 for d, n in edges),
+        refresh_method=method,
         statistics_flops=product,
-        apply_flops=product,
+        apply_flops=product * (3 if _has_bases(state) else 1),
         root_batches=sum(map(sum, factored.values())),
         largest_factor=max((d for d, _ in edges), default=0),
     )
@@ -209,6 +224,45 @@ def _factored(state: Any) -> Factored:
     nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "factors"))
     stacks = [node.factors for node in nodes if hasattr(node, "factors")]
     return {k: tuple(f is not None for f in v) for s in stacks for k, v in s.items()}
+
+
+def _has_bases(state: Any) -> bool:
+    """Whether some part works in eigenbases instead of applying roots."""
+    found = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "bases"))
+    return any(hasattr(node, "bases") for node in found)
+
+
+def _refresh_cost(chosen: Mapping[str, Any]) -> tuple[float, str]:
+    """Multiple of d^3 for the refresh of one factor, and its method in words."""
+    if "basis" in chosen:
+        unsorted = chosen["basis"] is None and "reorder" not in chosen  # as in `kl_eigenbasis`
+        cost, name = _basis_cost(QRBasis(sort=None) if unsorted else make_basis(chosen["basis"]))
+        return cost, f"{name}, {cost:.3g} d^3 per factor"
+    solver = make_solver(chosen["solver"]) if "solver" in chosen else None
+    match solver:
+        case CoupledNewton() | HigherOrderNewton():
+            # For a 4th root: one product with X, two for a 4th power, one with M; then the series.
+            cost = PRODUCT * (4 + getattr(solver, "order", 2) - 2)
+            return cost, f"Newton iterations, {cost:.3g} d^3 per factor and iteration"
+        case TruncatedEigh() | ShiftedEigh():
+            cost, name = EIGH, "eigh"
+        case CarriedBasis():
+            cost, name = _basis_cost(solver.basis)
+        case _:
+            cost, name = EIGH, "a method of its own, counted as eigh"
+    cost += PRODUCT
+    return cost, f"{name}, {cost:.3g} d^3 per factor"
+
+
+def _basis_cost(basis: Basis) -> tuple[float, str]:
+    """Likewise without a root: eigenvectors and eigenvalues alone."""
+    if isinstance(basis, EighBasis):
+        return EIGH, "eigh" if is_off(basis.tolerance) else "eigh at most"
+    n = basis.iterations
+    # Eigenvalues cost one product; rotating the factor first, and basis and factor in each step,
+    # or one more estimate to sort by.
+    products = {"after": 2 + 2 * n, "before": 2 + n, None: 1 + n}[basis.sort]
+    return PRODUCT * products + QR * n, f"{n} QR step{'s' if n > 1 else ''}"
 
 
 def _plan_of(params: Any, chosen: Mapping[str, Any], factored: Factored) -> list[LeafPlan]:

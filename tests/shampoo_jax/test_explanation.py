@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from scripts.compile_size import gpt2_matrices, measure, one_root_per_factor
-from shampoo_jax import DimensionNumbers, scale_by_shampoo
+from shampoo_jax import CarriedBasis, DimensionNumbers, EighBasis, QRBasis, scale_by_shampoo
 from shampoo_jax.aliases import kl_shampoo, one_sided_shampoo, shampoo, soap
 from shampoo_jax.explanation import explain, state_bytes
 
@@ -125,6 +125,26 @@ def test_every_alias_is_read_from_the_state_it_builds(optimizer, batches, factor
     assert report.state_bytes["factors"] == squares
     eigenvalues = 4 * (4 + 6) if optimizer is kl_shampoo else 0
     assert report.state_bytes["roots"] == squares + eigenvalues
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "multiple", "method"),
+    [
+        (shampoo, {}, 11, "eigh, 11 d^3"),
+        (shampoo, {"solver": "coupled_newton"}, 8, "Newton iterations, 8 d^3 per factor and iter"),
+        (shampoo, {"solver": CarriedBasis(EighBasis(0.1))}, 11, "eigh at most, 11 d^3"),
+        (soap, {}, 6 + 8 / 3, "1 QR step, 8.67 d^3"),
+        (soap, {"basis": "eigh"}, 9, "eigh, 9 d^3"),
+        (soap, {"basis": QRBasis(2)}, 12 + 2 * 8 / 3, "2 QR steps, 17.3 d^3"),
+        (kl_shampoo, {}, 4 + 8 / 3, "1 QR step, 6.67 d^3"),
+    ],
+)
+def test_a_refresh_is_named_and_counted_by_its_method(optimizer, options, multiple, method):
+    report = explain({"w": struct(6, 4)}, optimizer, **options)
+    np.testing.assert_allclose(report.refresh_flops, multiple * (6**3 + 4**3))
+    assert f" by {method}" in str(report)
+    in_a_basis = optimizer is not shampoo
+    assert report.apply_flops == (3 if in_a_basis else 1) * report.statistics_flops
 
 
 def test_a_function_without_blocks_is_refused():
