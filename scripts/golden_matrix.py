@@ -31,10 +31,16 @@ _coupled_higher_order = jax.jit(
 )
 
 
-def load(path: Path) -> tuple[list[Case], dict[str, np.ndarray]] | None:
-    """The cases and arrays of a file; None where it holds no matrix cases."""
+def holds_cases(path: Path) -> bool:
+    """Whether a file has this layout."""
     with np.load(path) as z:
-        return (json.loads(str(z["cases"])), dict(z)) if "cases" in z else None
+        return "cases" in z
+
+
+def load(path: Path) -> tuple[list[Case], dict[str, np.ndarray]]:
+    """The cases and arrays of a file."""
+    with np.load(path) as z:
+        return json.loads(str(z["cases"])), dict(z)
 
 
 def worst_error(cases: list[Case], data: Data) -> float:

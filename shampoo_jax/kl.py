@@ -270,7 +270,9 @@ def _keep_finite(ok: Any, new: KLEigenbasisState, old: KLEigenbasisState) -> KLE
 
     return KLEigenbasisState(
         new.count,
-        *(jax.tree.map(matrices, ok, n, o) for n, o in zip(new[1:4], old[1:4], strict=True)),
+        jax.tree.map(matrices, ok, new.factors, old.factors),
+        jax.tree.map(matrices, ok, new.bases, old.bases),
+        jax.tree.map(matrices, ok, new.eigenvalues, old.eigenvalues),
         jax.tree.map(lambda ok, n, o: jnp.where(ok, n, o + 1), ok, new.failures, old.failures),
         jax.tree_util.tree_map_with_path(leaf, new.inner, old.inner),
     )
