@@ -3,7 +3,8 @@
     python -m scripts.search_rates --preset cpu --optimizers adamw muon shampoo
 
 Each run is one `scripts.speedrun --optimizer ...` with the preset's rate times a factor. Finished
-runs with the same settings are kept, so the search can be stopped and started again. Prints the final losses as a table.
+runs with the same settings are kept, so the search can be stopped and started again. Prints the
+final losses as a table.
 """
 
 import argparse

@@ -67,7 +67,7 @@ def accept_missing(
             return tx.update(updates, state, params, **extra)
         filled = fill_missing(updates, params, absent)
         new, new_state = tx.update(filled, state, params, absent=absent, **extra)
-        owners = {
+        owners: dict[KeyPath, tuple[tuple[int, ...], Array | bool]] = {
             path: (jnp.shape(x), path not in absent)
             for path, x in jax.tree_util.tree_leaves_with_path(params)
         }

@@ -45,7 +45,7 @@ def adamw_config(recipe):
         rates["embed"], rates["head"], rates["1d"], recipe["wd"], b1, b2, recipe["eps"]
     )
     block = recipe.get("mat", {"betas": (0.9, 0.95), "wd": 0.0, "eps": 1e-10})
-    matrices = AdamWConfig(rates.get("mat", 0.0), block["wd"], *block["betas"], block["eps"])
+    matrices = AdamWConfig(rates.get("mat", 1.0), block["wd"], *block["betas"], block["eps"])
     warmup = {"warmup_steps": recipe["warmup"], "warmup_from": 1e-7} if "warmup" in recipe else {}
     return dataclasses.replace(
         preset("track3", "adamw"),
@@ -203,7 +203,7 @@ def test_m1_newton_schulz_alone(case):
     x = jnp.asarray(z[f"ns{case}_in"].T)
     undo = max(1.0, x.shape[1] / x.shape[0]) ** 0.5
     for dtype, key in (("float32", "out_f32"), ("bfloat16", "out_bf16")):
-        settings = MuonConfig(0.0, 0.0, 0.0, 12, (2.0, -1.5, 0.5), dtype)
+        settings = MuonConfig(1.0, 0.0, 0.0, 12, (2.0, -1.5, 0.5), dtype)
         tx = REGISTRY["muon_track3"].direction(settings)
         update, _ = jax.jit(lambda x, tx=tx: tx.update(x, tx.init(x)))(x)
         tolerance = (1e-4 if case == 2 else 2e-5) if dtype == "float32" else 0.15
