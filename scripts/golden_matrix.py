@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shampoo_jax.matrix import eigh, newton, orthogonalize, qr
-from shampoo_jax.solvers import make_solver
+from shampoo_jax.registry import make_solver
 
 Array = jax.Array
 Case = dict[str, Any]

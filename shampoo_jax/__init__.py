@@ -32,6 +32,7 @@ from shampoo_jax.hyperparameters import inject_hyperparams
 from shampoo_jax.kl import accumulate_kl_factors, kl_eigenbasis
 from shampoo_jax.momentum import momentum
 from shampoo_jax.monitoring import monitor_spectrum, read_monitor
+from shampoo_jax.registry import register_solver
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.routing import complete, is_hidden_matrix
 from shampoo_jax.skipping import (
@@ -96,6 +97,7 @@ __all__ = [
     "precondition",
     "presets",
     "read_monitor",
+    "register_solver",
     "resolve_exponents",
     "scale_by_kl_shampoo",
     "scale_by_kl_soap",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.filtering import check_range
+from shampoo_jax.options import check_range
 from shampoo_jax.precision import cast_like, widen
 from shampoo_jax.skipping import skip_nonfinite_steps
 from shampoo_jax.weight_decay import Scalar, ScalarOrSchedule, value_at

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from shampoo_jax.matrix import eigh, qr
 from shampoo_jax.matrix.batching import map_matrices
-from shampoo_jax.solvers import AnyExponent, identities
+from shampoo_jax.solvers import Solver, identities
 
 Array = jax.Array
 
@@ -92,7 +92,7 @@ def eigenvalue_estimates(factor: Array, basis: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class CarriedBasis(AnyExponent):
+class CarriedBasis(Solver):
     """A solver that keeps each factor's eigenbasis from one refresh to the next.
 
     With `EighBasis()` it equals `TruncatedEigh` or `ShiftedEigh`; with a tolerance or `QRBasis` the

@@ -20,8 +20,9 @@ from shampoo_jax.grafting import make_magnitude, scale_by_second_moment
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.kl import kl_eigenbasis
 from shampoo_jax.options import check_options
+from shampoo_jax.registry import make_solver
 from shampoo_jax.roots import invert_roots, precondition
-from shampoo_jax.solvers import Solver, make_solver
+from shampoo_jax.solvers import Solver
 from shampoo_jax.walk import blocked_walk
 
 
@@ -41,7 +42,7 @@ def scale_by_shampoo(
     cutoff: str = "relative",
     rtol: Any = None,
     atol: Any = 0.0,
-    eps: Any = 0.0,
+    eps: Any = None,
     every: Any = 1,
     start: Any = None,
     graft: str | optax.GradientTransformation | None = "adam",
@@ -85,7 +86,7 @@ def scale_by_shampoo(
       cutoff: `"relative"`, or `"positive"` for the literal rule of result 35.
       rtol: Cutoff relative to a factor's largest eigenvalue; None means `d * eps`.
       atol: Absolute cutoff.
-      eps: Damping, for the solvers that have one.
+      eps: Damping, for the solvers that have one; None means the solver's default.
       every: Steps between refreshes of the roots.
       start: First step that preconditions; until then the update is the graft's alone. None means
         `every`.
@@ -445,7 +446,7 @@ def scale_by_one_sided_shampoo(
     cutoff: str = "relative",
     rtol: Any = None,
     atol: Any = 0.0,
-    eps: Any = 0.0,
+    eps: Any = None,
     every: Any = 1,
     start: Any = None,
     graft: str | optax.GradientTransformation | None = None,

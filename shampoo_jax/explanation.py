@@ -15,13 +15,13 @@ from shampoo_jax.aliases import shampoo
 from shampoo_jax.bases import Basis, CarriedBasis, EighBasis, QRBasis, make_basis
 from shampoo_jax.options import is_off
 from shampoo_jax.plan import Cell, LeafPlan, make_plan
+from shampoo_jax.registry import make_solver
 from shampoo_jax.routing import is_hidden_matrix
 from shampoo_jax.solvers import (
     CoupledNewton,
     HigherOrderNewton,
     ShiftedEigh,
     TruncatedEigh,
-    make_solver,
 )
 
 # Multiples of d^3 for a d x d matrix. A product, such as Q diag(w^-e) Q^T.

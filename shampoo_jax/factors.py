@@ -10,7 +10,8 @@ import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
 from shampoo_jax.exponents import Exponents, default_exponents
-from shampoo_jax.filtering import check_range, power
+from shampoo_jax.filtering import power
+from shampoo_jax.options import check_range
 
 Array = jax.Array
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
+from shampoo_jax.options import check_range
 
 Array = jax.Array
 
@@ -69,10 +70,3 @@ def power(base: float | Array, count: Array, dtype: Any) -> Array:
     """`base ** count` in the given precision, 1 at count 0 even for base 0."""
     base = jnp.asarray(base, dtype)
     return jnp.where(count == 0, jnp.ones([], dtype), base ** count.astype(dtype))
-
-
-def check_range(name: str, value: Any, *, closed: bool = False) -> None:
-    """Raises ValueError where a decay known now is outside [0, 1), or [0, 1] if closed."""
-    if isinstance(value, (int, float)) and not (0 <= value < 1 or (closed and value == 1)):
-        interval = "[0, 1]" if closed else "[0, 1)"
-        raise ValueError(f"{name}={value} must lie in {interval}.")

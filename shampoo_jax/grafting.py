@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, from_gradients, map_blocks, norms
-from shampoo_jax.filtering import check_range, power
+from shampoo_jax.filtering import power
+from shampoo_jax.options import check_range
 
 Array = jax.Array
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from shampoo_jax.options import is_off
+
 Factory = Callable[..., optax.GradientTransformation]
 
 # Options that enter the arithmetic only. Every other option of this package decides what is
@@ -19,6 +21,9 @@ TRACED = frozenset(
     "adamw_b1 adamw_b2 adamw_eps adamw_weight_decay".split()
 )
 
+# Being above 0 contradicts certain solvers or other options; a tracer cannot tell that it is 0.
+THRESHOLDS = ("rtol", "atol", "eps", "factor_eps")
+
 
 def inject_hyperparams(
     factory: Factory, static_args: Iterable[str] = (), hyperparam_dtype: Any = jnp.float32
@@ -28,7 +33,9 @@ def inject_hyperparams(
     Numbers and schedules among learning rates, decays, eps, cutoffs, momentum and `every` become
     entries of `state.hyperparams`, to be changed between steps without compiling again; all other
     options stay what they are. An option that is left at a default of None or 0 is off and is
-    not traced: name it to change it later.
+    not traced: name it to change it later. A cutoff or damping (`rtol`, `atol`, `eps`,
+    `factor_eps`) of 0 is off even where it is named, since some other options contradict any other
+    value: start from a small one to change it later.
 
     Args:
       factory: `shampoo`, `scale_by_soap`, `invert_roots` or any other function of this package that
@@ -55,6 +62,7 @@ def inject_hyperparams(
     def build(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         given = signature.bind(*args, **kwargs).arguments
         on = {n for n, p in signature.parameters.items() if n in given or p.default}
+        on -= {n for n in THRESHOLDS if is_off(given.get(n))}
         static = (set(signature.parameters) - (TRACED & on)) | never
         wrapped = optax.inject_hyperparams(factory, static, hyperparam_dtype)
         return wrapped(*args, **kwargs)

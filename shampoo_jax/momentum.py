@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from shampoo_jax.filtering import check_range
+from shampoo_jax.options import check_range
 from shampoo_jax.precision import in_float32
 
 

@@ -1,12 +1,11 @@
 """Options refused at construction: values out of range, and pairs that contradict each other."""
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-
-from shampoo_jax.filtering import check_range
 
 WHOLE = ("block_size", "merge", "every", "start", "monitor")
 NOT_NEGATIVE = ("eps", "atol", "factor_eps", "graft_eps", "first_weight", "adamw_eps")
@@ -14,7 +13,19 @@ NOT_NEGATIVE = ("eps", "atol", "factor_eps", "graft_eps", "first_weight", "adamw
 
 def is_number(x: Any) -> bool:
     """Whether a value is a plain number: not None, a name or an object, and not traced."""
-    return isinstance(x, (int, float))
+    return isinstance(x, numbers.Real)
+
+
+def is_off(value: Any) -> bool:
+    """Whether an option is a plain 0."""
+    return is_number(value) and value == 0
+
+
+def check_range(name: str, value: Any, *, closed: bool = False) -> None:
+    """Raises ValueError where a decay known now is outside [0, 1), or [0, 1] if closed."""
+    if is_number(value) and not (0 <= value < 1 or (closed and value == 1)):
+        interval = "[0, 1]" if closed else "[0, 1)"
+        raise ValueError(f"{name}={value} must lie in {interval}.")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -78,8 +89,3 @@ def _check_cutoff_of_old_roots(every: int, cutoff: Any, atol: Any) -> None:
         raise ValueError(f"cutoff='positive' {why} cutoff='relative', or every=1.")
     if is_number(atol) and atol > 0:
         raise ValueError(f"atol={atol} {why} rtol, or every=1.")
-
-
-def is_off(value: Any) -> bool:
-    """Whether an option is a plain 0."""
-    return is_number(value) and value == 0

@@ -1,7 +1,6 @@
-"""Named inverse-root solvers: what `invert_roots` calls on each stack of factors."""
+"""Inverse-root solvers: what `invert_roots` calls on each stack of factors."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -15,60 +14,38 @@ Array = jax.Array
 class Solver(Protocol):
     """Computes `factor^(-exponent)` for a stack of factors.
 
-    `init` gives what the solver carries from one refresh to the next, arrays with leading axis N
-    (an eigenbasis to start from, say), or `()`; `init_root` gives the roots `[N, d, d]` in use
-    until the first refresh. A call takes factors `[N, d, d]`, a positive float and that state; it
+    A call takes factors `[N, d, d]`, a positive float and the state that it returned last time; it
     returns roots `[N, d, d]`, `ok` as `bool[N]`, and the new state. Where `ok` is false the caller
-    keeps the previous root and state. `check` raises ValueError for an exponent that the solver
-    cannot compute.
+    keeps the previous root and state. A subclass that keeps nothing between refreshes and computes
+    every real exponent has to define the call only.
     """
 
     def check(self, exponent: float) -> None:
-        """Refuses an exponent before any work."""
-        ...
+        """Raises ValueError for an exponent that this solver cannot compute; here for none."""
+        del exponent
 
     def init(self, n: int, d: int, dtype: Any) -> Any:
-        """State for a stack of n factors of size d."""
-        ...
+        """What is carried between refreshes, arrays with leading axis n; here nothing."""
+        del n, d, dtype
+        return ()
 
     def init_root(self, n: int, d: int, dtype: Any, exponent: float) -> Array:
-        """Roots of a stack before its first refresh."""
-        ...
+        """Roots `[n, d, d]` until the first refresh; here identities."""
+        del exponent
+        return identities(n, d, dtype)
 
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """Roots, whether each can be used, and the new state."""
         ...
 
 
-class AnyExponent:
-    """A solver that computes every real exponent."""
-
-    def check(self, exponent: float) -> None:
-        """Nothing to refuse."""
-        del exponent
-
-
-class Stateless:
-    """A solver that starts every refresh from the factor alone; its first roots are identities."""
-
-    def init(self, n: int, d: int, dtype: Any) -> Any:
-        """Nothing to carry."""
-        del n, d, dtype
-        return ()
-
-    def init_root(self, n: int, d: int, dtype: Any, exponent: float) -> Array:
-        """Identity matrices."""
-        del exponent
-        return identities(n, d, dtype)
-
-
 def identities(n: int, d: int, dtype: Any) -> Array:
-    """A stack of n identity matrices `[N, d, d]`."""
+    """A stack of n identity matrices `[n, d, d]`."""
     return jnp.broadcast_to(jnp.eye(d, dtype=dtype), (n, d, d))
 
 
 @dataclasses.dataclass(frozen=True)
-class TruncatedEigh(AnyExponent, Stateless):
+class TruncatedEigh(Solver):
     """Eigendecomposition with a pseudo-inverse cutoff, see `matrix.eigh.truncated_root`.
 
     Attributes:
@@ -85,7 +62,7 @@ class TruncatedEigh(AnyExponent, Stateless):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShiftedEigh(AnyExponent, Stateless):
+class ShiftedEigh(Solver):
     """Eigendecomposition of `A + eps I`, see `matrix.eigh.shifted_root`.
 
     Attributes:
@@ -102,7 +79,7 @@ class ShiftedEigh(AnyExponent, Stateless):
 
 
 @dataclasses.dataclass(frozen=True)
-class CoupledNewton(Stateless):
+class CoupledNewton(Solver):
     """Coupled Newton iteration, see `matrix.newton.coupled_newton`.
 
     Attributes:
@@ -141,7 +118,7 @@ class CoupledNewton(Stateless):
 
 
 @dataclasses.dataclass(frozen=True)
-class HigherOrderNewton(Stateless):
+class HigherOrderNewton(Solver):
     """Coupled iteration of any order, see `matrix.newton.coupled_higher_order`.
 
     Attributes:
@@ -174,95 +151,3 @@ class HigherOrderNewton(Stateless):
             order=self.order,
         )
         return result.root, result.ok, state
-
-
-def make_solver(
-    solver: str | Solver,
-    *,
-    cutoff: str = "relative",
-    rtol: Any = None,
-    atol: Any = 0.0,
-    eps: Any = 0.0,
-) -> Solver:
-    """The solver of a name and plain options, or the given solver itself.
-
-    Args:
-      solver: A name in `SOLVERS`, or any `Solver`.
-      cutoff: `"relative"` keeps eigenvalues above `max(rtol * largest, atol)`; `"positive"` keeps
-        every eigenvalue above 0, rounding noise included, as record 35 of track 3 does.
-      rtol: Relative cutoff; None means `d * eps` of the factor's dtype.
-      atol: Absolute cutoff.
-      eps: Damping of the solvers that have one.
-
-    Returns:
-      A `Solver`.
-
-    Raises:
-      ValueError: An unknown name, or options that contradict the solver or each other.
-    """
-    given = {"rtol": rtol is not None, "atol": not _is_zero(atol), "eps": not _is_zero(eps)}
-    set_options = [name for name, is_set in given.items() if is_set]
-    if cutoff not in ("relative", "positive"):
-        raise ValueError(f"cutoff={cutoff!r} is unknown: use 'relative' or 'positive'.")
-    if not isinstance(solver, str):
-        if set_options or cutoff == "positive":
-            raise ValueError(
-                f"{set_options or 'cutoff'} given together with a solver object {solver!r}: set "
-                "these on the solver itself."
-            )
-        return solver
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is unknown: choose from {sorted(SOLVERS)}.")
-    return SOLVERS[solver](cutoff, rtol, atol, eps)
-
-
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, (int, float)) and x == 0
-
-
-def _truncated(cutoff: str, rtol: Any, atol: Any, eps: Any) -> Solver:
-    if not _is_zero(eps):
-        raise ValueError(
-            f"eps={eps} has no meaning with the truncated solver 'eigh': drop eps, or use "
-            "solver='shifted_eigh'."
-        )
-    if cutoff == "relative":
-        return TruncatedEigh(rtol, atol)
-    if rtol is not None or not _is_zero(atol):
-        raise ValueError(
-            f"cutoff='positive' keeps every eigenvalue above 0, so rtol={rtol} and atol={atol} "
-            "have no meaning: drop them or use cutoff='relative'."
-        )
-    return TruncatedEigh(0.0, 0.0)
-
-
-def _shifted(cutoff: str, rtol: Any, atol: Any, eps: Any) -> Solver:
-    _refuse_cutoff("shifted_eigh", cutoff, rtol, atol)
-    return ShiftedEigh(1e-12 if _is_zero(eps) else eps)
-
-
-def _coupled_newton(cutoff: str, rtol: Any, atol: Any, eps: Any) -> Solver:
-    _refuse_cutoff("coupled_newton", cutoff, rtol, atol)
-    return CoupledNewton(1e-12 if _is_zero(eps) else eps)
-
-
-def _higher_order_newton(cutoff: str, rtol: Any, atol: Any, eps: Any) -> Solver:
-    _refuse_cutoff("higher_order_newton", cutoff, rtol, atol)
-    return HigherOrderNewton() if _is_zero(eps) else HigherOrderNewton(0.0, eps)
-
-
-def _refuse_cutoff(name: str, cutoff: str, rtol: Any, atol: Any) -> None:
-    if cutoff == "positive" or rtol is not None or not _is_zero(atol):
-        raise ValueError(
-            f"solver={name!r} truncates nothing, so cutoff={cutoff!r}, rtol={rtol}, atol={atol} "
-            "have no meaning with it: drop them, or use solver='eigh'."
-        )
-
-
-# Name -> constructor of (cutoff, rtol, atol, eps).
-SOLVERS: dict[str, Callable[[str, Any, Any, Any], Solver]] = {
-    "eigh": _truncated,
-    "shifted_eigh": _shifted,
-    "coupled_newton": _coupled_newton,
-    "higher_order_newton": _higher_order_newton,
-}

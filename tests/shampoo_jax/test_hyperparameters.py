@@ -195,3 +195,16 @@ def test_blocked_alone_refuses_tracers():
 def test_every_option_that_is_traced_belongs_to_some_factory():
     factories = [f for f, _, _ in CASES.values()] + [sj.add_scheduled_weight_decay]
     assert set().union(*(inspect.signature(f).parameters for f in factories)) >= TRACED
+
+
+@pytest.mark.parametrize(
+    ("factory", "options"),
+    [
+        (sj.shampoo, dict(solver="higher_order_newton", atol=0.0)),
+        (sj.shampoo, dict(eps=0.0)),
+        (sj.soap, dict(factor_eps=1e-3, rtol=0.0)),
+        (sj.soap, dict(factor_eps=0.0, rtol=None)),
+    ],
+)
+def test_a_threshold_of_zero_contradicts_nothing(factory, options):
+    jax.eval_shape(sj.inject_hyperparams(factory)(0.1, **options).init, PARAMS)

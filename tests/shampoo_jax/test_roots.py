@@ -12,11 +12,11 @@ from shampoo_jax.blocks import Blocks
 from shampoo_jax.exponents import resolve_exponents
 from shampoo_jax.factors import accumulate_factors
 from shampoo_jax.roots import apply_matrices, invert_roots, precondition
-from shampoo_jax.solvers import Stateless, TruncatedEigh
+from shampoo_jax.solvers import Solver, TruncatedEigh
 
 
 @dataclasses.dataclass(frozen=True)
-class Copy(Stateless):
+class Copy(Solver):
     """Returns the factor itself as its root, so that a root tells which step it is of."""
 
     def __call__(self, factor, exponent, state):
@@ -24,7 +24,7 @@ class Copy(Stateless):
 
 
 @dataclasses.dataclass(frozen=True)
-class FailsOn(Stateless):
+class FailsOn(Solver):
     """Copies the factor, NaN and failed where its first entry is one of these; counts its calls."""
 
     bad: tuple[float, ...]
