@@ -11,6 +11,7 @@ import optax
 
 from shampoo_jax.blocks import Blocks, is_placeholder
 from shampoo_jax.dimension_numbers import DimensionOption, resolve_dimension_numbers
+from shampoo_jax.exponents import Exponents
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.plan import LeafPlan, make_plan
 from shampoo_jax.skipping import drop_missing, fill_missing, missing_paths, where_blocks
@@ -87,6 +88,7 @@ def blocked(
     merge: int | None = 2,
     canonical: bool = True,
     dimension_numbers: DimensionOption = None,
+    exponents: Exponents | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on stacks of equal blocks instead of on the parameter tree.
 
@@ -104,6 +106,7 @@ def blocked(
       canonical: Whether 2-D blocks are stored with the longer dimension first.
       dimension_numbers: Callable of (path, leaf) returning `DimensionNumbers` or None for merging
         alone; `"flax"` stands for `default_dimension_numbers`, None for merging everywhere.
+      exponents: Where given, a dimension with exponent 0 is not cut: it has no factor to bound.
 
     Returns:
       A transformation of parameter trees. Updates have the dtype of the incoming updates.
@@ -135,6 +138,7 @@ def blocked(
             merge=merge,
             canonical=canonical,
             dimension_numbers=rule,
+            exponents=exponents,
         )
 
     def init_fn(params: Any) -> BlockedState:
@@ -177,8 +181,12 @@ def blocked(
 
 
 def _stack(tree: Any, plan: Sequence[LeafPlan]) -> dict[str, Blocks]:
-    stacks = split(jax.tree.leaves(tree), plan)
-    return {key: Blocks(gradient=x, update=x) for key, x in stacks.items()}
+    stacks, blocks, begin = split(jax.tree.leaves(tree), plan), {}, 0
+    for key, x in stacks.items():
+        index = jnp.arange(begin, begin + len(x), dtype=jnp.int32)
+        blocks[key] = Blocks(gradient=x, update=x, index=index)
+        begin += len(x)
+    return blocks
 
 
 def _per_block(values: Sequence[int], plan: Sequence[LeafPlan]) -> dict[str, np.ndarray]:

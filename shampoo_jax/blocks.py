@@ -24,6 +24,8 @@ class Blocks:
       ready: Whether the preconditioner is in use yet, bool scalar.
       figures: What parts report about this step (kept rank, failures ...), arrays `[N]` by name.
         Entries that nobody reads are removed by the compiler.
+      index: Position of each block among all blocks of all stacks, int32[N], set by `blocked`. It
+        does not depend on how stacks are spread over devices.
     """
 
     gradient: Array
@@ -31,6 +33,17 @@ class Blocks:
     matrices: tuple[Array | None, ...] = ()
     ready: Array | bool = True
     figures: dict[str, Array] = dataclasses.field(default_factory=dict)
+    index: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one block."""
+        return self.gradient.shape[1:]
+
+    @property
+    def slots(self) -> Array:
+        """`index`, or positions within this stack where no `blocked` has set it."""
+        return jnp.arange(len(self.gradient)) if self.index is None else self.index
 
     @property
     def order(self) -> int:

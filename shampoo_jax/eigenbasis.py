@@ -18,16 +18,11 @@ from shampoo_jax.blocks import (
     map_blocks,
     where_block,
 )
-from shampoo_jax.exponents import Exponents, default_exponents
+from shampoo_jax.exponents import Exponents, default_exponents, per_factor
 from shampoo_jax.matrix import eigh
 from shampoo_jax.paths import KeyPath, stack_of
-from shampoo_jax.roots import (
-    apply_matrices,
-    check_schedule,
-    identity_roots,
-    no_failures,
-    refresh_due,
-)
+from shampoo_jax.refresh import check_schedule, refresh_due
+from shampoo_jax.roots import apply_matrices, identity_roots, no_failures
 
 Array = jax.Array
 Matrices = tuple[Array | None, ...]
@@ -263,11 +258,7 @@ def _always(every: Any, first: Any) -> bool:
 
 
 def _keep_all(p: Blocks, exponents: Exponents) -> Matrices:
-    n, *shape = p.update.shape
-    return tuple(
-        jnp.ones((n, d), bool) if e else None
-        for d, e in zip(shape, exponents(len(shape)), strict=True)
-    )
+    return per_factor(lambda n, d, e: jnp.ones((n, d), bool), p.update.shape, exponents)
 
 
 def _refresh(b: Blocks, old: Matrices, method: Basis, rtol: Any) -> Refreshed:

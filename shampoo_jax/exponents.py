@@ -1,36 +1,51 @@
-"""Exponents of the inverse roots by block order and dimension."""
+"""Exponents of the inverse roots by block shape and dimension."""
 
 from collections.abc import Callable, Mapping
+from typing import Literal, TypeVar
 
-# Exponents of one block order: one number a dimension; 0 leaves a dimension alone.
-Exponents = Callable[[int], tuple[float, ...]]
+T = TypeVar("T")
 
-ExponentOption = Mapping[int, float | Mapping[int, float]] | float | None
+# Exponents of one block shape: one number a dimension; 0 leaves a dimension alone.
+Exponents = Callable[[tuple[int, ...]], tuple[float, ...]]
+
+ExponentOption = Mapping[int, float | Mapping[int, float]] | float | Literal["smaller"] | None
 
 
-def default_exponents(order: int) -> tuple[float, ...]:
+def default_exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
     """Shampoo's `1 / (2 * order)` on every dimension (Gupta et al. 2018, algorithm 2)."""
-    return (1 / (2 * max(order, 1)),) * order
+    return (1 / (2 * max(len(shape), 1)),) * len(shape)
+
+
+def smaller_side(shape: tuple[int, ...]) -> tuple[float, ...]:
+    """1/2 on the smaller dimension of a matrix, the last one of a square; others as by default."""
+    if len(shape) != 2:
+        return default_exponents(shape)
+    return (0.5, 0.0) if shape[0] < shape[1] else (0.0, 0.5)
 
 
 def resolve_exponents(option: ExponentOption) -> Exponents:
-    """The option of `scale_by_shampoo` as a function from block order to exponents.
+    """The option of `scale_by_shampoo` as a function from block shape to exponents.
 
     Args:
-      option: None, a number, or a mapping from order to a number or to {dimension: number}.
+      option: None, a number, a mapping from order to a number or to {dimension: number}, or
+        `"smaller"` for `smaller_side`.
 
     Returns:
-      Function of the order giving one exponent a dimension; what the option leaves out is
-      `1 / (2 * order)`.
+      Function of the shape of a block giving one exponent a dimension; what the option leaves out
+      is `1 / (2 * order)`.
 
     Raises:
-      ValueError: A negative exponent, or a dimension that the order does not have.
+      ValueError: A negative exponent, a dimension that the order does not have, or another name.
     """
     if option is None:
         return default_exponents
+    if isinstance(option, str):
+        if option != "smaller":
+            raise ValueError(f"exponents={option!r}: the only name is 'smaller'.")
+        return smaller_side
     if isinstance(option, (int, float)):
         _check_exponent(option)
-        return lambda order: (float(option),) * order
+        return lambda shape: (float(option),) * len(shape)
 
     for order, entry in option.items():
         for dim, value in entry.items() if isinstance(entry, Mapping) else ((0, entry),):
@@ -41,12 +56,11 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
                     f"dimensions 0 to {order - 1}."
                 )
 
-    def exponents(order: int) -> tuple[float, ...]:
-        entry = option.get(order, {})
+    def exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
+        entry = option.get(len(shape), {})
         if not isinstance(entry, Mapping):
-            return (float(entry),) * order
-        default = default_exponents(order)
-        return tuple(float(entry.get(k, default[k])) for k in range(order))
+            return (float(entry),) * len(shape)
+        return tuple(float(entry.get(k, e)) for k, e in enumerate(default_exponents(shape)))
 
     return exponents
 
@@ -60,7 +74,18 @@ def given_exponents(option: ExponentOption) -> set[float]:
     """The non-zero exponents that an option names."""
     if option is None:
         return set()
+    if isinstance(option, str):
+        return {0.5}
     if isinstance(option, (int, float)):
         return {float(option)} - {0.0}
     entries = [e.values() if isinstance(e, Mapping) else (e,) for e in option.values()]
     return {float(x) for values in entries for x in values} - {0.0}
+
+
+def per_factor(
+    f: Callable[[int, int, float], T], stack: tuple[int, ...], exponents: Exponents
+) -> tuple[T | None, ...]:
+    """`f(N, d, e)` for every dimension of a stack of shape `[N, *block]`, None where e is 0."""
+    n, *block = stack
+    pairs = zip(block, exponents(tuple(block)), strict=True)
+    return tuple(f(n, d, e) if e else None for d, e in pairs)

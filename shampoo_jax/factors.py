@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
-from shampoo_jax.exponents import Exponents, default_exponents
+from shampoo_jax.exponents import Exponents, default_exponents, per_factor
 from shampoo_jax.filtering import power
 from shampoo_jax.options import check_range
 
@@ -52,7 +52,7 @@ def accumulate_factors(
 
     Args:
       b2: Decay in [0, 1].
-      exponents: Exponents by block order; dimensions with exponent 0 get no factor.
+      exponents: Exponents by block shape; dimensions with exponent 0 get no factor.
       bias_correction: Whether to divide by `1 - b2^t`.
       weighted: Whether `w = 1 - b2`; False adds `G G^T` with weight 1, uncorrected.
 
@@ -93,11 +93,8 @@ def accumulate_factors(
 
 def zero_factors(params: Blocks, exponents: Exponents) -> tuple[Array | None, ...]:
     """Zero factors `[N, d, d]` for every dimension of a stack with a non-zero exponent."""
-    n, *shape = params.update.shape
-    return tuple(
-        jnp.zeros((n, d, d), params.update.dtype) if e else None
-        for d, e in zip(shape, exponents(len(shape)), strict=True)
-    )
+    dtype = params.update.dtype
+    return per_factor(lambda n, d, e: jnp.zeros((n, d, d), dtype), params.update.shape, exponents)
 
 
 def decay_factors(

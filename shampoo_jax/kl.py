@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +10,14 @@ import optax
 
 from shampoo_jax.bases import Basis, EighBasis, QRBasis
 from shampoo_jax.blocks import Blocks, Part, blocks_part, is_blocks, map_blocks, where_block
-from shampoo_jax.eigenbasis import (
-    Matrices,
-    Move,
-    carry,
-    new_basis,
-    report_bases,
-    report_failures,
-    rotate,
-    rotate_back,
-    when,
-)
-from shampoo_jax.exponents import Exponents, default_exponents
-from shampoo_jax.factors import (
-    contract,
-    decay_factors,
-    factor_correction,
-    zero_factors,
-)
+from shampoo_jax.carrying import Matrices, along
+from shampoo_jax.eigenbasis import eigenbasis
+from shampoo_jax.exponents import Exponents, default_exponents, per_factor
+from shampoo_jax.factors import contract, decay_factors, factor_correction, zero_factors
 from shampoo_jax.filtering import check_range
 from shampoo_jax.paths import stack_of
-from shampoo_jax.roots import apply_matrices, check_schedule, identity_roots, no_failures
+from shampoo_jax.roots import apply_matrices
+from shampoo_jax.skipping import where_blocks
 
 Array = jax.Array
 
@@ -76,6 +63,16 @@ def accumulate_kl_factors(
 
     Raises:
       ValueError: `b2` outside [0, 1]; at init, a part that keeps no roots.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> roots = shampoo_jax.invert_roots(shampoo_jax.ShiftedEigh(1e-4))
+      >>> tx = shampoo_jax.blocked(
+      ...     optax.chain(shampoo_jax.accumulate_kl_factors(roots, 0.95), shampoo_jax.precondition())
+      ... )
+      >>> updates, state = tx.update({"w": jnp.eye(2)}, tx.init({"w": jnp.eye(2)}))
+      >>> updates["w"].round(2).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
     """
     check_range("b2", b2, closed=True)
     tx = optax.with_extra_args_support(inner_roots)
@@ -119,17 +116,15 @@ def _roots_in(state: Any) -> Any:
 
 def _whitened_contractions(
     g: Array, factors: Matrices, roots: Matrices, normalize: bool
-) -> list[Array | None]:
+) -> Matrices:
     """`H_(k) H_(k)^T` for every dimension that has a factor."""
-    new: list[Array | None] = []
-    for k, factor in enumerate(factors):
-        if factor is None:
-            new.append(None)
-            continue
+
+    def one(k: int) -> Array:
         others = tuple(None if j == k else p for j, p in enumerate(roots))
         h = contract(apply_matrices(g, others), k)
-        new.append(h / (g[0].size // g.shape[k + 1]) if normalize else h)
-    return new
+        return h / (g[0].size // g.shape[k + 1]) if normalize else h
+
+    return tuple(None if s is None else one(k) for k, s in enumerate(factors))
 
 
 class KLEigenbasisState(NamedTuple):
@@ -137,10 +132,8 @@ class KLEigenbasisState(NamedTuple):
 
     count: Array  # int32[], steps taken
     factors: Any  # per stack a tuple over dimensions of [N, d, d] or None
-    bases: Any  # likewise, orthogonal
     eigenvalues: Any  # per stack a tuple over dimensions of [N, d] or None, tracked on their own
-    failures: Any  # per stack int32[N], steps and refreshes so far that kept old values
-    inner: Any
+    inner: Any  # `EigenbasisState`; its failures count steps that kept old values as well
 
 
 def kl_eigenbasis(
@@ -150,9 +143,12 @@ def kl_eigenbasis(
     scaled: bool,
     eps: float | Array = 1e-8,
     first_weight: float | Array | None = None,
+    normalize: bool = True,
     exponents: Exponents = default_exponents,
     basis: Basis | None = None,
     every: int | Array = 10,
+    refresh: Literal["before", "after"] = "after",
+    skip_first: bool = True,
     cap: str | float = "size",
     rtol: float | None = 0.0,
 ) -> Part:
@@ -164,204 +160,149 @@ def kl_eigenbasis(
       `dl <- b2 dl + (1 - b2) mean_j P_ij^2 / dr_j`, `dr` likewise with the old `dl`,
       `Q <- qr(S Q)` every `every` steps, all after the update has been made.
 
-    Where a finite gradient makes something of a block overflow, the block keeps its factors, bases,
-    eigenvalues and inner state, its update is zero, and this is counted.
-
     The first gradient only fills factors and bases; all eigenvalues start at 0.1. Source: Lin et
     al. 2025, arXiv:2509.03378, and its authors' code.
 
+    Where a finite gradient makes something of a block overflow, the block keeps its factors, bases,
+    eigenvalues and inner state, its update is zero, and this is counted.
+
     Args:
-      inner: Part that runs in the eigenbasis; its `mu` is carried into new bases.
+      inner: Part that runs in `eigenbasis`, so its decay of parameters and its first moments are
+        treated as there.
       b2: Decay of factors and eigenvalues.
       scaled: True multiplies the update by `s / (1 + eps s)`, `s_ij = sl_i sr_j` (KL-Shampoo);
         False leaves the scaling to `inner` (KL-SOAP).
       eps: See `scaled`.
       first_weight: Weight of the first gradient in the factors; None means `1 - b2`.
+      normalize: Whether factors and eigenvalues are means over the other dimensions (the `1/n` and
+        the mean above); False sums over them.
       exponents: Dimensions with exponent 0 are left alone; the values do not matter.
-      basis: How bases are refreshed; None means one unsorted QR step.
+      basis: How bases are refreshed; None means one unsorted QR step. It may not change the order
+        of columns, which is that of the eigenvalues.
       every: Steps between refreshes.
+      refresh: `"after"` uses each gradient before it enters factors, eigenvalues and bases, as
+        above; `"before"` lets it enter them first.
+      skip_first: Whether the first step makes no update and `inner` does not see it; needs
+        `refresh="after"`. False makes that update with eigenvalues 0.1, so that with `scaled` it is
+        on the scale of the gradients.
       cap: Largest s: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
-      rtol: Directions whose tracked eigenvalue is at most `rtol` times the largest get a zero
-        update; 0.0 truncates nothing, None means `d * eps` of the dtype.
+      rtol: Truncation of null directions of the factors, see `eigenbasis`.
 
     Returns:
       A part that stands for statistics, roots and preconditioning together.
 
     Raises:
-      ValueError: `b2` outside [0, 1), or `every` below 1.
+      ValueError: `b2` outside [0, 1), a basis that sorts, or what `eigenbasis` refuses.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> lion = shampoo_jax.from_gradients(optax.scale_by_lion())
+      >>> tx = shampoo_jax.blocked(shampoo_jax.kl_eigenbasis(lion, scaled=False, skip_first=False))
+      >>> updates, state = tx.update({"w": jnp.eye(2)}, tx.init({"w": jnp.eye(2)}))
+      >>> updates["w"].shape
+      (2, 2)
     """
     check_range("b2", b2)
-    check_schedule(every, None)
-    tx = optax.with_extra_args_support(inner)
     basis = QRBasis(sort=None) if basis is None else basis
-    weight = 1 - b2 if first_weight is None else first_weight
+    _check_order(basis)
+    tx = eigenbasis(
+        optax.chain(inner, _scale_by_eigenvalues(eps)) if scaled else inner,
+        basis=basis,
+        exponents=exponents,
+        every=every,
+        refresh=refresh,
+        skip_first=skip_first,
+        rtol=rtol,
+    )
 
     def init(params: Any) -> KLEigenbasisState:
         return KLEigenbasisState(
             jnp.zeros([], jnp.int32),
             map_blocks(lambda p: zero_factors(p, exponents), params),
-            map_blocks(lambda p: identity_roots(p, exponents), params),
             map_blocks(lambda p: _first_eigenvalues(p, exponents), params),
-            map_blocks(no_failures, params),
             tx.init(params),
         )
 
-    def update(blocks: Any, state: KLEigenbasisState, params: Any) -> tuple[Any, Any]:
-        count = optax.safe_increment(state.count)
+    def update(blocks: Any, old: KLEigenbasisState, params: Any) -> tuple[Any, Any]:
+        count = optax.safe_increment(old.count)
         is_first = count == 1
-        rotated = map_blocks(rotate, blocks, state.bases)
-        done, inner = tx.update(rotated, state.inner, params)
-        done = map_blocks(lambda b, d: _finish(b, d, scaled, eps, rtol), done, state.eigenvalues)
-        new = map_blocks(rotate_back, done, blocks, state.bases)
-        old, previous = state._replace(count=count), state.bases
-        state = jax.lax.cond(
-            is_first,
-            lambda: _start(blocks, old, weight),
-            lambda: when(
-                ((count - 1) % every) == 0,
-                lambda s: _refresh(blocks, s, basis),
-                _accumulate(blocks, old._replace(inner=inner), b2, cap),
-            ),
-        )
-        ok = _finite(new, state)
-        state = _keep_finite(ok, state, old)
+        weight = jnp.where(is_first, 1 - b2 if first_weight is None else first_weight, 1 - b2)
 
-        def report(b: Blocks, ok: Array) -> Blocks:
-            update = where_block(ok & ~is_first, b.update, jnp.zeros_like(b.update))
-            return dataclasses.replace(b, update=update, ready=~is_first)
+        def accumulate(b: Blocks, s: Matrices, q: Matrices, d: Matrices) -> Matrices:
+            # The first gradient is whitened by nothing; bases are identities until it is used.
+            scales = jax.tree.map(lambda d: jnp.where(is_first, 1.0, d**-0.5)[:, None, :], d)
+            roots = jax.tree.map(lambda q, scale: (q * scale).swapaxes(1, 2), q, scales)
+            new = _whitened_contractions(b.gradient, s, roots, normalize)
+            return jax.tree.map(lambda s, c: (b2 * s + weight * c).astype(s.dtype), s, new)
 
-        new = map_blocks(report_failures, map_blocks(report, new, ok), state.failures)
-        return map_blocks(report_bases, new, previous, state.bases, state.factors), state
+        def track(b: Blocks, q: Matrices, d: Matrices) -> Matrices:
+            squares = apply_matrices(b.gradient, q, transpose=True) ** 2
+
+
+            def one(old: Array, k: int) -> Array:
+                new = b2 * old + (1 - b2) * _reduce(squares, d, k, normalize)
+                return jnp.where(is_first, old, _capped(new, cap)).astype(old.dtype)
+
+            return tuple(None if old is None else one(old, k) for k, old in enumerate(d))
+
+        bases = old.inner.bases
+        factors = map_blocks(accumulate, blocks, old.factors, bases, old.eigenvalues)
+        eigenvalues = map_blocks(track, blocks, bases, old.eigenvalues)
+        used = eigenvalues if refresh == "before" else old.eigenvalues
+        new, inner_state = tx.update(map_blocks(_hand_on, blocks, factors, used), old.inner, params)
+        state = KLEigenbasisState(count, factors, eigenvalues, inner_state)
+        return _keep_finite(new, state, old)
 
     return blocks_part(init, update)
 
 
-def _finite(blocks: Any, state: KLEigenbasisState) -> Any:
-    """Whether update and state of each block are finite: `bool[N]` by stack."""
-    stacks = [p for p, _ in jax.tree_util.tree_leaves_with_path(blocks, is_leaf=is_blocks)]
-    inner = [
-        (stack_of(path, stacks), x)
-        for path, x in jax.tree_util.tree_leaves_with_path(state.inner)
-        if jnp.ndim(x)
-    ]
-
-    def one(path: Any, b: Blocks, *kept: Matrices) -> Array:
-        own = [x for owner, x in inner if owner == path]
-        arrays = [b.update, *own, *(x for xs in kept for x in xs if x is not None)]
-        return functools.reduce(
-            jnp.logical_and, (jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in arrays)
+def _check_order(basis: Basis) -> None:
+    """Raises ValueError for a basis that moves columns away from their eigenvalues."""
+    if isinstance(basis, EighBasis) and not basis.descending:
+        raise ValueError(
+            f"basis={basis} sorts columns, their tracked eigenvalues are in descending order: use "
+            "EighBasis(descending=True)."
         )
-
-    return jax.tree_util.tree_map_with_path(
-        one, blocks, state.factors, state.bases, state.eigenvalues, is_leaf=is_blocks
-    )
-
-
-def _keep_finite(ok: Any, new: KLEigenbasisState, old: KLEigenbasisState) -> KLEigenbasisState:
-    """Per block, the new state where it is finite, else the old one and a failure more."""
-    stacks = dict(jax.tree_util.tree_leaves_with_path(ok))
-
-    def matrices(ok: Array, new: Matrices, old: Matrices) -> Matrices:
-        return jax.tree.map(functools.partial(where_block, ok), new, old)
-
-    def leaf(path: Any, new: Array, old: Array) -> Array:
-        owner = stack_of(path, stacks) if jnp.ndim(new) else None
-        return new if owner is None else where_block(stacks[owner], new, old)
-
-    return KLEigenbasisState(
-        new.count,
-        jax.tree.map(matrices, ok, new.factors, old.factors),
-        jax.tree.map(matrices, ok, new.bases, old.bases),
-        jax.tree.map(matrices, ok, new.eigenvalues, old.eigenvalues),
-        jax.tree.map(lambda ok, n, o: jnp.where(ok, n, o + 1), ok, new.failures, old.failures),
-        jax.tree_util.tree_map_with_path(leaf, new.inner, old.inner),
-    )
-
-
-def _start(blocks: Any, state: KLEigenbasisState, weight: Any) -> KLEigenbasisState:
-    """Factors and bases of the first gradient."""
-
-    def first(b: Blocks, factors: Matrices) -> Matrices:
-        new = _whitened_contractions(b.gradient, factors, (None,) * b.order, True)
-        return tuple(None if c is None else weight * c for c in new)
-
-    factors = map_blocks(first, blocks, state.factors)
-    return _rebased(blocks, state._replace(factors=factors), EighBasis(descending=True))
-
-
-def _accumulate(blocks: Any, state: KLEigenbasisState, b2: Any, cap: Any) -> KLEigenbasisState:
-    """Factors and eigenvalues after a later gradient."""
-
-    def accumulate(b: Blocks, s: Matrices, q: Matrices, d: Matrices) -> Matrices:
-        whiten = tuple(
-            None if q_k is None or d_k is None else (q_k * (d_k**-0.5)[:, None, :]).swapaxes(1, 2)
-            for q_k, d_k in zip(q, d, strict=True)
+    if isinstance(basis, QRBasis) and basis.sort is not None:
+        raise ValueError(
+            f"basis={basis} sorts columns, their tracked eigenvalues stay: use QRBasis(sort=None)."
         )
-        return decay_factors(s, _whitened_contractions(b.gradient, s, whiten, True), b2, True)
-
-    def track(b: Blocks, q: Matrices, d: Matrices) -> Matrices:
-        squares = apply_matrices(b.gradient, q, transpose=True) ** 2
-        return tuple(
-            None if old is None else _capped(b2 * old + (1 - b2) * _mean_over(squares, d, k), cap)
-            for k, old in enumerate(d)
-        )
-
-    factors = map_blocks(accumulate, blocks, state.factors, state.bases, state.eigenvalues)
-    eigenvalues = map_blocks(track, blocks, state.bases, state.eigenvalues)
-    return state._replace(factors=factors, eigenvalues=eigenvalues)
-
-
-def _refresh(blocks: Any, state: KLEigenbasisState, basis: Basis) -> KLEigenbasisState:
-    """New bases from the factors, first moments carried along."""
-    new = _rebased(blocks, state, basis)
-    moves = map_blocks(lambda b, q, q_new: Move(q, q_new, ()), blocks, state.bases, new.bases)
-    return new._replace(inner=carry(state.inner, moves, ("mu",), False))
-
-
-def _rebased(blocks: Any, state: KLEigenbasisState, method: Basis) -> KLEigenbasisState:
-    """The state with bases of its factors; one that is not finite is refused and counted."""
-    new = map_blocks(
-        lambda b, s, q: _new_bases(b, s, q, method), blocks, state.factors, state.bases
-    )
-    return state._replace(
-        bases=map_blocks(lambda b, n: n[0], blocks, new),
-        failures=map_blocks(lambda b, f, n: f + n[1], blocks, state.failures, new),
-    )
 
 
 def _first_eigenvalues(p: Blocks, exponents: Exponents) -> Matrices:
-    n, *shape = p.update.shape
-    return tuple(
-        jnp.full((n, d), EIGENVALUE_INIT, p.update.dtype) if e else None
-        for d, e in zip(shape, exponents(len(shape)), strict=True)
+    full = lambda n, d, e: jnp.full((n, d), EIGENVALUE_INIT, p.update.dtype)  # noqa: E731
+    return per_factor(full, p.update.shape, exponents)
+
+
+def _hand_on(b: Blocks, factors: Matrices, eigenvalues: Matrices) -> Blocks:
+    """Factors where an eigenbasis looks for them, eigenvalues where `_scale_by_eigenvalues` does."""
+    figures = {f"eigenvalue/{k}": d for k, d in enumerate(eigenvalues) if d is not None}
+    return dataclasses.replace(b, matrices=factors, figures={**b.figures, **figures})
+
+
+def _scale_by_eigenvalues(eps: Any) -> Part:
+    """Multiplies the update by `s / (1 + eps s)` of the eigenvalues among the figures."""
+
+    def scale(b: Blocks) -> Blocks:
+        s = jnp.ones([], b.update.dtype)
+        for k in range(b.order):
+            if f"eigenvalue/{k}" in b.figures:
+                s = s * along(b.figures[f"eigenvalue/{k}"] ** -0.5, k, b.update.ndim)
+        return dataclasses.replace(b, update=b.update * (s / (1 + eps * s)))
+
+    return blocks_part(
+        lambda params: optax.EmptyState(),
+        lambda blocks, state, params: (map_blocks(scale, blocks), state),
     )
 
 
-def _new_bases(
-    b: Blocks, factors: Matrices, bases: Matrices, method: Basis
-) -> tuple[Matrices, Array]:
-    """Bases of one stack, and per block whether one of them had to stay."""
-    new, failed = list(bases), jnp.zeros(len(b.update), bool)
-    for k, (s, q) in enumerate(zip(factors, bases, strict=True)):
-        if s is not None and q is not None:
-            _, new[k], _, ok = new_basis(s, q, method)
-            failed |= ~ok
-    return tuple(new), failed
-
-
-def _along(x: Array, dim: int, ndim: int) -> Array:
-    """`[N, d]` shaped to broadcast along dimension `dim` of a stack with `ndim` axes."""
-    shape = [len(x), *[1] * (ndim - 1)]
-    shape[dim + 1] = x.shape[1]
-    return x.reshape(shape)
-
-
-def _mean_over(squares: Array, eigenvalues: Matrices, dim: int) -> Array:
-    """Mean of `P^2 / prod_{j != dim} d_j` over all dimensions but one: `[N, d]`."""
+def _reduce(squares: Array, eigenvalues: Matrices, dim: int, normalize: bool) -> Array:
+    """Mean or sum of `P^2 / prod_{j != dim} d_j` over all dimensions but one: `[N, d]`."""
     for j, d in enumerate(eigenvalues):
         if d is not None and j != dim:
-            squares = squares / _along(d, j, squares.ndim)
-    return squares.mean([k + 1 for k in range(squares.ndim - 1) if k != dim])
+            squares = squares / along(d, j, squares.ndim)
+    others = [k + 1 for k in range(squares.ndim - 1) if k != dim]
+    return squares.mean(others) if normalize else squares.sum(others)
 
 
 def _capped(d: Array, cap: str | float) -> Array:
@@ -370,14 +311,25 @@ def _capped(d: Array, cap: str | float) -> Array:
     return jnp.maximum(jnp.maximum(d, EIGENVALUE_FLOOR), largest**-2)
 
 
-def _finish(b: Blocks, eigenvalues: Matrices, scaled: bool, eps: Any, rtol: Any) -> Blocks:
-    """Scales the rotated update by the tracked eigenvalues and truncates it."""
-    s, keep = jnp.ones([], b.update.dtype), jnp.array(True)
-    for k, d in enumerate(eigenvalues):
-        if d is None:
-            continue
-        s = s * _along(d**-0.5, k, b.update.ndim)
-        limit = d.shape[1] * float(jnp.finfo(d.dtype).eps) if rtol is None else rtol
-        keep = keep & _along(d > limit * d.max(1, keepdims=True), k, b.update.ndim)
-    update = b.update * (s / (1 + eps * s)) if scaled else b.update
-    return dataclasses.replace(b, update=jnp.where(keep, update, 0.0))
+def _keep_finite(
+    blocks: Any, new: KLEigenbasisState, old: KLEigenbasisState
+) -> tuple[Any, KLEigenbasisState]:
+    """Zero update, old state and a failure more for blocks in which something is not finite."""
+    stacks = [p for p, _ in jax.tree_util.tree_leaves_with_path(blocks, is_leaf=is_blocks)]
+    leaves = jax.tree_util.tree_leaves_with_path(new)
+    owned = [(stack_of(path, stacks), x) for path, x in leaves if jnp.ndim(x)]
+
+    def finite(path: Any, b: Blocks) -> Array:
+        arrays = [b.update, *(x for owner, x in owned if owner == path)]
+        each = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in arrays]
+        return functools.reduce(jnp.logical_and, each)
+
+    def report(b: Blocks, ok: Array, failures: Array) -> Blocks:
+        update = where_block(ok, b.update, jnp.zeros_like(b.update))
+        return dataclasses.replace(b, update=update, figures={**b.figures, "failures": failures})
+
+    ok = jax.tree_util.tree_map_with_path(finite, blocks, is_leaf=is_blocks)
+    state = where_blocks(ok, new, old)
+    failures = jax.tree.map(lambda n, ok: n + ~ok, state.inner.failures, ok)
+    state = state._replace(inner=state.inner._replace(failures=failures))
+    return map_blocks(report, blocks, ok, failures), state

@@ -11,7 +11,7 @@ from shampoo_jax.blocks import Blocks, blocks_part, map_blocks
 from shampoo_jax.exponents import Exponents, default_exponents
 from shampoo_jax.matrix.eigh import eigh, power_of_two_scale
 from shampoo_jax.matrix.products import matmul
-from shampoo_jax.roots import check_schedule
+from shampoo_jax.refresh import check_schedule
 
 Array = jax.Array
 
@@ -67,7 +67,7 @@ def monitor_spectrum(
     costs about two refreshes; other steps cost nothing, nor does a walk without this part.
 
     Args:
-      exponents: `e` by block order, as given to `invert_roots`.
+      exponents: `e` by block shape, as given to `invert_roots`.
       every: Steps between records, at least 1.
 
     Returns:
@@ -95,7 +95,7 @@ def monitor_spectrum(
 
     def init(params: Any) -> MonitorState:
         def zeros(p: Blocks) -> dict[str, Any]:
-            dimensions = [str(k) for k, e in enumerate(exponents(p.order)) if e]
+            dimensions = [str(k) for k, e in enumerate(exponents(p.shape)) if e]
             # One array a figure: donating a state that names a buffer twice is an error.
             new = lambda: jnp.zeros(len(p.update), p.update.dtype)  # noqa: E731
             return {k: {name: new() for name in DIMENSION_FIGURES} for k in dimensions} | {
@@ -109,7 +109,7 @@ def monitor_spectrum(
         count = optax.safe_increment(state.count)
 
         def record(old: Any) -> Any:
-            return map_blocks(lambda b, o: _record(b, o, exponents(b.order)), blocks, old)
+            return map_blocks(lambda b, o: _record(b, o, exponents(b.shape)), blocks, old)
 
         due = (count == 1) | (count % every == 0)
         figures = jax.lax.cond(due, record, lambda same: same, state.figures)

@@ -17,6 +17,7 @@ from shampoo_jax.dimension_numbers import (
     DimensionOption,
     resolve_dimension_numbers,
 )
+from shampoo_jax.exponents import Exponents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +100,17 @@ def _layout(
     return permutation, batch, merged
 
 
-def _cells(merged: tuple[int, ...], block_size: int | None, canonical: bool) -> tuple[Cell, ...]:
-    """The boxes of at most block_size per edge, first dimension outermost."""
+def _cells(
+    merged: tuple[int, ...], block_size: int | None, canonical: bool, exponents: Exponents | None
+) -> tuple[Cell, ...]:
+    """The boxes of at most block_size per edge that has a factor, first dimension outermost."""
     if 0 in merged:
         return ()
+    factored = (True,) * len(merged) if exponents is None else exponents(merged)
+    limits = [block_size or d if has else d for d, has in zip(merged, factored, strict=True)]
     edges = [
-        [(s, min(block_size or d, d - s)) for s in range(0, d, block_size or d)] for d in merged
+        [(s, min(limit, d - s)) for s in range(0, d, limit)]
+        for d, limit in zip(merged, limits, strict=True)
     ]
     cells = []
     for box in itertools.product(*edges):
@@ -121,6 +127,7 @@ def make_plan(
     merge: int | None,
     canonical: bool,
     dimension_numbers: DimensionOption = None,
+    exponents: Exponents | None = None,
 ) -> list[LeafPlan]:
     """Plans every leaf of a tree of arrays or shape structs, in the order of `jax.tree.leaves`.
 
@@ -131,6 +138,7 @@ def make_plan(
       canonical: Whether 2-D blocks are stored with the longer dimension first, which halves the
         number of distinct shapes.
       dimension_numbers: Rule for leaves that need more than merging, see `blocked`.
+      exponents: See `blocked`.
 
     Returns:
       One `LeafPlan` a leaf.
@@ -148,6 +156,6 @@ def make_plan(
                 "transformation in optax.contrib.split_real_and_imaginary."
             )
         permutation, batch, merged = _layout(shape, rule(path, leaf), merge, block_size, name)
-        cells = _cells(merged, block_size, canonical) if batch else ()
+        cells = _cells(merged, block_size, canonical, exponents) if batch else ()
         plans.append(LeafPlan(name, shape, permutation, batch, merged, cells))
     return plans

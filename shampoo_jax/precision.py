@@ -7,6 +7,14 @@ import jax.numpy as jnp
 import optax
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+    """Raises ValueError for a storage dtype that is not None, bfloat16, float32 or float64."""
+    if dtype is not None and jnp.dtype(dtype).name not in ("bfloat16", "float32", "float64"):
+        raise ValueError(
+            f"{name}={jnp.dtype(dtype).name}: use bfloat16 or float32; narrower ranges overflow."
+        )
+
+
 def widen(tree: Any) -> Any:
     """Casts every array to float32, or leaves it in its wider dtype."""
 

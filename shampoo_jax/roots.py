@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks, where_block
-from shampoo_jax.exponents import Exponents, default_exponents
+from shampoo_jax.exponents import Exponents, default_exponents, per_factor
+from shampoo_jax.precision import check_dtype
+from shampoo_jax.refresh import check_schedule, in_chunks, refresh_due, refresh_slots, staggered
 from shampoo_jax.solvers import Solver, TruncatedEigh, identities
 
 Array = jax.Array
@@ -24,20 +26,15 @@ class InvertRootsState(NamedTuple):
     failures: Any  # per stack int32[N], refreshes so far that kept an old root
 
 
-def refresh_due(count: Array, every: int | Array, start: int | Array) -> Array:
-    """Whether step `count` (1-based) recomputes: at `start`, then at every multiple of `every`.
-
-    With `every=3, start=4` these are the steps 4, 6, 9, 12.
-    """
-    return (count == start) | ((count % every == 0) & (count > start))
-
-
 def invert_roots(
     solver: Solver | None = None,
     *,
     exponents: Exponents = default_exponents,
     every: int | Array = 1,
     start: int | Array | None = None,
+    stagger: bool = False,
+    chunk: int | None = None,
+    root_dtype: Any = None,
 ) -> Part:
     """Replaces factors by their inverse roots `S_k^(-e_k)`, recomputed on a schedule.
 
@@ -47,59 +44,84 @@ def invert_roots(
 
     Args:
       solver: See `Solver`; None means `TruncatedEigh()`.
-      exponents: `e_k` by block order; Shampoo's `1 / (2 * order)` by default.
+      exponents: `e_k` by block shape; Shampoo's `1 / (2 * order)` by default.
       every: Steps between refreshes, at least 1.
       start: First step that refreshes; None means `every`.
+      stagger: Whether refreshes are spread over the steps: step `start` refreshes all blocks, each
+        later one those whose index equals the step modulo `every`, so that all steps cost the same.
+      chunk: Most factors of one shape that are solved at the same time, to bound working memory.
+      root_dtype: Of the stored roots; None means that of the factors, which are never narrowed.
 
     Returns:
       A part. Its state holds `[N, d, d]` for each preconditioned dimension of each stack.
 
     Raises:
-      ValueError: `every` below 1 or `start` below `every`.
+      ValueError: `every` below 1, `start` below `every`, `stagger` with a traced `every`, or a
+        dtype that cannot hold roots.
     """
-    check_schedule(every, start)
+    check_schedule(every, start, stagger)
+    check_dtype("root_dtype", root_dtype)
     solve = solver or TruncatedEigh()
     first = every if start is None else start
 
     def init(params: Any) -> InvertRootsState:
+        def roots(p: Blocks) -> tuple[Array | None, ...]:
+            make = functools.partial(_first_root, solve, p.update.dtype, root_dtype)
+            return per_factor(make, p.update.shape, exponents)
+
+        def carried(p: Blocks) -> tuple[Any, ...]:
+            make = lambda n, d, e: solve.init(n, d, p.update.dtype)  # noqa: E731
+            return per_factor(make, p.update.shape, exponents)
+
         return InvertRootsState(
             jnp.zeros([], jnp.int32),
-            map_blocks(lambda p: _first_roots(p, exponents, solve), params),
-            map_blocks(lambda p: _solver_states(p, exponents, solve), params),
+            map_blocks(roots, params),
+            map_blocks(carried, params),
             map_blocks(no_failures, params),
         )
+
+    def refresh(blocks: Any, old: InvertRootsState, turn: Array | None = None) -> InvertRootsState:
+        def stack(b: Blocks, *old: Any) -> tuple[Any, Any, Array]:
+            def renew(old: Any, factors: Any) -> tuple[Any, Any, Array]:
+                return _refresh(factors, solve, exponents(b.shape), chunk, old)
+
+            if turn is None:
+                return renew(old, b.per_dimension)
+            return refresh_slots(renew, b.slots, turn, int(every), old, b.per_dimension)
+
+        new = map_blocks(stack, blocks, *old[1:])
+        parts = [map_blocks(lambda b, p, i=i: p[i], blocks, new) for i in range(3)]
+        return InvertRootsState(old.count, *parts)
 
     def update(blocks: Any, state: InvertRootsState, params: Any) -> tuple[Any, Any]:
         del params
         count = optax.safe_increment(state.count)
-
-        def refresh(old: InvertRootsState) -> InvertRootsState:
-            new = map_blocks(
-                lambda b, *o: _refresh(b, solve, exponents(b.order), *o), blocks, *old[1:]
-            )
-            parts = [map_blocks(lambda b, p, i=i: p[i], blocks, new) for i in range(3)]
-            return InvertRootsState(count, *parts)
-
         state = state._replace(count=count)
         if isinstance(every, int) and every == 1 and first == 1:
-            state = refresh(state)
+            state = refresh(blocks, state)
+        elif stagger and every != 1:
+            renew = lambda turn, s: refresh(blocks, s, turn)  # noqa: E731
+            state = staggered(renew, count, int(every), first, state)
         else:
             due = refresh_due(count, every, first)
-            state = jax.lax.cond(due, refresh, lambda same: same, state)
-        new = map_blocks(
-            lambda b, r, f: dataclasses.replace(
+            state = jax.lax.cond(due, lambda s: refresh(blocks, s), lambda same: same, state)
+
+        def report(b: Blocks, roots: tuple[Array | None, ...], failures: Array) -> Blocks:
+            return dataclasses.replace(
                 b,
-                matrices=r,
+                matrices=tuple(None if r is None else r.astype(b.update.dtype) for r in roots),
                 ready=count >= first,
-                figures={**b.figures, **report_factors(b), "failures": f},
-            ),
-            blocks,
-            state.roots,
-            state.failures,
-        )
-        return new, state
+                figures={**b.figures, **report_factors(b), "failures": failures},
+            )
+
+        return map_blocks(report, blocks, state.roots, state.failures), state
 
     return blocks_part(init, update)
+
+
+def _first_root(solve: Solver, dtype: Any, stored: Any, n: int, d: int, exponent: float) -> Array:
+    """Roots before the first refresh, in the dtype of storage."""
+    return solve.init_root(n, d, dtype, exponent).astype(stored or dtype)
 
 
 def report_factors(b: Blocks) -> dict[str, Array]:
@@ -107,23 +129,10 @@ def report_factors(b: Blocks) -> dict[str, Array]:
     return {f"factor/{k}": s for k, s in enumerate(b.matrices) if s is not None}
 
 
-def check_schedule(every: Any, start: Any) -> None:
-    """Raises ValueError where a refresh interval or first step known now makes no sense."""
-    if isinstance(every, int) and every < 1:
-        raise ValueError(f"every={every} must be at least 1 step.")
-    if isinstance(start, int) and isinstance(every, int) and start < every:
-        raise ValueError(
-            f"start={start} must not be below every={every}: the first refresh is at step start."
-        )
-
-
 def identity_roots(p: Blocks, exponents: Exponents) -> tuple[Array | None, ...]:
     """Identity matrices `[N, d, d]` for every dimension of a stack with a non-zero exponent."""
-    n, *shape = p.update.shape
-    return tuple(
-        identities(n, d, p.update.dtype) if e else None
-        for d, e in zip(shape, exponents(len(shape)), strict=True)
-    )
+    dtype = p.update.dtype
+    return per_factor(lambda n, d, e: identities(n, d, dtype), p.update.shape, exponents)
 
 
 def no_failures(p: Blocks) -> Array:
@@ -131,41 +140,26 @@ def no_failures(p: Blocks) -> Array:
     return jnp.zeros(len(p.update), jnp.int32)
 
 
-def _first_roots(p: Blocks, exponents: Exponents, solve: Solver) -> tuple[Array | None, ...]:
-    n, *shape = p.update.shape
-    return tuple(
-        solve.init_root(n, d, p.update.dtype, e) if e else None
-        for d, e in zip(shape, exponents(len(shape)), strict=True)
-    )
-
-
-def _solver_states(p: Blocks, exponents: Exponents, solve: Solver) -> tuple[Any, ...]:
-    n, *shape = p.update.shape
-    return tuple(
-        solve.init(n, d, p.update.dtype) if e else None
-        for d, e in zip(shape, exponents(len(shape)), strict=True)
-    )
-
-
 def _refresh(
-    b: Blocks,
+    factors: tuple[Array | None, ...],
     solve: Solver,
     exponents: tuple[float, ...],
-    roots: tuple[Array | None, ...],
-    carried: tuple[Any, ...],
-    failures: Array,
-) -> tuple[tuple[Array | None, ...], tuple[Any, ...], Array]:
+    chunk: int | None,
+    old: tuple[Any, Any, Array],
+) -> tuple[Any, Any, Array]:
     """New roots of one stack; a failed one keeps its old value and its block counts one failure."""
-    new_roots, new_carried = list(roots), list(carried)
+    roots, carried, failures = list(old[0]), list(old[1]), old[2]
     failed = jnp.zeros(failures.shape, bool)
-    for k, (factor, exponent) in enumerate(zip(b.per_dimension, exponents, strict=True)):
+    for k, (factor, exponent) in enumerate(zip(factors, exponents, strict=True)):
         if factor is None:
             continue
-        root, ok, state = solve(factor, exponent, carried[k])
+        root, ok, state = in_chunks(
+            lambda f, s, e=exponent: solve(f, e, s), chunk, factor, carried[k]
+        )
         keep = functools.partial(where_block, ok)
-        new_roots[k], new_carried[k] = jax.tree.map(keep, (root, state), (roots[k], carried[k]))
+        roots[k], carried[k] = jax.tree.map(keep, (root, state), (roots[k], carried[k]))
         failed |= ~ok
-    return tuple(new_roots), tuple(new_carried), failures + failed
+    return tuple(roots), tuple(carried), failures + failed
 
 
 def apply_matrices(

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from shampoo_jax.blocking import blocked
-from shampoo_jax.exponents import Exponents
+from shampoo_jax.exponents import Exponents, smaller_side
 from shampoo_jax.grafting import graft
 from shampoo_jax.monitoring import monitor_spectrum
 from shampoo_jax.skipping import skip_nonfinite_blocks
@@ -32,6 +32,9 @@ def blocked_walk(
     walk = optax.chain(*parts)
     return blocked(
         skip_nonfinite_blocks(walk) if nonfinite == "skip_blocks" else walk,
-        canonical=canonical and len(set(exponents(2))) == 1,
+        # A block and its transpose can share a stack if their exponents are transposed as well.
+        canonical=canonical and exponents((3, 2)) == exponents((2, 3))[::-1],
+        # A longer side without factor needs no limit; elsewhere blocks are as in Meta's package.
+        exponents=smaller_side if exponents is smaller_side else None,
         **blocking,
     )

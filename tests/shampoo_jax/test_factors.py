@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shampoo_jax.blocks import Blocks
-from shampoo_jax.exponents import default_exponents, resolve_exponents
+from shampoo_jax.exponents import resolve_exponents
 from shampoo_jax.factors import accumulate_factors, contract, damp, normalize_by_trace
 
 GRADIENTS = np.random.default_rng(0).normal(size=(4, 2, 3, 4)).astype(np.float32)
@@ -121,28 +121,3 @@ def test_damp_and_trace_scaling():
 def test_trace_exponents_out_of_range_are_refused(exponent):
     with pytest.raises(ValueError, match=rf"exponent={exponent} .*\(0, 1\]"):
         normalize_by_trace(exponent)
-
-
-def test_exponents():
-    assert default_exponents(0) == ()
-    assert default_exponents(1) == (1 / 2,)
-    assert default_exponents(2) == (1 / 4, 1 / 4)
-    assert default_exponents(3) == (1 / 6,) * 3
-    assert resolve_exponents(None)(4) == (1 / 8,) * 4
-    assert resolve_exponents(0.4)(2) == (0.4, 0.4)
-    mixed = resolve_exponents({2: {0: 0.5, 1: 0.0}, 3: {2: 1}, 1: 0})
-    assert (mixed(1), mixed(2), mixed(3)) == ((0.0,), (0.5, 0.0), (1 / 6, 1 / 6, 1.0))
-    assert mixed(4) == (1 / 8,) * 4
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (-0.5, "exponent -0.5 must not be negative"),
-        ({2: {0: -1}}, "exponent -1 must not be negative"),
-        ({2: {2: 0.5}}, r"exponents\[2\] names dimension 2: .* dimensions 0 to 1"),
-    ],
-)
-def test_bad_exponents_are_refused(option, message):
-    with pytest.raises(ValueError, match=message):
-        resolve_exponents(option)

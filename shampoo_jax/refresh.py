@@ -1,0 +1,122 @@
+"""When a refresh is due, and refreshing a part of a stack at a time."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+T = TypeVar("T")
+
+
+def refresh_due(count: Array, every: int | Array, start: int | Array) -> Array:
+    """Whether step `count` (1-based) recomputes: at `start`, then at every multiple of `every`.
+
+    With `every=3, start=4` these are the steps 4, 6, 9, 12.
+    """
+    return (count == start) | ((count % every == 0) & (count > start))
+
+
+def check_schedule(every: Any, start: Any, stagger: bool = False) -> None:
+    """Raises ValueError where a refresh interval or first step known now makes no sense."""
+    if isinstance(every, int) and every < 1:
+        raise ValueError(f"every={every} must be at least 1 step.")
+    if isinstance(start, int) and isinstance(every, int) and start < every:
+        raise ValueError(
+            f"start={start} must not be below every={every}: the first refresh is at step start."
+        )
+    if stagger and not isinstance(every, int):
+        raise ValueError(
+            f"every={every} with stagger=True must be a Python int, since it decides how many "
+            "blocks a step refreshes: name it in static_args, or set stagger=False."
+        )
+
+
+def staggered(
+    refresh: Callable[[Array, T], T], count: Array, every: int, start: int | Array, state: T
+) -> T:
+    """Runs a refresh of one slot in `every`: none before `start`, all at `start`, then one share.
+
+    The shares of step `start` run one after the other through the code of a single one, so it needs
+    no program and no memory of its own.
+
+    Args:
+      refresh: Function of (turn, state) that refreshes the slots of that turn, see `refresh_slots`.
+      count: Step, 1-based.
+      every: Number of shares.
+      start: First step that refreshes.
+      state: What `refresh` changes.
+
+    Returns:
+      The new state.
+    """
+    turns = jnp.where(count == start, every, (count > start).astype(int))
+    return jax.lax.fori_loop(0, turns, lambda i, s: refresh(count + i, s), state)
+
+
+def refresh_slots(
+    f: Callable[..., T], slots: Array, turn: Array, every: int, old: T, *reads: Any
+) -> T:
+    """Applies `f` to the slots of a stack whose turn it is: those equal to `turn` modulo `every`.
+
+    Of N slots these are `N // every` or one more; nothing is computed where there are none. All
+    shapes are static.
+
+    Args:
+      f: Function of (old, *reads) of some slots giving new values for `old`.
+      slots: `int32[N]`, consecutive numbers: positions among the blocks of all stacks.
+      turn: Integer, the step.
+      every: Number of turns until all slots have had theirs.
+      old: Tree of arrays `[N, ...]`.
+      *reads: Likewise.
+
+    Returns:
+      `old` with new values in those slots.
+
+    >>> old = jnp.zeros(5, jnp.int32)
+    >>> refresh_slots(lambda o: o + 1, jnp.arange(2, 7), jnp.array(6), 3, old).tolist()
+    [0, 1, 0, 0, 1]
+    """
+    n = len(slots)
+    first = (turn - slots[0]) % every
+
+    def share(m: int) -> T:
+        if m == 0:
+            return old
+        at = first + every * jnp.arange(m)
+        new = f(*jax.tree.map(lambda x: x[at], (old, *reads)))
+        options: Any = {"unique_indices": True, "indices_are_sorted": True}
+        return jax.tree.map(lambda o, x: o.at[at].set(x.astype(o.dtype), **options), old, new)
+
+    some = n // every
+    if n % every == 0:
+        return share(some)
+    return jax.lax.cond(first + every * some < n, lambda: share(some + 1), lambda: share(some))
+
+
+def in_chunks(f: Callable[..., Any], size: int | None, *stacks: Any) -> Any:
+    """`f(*stacks)` computed for at most `size` slots at a time, to bound its working memory.
+
+    Args:
+      f: Function of trees of arrays `[n, ...]`, for any n, returning such a tree.
+      size: Slots at a time; None for all.
+      *stacks: Trees of arrays `[N, ...]`.
+
+    Returns:
+      A tree of arrays `[N, ...]`.
+
+    >>> in_chunks(lambda x: 2 * x, 2, jnp.arange(5)).tolist()
+    [0, 2, 4, 6, 8]
+    """
+    n = len(jax.tree.leaves(stacks)[0])
+    if size is None or n <= size:
+        return f(*stacks)
+    whole = n - n % size
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), stacks)
+    done = jax.lax.map(lambda chunk: f(*chunk), chunks)
+    done = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), done)
+    if whole == n:
+        return done
+    rest = f(*jax.tree.map(lambda x: x[whole:], stacks))
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), done, rest)

@@ -1,0 +1,39 @@
+"""Exponents by block shape from every form of the option."""
+
+import pytest
+
+from shampoo_jax.exponents import default_exponents, given_exponents, resolve_exponents
+
+
+def test_exponents():
+    assert default_exponents(()) == ()
+    assert default_exponents((5,)) == (1 / 2,)
+    assert default_exponents((5, 6)) == (1 / 4, 1 / 4)
+    assert default_exponents((5, 6, 7)) == (1 / 6,) * 3
+    assert resolve_exponents(None)((2, 3, 4, 5)) == (1 / 8,) * 4
+    assert resolve_exponents(0.4)((2, 3)) == (0.4, 0.4)
+    mixed = resolve_exponents({2: {0: 0.5, 1: 0.0}, 3: {2: 1}, 1: 0})
+    assert (mixed((5,)), mixed((5, 6))) == ((0.0,), (0.5, 0.0))
+    assert mixed((5, 6, 7)) == (1 / 6, 1 / 6, 1.0)
+    assert mixed((1, 2, 3, 4)) == (1 / 8,) * 4
+
+
+def test_the_smaller_side_of_a_matrix_is_the_last_one_where_both_are_equal():
+    smaller = resolve_exponents("smaller")
+    assert given_exponents("smaller") == {0.5}
+    assert (smaller((3, 2)), smaller((2, 3)), smaller((2, 2))) == ((0, 0.5), (0.5, 0), (0, 0.5))
+    assert (smaller((4,)), smaller((4, 3, 2))) == ((1 / 2,), (1 / 6,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("larger", "exponents='larger': the only name is 'smaller'"),
+        (-0.5, "exponent -0.5 must not be negative"),
+        ({2: {0: -1}}, "exponent -1 must not be negative"),
+        ({2: {2: 0.5}}, r"exponents\[2\] names dimension 2: .* dimensions 0 to 1"),
+    ],
+)
+def test_bad_exponents_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_exponents(option)
