@@ -238,7 +238,6 @@ def kl_eigenbasis(
         def track(b: Blocks, q: Matrices, d: Matrices) -> Matrices:
             squares = apply_matrices(b.gradient, q, transpose=True) ** 2
 
-
             def one(old: Array, k: int) -> Array:
                 new = b2 * old + (1 - b2) * _reduce(squares, d, k, normalize)
                 return jnp.where(is_first, old, _capped(new, cap)).astype(old.dtype)

@@ -92,3 +92,16 @@ def test_stacks_in_any_tree(pack):
     for a, b in zip(inside, outside, strict=True):
         found = jax.tree.map(lambda s: s.update[0], a, is_leaf=lambda s: isinstance(s, sj.Blocks))
         assert_close(found, b, 1e-5)
+
+
+def test_a_refused_basis_keeps_what_it_truncates():
+    """A factor that overflows leaves the old basis in use, with its old null directions."""
+    low_rank = normal(4, 1) @ normal(1, 3)
+    part = sj.eigenbasis(optax.identity(), rtol=None)
+    tx = sj.blocked(optax.chain(sj.accumulate_factors(0.9), part))
+    (_, update), _ = run(tx, [low_rank, 1e30 * (low_rank + normal(4, 3))], low_rank)
+    left, _, right = np.linalg.svd(low_rank)
+    kept = 1e30 * np.outer(left[:, 0], right[0])  # the one direction that the old basis keeps
+    share = float(jnp.vdot(update / 1e30, kept / 1e30))
+    assert abs(share) > 0.1
+    np.testing.assert_allclose(update / 1e30, share * kept / 1e30, atol=1e-5)

@@ -83,3 +83,23 @@ def test_kl_statistics_need_roots():
     tx = sj.blocked(sj.accumulate_kl_factors(sj.damp(0.1)))
     with pytest.raises(ValueError, match="keeps 0 sets of roots"):
         tx.init({"w": jnp.ones((3, 2))})
+
+
+def test_decay_in_the_basis_is_decay_of_the_parameters():
+    rng = np.random.default_rng(0)
+    params, *grads = (jnp.asarray(rng.normal(size=(4, 3)), jnp.float32) for _ in range(5))
+
+    def run(inner):
+        tx = sj.blocked(sj.kl_eigenbasis(sj.on_updates(inner), 0.9, scaled=False, every=2))
+        state, update, updates = tx.init(params), jax.jit(tx.update), []
+        for g in grads:
+            u, state = update(g, state, params)
+            updates.append(u)
+        return updates
+
+    bare, decayed = (
+        run(optax.trace(0.9)),
+        run(optax.chain(optax.trace(0.9), optax.add_decayed_weights(0.1))),
+    )
+    for a, b in zip(bare[1:], decayed[1:], strict=True):  # the first step is skipped
+        np.testing.assert_allclose(b - a, 0.1 * params, atol=1e-5)
