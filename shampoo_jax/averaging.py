@@ -163,6 +163,15 @@ def eval_params(state: Any, params: Any) -> Any:
 
     Raises:
       ValueError: `state` holds no `AveragingState`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = averaging(optax.sgd(1.0), learning_rate=1.0, train_coeff=0.5, eval_coeff=0.75)
+      >>> params = jnp.array(0.0)
+      >>> updates, state = tx.update(jnp.array(-8.0), tx.init(params), params)  # z = 8
+      >>> params = optax.apply_updates(params, updates)
+      >>> float(params), float(eval_params(state, params))  # x = z / 4, y = (x + z) / 2
+      (5.0, 2.0)
     """
 
     def is_averaging(x: Any) -> bool:

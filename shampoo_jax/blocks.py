@@ -126,6 +126,15 @@ def on_updates(inner: optax.GradientTransformation) -> Part:
 
     Returns:
       A part to be placed between two parts of the walk.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> tx = optax.chain(
+      ...     shampoo_jax.filter_gradient(), on_updates(optax.clip(1.0)), shampoo_jax.precondition()
+      ... )
+      >>> updates, _ = tx.update(jnp.array([3.0, 0.5]), tx.init(jnp.zeros(2)))
+      >>> updates.tolist()
+      [1.0, 0.5]
     """
     return _lifted(inner, "update", "update")
 
@@ -138,6 +147,15 @@ def on_gradients(inner: optax.GradientTransformation) -> Part:
 
     Returns:
       A part to be placed between two parts of the walk.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> moment = shampoo_jax.scale_by_second_moment()
+      >>> tx = shampoo_jax.blocked(optax.chain(on_gradients(optax.clip(1.0)), moment))
+      >>> grads = {"w": jnp.array([3.0, 0.5])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["w"].tolist()  # 3 divided by the moment of the clipped gradient, 1
+      [3.0, 1.0]
     """
     return _lifted(inner, "gradient", "gradient")
 
@@ -152,6 +170,15 @@ def from_gradients(inner: optax.GradientTransformation) -> Part:
 
     Returns:
       A part.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> tx = optax.chain(on_updates(optax.scale(9.0)), from_gradients(optax.scale_by_sign()))
+      >>> tx = shampoo_jax.blocked(tx)
+      >>> grads = {"w": jnp.array([3.0, -0.5])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["w"].tolist()
+      [1.0, -1.0]
     """
     return _lifted(inner, "gradient", "update")
 

@@ -61,6 +61,16 @@ def accumulate_factors(
 
     Raises:
       ValueError: `b2` outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> g = jnp.array([[[3.0, 0.0], [4.0, 0.0]]])  # a stack of one 2x2 block
+      >>> blocks = {"2x2": Blocks(gradient=g, update=g)}
+      >>> tx = accumulate_factors(b2=0.5)
+      >>> out, state = tx.update(blocks, tx.init(blocks))
+      >>> left, right = out["2x2"].matrices
+      >>> left.tolist(), right.tolist()
+      ([[[9.0, 12.0], [12.0, 16.0]]], [[[25.0, 0.0], [0.0, 0.0]]])
     """
     check_range("b2", b2, closed=True)
 
@@ -143,7 +153,21 @@ def map_factors(f: Callable[[Array], Array]) -> Part:
 
 
 def damp(eps: float | Array) -> Part:
-    """Adds `eps * I` to every factor; absolute, so it depends on the scale of the gradients."""
+    """Adds `eps * I` to every factor; absolute, so it depends on the scale of the gradients.
+
+    Args:
+      eps: Not negative.
+
+    Returns:
+      A stateless part, to be placed between statistics and roots.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> g, factor = jnp.ones((1, 2)), jnp.diag(jnp.array([4.0, 0.0]))[None]
+      >>> out, _ = damp(0.5).update({"2": Blocks(g, g, matrices=(factor,))}, ())
+      >>> out["2"].matrices[0].tolist()
+      [[[4.5, 0.0], [0.0, 0.5]]]
+    """
     return map_factors(lambda s: s + eps * jnp.eye(s.shape[-1], dtype=s.dtype))
 
 
@@ -159,6 +183,13 @@ def normalize_by_trace(exponent: float = 0.5, eps: float | Array = 0.0) -> Part:
 
     Raises:
       ValueError: An exponent outside (0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> g, factor = jnp.ones((1, 2)), jnp.diag(jnp.array([12.0, 4.0]))[None]
+      >>> out, _ = normalize_by_trace(0.5).update({"2": Blocks(g, g, matrices=(factor,))}, ())
+      >>> out["2"].matrices[0].tolist()
+      [[[3.0, 0.0], [0.0, 1.0]]]
     """
     if not 0 < exponent <= 1:
         raise ValueError(f"exponent={exponent} of the trace must lie in (0, 1].")

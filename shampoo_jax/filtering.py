@@ -9,6 +9,7 @@ import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
 from shampoo_jax.options import check_range
+from shampoo_jax.precision import check_dtype
 
 Array = jax.Array
 
@@ -17,11 +18,15 @@ class FilterGradientState(NamedTuple):
     """State of `filter_gradient`."""
 
     count: Array  # int32[], steps taken
-    mu: Any  # one [N, *block] a stack, float32
+    mu: Any  # one [N, *block] a stack
 
 
 def filter_gradient(
-    b1: float | Array = 0.9, b3: float | Array | None = None, *, bias_correction: bool = True
+    b1: float | Array = 0.9,
+    b3: float | Array | None = None,
+    *,
+    bias_correction: bool = True,
+    mu_dtype: Any = None,
 ) -> Part:
     """Sets the update to a moving average of the raw gradient.
 
@@ -33,19 +38,29 @@ def filter_gradient(
       b1: Decay of the stored average, in [0, 1).
       b3: Decay of the emitted average, in [0, 1); None means `b1`.
       bias_correction: Whether to divide by the sum of the weights.
+      mu_dtype: Of the stored average; None means that of the blocks. Arithmetic is in theirs.
 
     Returns:
-      A part. Its state holds one float32 stack per stack of blocks.
+      A part. Its state holds one array per stack of blocks.
 
     Raises:
-      ValueError: A decay outside [0, 1).
+      ValueError: A decay outside [0, 1), or a dtype that cannot hold gradients.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = filter_gradient(b1=0.5)
+      >>> first, state = tx.update(jnp.array(4.0), tx.init(jnp.array(0.0)))
+      >>> second, state = tx.update(jnp.array(1.0), state)
+      >>> float(first), float(second)  # 4, then (4/4 + 1/2) / (1 - 1/4)
+      (4.0, 2.0)
     """
     check_range("b1", b1)
     check_range("b3", b3)
+    check_dtype("mu_dtype", mu_dtype)
     b3 = b1 if b3 is None else b3
 
     def init(params: Any) -> FilterGradientState:
-        mu = map_blocks(lambda p: jnp.zeros_like(p.update), params)
+        mu = map_blocks(lambda p: jnp.zeros_like(p.update, mu_dtype), params)
         return FilterGradientState(jnp.zeros([], jnp.int32), mu)
 
     def update(blocks: Any, state: FilterGradientState, params: Any) -> tuple[Any, Any]:
@@ -55,7 +70,7 @@ def filter_gradient(
             out = b3 * mu + (1 - b3) * b.gradient
             if bias_correction:
                 out = out / (1 - b3 * power(b1, state.count, out.dtype))
-            return dataclasses.replace(b, update=out.astype(mu.dtype))
+            return dataclasses.replace(b, update=out.astype(b.gradient.dtype))
 
         new = map_blocks(emit, blocks, state.mu)
         mu = map_blocks(

@@ -43,6 +43,14 @@ def graft(magnitude: optax.GradientTransformation, direction: optax.GradientTran
 
     Returns:
       A part whose state holds both states.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = graft(from_gradients(optax.identity()), from_gradients(optax.scale_by_sign()))
+      >>> grads = jnp.array([[1.0, -7.0], [5.0, 5.0]])  # of norm 10; its signs have norm 2
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates.tolist()
+      [[5.0, -5.0], [5.0, 5.0]]
     """
     magnitude = optax.with_extra_args_support(magnitude)
     direction = optax.with_extra_args_support(direction)
@@ -98,6 +106,13 @@ def scale_by_second_moment(
 
     Raises:
       ValueError: `b2` outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_second_moment(b2=0.5)
+      >>> updates, state = tx.update(jnp.array([4.0, -9.0]), tx.init(jnp.zeros(2)))
+      >>> updates.tolist()  # as Adam's first step
+      [1.0, -1.0]
     """
     check_range("b2", b2, closed=True)
 

@@ -262,6 +262,15 @@ def read_monitor(opt_state: Any) -> dict[str, dict[str, np.ndarray]]:
 
     Raises:
       ValueError: The state holds no monitor.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> tx = shampoo_jax.scale_by_shampoo(monitor=10)
+      >>> grads = {"w": jnp.ones((3, 2))}  # of rank one
+      >>> _, state = tx.update(grads, tx.init(grads))
+      >>> figures = read_monitor(state)
+      >>> sorted(figures), figures["3x2/0"]["effective_rank"].round(3).tolist()
+      (['3x2', '3x2/0', '3x2/1'], [1.0])
     """
     found = [
         (path, node)

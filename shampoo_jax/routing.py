@@ -116,6 +116,14 @@ def complete(
 
     Raises:
       ValueError: An option out of range, or options that contradict each other.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = complete(optax.scale_by_sign(), 0.1, weight_decay=0.5)
+      >>> params = {"w": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> updates["w"].round(3).tolist()  # -0.1 * (1 + 0.5)
+      [[-0.15, -0.15], [-0.15, -0.15]]
     """
     check_static(locals())
     check_options(locals())

@@ -58,6 +58,15 @@ def accept_missing(
 
     Returns:
       The transformation; without None leaves it is `inner` itself.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = accept_missing(optax.adam(0.1))
+      >>> params = {"seen": jnp.ones(2), "unseen": jnp.ones(2)}
+      >>> grads = {"seen": jnp.ones(2), "unseen": None}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> updates["seen"].round(2).tolist(), updates["unseen"]
+      ([-0.1, -0.1], None)
     """
     tx = optax.with_extra_args_support(inner)
 
@@ -119,7 +128,7 @@ def skip_nonfinite_steps(
       inner: The optimizer.
 
     Returns:
-      The optimizer with its state inside `ApplyIfFiniteState`.
+      The optimizer with its state inside `optax.ApplyIfFiniteState`.
     """
     guarded = optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
 
@@ -146,7 +155,15 @@ def skip_nonfinite_parameters(
         with its path and have its shape, such as `optax.adamw`.
 
     Returns:
-      The transformation. It counts what was skipped.
+      The transformation. Its state is a `SkipNonfiniteState` that counts, `int32[]` by parameter.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = skip_nonfinite_parameters(optax.sgd(1.0))
+      >>> grads = {"bad": jnp.array([1.0, jnp.nan]), "good": jnp.ones(2)}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates["bad"].tolist(), updates["good"].tolist(), int(state.skipped["bad"])
+      ([0.0, 0.0], [-1.0, -1.0], 1)
     """
     tx = optax.with_extra_args_support(inner)
 
@@ -204,7 +221,17 @@ def skip_nonfinite_blocks(inner: optax.GradientTransformation) -> Part:
       inner: Part of `Blocks` whose per-block state is in the tree of the stacks.
 
     Returns:
-      A part. It counts what was skipped per block, see `check_finite`.
+      A part. Its state is a `SkipNonfiniteState` that counts, `int32[N]` by stack; see
+      `check_finite`.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> walk = skip_nonfinite_blocks(shampoo_jax.filter_gradient())
+      >>> tx = shampoo_jax.blocked(walk, block_size=2)
+      >>> grads = {"w": jnp.array([1.0, jnp.nan, 3.0, 4.0])}  # two blocks
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates["w"].tolist(), state.inner.skipped["2"].tolist()
+      ([0.0, 0.0, 3.0, 4.0], [1, 0])
     """
     tx = optax.with_extra_args_support(inner)
 

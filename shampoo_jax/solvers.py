@@ -51,6 +51,13 @@ class TruncatedEigh(Solver):
     Attributes:
       rtol: Cutoff relative to the largest eigenvalue; None means `d * eps` of the dtype.
       atol: Absolute cutoff; depends on the scale of the gradients.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> factor = jnp.diag(jnp.array([16.0, 1e-7]))[None]
+      >>> root, ok, _ = TruncatedEigh()(factor, 0.25, ())
+      >>> root.round(4).tolist(), ok.tolist()
+      ([[[0.5, 0.0], [0.0, 0.0]]], [True])
     """
 
     rtol: Any = None
@@ -68,6 +75,12 @@ class ShiftedEigh(Solver):
     Attributes:
       eps: Added to every eigenvalue; absolute, so it depends on the scale of the gradients.
       before: Whether eps is added before the decomposition.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> root, ok, _ = ShiftedEigh(eps=1.0)(jnp.diag(jnp.array([15.0, 0.0]))[None], 0.25, ())
+      >>> root.round(4).tolist(), ok.tolist()
+      ([[[0.5, 0.0], [0.0, 1.0]]], [True])
     """
 
     eps: Any = 1e-12
@@ -88,6 +101,12 @@ class CoupledNewton(Solver):
       tolerance: Residual that ends them.
       max_residual: Residual above which a root counts as failed; Meta accepts any finite root,
         `math.inf`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> root, ok, _ = CoupledNewton()(jnp.diag(jnp.array([16.0, 1.0]))[None], 0.25, ())
+      >>> root.round(3).tolist(), ok.tolist()
+      ([[[0.5, 0.0], [0.0, 1.0]]], [True])
     """
 
     eps: Any = 1e-12
@@ -127,6 +146,12 @@ class HigherOrderNewton(Solver):
       max_iterations: Most iterations per refresh.
       tolerance: Residual that ends them.
       order: Of the iteration, at least 2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> root, ok, _ = HigherOrderNewton()(jnp.diag(jnp.array([8.0, 1.0]))[None], 2 / 3, ())
+      >>> root.round(3).tolist(), ok.tolist()
+      ([[[0.25, 0.0], [0.0, 1.0]]], [True])
     """
 
     rel_epsilon: Any = 1e-6

@@ -30,9 +30,7 @@ def test_own_solver_gets_the_options_it_names(monkeypatch):
     monkeypatch.setitem(SOLVERS, "mine", lambda rtol=0.5: sj.TruncatedEigh(rtol))
     assert make_solver("mine") == sj.TruncatedEigh(0.5)
     assert make_solver("mine", rtol=0.1, eps=0.0) == sj.TruncatedEigh(0.1)
-    with pytest.raises(
-        ValueError, match="eps=0.1 has .*solver='mine'.*'shifted_eigh'"
-    ):
+    with pytest.raises(ValueError, match="eps=0.1 has .*solver='mine'.*'shifted_eigh'"):
         make_solver("mine", eps=0.1)
 
 
