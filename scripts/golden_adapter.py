@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -76,11 +76,14 @@ def direction(config: Config) -> Transformation:
     """The direction of a config, without decay and learning rate."""
     preconditioner = config["preconditioner"]
     kind = preconditioner["kind"]
-    if kind == "kronecker_root" and preconditioner["trace_scaling"] is None:
-        return shampoo(config)
+    scaled = preconditioner["trace_scaling"] is not None
     if kind == "eigenbasis_adam":
-        return soap(config) if preconditioner["trace_scaling"] is None else scaled_soap(config)
-    return walk(config, core(config, kind))
+        return scaled_soap(config) if scaled else soap(config)
+    if kind in ("kronecker_root", "kronecker_eig", "kl_root", "kl_eig"):
+        return walk(config, scaled_shampoo(config)) if scaled else shampoo(config)
+    start = config["first_refresh_step"]
+    first = config["refresh_interval"] if start == -1 else start
+    return walk(config, optax.chain(diagonal(preconditioner, kind), ready_from(first)))
 
 
 def walk(config: Config, inner: Transformation) -> Transformation:
@@ -107,6 +110,7 @@ def shampoo(config: Config) -> Transformation:
         canonical=False,
         exponents=exponents(config),
         weighted=not config["preconditioner"]["unweighted_update"],
+        statistics=statistics(config),
         solver=solver(config),
         graft=magnitude(config["graft"]),
         **schedule(config),
@@ -182,15 +186,6 @@ def damping(config: Config) -> float:
     return config["epsilon"] if config["preconditioner"]["rank"].get("before") else 0.0
 
 
-def core(config: Config, kind: str) -> Transformation:
-    """The part that turns a filtered gradient into a direction, for all other kinds."""
-    if kind in ("kronecker_root", "kronecker_eig", "kl_root", "kl_eig"):
-        return kronecker(config, kind)
-    start = config["first_refresh_step"]
-    first = config["refresh_interval"] if start == -1 else start
-    return optax.chain(diagonal(config["preconditioner"], kind), ready_from(first))
-
-
 def ready_from(start: int) -> Transformation:
     """Marks stacks as ready from a step on: until then a graft steps alone."""
 
@@ -218,35 +213,36 @@ def diagonal(preconditioner: Config, kind: str) -> Transformation:
     raise ValueError(f"preconditioner kind {kind!r} is not in the format.")
 
 
-def kronecker(config: Config, kind: str) -> Transformation:
-    """Statistics, roots and their application, from the single parts."""
+def statistics(config: Config) -> Literal["gradients", "kl"]:
+    """What factors are made of."""
+    return "kl" if config["preconditioner"]["kind"].startswith("kl") else "gradients"
+
+
+def scaled_shampoo(config: Config) -> Transformation:
+    """Roots of factors that are divided by their trace first, and their application."""
     preconditioner = config["preconditioner"]
-    override = sj.resolve_exponents(exponents(config))
-    roots = sj.invert_roots(
-        carried(config) if kind.endswith("eig") else solver(config),
-        exponents=override,
-        **schedule(config),
+    resolved = sj.resolve_exponents(exponents(config))
+    roots = optax.chain(
+        sj.normalize_by_trace(preconditioner["trace_scaling"], config["epsilon"]),
+        sj.invert_roots(solver(config), exponents=resolved, **schedule(config)),
     )
-    if preconditioner["trace_scaling"] is not None:
-        scaling = sj.normalize_by_trace(preconditioner["trace_scaling"], config["epsilon"])
-        roots = optax.chain(scaling, roots)
-    statistics = dict(
-        exponents=override,
+    form: Config = dict(
+        exponents=resolved,
         bias_correction=config["bias_correction"],
         weighted=not preconditioner["unweighted_update"],
     )
-    if kind.startswith("kl"):
-        return optax.chain(
-            sj.accumulate_kl_factors(roots, config["beta2"], **statistics), sj.precondition()
-        )
-    return optax.chain(
-        sj.accumulate_factors(config["beta2"], **statistics), roots, sj.precondition()
-    )
+    if statistics(config) == "kl":
+        roots = sj.accumulate_kl_factors(roots, config["beta2"], **form)
+    else:
+        roots = optax.chain(sj.accumulate_factors(config["beta2"], **form), roots)
+    return optax.chain(roots, sj.precondition())
 
 
 def solver(config: Config) -> sj.Solver:
     """The inverse-root solver of a config."""
     chosen, rank = config["preconditioner"]["solver"], config["preconditioner"]["rank"]
+    if config["preconditioner"]["kind"].endswith("_eig"):
+        return carried(config)
     match chosen["kind"]:
         case "newton":
             check_integer_roots(config)

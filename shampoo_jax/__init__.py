@@ -15,14 +15,13 @@ from shampoo_jax.dimension_numbers import (
     batch_axes,
     default_dimension_numbers,
 )
-from shampoo_jax.directions import (
+from shampoo_jax.directions import scale_by_one_sided_shampoo, scale_by_shampoo
+from shampoo_jax.eigenbasis import eigenbasis, in_eigenbasis
+from shampoo_jax.eigenbasis_directions import (
     scale_by_kl_shampoo,
     scale_by_kl_soap,
-    scale_by_one_sided_shampoo,
-    scale_by_shampoo,
     scale_by_soap,
 )
-from shampoo_jax.eigenbasis import eigenbasis, in_eigenbasis
 from shampoo_jax.explanation import Report, explain, state_bytes
 from shampoo_jax.exponents import resolve_exponents
 from shampoo_jax.factors import accumulate_factors, damp, normalize_by_trace

@@ -7,7 +7,7 @@ from typing import Any
 
 import optax
 
-from shampoo_jax import directions
+from shampoo_jax import directions, eigenbasis_directions
 from shampoo_jax.routing import complete
 
 Optimizer = Callable[..., optax.GradientTransformationExtraArgs]
@@ -70,7 +70,7 @@ def shampoo(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """
 
 
-@_alias(directions.scale_by_soap)
+@_alias(eigenbasis_directions.scale_by_soap)
 def soap(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """SOAP on matrices, AdamW on everything else.
 
@@ -83,7 +83,7 @@ def soap(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """
 
 
-@_alias(directions.scale_by_kl_shampoo)
+@_alias(eigenbasis_directions.scale_by_kl_shampoo)
 def kl_shampoo(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """KL-Shampoo on matrices, AdamW on everything else.
 
@@ -95,7 +95,7 @@ def kl_shampoo(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraAr
     """
 
 
-@_alias(directions.scale_by_kl_soap)
+@_alias(eigenbasis_directions.scale_by_kl_soap)
 def kl_soap(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """KL-SOAP on matrices, AdamW on everything else.
 

@@ -71,15 +71,22 @@ class QRBasis:
 Basis = EighBasis | QRBasis
 
 
-def make_basis(basis: str | Basis | None) -> Basis:
+def make_basis(basis: str | Basis | None, *, keep_order: bool = False) -> Basis:
     """A basis method by name: `"eigh"`, `"qr"` (Meta's), None for SOAP's sorted QR step.
+
+    With `keep_order` the same without sorting, or for `"eigh"` in the descending order of the first
+    basis: eigenvalues that are tracked apart stay with their columns.
 
     Raises:
       ValueError: An unknown name.
     """
     if isinstance(basis, (EighBasis, QRBasis)):
         return basis
-    named = {"eigh": EighBasis(), "qr": QRBasis(), None: QRBasis(sort="before")}
+    named = {
+        "eigh": EighBasis(descending=keep_order),
+        "qr": QRBasis(sort=None if keep_order else "after"),
+        None: QRBasis(sort=None if keep_order else "before"),
+    }
     if basis not in named:
         raise ValueError(f"basis={basis!r} is unknown: use 'eigh', 'qr', EighBasis or QRBasis.")
     return named[basis]

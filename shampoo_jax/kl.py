@@ -67,9 +67,8 @@ def accumulate_kl_factors(
     Example:
       >>> import jax.numpy as jnp, optax, shampoo_jax
       >>> roots = shampoo_jax.invert_roots(shampoo_jax.ShiftedEigh(1e-4))
-      >>> tx = shampoo_jax.blocked(
-      ...     optax.chain(shampoo_jax.accumulate_kl_factors(roots, 0.95), shampoo_jax.precondition())
-      ... )
+      >>> kl = shampoo_jax.accumulate_kl_factors(roots, 0.95)
+      >>> tx = shampoo_jax.blocked(optax.chain(kl, shampoo_jax.precondition()))
       >>> updates, state = tx.update({"w": jnp.eye(2)}, tx.init({"w": jnp.eye(2)}))
       >>> updates["w"].round(2).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
@@ -274,7 +273,7 @@ def _first_eigenvalues(p: Blocks, exponents: Exponents) -> Matrices:
 
 
 def _hand_on(b: Blocks, factors: Matrices, eigenvalues: Matrices) -> Blocks:
-    """Factors where an eigenbasis looks for them, eigenvalues where `_scale_by_eigenvalues` does."""
+    """Factors where `eigenbasis` reads them, eigenvalues where `_scale_by_eigenvalues` does."""
     figures = {f"eigenvalue/{k}": d for k, d in enumerate(eigenvalues) if d is not None}
     return dataclasses.replace(b, matrices=factors, figures={**b.figures, **figures})
 

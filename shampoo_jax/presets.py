@@ -9,7 +9,7 @@ from typing import Any
 
 import optax
 
-from shampoo_jax.bases import QRBasis
+from shampoo_jax.bases import Basis, CarriedBasis, EighBasis, QRBasis
 
 Options = dict[str, Any]
 
@@ -59,6 +59,10 @@ def track3() -> Options:
     3.27656 and 3.27675 at step 3375 on FineWeb with a 124M GPT-2 (Anil 2026). The learning rate is
     constant for 30 % of the steps, then falls linearly to zero. AdamW on the rest is left to the
     caller: three learning rates there, see `nanogpt.presets`.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.shampoo(**shampoo_jax.presets.track3())
     """
     return dict(
         learning_rate=0.01,
@@ -79,6 +83,10 @@ def track3_relative() -> Options:
     """`track3` with the relative cutoff `d * eps`: the default of this package.
 
     The same optimizer but for eigenvalues that are rounding noise. Not run at full size.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.shampoo(**shampoo_jax.presets.track3_relative())
     """
     return {**track3(), "cutoff": "relative", "canonical": True}
 
@@ -87,6 +95,10 @@ def soap() -> Options:
     """Options of `soap` as in the paper (Vyas et al. 2024, arXiv:2409.11321).
 
     Reported there at 360M and 660M parameters: over 40 % fewer iterations than AdamW.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.soap(**shampoo_jax.presets.soap())
     """
     return dict(
         learning_rate=3e-3, b1=0.95, b2=0.95, eps=1e-8, every=10, weight_decay=0.01, merge=None
@@ -97,6 +109,10 @@ def kl_shampoo() -> Options:
     """Options of `kl_shampoo` as in the paper's code (Lin et al. 2025, arXiv:2509.03378).
 
     Reported there: better pretraining loss than SOAP and Shampoo at SOAP's run time.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.kl_shampoo(**shampoo_jax.presets.kl_shampoo())
     """
     return dict(learning_rate=3e-3, b1=0.9, b2=0.98, eps=1e-8, every=10, weight_decay=0.01)
 
@@ -107,6 +123,10 @@ def record_27() -> Options:
     Bases from the first gradient, whose step is not skipped, then one unsorted QR step after every
     update; no bias correction. The record also fixes each matrix's norm (hyperball), starts from
     other weights and uses `0.018 * (1 - s/3200)^1.25`. Six runs: mean 3.27818.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.scale_by_soap(**shampoo_jax.presets.record_27())
     """
     return dict(
         b1=0.95,
@@ -126,6 +146,10 @@ def record_19() -> Options:
 
     The first gradient enters the factors with weight 1; scales are capped at 4000. Hyperball,
     weights and schedule as in `record_27`. Six runs: mean 3.27800.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.scale_by_kl_soap(**shampoo_jax.presets.record_19())
     """
     return dict(b1=0.95, b2=0.9, factor_b2=0.9, eps=1e-8, first_weight=1.0, cap=4000.0, every=1)
 
@@ -134,6 +158,10 @@ def meta_shampoo(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> 
     """Options of `scale_by_shampoo` for Meta's defaults: summed factors, eps, no grafting.
 
     `merge=1` turns every parameter of up to `block_size` elements into a vector.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.scale_by_shampoo(**shampoo_jax.presets.meta_shampoo())
     """
     return dict(
         b1=0.9,
@@ -149,10 +177,58 @@ def meta_shampoo(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> 
     )
 
 
+def meta_eigendecomposed(
+    basis: Basis | None = None, eps: float = 1e-12, block_size: int = 1024, every: int = 1
+) -> Options:
+    """Options of `scale_by_shampoo` for Meta's `EigendecomposedShampoo`.
+
+    Between refreshes eigendecompositions are kept, not roots. That differs from `meta_shampoo` in
+    what steps before the first refresh, `(1 + eps)^(-1/4)` a side, and where `basis` is carried
+    from one refresh to the next: `QRBasis()`, or `EighBasis(tolerance)`; None means `EighBasis()`.
+
+    Example:
+      >>> import shampoo_jax
+      >>> options = shampoo_jax.presets.meta_eigendecomposed(shampoo_jax.QRBasis())
+      >>> tx = shampoo_jax.scale_by_shampoo(**options)
+    """
+    solver = CarriedBasis(EighBasis() if basis is None else basis, eps=eps)
+    return {**meta_shampoo(block_size=block_size, every=every), "solver": solver, "eps": None}
+
+
+def meta_kl_shampoo(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> Options:
+    """Options of `scale_by_shampoo` for Meta's `RootInvKLShampoo`.
+
+    Its exponents are Shampoo's; `exponents={2: 0.5}` on top is the paper's iteration on matrices.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.scale_by_shampoo(**shampoo_jax.presets.meta_kl_shampoo(eps=1e-6))
+    """
+    return {**meta_shampoo(eps, block_size, every), "statistics": "kl"}
+
+
+def meta_eigendecomposed_kl(
+    basis: Basis | None = None, eps: float = 1e-12, block_size: int = 1024, every: int = 1
+) -> Options:
+    """Options of `scale_by_shampoo` for Meta's `EigendecomposedKLShampoo`.
+
+    `meta_kl_shampoo` in the form of `meta_eigendecomposed`.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.scale_by_shampoo(**shampoo_jax.presets.meta_eigendecomposed_kl())
+    """
+    return {**meta_eigendecomposed(basis, eps, block_size, every), "statistics": "kl"}
+
+
 def meta_soap(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> Options:
     """Options of `scale_by_soap` for Meta's `EigenvalueCorrectedShampoo` with `DefaultSOAPConfig`.
 
     Bases are refreshed before their use, by one QR step; no step is skipped, no moment reordered.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.scale_by_soap(**shampoo_jax.presets.meta_soap())
     """
     return dict(
         b1=0.9,
