@@ -67,15 +67,19 @@ def filter_gradient(
         del params
 
         def emit(b: Blocks, mu: Array) -> Blocks:
+            mu = mu.astype(b.gradient.dtype)
             out = b3 * mu + (1 - b3) * b.gradient
             if bias_correction:
                 out = out / (1 - b3 * power(b1, state.count, out.dtype))
             return dataclasses.replace(b, update=out.astype(b.gradient.dtype))
 
         new = map_blocks(emit, blocks, state.mu)
-        mu = map_blocks(
-            lambda b, m: (b1 * m + (1 - b1) * b.gradient).astype(m.dtype), blocks, state.mu
-        )
+
+        def decay(b: Blocks, mu: Array) -> Array:
+            new = b1 * mu.astype(b.gradient.dtype) + (1 - b1) * b.gradient
+            return new.astype(mu.dtype)
+
+        mu = map_blocks(decay, blocks, state.mu)
         return new, FilterGradientState(optax.safe_increment(state.count), mu)
 
     return blocks_part(init, update)

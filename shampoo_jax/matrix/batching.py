@@ -1,10 +1,14 @@
 """Decompositions of stacks: batched on accelerators, one matrix at a time on CPU."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+AT_ONCE = 8  # matrices of a stack that an accelerator takes together where it takes a part of them
 
 
 def map_matrices(function: Callable[..., Any], leading: tuple[int, ...], *arrays: jax.Array) -> Any:
@@ -33,3 +37,38 @@ def map_matrices(function: Callable[..., Any], leading: tuple[int, ...], *arrays
 
     mapped = jax.lax.platform_dependent(*flat, cpu=one_at_a_time, default=jax.vmap(function))
     return jax.tree.map(lambda array: array.reshape(*leading, *array.shape[1:]), mapped)
+
+
+def map_selected(
+    function: Callable[..., Any], selected: jax.Array, old: Any, *arrays: jax.Array
+) -> Any:
+    """Applies a function of single matrices to some matrices of a stack; the others cost nothing.
+
+    A loop takes one selected matrix at a time on CPU, see `map_matrices`, and `AT_ONCE` elsewhere.
+
+    Args:
+      function: Takes as many arrays as given, without leading axis; returns a tree like `old`.
+      selected: `bool[N]`.
+      old: Tree of arrays `[N, ...]`, the result for the others.
+      *arrays: Of shapes `[N, ...]`.
+
+    Returns:
+      A tree like `old`.
+
+    >>> map_selected(jnp.negative, jnp.array([True, False]), jnp.zeros(2), jnp.ones(2)).tolist()
+    [-1.0, 0.0]
+    """
+    n = len(selected)
+
+    def loop(size: int, selected: jax.Array, old: Any, *arrays: jax.Array) -> Any:
+        (places,) = jnp.nonzero(selected, size=n + size - 1, fill_value=n)  # n is nowhere
+
+        def turn(i: jax.Array, results: Any) -> Any:
+            at = jax.lax.dynamic_slice(places, (i * size,), (size,))
+            new = jax.vmap(function)(*(x.at[at].get(mode="clip") for x in arrays))
+            return jax.tree.map(lambda r, x: r.at[at].set(x, mode="drop"), results, new)
+
+        return jax.lax.fori_loop(0, (selected.sum() + size - 1) // size, turn, old)
+
+    one, some = (functools.partial(loop, size) for size in (1, min(n, AT_ONCE)))
+    return jax.lax.platform_dependent(selected, old, *arrays, cpu=one, default=some)

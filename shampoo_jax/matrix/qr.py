@@ -1,12 +1,10 @@
 """Eigenbases refreshed from the previous one: warm-started QR iteration, and eigh where needed."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from shampoo_jax.matrix.batching import map_matrices
+from shampoo_jax.matrix.batching import map_selected
 from shampoo_jax.matrix.eigh import eigh, power_of_two_scale
 from shampoo_jax.matrix.products import matmul
 
@@ -55,15 +53,32 @@ def orthogonal_iteration(
     >>> values.tolist()
     [1.0, 3.0]
     """
-    leading = jnp.broadcast_shapes(factor.shape[:-2], basis.shape[:-2], jnp.shape(tolerance))
-    matrix = factor.shape[-2:]
-    return map_matrices(
-        functools.partial(_iterate, iterations=iterations),
-        leading,
-        jnp.broadcast_to(factor, leading + matrix),
-        jnp.broadcast_to(basis, leading + matrix),
-        jnp.broadcast_to(jnp.asarray(tolerance, factor.dtype), leading),
-    )
+    leading, rotated, basis, tolerance = _flat(factor, basis, tolerance)
+
+    def stale(rotated: jax.Array) -> jax.Array:
+        return ~(_ratio(rotated) <= tolerance)
+
+    def step(rotated: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q, r = jnp.linalg.qr(rotated)
+        return matmul(r, q), matmul(basis, q)
+
+    def iterate(state):
+        rotated, basis, selected, count = state
+        rotated, basis = map_selected(step, selected, (rotated, basis), rotated, basis)
+        return rotated, basis, stale(rotated), count + 1
+
+    def proceed(state):
+        return (state[3] < iterations) & state[2].any()
+
+    # zeros_like carries the sharding type of its argument, which shard_map demands of loop state.
+    count = jnp.zeros_like(rotated[0, 0, 0], jnp.int32)
+    state = (rotated, basis, stale(rotated), count)
+    rotated, basis, _, _ = jax.lax.while_loop(proceed, iterate, state)
+    values = _diagonal(rotated)
+    ascending = jnp.argsort(values, stable=True)
+    values = jnp.take_along_axis(values, ascending, -1)
+    basis = jnp.take_along_axis(basis, ascending[:, None, :], -1)
+    return values.reshape(*leading, -1), basis.reshape(*leading, *basis.shape[1:])
 
 
 def adaptive_eigh(
@@ -72,7 +87,7 @@ def adaptive_eigh(
     """Returns eigenvalues and eigenvectors; decomposes only where the old basis has gone stale.
 
     A matrix whose off-diagonal ratio is at most `tolerance` keeps its basis as it is and takes
-    diag(Q^T A Q), unsorted, as eigenvalues. `eigh` runs only if some matrix of the stack needs it.
+    diag(Q^T A Q), unsorted, as eigenvalues. `eigh` runs for the others only.
 
     Args:
       factor: f32 or f64[..., n, n], symmetric.
@@ -88,37 +103,22 @@ def adaptive_eigh(
     >>> values.tolist()
     [3.0, 1.0]
     """
+    leading, rotated, basis, tolerance = _flat(factor, basis, tolerance)
+    factors = jnp.broadcast_to(factor, leading + factor.shape[-2:]).reshape(basis.shape)
+    stale = ~(_ratio(rotated) <= tolerance)
+    old = (_diagonal(rotated), basis)
+    values, basis = map_selected(eigh, stale, old, factors)
+    return values.reshape(*leading, -1), basis.reshape(*leading, *basis.shape[1:])
+
+
+def _flat(factor: jax.Array, basis: jax.Array, tolerance: ArrayLike):
+    """Leading shape, and with a single leading axis: rotated factors, bases and tolerances."""
+    leading = jnp.broadcast_shapes(factor.shape[:-2], basis.shape[:-2], jnp.shape(tolerance))
+    basis = jnp.broadcast_to(basis, leading + basis.shape[-2:]).astype(factor.dtype)
+    tolerance = jnp.broadcast_to(jnp.asarray(tolerance, factor.dtype), leading)
     rotated = _rotated(factor, basis)
-    keep = _ratio(rotated) <= tolerance
-    kept = (_diagonal(rotated), jnp.broadcast_to(basis, rotated.shape))
-
-    def decompose():
-        values, vectors = eigh(factor)
-        return (
-            jnp.where(keep[..., None], kept[0], values),
-            jnp.where(keep[..., None, None], kept[1], vectors),
-        )
-
-    return jax.lax.cond(jnp.all(keep), lambda: kept, decompose)
-
-
-def _iterate(factor, basis, tolerance, *, iterations: int):
-    def proceed(state):
-        rotated, _, step = state
-        return (step < iterations) & ~(_ratio(rotated) <= tolerance)
-
-    def iterate(state):
-        rotated, basis, step = state
-        q, r = jnp.linalg.qr(rotated)
-        return matmul(r, q), matmul(basis, q), step + 1
-
-    rotated = _rotated(factor, basis)
-    # zeros_like carries the sharding type of its argument, which shard_map demands of loop state.
-    step = jnp.zeros_like(rotated[0, 0], jnp.int32)
-    rotated, basis, _ = jax.lax.while_loop(proceed, iterate, (rotated, basis, step))
-    values = _diagonal(rotated)
-    ascending = jnp.argsort(values, stable=True)
-    return values[ascending], basis[:, ascending]
+    flat = rotated.reshape(-1, *rotated.shape[-2:])
+    return leading, flat, basis.reshape(flat.shape), tolerance.reshape(-1)
 
 
 def _rotated(factor, basis):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shampoo_jax.matrix.batching import map_matrices
+from shampoo_jax.matrix import qr
+from shampoo_jax.matrix.batching import map_matrices, map_selected
 from shampoo_jax.matrix.orthogonalize import svd_orthogonalize
 from shampoo_jax.matrix.qr import adaptive_eigh, orthogonal_iteration
 
@@ -39,3 +40,39 @@ def test_leading_axes(leading):
     )
     np.testing.assert_allclose(total, a.sum((-2, -1)), rtol=1e-4)
     np.testing.assert_allclose(scaled, a * b[..., None, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [[], [2], [0, 3, 4], range(5)])
+def test_matrices_that_are_not_selected_cost_nothing(chosen):
+    calls = []
+
+    def double(x, scale):
+        jax.debug.callback(lambda: calls.append(1))
+        return x * scale
+
+    selected = np.isin(np.arange(5), chosen)
+    x = jnp.arange(5.0)[:, None, None] * jnp.ones((5, 2, 2))
+    new = jax.jit(lambda s: map_selected(double, s, -x, x, jnp.full(5, 2.0)))(selected)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(new, np.where(selected[:, None, None], 2 * x, -x))
+    assert len(calls) == len(chosen)
+
+
+@pytest.mark.parametrize("method", ["eigh", "qr"])
+def test_an_adaptive_basis_costs_what_is_stale(method, monkeypatch):
+    calls = []
+    owner = qr if method == "eigh" else qr.jnp.linalg
+    plain = getattr(owner, method)
+
+    def counted(a):
+        jax.debug.callback(lambda: calls.append(1))
+        return plain(a)
+
+    monkeypatch.setattr(owner, method, counted)
+    refresh = (
+        adaptive_eigh if method == "eigh" else lambda a, q, t: orthogonal_iteration(a, q, 1, t)
+    )
+    factors = jnp.stack([jnp.eye(3), jnp.ones((3, 3)), jnp.diag(jnp.arange(3.0))])
+    jax.jit(refresh)(factors, jnp.broadcast_to(jnp.eye(3), (3, 3, 3)), 0.1)
+    jax.effects_barrier()
+    assert len(calls) == 1
