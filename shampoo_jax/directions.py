@@ -5,18 +5,16 @@ from typing import Any, Literal
 import optax
 
 from shampoo_jax.dimension_numbers import DimensionOption
-from shampoo_jax.exponents import ExponentOption, given_exponents, resolve_exponents
+from shampoo_jax.exponents import SIDES, ExponentOption, Side, given_exponents, resolve_exponents
 from shampoo_jax.factors import accumulate_factors
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.hyperparameters import check_static
-from shampoo_jax.kl import accumulate_kl_factors
+from shampoo_jax.kl_factors import accumulate_kl_factors
 from shampoo_jax.options import check_options
 from shampoo_jax.registry import make_solver
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.solvers import Solver
 from shampoo_jax.walk import blocked_walk
-
-MAX_ORDER = 32  # of an array, in NumPy 1 and wherever arrays have names for their dimensions
 
 
 def scale_by_shampoo(
@@ -39,6 +37,10 @@ def scale_by_shampoo(
     eps: Any = None,
     every: Any = 1,
     start: Any = None,
+    stagger: bool = False,
+    chunk: int | None = None,
+    mu_dtype: Any = None,
+    root_dtype: Any = None,
     graft: str | optax.GradientTransformation | None = "adam",
     graft_b2: Any = None,
     graft_eps: Any = 1e-15,
@@ -74,7 +76,8 @@ def scale_by_shampoo(
         `DimensionNumbers` or None.
       exponents: `e` of `S^(-e)`: None for `1 / (2 * order)`, a number for every dimension, or a
         mapping from block order to a number or to a mapping from dimension to number. Exponent 0
-        leaves a dimension alone: `{2: {0: 0.5, 1: 0.0}}` is one-sided Shampoo.
+        leaves a dimension alone. `"left"`, `"right"` and `"smaller"` are one-sided Shampoo, see
+        `scale_by_one_sided_shampoo`.
       weighted: Whether new statistics have weight `1 - b2`; False adds them with weight 1.
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
@@ -87,6 +90,11 @@ def scale_by_shampoo(
       every: Steps between refreshes of the roots.
       start: First step that preconditions; until then the update is the graft's alone. None means
         `every`.
+      stagger: Whether each step refreshes one block in `every`, so that all steps cost the same,
+        see `invert_roots`.
+      chunk: Most roots of one block shape computed at the same time, to bound working memory.
+      mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
+      root_dtype: Of the stored roots; `jnp.bfloat16` halves them. Factors stay in float32.
       graft: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"`, None, a part such as
         `scale_by_second_moment`, or a stock Optax transformation, which then sees raw gradients.
       graft_b2: Decay of the grafted second moment; None means `b2`, or 0.999 where `b2` is 1.
@@ -97,8 +105,8 @@ def scale_by_shampoo(
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
 
     Returns:
-      A transformation without learning rate and weight decay. Its state holds float32 stacks of
-      blocks: first moment, factors, roots and graft moment.
+      A transformation without learning rate and weight decay. Its state holds stacks of blocks,
+      float32 where no other dtype is asked for: first moment, factors, roots and graft moment.
 
     Raises:
       ValueError: An option out of range, or options that contradict each other.
@@ -127,7 +135,15 @@ def scale_by_shampoo(
     chosen = make_solver(solver, cutoff=cutoff, rtol=rtol, atol=atol, eps=eps)
     for exponent in given_exponents(exponents):
         chosen.check(exponent)
-    roots = invert_roots(chosen, exponents=resolved, every=every, start=start)
+    roots = invert_roots(
+        chosen,
+        exponents=resolved,
+        every=every,
+        start=start,
+        stagger=stagger,
+        chunk=chunk,
+        root_dtype=root_dtype,
+    )
     form: Any = dict(exponents=resolved, bias_correction=bias_correction, weighted=weighted)
     if statistics == "kl":
         parts = [accumulate_kl_factors(roots, b2, **form)]
@@ -136,7 +152,7 @@ def scale_by_shampoo(
     return blocked_walk(
         options,
         optax.chain(*parts, precondition()),
-        first_moment=filter_gradient(b1, b3, bias_correction=bias_correction),
+        first_moment=filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype),
         exponents=resolved,
     )
 
@@ -145,7 +161,7 @@ def scale_by_one_sided_shampoo(
     b1: Any = 0.9,
     b2: Any = 0.95,
     *,
-    side: Literal["left", "right"] = "right",
+    side: Side = "right",
     bias_correction: bool = True,
     block_size: int | None = 1024,
     merge: int | None = 2,
@@ -157,6 +173,10 @@ def scale_by_one_sided_shampoo(
     eps: Any = None,
     every: Any = 1,
     start: Any = None,
+    stagger: bool = False,
+    chunk: int | None = None,
+    mu_dtype: Any = None,
+    root_dtype: Any = None,
     graft: str | optax.GradientTransformation | None = None,
     graft_b2: Any = None,
     graft_eps: Any = 1e-15,
@@ -172,7 +192,8 @@ def scale_by_one_sided_shampoo(
       b1: Decay of the first moment.
       b2: Decay of the factor.
       side: `"right"` preconditions the last dimension of a matrix, or of a block of whatever order,
-        `"left"` the first.
+        `"left"` the first, `"smaller"` the smallest of each block, the last one of a square: the
+        cheapest. With `"smaller"` the other dimensions, without factors, are not cut.
       bias_correction: As in `scale_by_shampoo`, like all options below.
       block_size: See `scale_by_shampoo`.
       merge: See `scale_by_shampoo`.
@@ -184,6 +205,10 @@ def scale_by_one_sided_shampoo(
       eps: See `scale_by_shampoo`.
       every: See `scale_by_shampoo`.
       start: See `scale_by_shampoo`.
+      stagger: See `scale_by_shampoo`.
+      chunk: See `scale_by_shampoo`.
+      mu_dtype: See `scale_by_shampoo`.
+      root_dtype: See `scale_by_shampoo`.
       graft: See `scale_by_shampoo`.
       graft_b2: See `scale_by_shampoo`.
       graft_eps: See `scale_by_shampoo`.
@@ -205,10 +230,6 @@ def scale_by_one_sided_shampoo(
       [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     """
     options = locals()
-    if options.pop("side") not in ("left", "right"):
-        raise ValueError(f"side={side!r}: use 'left' or 'right'.")
-    exponents = {
-        order: {k: 0.5 * (k == (0 if side == "left" else order - 1)) for k in range(order)}
-        for order in range(1, MAX_ORDER + 1)
-    }
-    return scale_by_shampoo(**options, exponents=exponents)
+    if options.pop("side") not in SIDES:
+        raise ValueError(f"side={side!r}: use one of {sorted(SIDES)}.")
+    return scale_by_shampoo(**options, exponents=side)

@@ -13,6 +13,7 @@ import optax
 
 from shampoo_jax.aliases import shampoo
 from shampoo_jax.bases import Basis, CarriedBasis, EighBasis, QRBasis, make_basis
+from shampoo_jax.exponents import uncut_exponents
 from shampoo_jax.options import is_off
 from shampoo_jax.plan import Cell, LeafPlan, make_plan
 from shampoo_jax.registry import make_solver
@@ -266,8 +267,9 @@ def _basis_cost(basis: Basis) -> tuple[float, str]:
 
 
 def _plan_of(params: Any, chosen: Mapping[str, Any], factored: Factored) -> list[LeafPlan]:
-    """The plan whose stacks are those of the state; it tells whether blocks were transposed."""
+    """The plan whose stacks are those of the state; it tells how blocks were cut and turned."""
     options = {name: chosen[name] for name in ("block_size", "merge", "dimension_numbers")}
+    options["exponents"] = uncut_exponents(chosen.get("side", chosen.get("exponents")))
     plan = make_plan(params, canonical=True, **options)
     if {cell.key for leaf in plan for cell in leaf.cells} == factored.keys():
         return plan

@@ -8,7 +8,8 @@ T = TypeVar("T")
 # Exponents of one block shape: one number a dimension; 0 leaves a dimension alone.
 Exponents = Callable[[tuple[int, ...]], tuple[float, ...]]
 
-ExponentOption = Mapping[int, float | Mapping[int, float]] | float | Literal["smaller"] | None
+Side = Literal["left", "right", "smaller"]
+ExponentOption = Mapping[int, float | Mapping[int, float]] | float | Side | None
 
 
 def default_exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
@@ -16,19 +17,31 @@ def default_exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
     return (1 / (2 * max(len(shape), 1)),) * len(shape)
 
 
+def left_side(shape: tuple[int, ...]) -> tuple[float, ...]:
+    """1/2 on the first dimension only."""
+    return tuple(0.5 * (k == 0) for k in range(len(shape)))
+
+
+def right_side(shape: tuple[int, ...]) -> tuple[float, ...]:
+    """1/2 on the last dimension only."""
+    return left_side(shape)[::-1]
+
+
 def smaller_side(shape: tuple[int, ...]) -> tuple[float, ...]:
-    """1/2 on the smaller dimension of a matrix, the last one of a square; others as by default."""
-    if len(shape) != 2:
-        return default_exponents(shape)
-    return (0.5, 0.0) if shape[0] < shape[1] else (0.0, 0.5)
+    """1/2 on the smallest dimension only, the last one of several."""
+    smallest = min(range(len(shape)), key=lambda k: (shape[k], -k), default=0)
+    return tuple(0.5 * (k == smallest) for k in range(len(shape)))
+
+
+SIDES: dict[str, Exponents] = {"left": left_side, "right": right_side, "smaller": smaller_side}
 
 
 def resolve_exponents(option: ExponentOption) -> Exponents:
     """The option of `scale_by_shampoo` as a function from block shape to exponents.
 
     Args:
-      option: None, a number, a mapping from order to a number or to {dimension: number}, or
-        `"smaller"` for `smaller_side`.
+      option: None, a number, a mapping from order to a number or to {dimension: number}, or a name
+        in `SIDES` for one factor a block.
 
     Returns:
       Function of the shape of a block giving one exponent a dimension; what the option leaves out
@@ -40,9 +53,9 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
     if option is None:
         return default_exponents
     if isinstance(option, str):
-        if option != "smaller":
-            raise ValueError(f"exponents={option!r}: the only name is 'smaller'.")
-        return smaller_side
+        if option not in SIDES:
+            raise ValueError(f"exponents={option!r}: the only names are {sorted(SIDES)}.")
+        return SIDES[option]
     if isinstance(option, (int, float)):
         _check_exponent(option)
         return lambda shape: (float(option),) * len(shape)
@@ -80,6 +93,14 @@ def given_exponents(option: ExponentOption) -> set[float]:
         return {float(option)} - {0.0}
     entries = [e.values() if isinstance(e, Mapping) else (e,) for e in option.values()]
     return {float(x) for values in entries for x in values} - {0.0}
+
+
+def uncut_exponents(option: ExponentOption) -> Exponents | None:
+    """Exponents that tell `blocked` which dimensions not to cut: those other than the smaller side.
+
+    Dimensions that any other option leaves out are cut all the same, as in Meta's package.
+    """
+    return smaller_side if option == "smaller" else None
 
 
 def per_factor(

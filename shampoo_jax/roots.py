@@ -56,11 +56,13 @@ def invert_roots(
       A part. Its state holds `[N, d, d]` for each preconditioned dimension of each stack.
 
     Raises:
-      ValueError: `every` below 1, `start` below `every`, `stagger` with a traced `every`, or a
-        dtype that cannot hold roots.
+      ValueError: `every` below 1, `start` below `every`, `stagger` with a traced `every`, `chunk`
+        below 1, or a dtype that cannot hold roots.
     """
     check_schedule(every, start, stagger)
     check_dtype("root_dtype", root_dtype)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1, or None for whole stacks.")
     solve = solver or TruncatedEigh()
     first = every if start is None else start
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.blocking import blocked
-from shampoo_jax.exponents import Exponents, smaller_side
+from shampoo_jax.exponents import Exponents, uncut_exponents
 from shampoo_jax.grafting import graft, make_magnitude
 from shampoo_jax.monitoring import monitor_spectrum
 from shampoo_jax.options import is_number
@@ -43,8 +43,7 @@ def blocked_walk(
         skip_nonfinite_blocks(walk) if nonfinite == "skip_blocks" else walk,
         # A block and its transpose can share a stack if their exponents are transposed as well.
         canonical=options["canonical"] and exponents((3, 2)) == exponents((2, 3))[::-1],
-        # A longer side without factor needs no limit; elsewhere blocks are as in Meta's package.
-        exponents=smaller_side if exponents is smaller_side else None,
+        exponents=uncut_exponents(options["exponents"]),
         **{name: options[name] for name in ("block_size", "merge", "dimension_numbers")},
     )
 

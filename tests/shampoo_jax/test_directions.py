@@ -12,6 +12,7 @@ from shampoo_jax import (
     inject_hyperparams,
     scale_by_kl_shampoo,
     scale_by_kl_soap,
+    scale_by_one_sided_shampoo,
     scale_by_second_moment,
     scale_by_shampoo,
     scale_by_soap,
@@ -265,6 +266,42 @@ def test_it_descends_where_sgd_crawls():
     assert float(loss(train(w))) < 1e-4 * float(loss(w))
 
 
+def test_the_smaller_side_is_each_blocks_own_and_the_other_one_is_not_cut():
+    shapes = {"tall": (6, 3), "wide": (3, 6), "square": (4, 4), "vector": (3,)}
+    gradients = gradients_like({name: jnp.ones(shape) for name, shape in shapes.items()}, 3)
+    smaller, state = run(scale_by_one_sided_shampoo(side="smaller", block_size=4), gradients)
+    left, right = (run(scale_by_one_sided_shampoo(side=s), gradients)[0] for s in ("left", "right"))
+    for new, of_left, of_right in zip(smaller, left, right, strict=True):
+        expected = {**of_right, "wide": of_left["wide"]}
+        for name in shapes:
+            np.testing.assert_allclose(new[name], expected[name], rtol=1e-3, atol=1e-4)
+    factors = {key: [x.shape for x in jax.tree.leaves(f)] for key, f in named(state, "factors")}
+    assert factors == {"6x3": [(2, 3, 3)], "4x4": [(1, 4, 4)], "3": [(1, 3, 3)]}
+
+
+def test_stored_dtypes_and_staggering_reach_the_parts():
+    tx = scale_by_shampoo(
+        every=2, stagger=True, chunk=1, mu_dtype=jnp.bfloat16, root_dtype=jnp.bfloat16
+    )
+    plain, _ = run(scale_by_shampoo(every=2), GRADIENTS)
+    updates, state = run(tx, GRADIENTS)
+    dtypes = {
+        field: {x.dtype.name for _, tree in named(state, field) for x in jax.tree.leaves(tree)}
+        for field in ("mu", "roots", "factors")
+    }
+    assert dtypes == {"mu": {"bfloat16"}, "roots": {"bfloat16"}, "factors": {"float32"}}
+    assert_close(updates[:2], plain[:2], 0.02)  # the first refresh is of all blocks, at step 2
+    assert np.abs(updates[2]["w"] - plain[2]["w"]).max() > 0.05  # the second block's turn
+    with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
+        scale_by_shampoo(chunk=0)
+
+
+def named(state, field):
+    """(stack, subtree) of every dict in a field of this name."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, field))
+    return [pair for s in nodes if hasattr(s, field) for pair in getattr(s, field).items()]
+
+
 def test_one_sided_exponents_ignore_the_other_side():
     exponents = {2: {0: 0.5, 1: 0.0}}
     tx = scale_by_shampoo(exponents=exponents, graft=None, b1=0.0)
@@ -274,6 +311,18 @@ def test_one_sided_exponents_ignore_the_other_side():
     np.testing.assert_allclose(update["w"], u @ vt, atol=1e-4)  # (G G^T)^(-1/2) G
     matrices = [x.shape for x in jax.tree.leaves(state) if x.ndim == 3 and x.shape[1] == x.shape[2]]
     assert set(matrices) == {(1, 4, 4)}
+
+
+@pytest.mark.parametrize(("side", "factor"), [("left", 2), ("right", 5)])
+def test_one_sided_is_so_for_blocks_of_every_order(side, factor):
+    tx = scale_by_one_sided_shampoo(0.0, side=side, merge=None, dimension_numbers=None)
+    g = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
+    (update,), state = run(tx, [{"w": g}])
+    matrices = [x.shape for x in jax.tree.leaves(state) if x.ndim == 3 and x.shape[1] == x.shape[2]]
+    assert set(matrices) == {(1, factor, factor)}
+    rows = (lambda x: x.reshape(2, 15)) if side == "left" else (lambda x: x.reshape(6, 5).T)
+    u, _, vt = np.linalg.svd(rows(np.asarray(g, np.float64)), full_matrices=False)
+    np.testing.assert_allclose(rows(update["w"]), u @ vt, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +335,7 @@ def test_one_sided_exponents_ignore_the_other_side():
         ({"every": 5, "start": 2}, "start=2 must not be below every=5"),
         ({"exponents": -1.0}, "exponent -1.0 must not be negative"),
         ({"solver": "cholesky"}, "solver='cholesky' is unknown: choose from"),
+        ({"statistics": "fisher"}, "statistics='fisher': use 'gradients' or 'kl'"),
         ({"cutoff": "none"}, "cutoff='none' is unknown"),
         ({"cutoff": "positive", "rtol": 1e-3}, "rtol=0.001 .*drop them"),
         ({"cutoff": "positive", "atol": 1.0}, "atol=1.0 .*drop them"),

@@ -42,6 +42,13 @@ def test_routing_blocks_and_factors_of_each_parameter():
     assert report.root_batches == 4  # two sides of 6x4, two of 4x4
 
 
+def test_with_the_smaller_side_alone_the_other_one_is_whole():
+    report = explain(PARAMS, one_sided_shampoo, side="smaller", block_size=6)
+    fc = row(report, "layers/1/fc")
+    assert (dict(fc.blocks), dict(fc.factors)) == ({(10, 4): 1}, {4: 1})
+    assert report.statistics_flops == 3 * 2 * (6 * 4 + 10 * 4) * 4
+
+
 def test_flops_are_the_sums_of_the_stated_formulas():
     report = explain(PARAMS, block_size=6)
     # Per layer: w is one 6x4 block, fc one 6x4 and one 4x4.

@@ -22,13 +22,15 @@ def test_the_smaller_side_of_a_matrix_is_the_last_one_where_both_are_equal():
     smaller = resolve_exponents("smaller")
     assert given_exponents("smaller") == {0.5}
     assert (smaller((3, 2)), smaller((2, 3)), smaller((2, 2))) == ((0, 0.5), (0.5, 0), (0, 0.5))
-    assert (smaller((4,)), smaller((4, 3, 2))) == ((1 / 2,), (1 / 6,) * 3)
+    assert (smaller(()), smaller((4,)), smaller((4, 2, 2))) == ((), (0.5,), (0, 0, 0.5))
+    left, right = resolve_exponents("left"), resolve_exponents("right")
+    assert (left((2, 3, 4)), right((2, 3)), right(())) == ((0.5, 0, 0), (0, 0.5), ())
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("larger", "exponents='larger': the only name is 'smaller'"),
+        ("larger", "exponents='larger': the only names are .*'smaller'"),
         (-0.5, "exponent -0.5 must not be negative"),
         ({2: {0: -1}}, "exponent -1 must not be negative"),
         ({2: {2: 0.5}}, r"exponents\[2\] names dimension 2: .* dimensions 0 to 1"),

@@ -1,10 +1,14 @@
 """Merging, blocking and axis naming against tables measured on the reference."""
 
+import collections
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shampoo_jax.exponents import smaller_side
 from shampoo_jax.plan import DimensionNumbers, block_key, make_plan, merge_dimensions
 
 TWOS = (2, 2, 2, 2, 2, 2)
@@ -89,6 +93,28 @@ def test_blocks_of_an_embedding():
     keys = [cell.key for cell in leaf.cells]
     assert keys == ["1024x768"] * 49 + ["768x81"]
     assert [cell.transposed for cell in leaf.cells] == [False] * 49 + [True]
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole", "uncut"),
+    [
+        ((3072, 768), {"1024x768": 3}, {"3072x768": 1}),
+        ((768, 3072), {"1024x768": 3}, {"3072x768": 1}),
+        ((768, 768), {"768x768": 1}, {"768x768": 1}),
+        ((50304, 768), {"1024x768": 49, "768x128": 1}, {"50304x768": 1}),
+        ((2048, 4096), {"1024x1024": 8}, {"4096x1024": 2}),
+        (
+            (2500, 2500),
+            {"1024x1024": 4, "1024x452": 4, "452x452": 1},
+            {"2500x1024": 2, "2500x452": 1},
+        ),
+    ],
+)
+def test_no_block_is_padded_and_a_side_without_factor_is_not_cut(shape, whole, uncut):
+    for exponents, blocks in ((None, whole), (smaller_side, uncut)):
+        (leaf,) = plan(shape, block_size=1024, canonical=True, exponents=exponents)
+        assert collections.Counter(cell.key for cell in leaf.cells) == blocks
+        assert sum(math.prod(cell.size) for cell in leaf.cells) == math.prod(shape)
 
 
 def test_boxes_tile_the_parameter():
