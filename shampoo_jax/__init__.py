@@ -28,7 +28,8 @@ from shampoo_jax.factors import accumulate_factors, damp, normalize_by_trace
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft, scale_by_second_moment
 from shampoo_jax.hyperparameters import inject_hyperparams
-from shampoo_jax.kl import accumulate_kl_factors, kl_eigenbasis
+from shampoo_jax.kl import kl_eigenbasis
+from shampoo_jax.kl_factors import accumulate_kl_factors
 from shampoo_jax.momentum import momentum
 from shampoo_jax.monitoring import monitor_spectrum, read_monitor
 from shampoo_jax.registry import register_solver

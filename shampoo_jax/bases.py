@@ -21,6 +21,13 @@ class EighBasis:
       tolerance: Accepted `|B - diag B|_F / |B|_F` with `B = Q^T A Q`, per factor; 0 decomposes at
         every refresh (Eschenhagen et al. 2025, arXiv:2506.03595).
       descending: Whether the largest eigenvalue comes first. Later QR steps depend on the order.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> factor = jnp.diag(jnp.array([1.0, 4.0]))[None]
+      >>> values, basis, order = shampoo_jax.EighBasis(descending=True)(factor, jnp.eye(2)[None])
+      >>> values.tolist()
+      [[4.0, 1.0]]
     """
 
     tolerance: Any = 0.0
@@ -46,6 +53,13 @@ class QRBasis:
       tolerance: Accepted off-diagonal ratio that ends them early, per factor.
       sort: `"after"` orders the new columns by ascending eigenvalue estimate, as Meta does;
         `"before"` orders the old ones by descending estimate, as SOAP's authors do; None neither.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> factor = jnp.diag(jnp.array([1.0, 4.0]))[None]
+      >>> values, basis, order = shampoo_jax.QRBasis(sort="before")(factor, jnp.eye(2)[None])
+      >>> values.tolist(), order.tolist()
+      ([[4.0, 1.0]], [[1, 0]])
     """
 
     iterations: int = 1
@@ -111,6 +125,10 @@ class CarriedBasis(Solver):
       before: Whether eps is added to the matrix before the decomposition.
       rtol: Relative cutoff where eps is None; None means `d * eps` of the dtype.
       atol: Absolute cutoff where eps is None.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.scale_by_shampoo(solver=shampoo_jax.CarriedBasis(shampoo_jax.QRBasis()))
     """
 
     basis: Basis = EighBasis()

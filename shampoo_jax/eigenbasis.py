@@ -97,6 +97,16 @@ def eigenbasis(
       ValueError: A schedule that makes no sense, `start` or `skip_first` beside the other
         `refresh`; at init an inner transformation whose state does not have the blocks' shape
         (factored second moments), or a given first moment that it does not have.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> second_moment = shampoo_jax.scale_by_second_moment(0.9)
+      >>> factors = shampoo_jax.accumulate_factors(0.9)
+      >>> tx = shampoo_jax.blocked(optax.chain(factors, shampoo_jax.eigenbasis(second_moment)))
+      >>> gradient = {"w": jnp.array([[0.0, 3.0], [1.0, 0.0]])}
+      >>> updates, state = tx.update(gradient, tx.init(gradient))
+      >>> updates["w"].round(2).tolist()  # U V^T of the gradient's singular vectors
+      [[0.0, 1.0], [1.0, 0.0]]
     """
     _check_refresh(every, start, refresh, skip_first)
     basis = EighBasis() if basis is None else basis
@@ -115,16 +125,6 @@ def eigenbasis(
         failures = map_blocks(no_failures, params)
         return EigenbasisState(jnp.zeros([], jnp.int32), bases, keep, failures, state)
 
-    def use(blocks: Any, state: EigenbasisState, params: Any) -> tuple[Any, EigenbasisState]:
-        rotated = map_blocks(_rotate, blocks, state.bases)
-        # Weight decay inside adds parameters to the update, which is rotated back.
-        weights = None if params is None else map_blocks(_rotate, params, state.bases)
-        done, inner_state = tx.update(rotated, state.inner, weights)
-        if truncated:
-            done = map_blocks(_truncate, done, state.keep)
-        new = map_blocks(_rotate_back, done, blocks, state.bases)
-        return new, state._replace(inner=inner_state)
-
     def update(blocks: Any, old: EigenbasisState, params: Any) -> tuple[Any, Any]:
         count = optax.safe_increment(old.count)
         is_first = count == 1
@@ -132,7 +132,7 @@ def eigenbasis(
         due = is_first if not before else _always(every, first) or refresh_due(count, every, first)
         move = functools.partial(_move, blocks, rtol=rtol, first_moments=names, reorder=reorder)
         state = _when(due, functools.partial(move, method=method), old._replace(count=count))
-        new, used = use(blocks, state, params)
+        new, used = _use(tx, blocks, state, params)
         if skip_first:
             new, used = _skip(is_first, new, used, state)
         if not before:
@@ -201,6 +201,19 @@ def _move(
         map_blocks(lambda b, n, r: n + r.failed, blocks, state.failures, new),
         carry(state.inner, moves, first_moments, reorder),
     )
+
+
+def _use(
+    inner: optax.GradientTransformationExtraArgs, blocks: Any, state: EigenbasisState, params: Any
+) -> tuple[Any, EigenbasisState]:
+    """One step of `inner` in the bases."""
+    rotated = map_blocks(_rotate, blocks, state.bases)
+    # Weight decay inside adds parameters to the update, which is rotated back.
+    weights = None if params is None else map_blocks(_rotate, params, state.bases)
+    done, inner_state = inner.update(rotated, state.inner, weights)
+    done = map_blocks(_truncate, done, state.keep)
+    new = map_blocks(_rotate_back, done, blocks, state.bases)
+    return new, state._replace(inner=inner_state)
 
 
 def _rotate(b: Blocks, bases: Matrices) -> Blocks:

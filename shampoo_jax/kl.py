@@ -1,4 +1,4 @@
-"""Statistics that minimize a Kullback-Leibler divergence: each side whitened by the others."""
+"""KL-Shampoo and KL-SOAP in their practical form: eigenbases, and eigenvalues tracked apart."""
 
 import dataclasses
 import functools
@@ -13,8 +13,9 @@ from shampoo_jax.blocks import Blocks, Part, blocks_part, is_blocks, map_blocks,
 from shampoo_jax.carrying import Matrices, along
 from shampoo_jax.eigenbasis import eigenbasis
 from shampoo_jax.exponents import Exponents, default_exponents, per_factor
-from shampoo_jax.factors import contract, decay_factors, factor_correction, zero_factors
+from shampoo_jax.factors import zero_factors
 from shampoo_jax.filtering import check_range
+from shampoo_jax.kl_factors import whitened_contractions
 from shampoo_jax.paths import stack_of
 from shampoo_jax.roots import apply_matrices
 from shampoo_jax.skipping import where_blocks
@@ -24,106 +25,6 @@ Array = jax.Array
 # Smallest tracked eigenvalue, and the first value of all (authors' code of arXiv:2509.03378).
 EIGENVALUE_FLOOR = 1e-30
 EIGENVALUE_INIT = 0.1
-
-
-class AccumulateKLFactorsState(NamedTuple):
-    """State of `accumulate_kl_factors`."""
-
-    count: Array  # int32[], steps taken
-    factors: Any  # per stack a tuple over dimensions of float32 [N, d, d] or None
-    inner: Any  # state of the part that turns factors into roots
-
-
-def accumulate_kl_factors(
-    inner_roots: optax.GradientTransformation,
-    b2: float | Array = 0.9,
-    *,
-    exponents: Exponents = default_exponents,
-    bias_correction: bool = True,
-    weighted: bool = True,
-    normalize: bool = False,
-) -> Part:
-    """Factors of the gradient preconditioned by the previous roots of all other dimensions.
-
-    `S_k = b2 * S_k + w * H_(k) H_(k)^T` with `H = G x_{j != k} P_j`, `P_j` the roots before this
-    step. With exponents 1/2 this is KL-Shampoo's fixed-point iteration (Lin et al. 2025,
-    arXiv:2509.03378, eq. for S_a and S_b); with a single dimension it is plain Shampoo.
-
-    Args:
-      inner_roots: Part that turns factors into roots, `invert_roots` alone or in a chain: one state
-        in it keeps them in a field `roots`.
-      b2: Decay in [0, 1].
-      exponents: As given to `inner_roots`.
-      bias_correction: Whether factors are reported divided by `1 - b2^t`.
-      weighted: Whether `w = 1 - b2`; False adds with weight 1, uncorrected.
-      normalize: Whether `H_(k) H_(k)^T` is divided by its number of columns, as in the paper.
-
-    Returns:
-      A part that stands for statistics and roots together.
-
-    Raises:
-      ValueError: `b2` outside [0, 1]; at init, a part that keeps no roots.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, shampoo_jax
-      >>> roots = shampoo_jax.invert_roots(shampoo_jax.ShiftedEigh(1e-4))
-      >>> kl = shampoo_jax.accumulate_kl_factors(roots, 0.95)
-      >>> tx = shampoo_jax.blocked(optax.chain(kl, shampoo_jax.precondition()))
-      >>> updates, state = tx.update({"w": jnp.eye(2)}, tx.init({"w": jnp.eye(2)}))
-      >>> updates["w"].round(2).tolist()
-      [[1.0, 0.0], [0.0, 1.0]]
-    """
-    check_range("b2", b2, closed=True)
-    tx = optax.with_extra_args_support(inner_roots)
-
-    def init(params: Any) -> AccumulateKLFactorsState:
-        factors = map_blocks(lambda p: zero_factors(p, exponents), params)
-        inner = tx.init(params)
-        _roots_in(inner)
-        return AccumulateKLFactorsState(jnp.zeros([], jnp.int32), factors, inner)
-
-    def update(blocks: Any, state: AccumulateKLFactorsState, params: Any) -> tuple[Any, Any]:
-        count = optax.safe_increment(state.count)
-
-        def accumulate(b: Blocks, factors: Matrices, roots: Matrices) -> Matrices:
-            new = _whitened_contractions(b.gradient, factors, roots, normalize)
-            return decay_factors(factors, new, b2, weighted)
-
-        def report(b: Blocks, factors: Matrices) -> Blocks:
-            scale = factor_correction(b2, count, b.gradient.dtype, bias_correction and weighted)
-            matrices = tuple(None if s is None else s / scale for s in factors)
-            return dataclasses.replace(b, matrices=matrices)
-
-        factors = map_blocks(accumulate, blocks, state.factors, _roots_in(state.inner))
-        new, inner = tx.update(map_blocks(report, blocks, factors), state.inner, params)
-        return new, AccumulateKLFactorsState(count, factors, inner)
-
-    return blocks_part(init, update)
-
-
-def _roots_in(state: Any) -> Any:
-    """The roots in the state of a part, or of a chain of parts."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "roots"))
-    found = [node.roots for node in nodes if hasattr(node, "roots")]
-    if len(found) != 1:
-        raise ValueError(
-            f"inner_roots keeps {len(found)} sets of roots, one is needed: give invert_roots(...), "
-            "alone or in optax.chain with parts that change factors."
-        )
-    return found[0]
-
-
-def _whitened_contractions(
-    g: Array, factors: Matrices, roots: Matrices, normalize: bool
-) -> Matrices:
-    """`H_(k) H_(k)^T` for every dimension that has a factor."""
-
-    def one(k: int) -> Array:
-        others = tuple(None if j == k else p for j, p in enumerate(roots))
-        h = contract(apply_matrices(g, others), k)
-        return h / (g[0].size // g.shape[k + 1]) if normalize else h
-
-    return tuple(None if s is None else one(k) for k, s in enumerate(factors))
 
 
 class KLEigenbasisState(NamedTuple):
@@ -180,7 +81,7 @@ def kl_eigenbasis(
         of columns, which is that of the eigenvalues.
       every: Steps between refreshes.
       refresh: `"after"` uses each gradient before it enters factors, eigenvalues and bases, as
-        above; `"before"` lets it enter them first.
+        above; `"before"` lets it enter them first, with identities for bases until step `every`.
       skip_first: Whether the first step makes no update and `inner` does not see it; needs
         `refresh="after"`. False makes that update with eigenvalues 0.1, so that with `scaled` it is
         on the scale of the gradients.
@@ -223,35 +124,44 @@ def kl_eigenbasis(
         )
 
     def update(blocks: Any, old: KLEigenbasisState, params: Any) -> tuple[Any, Any]:
-        count = optax.safe_increment(old.count)
-        is_first = count == 1
-        weight = jnp.where(is_first, 1 - b2 if first_weight is None else first_weight, 1 - b2)
-
-        def accumulate(b: Blocks, s: Matrices, q: Matrices, d: Matrices) -> Matrices:
-            # The first gradient is whitened by nothing; bases are identities until it is used.
-            scales = jax.tree.map(lambda d: jnp.where(is_first, 1.0, d**-0.5)[:, None, :], d)
-            roots = jax.tree.map(lambda q, scale: (q * scale).swapaxes(1, 2), q, scales)
-            new = _whitened_contractions(b.gradient, s, roots, normalize)
-            return jax.tree.map(lambda s, c: (b2 * s + weight * c).astype(s.dtype), s, new)
-
-        def track(b: Blocks, q: Matrices, d: Matrices) -> Matrices:
-            squares = apply_matrices(b.gradient, q, transpose=True) ** 2
-
-            def one(old: Array, k: int) -> Array:
-                new = b2 * old + (1 - b2) * _reduce(squares, d, k, normalize)
-                return jnp.where(is_first, old, _capped(new, cap)).astype(old.dtype)
-
-            return tuple(None if old is None else one(old, k) for k, old in enumerate(d))
-
-        bases = old.inner.bases
-        factors = map_blocks(accumulate, blocks, old.factors, bases, old.eigenvalues)
-        eigenvalues = map_blocks(track, blocks, bases, old.eigenvalues)
+        weight = 1 - b2 if first_weight is None else first_weight
+        factors, eigenvalues = _statistics(blocks, old, b2, weight, normalize, cap)
         used = eigenvalues if refresh == "before" else old.eigenvalues
-        new, inner_state = tx.update(map_blocks(_hand_on, blocks, factors, used), old.inner, params)
+        given = map_blocks(_hand_on, blocks, factors, used)
+        new, inner_state = tx.update(given, old.inner, params)
+        count = optax.safe_increment(old.count)
         state = KLEigenbasisState(count, factors, eigenvalues, inner_state)
         return _keep_finite(new, state, old)
 
     return blocks_part(init, update)
+
+
+def _statistics(
+    blocks: Any, old: KLEigenbasisState, b2: Any, first_weight: Any, normalize: bool, cap: Any
+) -> tuple[Any, Any]:
+    """Factors and tracked eigenvalues after this gradient."""
+    is_first = old.count == 0
+    weight = jnp.where(is_first, first_weight, 1 - b2)
+
+    def accumulate(b: Blocks, s: Matrices, q: Matrices, d: Matrices) -> Matrices:
+        # The first gradient is whitened by nothing; bases are identities until it is used.
+        scales = jax.tree.map(lambda d: jnp.where(is_first, 1.0, d**-0.5)[:, None, :], d)
+        roots = jax.tree.map(lambda q, scale: (q * scale).swapaxes(1, 2), q, scales)
+        new = whitened_contractions(b.gradient, s, roots, normalize)
+        return jax.tree.map(lambda s, c: (b2 * s + weight * c).astype(s.dtype), s, new)
+
+    def track(b: Blocks, q: Matrices, d: Matrices) -> Matrices:
+        squares = apply_matrices(b.gradient, q, transpose=True) ** 2
+
+        def one(old: Array, k: int) -> Array:
+            new = b2 * old + (1 - b2) * _reduce(squares, d, k, normalize)
+            return jnp.where(is_first, old, _capped(new, cap)).astype(old.dtype)
+
+        return tuple(None if old is None else one(old, k) for k, old in enumerate(d))
+
+    bases = old.inner.bases
+    factors = map_blocks(accumulate, blocks, old.factors, bases, old.eigenvalues)
+    return factors, map_blocks(track, blocks, bases, old.eigenvalues)
 
 
 def _check_order(basis: Basis) -> None:

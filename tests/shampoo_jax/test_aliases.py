@@ -96,7 +96,14 @@ FORWARDED = {
     ),
     sj.soap: dict(factor_b2=0.5, eps=0.1, basis="eigh", every=2, skip_first=False, reorder=False),
     sj.kl_shampoo: dict(eps=0.1, first_weight=1.0, every=2, cap=10.0, basis="eigh"),
-    sj.kl_soap: dict(factor_b2=0.5, eps=0.1, every=2, cap=10.0),
+    sj.kl_soap: dict(
+        factor_b2=0.5,
+        every=2,
+        normalize=False,
+        bias_correction=True,
+        refresh="before",
+        skip_first=False,
+    ),
     sj.one_sided_shampoo: dict(side="left", graft="adagrad", rtol=0.1, bias_correction=False),
 }
 

@@ -103,3 +103,94 @@ def test_decay_in_the_basis_is_decay_of_the_parameters():
     )
     for a, b in zip(bare[1:], decayed[1:], strict=True):  # the first step is skipped
         np.testing.assert_allclose(b - a, 0.1 * params, atol=1e-5)
+
+
+def practical(
+    grads,
+    *,
+    second_moment,
+    normalize=True,
+    bias_correction=False,
+    refresh="after",
+    skip_first=True,
+    b1=0.9,
+    b2=0.8,
+    every=2,
+):
+    """KL-Shampoo, or with second moments KL-SOAP, of square gradients in numpy."""
+    n = len(grads[0])
+    size, cap = (n if normalize else 1), max(10, n)
+    left, right = ((1 - b2) * x @ x.T / size for x in (grads[0], grads[0].T))
+    ql, qr = (np.linalg.eigh(s)[1][:, ::-1] for s in (left, right))
+    if refresh == "before":
+        ql = qr = np.eye(n)
+    dl, dr, m, v, uses, updates = np.full(n, 0.1), np.full(n, 0.1), 0.0, 0.0, 0, []
+    for t, g in enumerate(grads):
+        for act in ("learn", "use") if refresh == "before" else ("use", "learn"):
+            if act == "use" and not (t == 0 and skip_first):
+                uses += 1
+                m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * (ql.T @ g @ qr) ** 2
+                c1, c2 = (1 - b**uses if bias_correction else 1.0 for b in (b1, b2))
+                s = np.outer(dl, dr) ** -0.5
+                s = 1 / (np.sqrt(v / c2) + 1e-8) if second_moment else s / (1 + 1e-8 * s)
+                updates.append(ql @ ((ql.T @ m @ qr / c1) * s) @ qr.T)
+            elif act == "use":
+                updates.append(np.zeros_like(g))
+            elif t > 0:
+                p = (ql.T @ g @ qr) ** 2
+                left = b2 * left + (1 - b2) * g @ qr @ np.diag(1 / dr) @ qr.T @ g.T / size
+                right = b2 * right + (1 - b2) * g.T @ ql @ np.diag(1 / dl) @ ql.T @ g / size
+                new = (p / dr).sum(1) / size, (p.T / dl).sum(1) / size
+                dl, dr = (
+                    np.maximum(b2 * d + (1 - b2) * x, cap**-2.0)
+                    for d, x in zip((dl, dr), new, strict=True)
+                )
+                if (t + 1 - skip_first) % every == 0:
+                    ql, qr = np.linalg.qr(left @ ql)[0], np.linalg.qr(right @ qr)[0]
+    return updates
+
+
+OPTIONS = {
+    "sums, corrected": dict(normalize=False, bias_correction=True),
+    "first step used": dict(skip_first=False),
+    "before, corrected": dict(refresh="before", skip_first=False, bias_correction=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("direction", "options"),
+    [
+        (sj.scale_by_kl_shampoo, "sums, corrected"),
+        (sj.scale_by_kl_soap, "first step used"),
+        (sj.scale_by_kl_shampoo, "before, corrected"),
+        (sj.scale_by_kl_soap, "before, corrected"),
+    ],
+)
+def test_what_others_do_differently(direction, options):
+    rng = np.random.default_rng(0)
+    mixed = rng.normal(size=(4, 4))
+    grads = [mixed @ rng.normal(size=(4, 4)) for _ in range(8)]
+    soap = direction is sj.scale_by_kl_soap
+    expected = practical(grads, second_moment=soap, **OPTIONS[options])
+    with jax.enable_x64(True):
+        tx = direction(0.9, 0.8, every=2, **OPTIONS[options])
+        params = jnp.zeros((4, 4), jnp.float64)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for g, e in zip(grads, expected, strict=True):
+            u, state = update(jnp.asarray(g), state, params)
+            np.testing.assert_allclose(u, e, rtol=0, atol=1e-6 * max(1, np.abs(e).max()))
+
+
+@pytest.mark.parametrize("direction", [sj.scale_by_kl_shampoo, sj.scale_by_kl_soap])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refresh": "before"}, "skip_first=True needs refresh='after': "),
+        ({"refresh": "never"}, "refresh='never': use 'before' or 'after'"),
+        ({"basis": sj.EighBasis()}, "use EighBasis.descending=True"),
+        ({"basis": sj.QRBasis()}, "use QRBasis.sort=None"),
+    ],
+)
+def test_contradictions_are_refused(direction, options, message):
+    with pytest.raises(ValueError, match=message):
+        direction(**options)
