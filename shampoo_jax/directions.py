@@ -230,6 +230,7 @@ def scale_by_one_sided_shampoo(
       [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     """
     options = locals()
+    check_static(options)
     if options.pop("side") not in SIDES:
         raise ValueError(f"side={side!r}: use one of {sorted(SIDES)}.")
     return scale_by_shampoo(**options, exponents=side)
