@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.options import check_range
+from shampoo_jax.options import check_range, is_number
+from shampoo_jax.paths import nodes_of
 from shampoo_jax.precision import cast_like, widen
-from shampoo_jax.skipping import skip_nonfinite_steps
+from shampoo_jax.skipping import accept_missing, skip_nonfinite_steps
 from shampoo_jax.weight_decay import Scalar, ScalarOrSchedule, value_at
 
 Array = jax.Array
@@ -59,7 +60,8 @@ def averaging(
 
     A step with any non-finite gradient is skipped as a whole, see `skip_nonfinite_steps`, whatever
     `inner` would do with it: `y`, `z`, the decay and all counts stay, so `inner` and the average
-    agree on the step of a schedule. `check_finite` reads how many were skipped.
+    agree on the step of a schedule. `check_finite` reads how many were skipped. A gradient that is
+    None leaves its parameter, its `z` and their state alone, see `accept_missing`.
 
     Args:
       inner: Optimizer or chain that ends in the learning rate, without momentum: averaging takes
@@ -97,6 +99,7 @@ def averaging(
     _check_options(kind, train_coeff, eval_coeff, lr_power)
     inner = optax.with_extra_args_support(inner)
     decay = optax.with_extra_args_support(optax.identity() if decay is None else decay)
+    coeff = 0.9 if eval_coeff is None else eval_coeff
     power = 2.0 if lr_power is None else lr_power
 
     def init_fn(params: Any) -> AveragingState:
@@ -111,23 +114,17 @@ def averaging(
             decay.init(z),
         )
 
-    def keep(lr: Array, weight_sum: Array) -> tuple[Array, Array]:
-        """The share `c` of the old average, and the new sum of weights."""
-        if kind == "primal":
-            return jnp.asarray(0.9 if eval_coeff is None else eval_coeff, jnp.float32), weight_sum
-        weight = lr**power
-        weight_sum = weight_sum + weight
-        # While a warm-up has been at 0, nothing has moved and any weight will do.
-        share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1.0), 1.0)
-        return 1 - share, weight_sum
-
     def update_fn(
         updates: Any, state: AveragingState, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("averaging needs the parameters: call update(updates, state, params).")
         lr = jnp.asarray(value_at(learning_rate, state.count), jnp.float32)
-        c, weight_sum = keep(lr, state.weight_sum)
+        c, weight_sum = jnp.asarray(coeff, jnp.float32), state.weight_sum
+        if kind == "schedule_free":
+            weight_sum = weight_sum + lr**power
+            # While a warm-up has been at 0, nothing has moved and any weight will do.
+            c = 1 - lr**power / jnp.where(weight_sum > 0, weight_sum, 1.0)
         mix = jnp.asarray(train_coeff, jnp.float32)
 
         step, inner_state = inner.update(updates, state.inner, params, **extra)
@@ -145,7 +142,8 @@ def averaging(
         )
         return cast_like(moved, updates), state
 
-    return skip_nonfinite_steps(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+    tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return accept_missing(skip_nonfinite_steps(tx))
 
 
 def eval_params(state: Any, params: Any) -> Any:
@@ -173,18 +171,14 @@ def eval_params(state: Any, params: Any) -> Any:
       >>> float(params), float(eval_params(state, params))  # x = z / 4, y = (x + z) / 2
       (5.0, 2.0)
     """
-
-    def is_averaging(x: Any) -> bool:
-        return isinstance(x, AveragingState)
-
-    states = [s for s in jax.tree.leaves(state, is_leaf=is_averaging) if is_averaging(s)]
+    states = nodes_of(AveragingState, state)
     if not states:
         raise ValueError(
             f"eval_params found no AveragingState in a state of type {type(state).__name__}: pass "
             "the state of an optimizer that is wrapped in averaging()."
         )
-    for s in states:
-        params = _average(s, params)
+    for _, found in states:
+        params = _average(found, params)
     return params
 
 
@@ -204,8 +198,8 @@ def _check_options(kind: str, train_coeff: Any, eval_coeff: Any, lr_power: Any) 
         raise ValueError(f"lr_power={lr_power} is an option of kind='schedule_free': leave it out.")
     if kind == "schedule_free" and eval_coeff is not None:
         raise ValueError(f"eval_coeff={eval_coeff} is an option of kind='primal': leave it out.")
-    if isinstance(train_coeff, (int, float)) and not 0 < train_coeff <= 1:
+    if is_number(train_coeff) and not 0 < train_coeff <= 1:
         raise ValueError(f"train_coeff={train_coeff} must lie in (0, 1].")
-    if isinstance(lr_power, (int, float)) and not lr_power >= 0:
+    if is_number(lr_power) and not lr_power >= 0:
         raise ValueError(f"lr_power={lr_power} must not be negative.")
     check_range("eval_coeff", eval_coeff)

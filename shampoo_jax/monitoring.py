@@ -11,6 +11,7 @@ from shampoo_jax.blocks import Blocks, blocks_part, map_blocks
 from shampoo_jax.exponents import Exponents, default_exponents
 from shampoo_jax.matrix.eigh import eigh, power_of_two_scale
 from shampoo_jax.matrix.products import matmul
+from shampoo_jax.paths import name_of, nodes_of
 from shampoo_jax.refresh import check_schedule
 
 Array = jax.Array
@@ -145,26 +146,17 @@ def _record(b: Blocks, old: dict[str, Any], exponents: tuple[float, ...]) -> dic
 def _root_figures(factor: Array, root: Array, exponent: float) -> dict[str, Array]:
     """Figures of factors `[N, d, d]` and their roots, in the eigenbasis of the roots."""
     values, vectors = eigh(root)
-    largest = values[:, -1:]
     # Dropped directions carry rounding noise of a few eps; kept ones reach down to a hundredth of
     # the largest or so, because a root compresses the spectrum.
-    noise = 4 * np.sqrt(values.shape[-1]) * float(jnp.finfo(values.dtype).eps)
-    kept = values > noise * largest
+    kept = values > 4 * np.sqrt(values.shape[-1]) * _eps(values) * values[:, -1:]
     # X^(p/2), bounded by dividing by X's largest eigenvalue inside the power.
     half = jnp.where(kept, values, 0.0) ** (0.5 / exponent)
     rotated = matmul(jnp.matrix_transpose(vectors), matmul(factor, vectors))
     product = half[:, :, None] * rotated * half[:, None, :]
     residual = product - kept[:, :, None] * jnp.eye(kept.shape[-1], dtype=factor.dtype)
-    rank = kept.sum(-1)
-    smallest = jnp.min(jnp.where(kept, values, largest), axis=-1)
-    condition = (largest[:, 0] / jnp.where(rank > 0, smallest, 1.0)) ** (1 / exponent)
-    return {
-        "effective_rank": effective_rank(factor),
-        "kept_rank": rank,
-        "condition_number": condition,
-        "dropped_energy": _dropped(_diagonal(rotated), kept),
-        "root_residual": jnp.linalg.norm(residual, axis=(1, 2)) / jnp.sqrt(jnp.maximum(rank, 1)),
-    }
+    figures = _spectrum_figures(factor, _diagonal(rotated), kept, values, 1 / exponent)
+    rank = jnp.maximum(figures["kept_rank"], 1)
+    return figures | {"root_residual": jnp.linalg.norm(residual, axis=(1, 2)) / jnp.sqrt(rank)}
 
 
 def _basis_figures(
@@ -172,17 +164,25 @@ def _basis_figures(
 ) -> dict[str, Array]:
     """Figures of factors `[N, d, d]` and their eigenbases, now and before this step."""
     values = jnp.maximum(_diagonal(matmul(jnp.matrix_transpose(basis), matmul(factor, basis))), 0.0)
-    largest = values.max(-1, keepdims=True)
-    kept = values > values.shape[-1] * float(jnp.finfo(values.dtype).eps) * largest
-    rank = kept.sum(-1)
-    smallest = jnp.min(jnp.where(kept, values, largest), axis=-1)
+    kept = values > values.shape[-1] * _eps(values) * values.max(-1, keepdims=True)
     turned = (basis != previous).any((1, 2))
+    angle = jnp.where(turned, rotation_angle(basis, previous, values), rotation)
+    return _spectrum_figures(factor, values, kept, values) | {"rotation": angle}
+
+
+def _spectrum_figures(
+    factor: Array, energies: Array, kept: Array, spectrum: Array, power: float = 1.0
+) -> dict[str, Array]:
+    """Figures of both kinds: `energies` in each direction, `spectrum^power` as it is used."""
+    energies, rank = jnp.maximum(energies, 0.0), kept.sum(-1)
+    total = energies.sum(-1)
+    largest = jnp.max(spectrum, axis=-1, where=kept, initial=0.0)
+    smallest = jnp.min(spectrum, axis=-1, where=kept, initial=jnp.inf)
     return {
         "effective_rank": effective_rank(factor),
         "kept_rank": rank,
-        "condition_number": largest[:, 0] / jnp.where(rank > 0, smallest, 1.0),
-        "dropped_energy": _dropped(values, kept),
-        "rotation": jnp.where(turned, rotation_angle(basis, previous, values), rotation),
+        "condition_number": (largest / smallest) ** power,  # 0 / inf where none is kept
+        "dropped_energy": jnp.where(kept, 0.0, energies).sum(-1) / jnp.where(total > 0, total, 1.0),
     }
 
 
@@ -238,10 +238,8 @@ def rotation_angle(basis: Array, previous: Array, weights: Array) -> Array:
     return jnp.arcsin(jnp.sqrt(jnp.clip(mean, 0.0, 1.0)))
 
 
-def _dropped(values: Array, kept: Array) -> Array:
-    values = jnp.maximum(values, 0.0)
-    total = values.sum(-1)
-    return jnp.where(kept, 0.0, values).sum(-1) / jnp.where(total > 0, total, 1.0)
+def _eps(x: Array) -> float:
+    return float(jnp.finfo(x.dtype).eps)
 
 
 def _diagonal(matrices: Array) -> Array:
@@ -272,13 +270,7 @@ def read_monitor(opt_state: Any) -> dict[str, dict[str, np.ndarray]]:
       >>> sorted(figures), figures["3x2/0"]["effective_rank"].round(3).tolist()
       (['3x2', '3x2/0', '3x2/1'], [1.0])
     """
-    found = [
-        (path, node)
-        for path, node in jax.tree_util.tree_leaves_with_path(
-            opt_state, is_leaf=lambda x: isinstance(x, MonitorState)
-        )
-        if isinstance(node, MonitorState)
-    ]
+    found = nodes_of(MonitorState, opt_state)
     if not found:
         raise ValueError(
             "this optimizer state holds no MonitorState: build the optimizer with the option "
@@ -288,7 +280,6 @@ def read_monitor(opt_state: Any) -> dict[str, dict[str, np.ndarray]]:
     for place, state in found:
         place = place if len(found) > 1 else ()
         for path, value in jax.tree_util.tree_leaves_with_path(state.figures):
-            key = jax.tree_util.keystr((*place, *path[:-1]), simple=True, separator="/")
-            name = jax.tree_util.keystr(path[-1:], simple=True)
+            key, name = name_of((*place, *path[:-1])), name_of(path[-1:])
             result.setdefault(key, {})[name] = np.asarray(value)
     return result

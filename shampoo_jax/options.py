@@ -70,7 +70,7 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
             "choose one of them or drop graft_b2."
         )
     every = given("every")
-    if isinstance(every, int) and every > 1:
+    if is_number(every) and every > 1:
         _check_cutoff_of_old_roots(every, given("cutoff"), given("atol"))
     factor_eps, rtol = given("factor_eps"), given("rtol", 0.0)
     if factor_eps is not None and not is_off(factor_eps) and not is_off(rtol):
@@ -80,7 +80,7 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_cutoff_of_old_roots(every: int, cutoff: Any, atol: Any) -> None:
+def _check_cutoff_of_old_roots(every: Any, cutoff: Any, atol: Any) -> None:
     why = (
         f"with every={every}: roots of old factors meet newer gradients, and an absolute cutoff "
         "lets noise directions through: use"

@@ -1,11 +1,23 @@
-"""Whose state a leaf is, told from its path in the state."""
+"""Whose state a leaf is, told from its path in the state, and where parts are in it."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 KeyPath = tuple[Any, ...]
+Node = TypeVar("Node")
+
+
+def name_of(path: KeyPath) -> str:
+    """Components of a path joined by `/`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def nodes_of(kind: type[Node], tree: Any) -> list[tuple[KeyPath, Node]]:
+    """All nodes of a type with their paths, the outermost where they are nested."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, kind))
+    return [(path, x) for path, x in found if isinstance(x, kind)]
 
 
 def parameter_of(path: KeyPath, parameters: Collection[KeyPath]) -> KeyPath | None:

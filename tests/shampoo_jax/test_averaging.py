@@ -249,13 +249,13 @@ def test_masked_decay_spares_its_parameters():
     np.testing.assert_array_equal(state.inner_state.z["b"], params["b"])
 
 
-def test_extra_arguments_reach_the_wrapped_optimizer():
+def test_extra_arguments_reach_the_wrapped_optimizer_and_the_decay():
     def update(updates, state, params=None, *, factor, **extra):
         del params, extra
         return jax.tree.map(lambda u: factor * u, updates), state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    tx = averaging(inner, learning_rate=1.0)
+    tx = averaging(inner, learning_rate=1.0, decay=inner)
     params = jnp.ones(2)
     _, state = tx.update(params, tx.init(params), params, factor=-3.0)
     np.testing.assert_allclose(state.inner_state.z, -2.0)
@@ -319,3 +319,18 @@ def test_bad_calls_are_named():
     with pytest.raises(ValueError, match="no AveragingState"):
         eval_params(optax.sgd(0.1).init(params), params)
     assert isinstance(tx.init(params).inner_state, AveragingState)
+
+
+def test_a_missing_gradient_leaves_its_iterates_alone():
+    params, grads = problem()
+    decay = optax.add_decayed_weights(0.5)
+    tx = averaging(optax.adam(0.1), learning_rate=0.1, decay=decay)
+    _, state = tx.update(grads[0], tx.init(params), params)
+    updates, after = tx.update({"w": grads[1]["w"], "b": None}, state, params)
+    full, expected = tx.update(grads[1], state, params)
+    assert updates["b"] is None
+    np.testing.assert_array_equal(updates["w"], full["w"])
+    for kept in ("z", "mu"):
+        now, old, new = (optax.tree.get(s, kept) for s in (after, state, expected))
+        np.testing.assert_array_equal(now["b"], old["b"])
+        np.testing.assert_array_equal(now["w"], new["w"])

@@ -79,9 +79,9 @@ def test_figures_of_a_low_rank_factor_match_numpy(scale):
 def test_a_cutoff_that_drops_real_directions_shows_as_dropped_energy(exponent):
     g = low_rank(8, 8, rank=8, spread=30.0)
     tx = walk(
-        [monitor_spectrum(exponents=lambda order: (exponent,) * order)],
+        [monitor_spectrum(exponents=lambda shape: (exponent,) * len(shape))],
         TruncatedEigh(rtol=0.01),
-        lambda order: (exponent,) * order,
+        lambda shape: (exponent,) * len(shape),
     )
     _, state = one_step(tx, {"w": jnp.asarray(g, jnp.float32)})
     figures = read_monitor(state)["8x8/0"]
@@ -231,7 +231,7 @@ def test_effective_rank_survives_the_range_of_float32():
 
 
 def test_a_dimension_without_exponent_has_no_figures():
-    one_sided = lambda order: (0.5,) + (0.0,) * (order - 1)  # noqa: E731
+    one_sided = lambda shape: (0.5,) + (0.0,) * (len(shape) - 1)  # noqa: E731
     tx = walk([monitor_spectrum(exponents=one_sided)], exponents=one_sided)
     _, state = one_step(tx, {"w": jnp.ones((5, 3))})
     assert sorted(read_monitor(state)) == ["5x3", "5x3/0"]
