@@ -78,7 +78,7 @@ def accumulate_kl_factors(
 
         def accumulate(b: Blocks, factors: Matrices, roots: Matrices) -> Matrices:
             new = whitened_contractions(b.gradient, factors, roots, normalize)
-            return decay_factors(factors, new, b2, weighted)
+            return decay_factors(factors, list(new), b2, weighted)
 
         def report(b: Blocks, factors: Matrices) -> Blocks:
             scale = factor_correction(b2, count, b.gradient.dtype, bias_correction and weighted)
