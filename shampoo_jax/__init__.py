@@ -30,8 +30,10 @@ from shampoo_jax.grafting import graft, scale_by_second_moment
 from shampoo_jax.hyperparameters import inject_hyperparams
 from shampoo_jax.kl import kl_eigenbasis
 from shampoo_jax.kl_factors import accumulate_kl_factors
+from shampoo_jax.matrix.polynomial import PrecisionPolicy
 from shampoo_jax.momentum import momentum
 from shampoo_jax.monitoring import monitor_spectrum, read_monitor
+from shampoo_jax.polynomial_solver import Polynomial
 from shampoo_jax.registry import register_solver
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.routing import complete, is_hidden_matrix
@@ -57,6 +59,8 @@ __all__ = [
     "DimensionNumbers",
     "EighBasis",
     "HigherOrderNewton",
+    "Polynomial",
+    "PrecisionPolicy",
     "QRBasis",
     "Report",
     "ShiftedEigh",

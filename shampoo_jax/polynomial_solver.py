@@ -26,7 +26,7 @@ class Polynomial(Solver):
       semantics: `"cut"`, the pseudo-inverse of `TruncatedEigh`, or the cheaper `"clip"`, which
         raises eigenvalues below the cutoff to it.
       sign_steps: Of the projector of `"cut"`. 3 separate eigenvalues 5 % from the cutoff, 4 those
-        1.5 % from it, for 3 more products on top of 26 at size 768.
+        1.2 % from it, for 3 more products on top of 26 at size 768.
       precision: Of float32 products; None chooses by the backend that runs them.
 
     Example:

@@ -1,10 +1,12 @@
 """Solvers by name: what `solver="..."` means, and how to add one's own."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from shampoo_jax.options import is_off
+from shampoo_jax.polynomial_solver import Polynomial
 from shampoo_jax.solvers import (
     CoupledNewton,
     HigherOrderNewton,
@@ -35,6 +37,8 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "shifted_eigh": ShiftedEigh,
     "coupled_newton": CoupledNewton,
     "higher_order_newton": _higher_order_newton,
+    "polynomial": Polynomial,
+    "polynomial_clip": functools.partial(Polynomial, semantics="clip"),
 }
 
 

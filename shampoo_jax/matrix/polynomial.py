@@ -126,6 +126,11 @@ def root_schedule(
     factor: Array, p: int, semantics: Semantics, rtol: float | None, sign_steps: int
 ) -> schedules.RootSchedule:
     """The schedule of a factor's size and dtype; raises ValueError where rtol cannot be met."""
+    if isinstance(rtol, Array):
+        raise ValueError(
+            f"rtol={rtol} is an array, but polynomials are designed for a cutoff that is known "
+            "before any step: give a Python number, or use solver='eigh'."
+        )
     eps = float(jnp.finfo(factor.dtype).eps)
     rtol = factor.shape[-1] * eps if rtol is None else float(rtol)
     if not eps <= rtol <= MAX_RTOL:

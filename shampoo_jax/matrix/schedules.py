@@ -7,6 +7,7 @@ arXiv:1906.11326, for roots).
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +19,6 @@ Coefficients = tuple[float, ...]
 # Largest relative error of the last root step. At 0.07 the images of kept eigenvalues, within
 # (1 -+ error)^p, stay apart from the image of the cutoff.
 MAX_ERROR = 0.06
-MAX_STEPS = 60
 # Largest error of the projector's sign outside a gap around the cutoff that the steps determine,
 # by p. What it lets through is as large as the root of the cutoff, which is most for p = 1.
 SIGN_ERRORS = {1: 1e-4}
@@ -200,7 +200,7 @@ def _fewest(
     p: int, rtol: float, lower: float, change: Callable[[tuple[Step, ...]], float]
 ) -> RootSchedule:
     """The shortest schedule within `MAX_ERROR` on an interval whose left end `change` settles."""
-    for count in range(1, MAX_STEPS):
+    for count in itertools.count(1):
         left = lower
         for _ in range(10):
             steps = root_steps(left, p, count)
@@ -213,7 +213,7 @@ def _fewest(
             return RootSchedule(
                 rtol, coefficients, error, images(rtol, p, steps), _largest(error, p)
             )
-    raise ValueError(f"rtol={rtol} needs more than {MAX_STEPS} steps: use solver='eigh'.")
+    raise AssertionError("unreachable: more steps always come closer")
 
 
 def _largest(error: float, p: int) -> float:
