@@ -22,31 +22,22 @@ class Move(NamedTuple):
     order: Matrices  # new order of old columns, or None per dimension
 
 
-def carry(state: Any, moves: Any, first_moments: Sequence[str], reorder: bool) -> Any:
-    """An inner state after a change of basis.
+def carry(
+    path: KeyPath, leaf: Array, move: Move, first_moments: Sequence[str], reorder: bool
+) -> Array:
+    """A leaf of an inner state, of the shape of its stack, after a change of basis.
 
     Args:
-      state: State of a transformation of stacks.
-      moves: One `Move` per stack, in the tree of the stacks.
+      path: Of the leaf in that state.
+      leaf: `[N, *block]`.
+      move: The change of basis of the leaf's stack.
       first_moments: Names of the fields whose leaves are rotated by `Q_new^T Q_old`.
-      reorder: Whether the other per-block leaves are permuted with the columns.
-
-    Returns:
-      The state of the same structure.
+      reorder: Whether other leaves are permuted with the columns.
     """
-    stacks = dict(jax.tree_util.tree_leaves_with_path(moves, is_leaf=lambda x: isinstance(x, Move)))
-
-    def one(path: KeyPath, leaf: Array) -> Array:
-        stack = stack_of(path, stacks) if jnp.ndim(leaf) else None
-        if stack is None:
-            return leaf
-        move = stacks[stack]
-        if _fields(path) & set(first_moments):
-            moved = apply_matrices(apply_matrices(leaf, move.old), move.new, transpose=True)
-            return moved.astype(leaf.dtype)
-        return _permute(leaf, move.order) if reorder else leaf
-
-    return jax.tree_util.tree_map_with_path(one, state)
+    if _fields(path) & set(first_moments):
+        moved = apply_matrices(apply_matrices(leaf, move.old), move.new, transpose=True)
+        return moved.astype(leaf.dtype)
+    return _permute(leaf, move.order) if reorder else leaf
 
 
 def _permute(x: Array, order: Matrices) -> Array:

@@ -15,6 +15,7 @@ from shampoo_jax.blocks import (
     Part,
     blocks_part,
     from_gradients,
+    is_blocks,
     map_blocks,
     where_block,
 )
@@ -22,7 +23,8 @@ from shampoo_jax.carrying import Matrices, Move, along, carry, check_elementwise
 from shampoo_jax.exponents import Exponents, default_exponents, per_factor
 from shampoo_jax.matrix import eigh
 from shampoo_jax.options import is_off
-from shampoo_jax.refresh import check_schedule, refresh_due
+from shampoo_jax.paths import KeyPath, stack_of
+from shampoo_jax.refresh import check_schedule, refresh_due, refresh_slots, staggered
 from shampoo_jax.roots import apply_matrices, identity_roots, no_failures
 
 Array = jax.Array
@@ -55,6 +57,7 @@ def eigenbasis(
     exponents: Exponents = default_exponents,
     every: int | Array = 1,
     start: int | Array | None = None,
+    stagger: bool = False,
     refresh: Literal["before", "after"] = "before",
     skip_first: bool = False,
     rtol: float | None = 0.0,
@@ -79,6 +82,8 @@ def eigenbasis(
       every: Steps between refreshes.
       start: With `refresh="before"`, the first step that refreshes; bases are identities until
         then. None means `every`.
+      stagger: Whether each step refreshes one block in `every`, see `invert_roots`, once all have
+        had their first basis.
       refresh: `"before"` refreshes from factors that include this step's gradient, then uses the
         new basis (Meta). `"after"` decomposes the first step's factors and from then on uses the
         old basis, so that a gradient is never rotated by a basis that has seen it (the papers).
@@ -108,7 +113,7 @@ def eigenbasis(
       >>> updates["w"].round(2).tolist()  # U V^T of the gradient's singular vectors
       [[0.0, 1.0], [1.0, 0.0]]
     """
-    _check_refresh(every, start, refresh, skip_first)
+    _check_refresh(every, start, stagger, refresh, skip_first)
     basis = EighBasis() if basis is None else basis
     before = refresh == "before"
     first = (every if start is None else start) if before else 1 + skip_first
@@ -130,15 +135,24 @@ def eigenbasis(
         is_first = count == 1
         method = basis if before else EighBasis(descending=True)
         due = is_first if not before else _always(every, first) or refresh_due(count, every, first)
-        move = functools.partial(_move, blocks, rtol=rtol, first_moments=names, reorder=reorder)
-        state = _when(due, functools.partial(move, method=method), old._replace(count=count))
+        move = functools.partial(
+            _move, blocks, every=every, rtol=rtol, first_moments=names, reorder=reorder
+        )
+        state = old._replace(count=count)
+        if before and stagger and every != 1:
+            state = staggered(
+                lambda turn, s: move(s, turn, method=basis), count, every, first, state
+            )
+        else:
+            state = _when(due, functools.partial(move, method=method), state)
         new, used = _use(tx, blocks, state, params)
         if skip_first:
             new, used = _skip(is_first, new, used, state)
         if not before:
             age = count - skip_first
-            due = (age > 0) & (age % every == 0)
-            used = _when(due, functools.partial(move, method=basis), used)
+            due = (age > 0) & (stagger | (age % every == 0))
+            turn = age if stagger and every != 1 else None
+            used = _when(due, functools.partial(move, turn=turn, method=basis), used)
         report = functools.partial(_report, ready=count >= first)
         return map_blocks(report, new, old.bases, used.bases, used.failures), used
 
@@ -185,22 +199,44 @@ def in_eigenbasis(
 def _move(
     blocks: Any,
     state: EigenbasisState,
+    turn: Array | None = None,
+    *,
+    every: Any,
     method: Basis,
     rtol: Any,
     first_moments: Sequence[str],
     reorder: bool,
 ) -> EigenbasisState:
-    """The state in new bases."""
-    refresh = functools.partial(_refresh, method=method, rtol=rtol)
-    new = map_blocks(refresh, blocks, state.bases, state.keep)
-    moves = map_blocks(lambda b, q, r: Move(q, r.bases, r.order), blocks, state.bases, new)
-    return EigenbasisState(
-        state.count,
-        map_blocks(lambda b, r: r.bases, blocks, new),
-        map_blocks(lambda b, r: r.keep, blocks, new),
-        map_blocks(lambda b, n, r: n + r.failed, blocks, state.failures, new),
-        carry(state.inner, moves, first_moments, reorder),
+    """The state in new bases, of the slots whose turn it is or of all."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(blocks, is_leaf=is_blocks)]
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state.inner)
+    owners = [stack_of(path, paths) if jnp.ndim(leaf) else None for path, leaf in leaves]
+    inner = [leaf for _, leaf in leaves]
+
+    def stack(path: KeyPath, b: Blocks, *old: Any) -> tuple[Matrices, Matrices, Array]:
+        own = [i for i, owner in enumerate(owners) if owner == path]
+
+        def renew(old: Any, factors: Matrices) -> Any:
+            bases, keep, failures, kept = old
+            new = _refresh(factors, bases, keep, method, rtol)
+            move = Move(bases, new.bases, new.order)
+            carried = [
+                carry(leaves[i][0], leaf, move, first_moments, reorder)
+                for i, leaf in zip(own, kept, strict=True)
+            ]
+            return new.bases, new.keep, failures + new.failed, carried
+
+        before = (*old, [inner[i] for i in own])
+        *new, carried = refresh_slots(renew, b.slots, turn, every, before, b.per_dimension)
+        for i, leaf in zip(own, carried, strict=True):
+            inner[i] = leaf
+        return tuple(new)
+
+    new = jax.tree_util.tree_map_with_path(
+        stack, blocks, state.bases, state.keep, state.failures, is_leaf=is_blocks
     )
+    parts = [map_blocks(lambda b, n, i=i: n[i], blocks, new) for i in range(3)]
+    return EigenbasisState(state.count, *parts, jax.tree.unflatten(structure, inner))
 
 
 def _use(
@@ -259,12 +295,14 @@ def _keep_all(p: Blocks, exponents: Exponents) -> Matrices:
     return per_factor(lambda n, d, e: jnp.ones((n, d), bool), p.update.shape, exponents)
 
 
-def _refresh(b: Blocks, bases: Matrices, keep: Matrices, method: Basis, rtol: Any) -> Refreshed:
+def _refresh(
+    factors: Matrices, bases: Matrices, keep: Matrices, method: Basis, rtol: Any
+) -> Refreshed:
     """New bases of one stack; a factor that is not finite keeps its old one, and what it keeps."""
     new, new_keep = list(bases), list(keep)
     order: list[Array | None] = [None] * len(bases)
-    failed = jnp.zeros(len(b.update), bool)
-    for k, (factor, basis) in enumerate(zip(b.per_dimension, bases, strict=True)):
+    failed = jnp.array(False)
+    for k, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
         if factor is None or basis is None:
             continue
         ok = eigh.finite(factor)
@@ -272,9 +310,10 @@ def _refresh(b: Blocks, bases: Matrices, keep: Matrices, method: Basis, rtol: An
         ok &= eigh.finite(columns)
         failed |= ~ok
         new[k] = where_block(ok, columns, basis)
-        if keep:
+        old_keep = keep[k] if keep else None
+        if old_keep is not None:
             kept = eigh.truncated_power(values, 0.0, rtol=rtol) > 0
-            new_keep[k] = where_block(ok, kept, keep[k])
+            new_keep[k] = where_block(ok, kept, old_keep)
         if moved is not None:
             order[k] = where_block(
                 ok, moved, jnp.broadcast_to(jnp.arange(basis.shape[-1]), moved.shape)
@@ -299,9 +338,9 @@ def _skip(skipped: Array, new: Any, used: Any, state: Any) -> tuple[Any, Any]:
     return new, jax.tree.map(lambda u, s: jnp.where(skipped, s, u), used, state)
 
 
-def _check_refresh(every: Any, start: Any, refresh: str, skip_first: bool) -> None:
+def _check_refresh(every: Any, start: Any, stagger: bool, refresh: str, skip_first: bool) -> None:
     """Raises ValueError for a schedule that makes no sense."""
-    check_schedule(every, start)
+    check_schedule(every, start, stagger)
     if refresh not in ("before", "after"):
         raise ValueError(f"refresh={refresh!r}: use 'before' or 'after'.")
     if start is not None and refresh == "after":

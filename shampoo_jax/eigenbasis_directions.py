@@ -36,6 +36,8 @@ def scale_by_soap(
     exponents: ExponentOption = None,
     basis: str | Basis | None = None,
     every: Any = 10,
+    stagger: bool = False,
+    mu_dtype: Any = None,
     start: Any = None,
     refresh: Literal["before", "after"] = "after",
     skip_first: bool = True,
@@ -83,6 +85,8 @@ def scale_by_soap(
         do not matter.
       basis: `"eigh"`, `"qr"`, a `Basis`, or None for the authors' sorted QR step.
       every: Steps between refreshes of the bases.
+      stagger: Whether each step refreshes one block in `every`, so that all steps cost the same.
+      mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       start: First refresh; needs `refresh="before"`.
       refresh: Whether bases are refreshed before or after their use, see `eigenbasis`.
       skip_first: Whether the first step makes no update; needs `refresh="after"`.
@@ -113,7 +117,7 @@ def scale_by_soap(
     check_options(options)
     resolved = resolve_exponents(exponents)
     weighting: Any = {"bias_correction": bias_correction, "weighted": weighted}
-    first_moment = filter_gradient(b1, b3, bias_correction=bias_correction)
+    first_moment = filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype)
     second = scale_by_second_moment(b2, eps, exponent=exponent, **weighting)
     direction = optax.chain(
         accumulate_factors(b2 if factor_b2 is None else factor_b2, exponents=resolved, **weighting),
@@ -125,6 +129,7 @@ def scale_by_soap(
             exponents=resolved,
             every=every,
             start=start,
+            stagger=stagger,
             refresh=refresh,
             skip_first=skip_first,
             rtol=rtol,
@@ -150,6 +155,8 @@ def scale_by_kl_shampoo(
     exponents: ExponentOption = None,
     basis: str | Basis | None = None,
     every: Any = 10,
+    stagger: bool = False,
+    mu_dtype: Any = None,
     refresh: Literal["before", "after"] = "after",
     skip_first: bool = True,
     cap: str | float = "size",
@@ -183,6 +190,8 @@ def scale_by_kl_shampoo(
       basis: `"eigh"`, `"qr"` or None for one unsorted QR step, or a `Basis` that keeps the order
         of columns.
       every: Steps between refreshes of the bases.
+      stagger: Whether each step refreshes one block in `every`, so that all steps cost the same.
+      mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       refresh: Whether a gradient enters the statistics and bases `"before"` or `"after"` its use.
       skip_first: Whether the first step makes no update, see `kl_eigenbasis`.
       cap: See `kl_eigenbasis`.
@@ -204,7 +213,7 @@ def scale_by_kl_shampoo(
       >>> float(jnp.abs(updates["w"]).max())  # the first step only fills the state
       0.0
     """
-    first_moment = filter_gradient(b1, bias_correction=bias_correction)
+    first_moment = filter_gradient(b1, bias_correction=bias_correction, mu_dtype=mu_dtype)
     return _kl(locals(), first_moment, b2, scaled=True, eps=eps)
 
 
@@ -224,6 +233,8 @@ def scale_by_kl_soap(
     exponents: ExponentOption = None,
     basis: str | Basis | None = None,
     every: Any = 10,
+    stagger: bool = False,
+    mu_dtype: Any = None,
     refresh: Literal["before", "after"] = "after",
     skip_first: bool = True,
     cap: str | float = "size",
@@ -251,6 +262,8 @@ def scale_by_kl_soap(
       exponents: See `scale_by_kl_shampoo`.
       basis: See `scale_by_kl_shampoo`.
       every: Steps between refreshes of the bases.
+      stagger: Whether each step refreshes one block in `every`, so that all steps cost the same.
+      mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       refresh: See `scale_by_kl_shampoo`.
       skip_first: See `scale_by_kl_shampoo`.
       cap: See `kl_eigenbasis`.
@@ -272,7 +285,7 @@ def scale_by_kl_soap(
       >>> float(jnp.abs(updates["w"]).max())  # the first step only fills the state
       0.0
     """
-    first_moment = filter_gradient(b1, bias_correction=bias_correction)
+    first_moment = filter_gradient(b1, bias_correction=bias_correction, mu_dtype=mu_dtype)
     second_moment = scale_by_second_moment(b2, eps, bias_correction=bias_correction)
     inner = optax.chain(first_moment, second_moment)
     return _kl(locals(), inner, b2 if factor_b2 is None else factor_b2, scaled=False)
@@ -285,7 +298,7 @@ def _kl(
     check_static(options)
     check_options(options)
     resolved = resolve_exponents(options["exponents"])
-    names = ("first_weight", "normalize", "every", "refresh", "skip_first", "cap", "rtol")
+    names = "first_weight normalize every stagger refresh skip_first cap rtol".split()
     direction = kl_eigenbasis(
         inner,
         b2,

@@ -47,6 +47,7 @@ def kl_eigenbasis(
     exponents: Exponents = default_exponents,
     basis: Basis | None = None,
     every: int | Array = 10,
+    stagger: bool = False,
     refresh: Literal["before", "after"] = "after",
     skip_first: bool = True,
     cap: str | float = "size",
@@ -80,6 +81,7 @@ def kl_eigenbasis(
       basis: How bases are refreshed; None means one unsorted QR step. It may not change the order
         of columns, which is that of the eigenvalues.
       every: Steps between refreshes.
+      stagger: See `eigenbasis`.
       refresh: `"after"` uses each gradient before it enters factors, eigenvalues and bases, as
         above; `"before"` lets it enter them first, with identities for bases until step `every`.
       skip_first: Whether the first step makes no update and `inner` does not see it; needs
@@ -110,6 +112,7 @@ def kl_eigenbasis(
         basis=basis,
         exponents=exponents,
         every=every,
+        stagger=stagger,
         refresh=refresh,
         skip_first=skip_first,
         rtol=rtol,

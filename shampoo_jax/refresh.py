@@ -56,7 +56,7 @@ def staggered(
 
 
 def refresh_slots(
-    f: Callable[..., T], slots: Array, turn: Array, every: int, old: T, *reads: Any
+    f: Callable[..., T], slots: Array, turn: Array | None, every: int, old: T, *reads: Any
 ) -> T:
     """Applies `f` to the slots of a stack whose turn it is: those equal to `turn` modulo `every`.
 
@@ -66,7 +66,7 @@ def refresh_slots(
     Args:
       f: Function of (old, *reads) of some slots giving new values for `old`.
       slots: `int32[N]`, consecutive numbers: positions among the blocks of all stacks.
-      turn: Integer, the step.
+      turn: Integer, the step; None for all slots at once.
       every: Number of turns until all slots have had theirs.
       old: Tree of arrays `[N, ...]`.
       *reads: Likewise.
@@ -78,6 +78,8 @@ def refresh_slots(
     >>> refresh_slots(lambda o: o + 1, jnp.arange(2, 7), jnp.array(6), 3, old).tolist()
     [0, 1, 0, 0, 1]
     """
+    if turn is None:
+        return f(old, *reads)
     n = len(slots)
     first = (turn - slots[0]) % every
 

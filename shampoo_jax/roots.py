@@ -87,9 +87,7 @@ def invert_roots(
             def renew(old: Any, factors: Any) -> tuple[Any, Any, Array]:
                 return _refresh(factors, solve, exponents(b.shape), chunk, old)
 
-            if turn is None:
-                return renew(old, b.per_dimension)
-            return refresh_slots(renew, b.slots, turn, int(every), old, b.per_dimension)
+            return refresh_slots(renew, b.slots, turn, every, old, b.per_dimension)
 
         new = map_blocks(stack, blocks, *old[1:])
         parts = [map_blocks(lambda b, p, i=i: p[i], blocks, new) for i in range(3)]
@@ -103,7 +101,7 @@ def invert_roots(
             state = refresh(blocks, state)
         elif stagger and every != 1:
             renew = lambda turn, s: refresh(blocks, s, turn)  # noqa: E731
-            state = staggered(renew, count, int(every), first, state)
+            state = staggered(renew, count, every, first, state)
         else:
             due = refresh_due(count, every, first)
             state = jax.lax.cond(due, lambda s: refresh(blocks, s), lambda same: same, state)

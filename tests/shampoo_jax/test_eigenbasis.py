@@ -56,6 +56,32 @@ def test_momentum_is_carried_without_being_named():
     assert jnp.abs(stays[-1]["w"] - outside[-1]["w"]).max() > 1e-2
 
 
+@pytest.mark.parametrize("refresh", ["before", "after"])
+def test_staggered_blocks_turn_with_their_own_momentum_when_it_is_their_turn(refresh):
+    tx = in_basis(optax.trace(0.9), stagger=True, refresh=refresh)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    outside, _ = run(optax.trace(0.9))
+    turned = []
+    for g, plain in zip(GRADIENTS, outside, strict=True):
+        old = bases(state)
+        new, state = update(g, state, PARAMS)
+        assert_close(new, plain, 1e-5)
+        turned.append([bool(jnp.any(a != b)) for a, b in zip(old, bases(state), strict=True)])
+    # Blocks 0 to 2 are b, v and w; all turn at first, then 0 and 2 in even steps, 1 in odd ones.
+    start = 2 if refresh == "before" else 1
+    expected = [
+        [t == start or (t > start and i % 2 == t % 2) for i in range(3)] for t in range(1, 6)
+    ]
+    assert turned == expected
+
+
+def bases(state):
+    """The basis of the first dimension of every block, in the order of their positions."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "bases"))
+    (found,) = [s.bases for s in nodes if hasattr(s, "bases")]
+    return [found["3"][0][0], *found["4x3"][0]]
+
+
 def test_moments_keep_their_dtype():
     half, state = run(in_basis(optax.scale_by_adam(mu_dtype=jnp.bfloat16)))
     mu = optax.tree.get(state, "mu")
