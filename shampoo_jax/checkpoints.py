@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from shampoo_jax.blocking import BlockedState, identity
-from shampoo_jax.paths import KeyPath, parameter_of
+from shampoo_jax.paths import KeyPath, name_of, nodes_of, parameter_of
 
 Rows = Mapping[str, Any]  # by parameter, the rows of a state leaf that are its own; ... for all
 Tree = dict[str, Any]
@@ -95,8 +95,12 @@ def tree_to_state(tree: Mapping[str, Any], state: Any, params: Any) -> Any:
       ValueError: An entry of no parameter, a parameter with another shape or layout than in the
         tree, or a state of another optimizer.
     """
-    known = _known(params)
-    saved = tree[PARAMETERS]
+    if not isinstance(tree, Mapping) or not {PARAMETERS, SHARED} <= tree.keys():
+        raise ValueError(
+            f"a tree with the keys {PARAMETERS!r} and {SHARED!r} is expected, as state_to_tree made"
+            f" it, not {type(tree).__name__}: pass the whole of what was saved."
+        )
+    known, saved = _known(params), tree[PARAMETERS]
     strays = [name for name in saved if name not in known.shapes]
     if strays:
         raise ValueError(
@@ -173,7 +177,7 @@ def check_state(state: Any, params: Any, tx: optax.GradientTransformation | None
 def _known(params: Any) -> _Parameters:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     # A bare array has no path.
-    names = {p: jax.tree_util.keystr(p, simple=True, separator="/") or "params" for p, _ in leaves}
+    names = {p: name_of(p) or "params" for p, _ in leaves}
     shapes = {names[p]: tuple(np.shape(x)) for p, x in leaves}
     if len(shapes) < len(names):
         raise ValueError(
@@ -185,7 +189,7 @@ def _known(params: Any) -> _Parameters:
 
 
 def _blocked(state: Any) -> list[BlockedState]:
-    return [node for _, node in _nodes(state) if isinstance(node, BlockedState)]
+    return [node for _, node in nodes_of(BlockedState, state)]
 
 
 def _nodes(state: Any) -> list[tuple[KeyPath, Any]]:
@@ -193,19 +197,14 @@ def _nodes(state: Any) -> list[tuple[KeyPath, Any]]:
     return jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, BlockedState))
 
 
-def _key(path: KeyPath) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _owners(node: BlockedState, known: _Parameters) -> list[str]:
     """Names of the parameters of one `BlockedState`, in its order."""
     rows = np.asarray(node.fingerprints).tolist()
-    for row in rows:
-        if tuple(row[:2]) not in known.found:
-            raise ValueError(
-                "the optimizer state holds a parameter that is not among these: call check_state "
-                "to find out, and pass the parameters that the state was made for."
-            )
+    if not {tuple(row[:3]) for row in rows} <= set(known.identities.values()):
+        raise ValueError(
+            "the optimizer state holds a parameter that is not among these, or had another shape: "
+            "call check_state to find out, and pass the parameters that the state was made for."
+        )
     return [known.found[row[0], row[1]] for row in rows]
 
 
@@ -214,7 +213,7 @@ def _layouts(state: Any, known: _Parameters) -> Iterator[tuple[str, str, np.ndar
     for place, node in _nodes(state):
         if isinstance(node, BlockedState):
             rows = np.array(node.fingerprints)[:, 2:]
-            key = "/".join(filter(None, (_key(place), LAYOUT)))
+            key = "/".join(filter(None, (name_of(place), LAYOUT)))
             yield from ((n, key, row) for n, row in zip(_owners(node, known), rows, strict=True))
 
 
@@ -235,7 +234,7 @@ def _entries(state: Any, known: _Parameters) -> Iterator[tuple[Any, str, Rows]]:
             names = (k.key for k in path if isinstance(k, jax.tree_util.DictKey))
             yield (
                 leaf,
-                _key((*place, *path)),
+                name_of((*place, *path)),
                 stacks.get(next((n for n in names if n in stacks), ""), {}),
             )
 
@@ -253,8 +252,8 @@ def _own(path: KeyPath, known: _Parameters) -> tuple[str, Rows]:
     """The rest of a leaf's path, and the parameter that its end names."""
     owner = parameter_of(path, known.names)
     if owner is None:
-        return _key(path), {}
-    return _key(path[: len(path) - len(owner)]), {known.names[owner]: ...}
+        return name_of(path), {}
+    return name_of(path[: len(path) - len(owner)]), {known.names[owner]: ...}
 
 
 def _entry_of(name: str) -> str:
@@ -311,12 +310,14 @@ def _difference(held: list[Any], wanted: list[Any], known: _Parameters) -> str:
     """The first place where two lists of fingerprints differ, in words; empty if there is none."""
 
     def name(row: Any) -> str:
-        if row is None:
-            return "none"
         return known.found.get(tuple(row[:2]), "one that is gone or renamed")
 
     for old, new in itertools.zip_longest(held, wanted):
-        if old is None or new is None or tuple(old[:2]) != tuple(new[:2]):
+        if old is None:
+            return f"parameter {name(new)} is missing from it"
+        if new is None:
+            return f"after the last parameter expected, it holds {name(old)}"
+        if tuple(old[:2]) != tuple(new[:2]):
             return f"where parameter {name(new)} is expected, it holds {name(old)}"
         change = _change(old[2:], new[2:])
         if change:

@@ -1,22 +1,23 @@
 """What an optimizer will do with a set of parameters, before any training."""
 
 import collections
-import dataclasses
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from shampoo_jax.aliases import shampoo
-from shampoo_jax.bases import Basis, CarriedBasis, EighBasis, QRBasis, make_basis
+from shampoo_jax.bases import Basis, CarriedBasis, EighBasis, make_basis
 from shampoo_jax.exponents import uncut_exponents
 from shampoo_jax.options import is_off
+from shampoo_jax.paths import name_of
 from shampoo_jax.plan import Cell, LeafPlan, make_plan
 from shampoo_jax.registry import make_solver
+from shampoo_jax.report import Report, Row
 from shampoo_jax.routing import is_hidden_matrix
 from shampoo_jax.solvers import (
     CoupledNewton,
@@ -49,78 +50,6 @@ ADAM, OTHER = "adam", "other"
 Factored = dict[str, tuple[bool, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One parameter.
-
-    Attributes:
-      name: Path, components joined by `/`.
-      shape: Its shape.
-      preconditioned: Whether it is preconditioned; otherwise the fields below are empty.
-      batch: Number of independent slices, each with factors of its own.
-      merged: Shape of a slice as it is read, before it is cut.
-      blocks: Number of blocks by block shape, over all slices.
-      factors: Number of factors by edge length, over all blocks.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    preconditioned: bool
-    batch: int = 0
-    merged: tuple[int, ...] = ()
-    blocks: Mapping[tuple[int, ...], int] = dataclasses.field(default_factory=dict)
-    factors: Mapping[int, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What `explain` found; `str()` of it is a table for people.
-
-    Attributes:
-      rows: One per parameter, in the order of `jax.tree.leaves`.
-      state_bytes: Bytes of optimizer state by kind: first moment, factors, roots (or bases), second
-        moment (of the graft or in the eigenbasis), adam (both moments of parameters that are not
-        preconditioned), other (momentum, counts ...).
-      adamw_bytes: State of AdamW on all parameters, twice their size.
-      muon_bytes: State of Muon on the preconditioned parameters, once their size, with AdamW on
-        the others.
-      refresh_flops: One refresh of all roots or bases; for Newton's methods, one iteration of it.
-      refresh_method: How that is done, and its multiple of d^3 per factor (Golub and Van Loan).
-      statistics_flops: Factor statistics of one step, `2 d |block|` per factor.
-      apply_flops: Application in one step: with roots `2 d |block|` per factor; with eigenbases
-        three times that, for gradient and first moment into the basis and the update back.
-      root_batches: Root computations in the compiled program, one per block shape and side.
-      largest_factor: Largest edge of a factor, 0 without factors.
-    """
-
-    rows: tuple[Row, ...]
-    state_bytes: dict[str, int]
-    adamw_bytes: int
-    muon_bytes: int
-    refresh_flops: float
-    refresh_method: str
-    statistics_flops: int
-    apply_flops: int
-    root_batches: int
-    largest_factor: int
-
-    def __str__(self) -> str:
-        header = ("parameter", "count", "shape", "optimizer", "read as", "blocks", "factors")
-        lines = [*_align([header, *_cells(self.rows)]), ""]
-        total = sum(self.state_bytes.values())
-        kinds = ", ".join(f"{k} {_bytes(v)}" for k, v in self.state_bytes.items() if v)
-        lines += [
-            f"optimizer state   {_bytes(total)} ({kinds})",
-            f"in comparison     AdamW {_bytes(self.adamw_bytes)}, Muon {_bytes(self.muon_bytes)}",
-            f"refresh           {_flops(self.refresh_flops)} by {self.refresh_method}",
-            f"every step        {_flops(self.statistics_flops)} statistics, "
-            f"{_flops(self.apply_flops)} application",
-            f"root batches      {self.root_batches} (block shapes x sides)",
-            f"largest factor    {self.largest_factor} x {self.largest_factor}",
-        ]
-        return "\n".join(lines)
-
-
 def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: Any) -> Report:
     """Tells how parameters are routed, read, cut and paid for, without computing anything.
 
@@ -134,7 +63,8 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
       The report.
 
     Raises:
-      TypeError: An option that the optimizer does not have, or an optimizer without blocks.
+      TypeError: An option that the optimizer does not have, an optimizer without blocks or one
+        that is built already.
       ValueError: Options that the optimizer refuses, complex parameters.
 
     Example:
@@ -146,6 +76,11 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
       >>> print(str(report).splitlines()[1])
       bias       1      4      adamw           -        -         -
     """
+    if not callable(optimizer):
+        raise TypeError(
+            "explain takes the function that makes the optimizer, and its options: "
+            "explain(params, shampoo, block_size=64)."
+        )
     signature = inspect.signature(optimizer)
     if "learning_rate" in signature.parameters:
         options = {"learning_rate": 1.0} | options
@@ -153,13 +88,12 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
     bound = signature.bind(**options)
     bound.apply_defaults()
     chosen = bound.arguments
-    rule = (
-        (chosen["preconditioned"] or is_hidden_matrix)
-        if "preconditioned" in chosen
-        else lambda path, leaf: True
-    )
     if "block_size" not in chosen:
-        raise TypeError(f"{optimizer} has no option block_size: explain cannot tell its blocks.")
+        raise TypeError(
+            f"{getattr(optimizer, '__name__', optimizer)} has no option block_size, so explain "
+            "cannot tell its blocks: give it shampoo, scale_by_soap or another function that has."
+        )
+    rule = chosen.get("preconditioned", lambda path, leaf: True) or is_hidden_matrix
     state = jax.eval_shape(tx.init, params)
     factored = _factored(state)
     ours = jax.tree_util.tree_map_with_path(lambda p, x: x if rule(p, x) else None, params)
@@ -183,7 +117,7 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
         refresh_flops=cost * sum(n * d**3 for d, n in edges),
         refresh_method=method,
         statistics_flops=product,
-        apply_flops=product * (3 if _has_bases(state) else 1),
+        apply_flops=product * (3 if _nodes_with("bases", state) else 1),
         root_batches=sum(map(sum, factored.values())),
         largest_factor=max((d for d, _ in edges), default=0),
     )
@@ -222,22 +156,21 @@ def _bytes_by_kind(state: Any) -> dict[str, int]:
 
 def _factored(state: Any) -> Factored:
     """Read from the state that was built, whatever options decided it."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "factors"))
-    stacks = [node.factors for node in nodes if hasattr(node, "factors")]
+    stacks = [node.factors for node in _nodes_with("factors", state)]
     return {k: tuple(f is not None for f in v) for s in stacks for k, v in s.items()}
 
 
-def _has_bases(state: Any) -> bool:
-    """Whether some part works in eigenbases instead of applying roots."""
-    found = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "bases"))
-    return any(hasattr(node, "bases") for node in found)
+def _nodes_with(field: str, state: Any) -> list[Any]:
+    """States of the parts that keep a field of this name."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, field))
+    return [node for node in nodes if hasattr(node, field)]
 
 
 def _refresh_cost(chosen: Mapping[str, Any]) -> tuple[float, str]:
     """Multiple of d^3 for the refresh of one factor, and its method in words."""
     if "basis" in chosen:
-        unsorted = chosen["basis"] is None and "reorder" not in chosen  # as in `kl_eigenbasis`
-        cost, name = _basis_cost(QRBasis(sort=None) if unsorted else make_basis(chosen["basis"]))
+        sorts = "reorder" in chosen  # SOAP; the KL directions do not
+        cost, name = _basis_cost(make_basis(chosen["basis"], keep_order=not sorts))
         return cost, f"{name}, {cost:.3g} d^3 per factor"
     solver = make_solver(chosen["solver"]) if "solver" in chosen else None
     match solver:
@@ -294,9 +227,9 @@ def _rows(params: Any, ours: Any, plan: list[LeafPlan], factored: Factored) -> t
     layouts = dict(zip(paths, plan, strict=True))
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, layout = jax.tree_util.keystr(path, simple=True, separator="/"), layouts.get(path)
+        name, shape, layout = name_of(path) or "params", np.shape(leaf), layouts.get(path)
         if layout is None:
-            rows.append(Row(name, tuple(leaf.shape), preconditioned=False))
+            rows.append(Row(name, shape, preconditioned=False))
             continue
         blocks: collections.Counter[tuple[int, ...]] = collections.Counter()
         factors: collections.Counter[int] = collections.Counter()
@@ -304,53 +237,5 @@ def _rows(params: Any, ours: Any, plan: list[LeafPlan], factored: Factored) -> t
             blocks[_stored(cell)] += layout.batch
             for d in _edges(cell, factored):
                 factors[d] += layout.batch
-        rows.append(
-            Row(name, tuple(leaf.shape), True, layout.batch, layout.merged, blocks, factors)
-        )
+        rows.append(Row(name, shape, True, layout.batch, layout.merged, blocks, factors))
     return tuple(rows)
-
-
-def _cells(rows: tuple[Row, ...]) -> list[tuple[str, ...]]:
-    """Table cells; parameters that differ only in numbers of their path share a line."""
-    groups = collections.Counter(
-        (
-            re.sub(r"\d+", "*", row.name),
-            _by(row.shape),
-            "preconditioned" if row.preconditioned else "adamw",
-            (f"{row.batch} of " if row.batch > 1 else "") + _by(row.merged)
-            if row.preconditioned
-            else "-",
-            ", ".join(f"{n} of {_by(shape)}" for shape, n in row.blocks.items()) or "-",
-            ", ".join(f"{n} of {d}" for d, n in row.factors.items()) or "-",
-        )
-        for row in rows
-    )
-    return [(name, str(count), *rest) for (name, *rest), count in groups.items()]
-
-
-def _align(table: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-        for line in table
-    ]
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _bytes(n: float) -> str:
-    return _scaled(n, "B")
-
-
-def _flops(n: float) -> str:
-    return _scaled(n, "FLOP")
-
-
-def _scaled(n: float, unit: str) -> str:
-    for prefix in ("", "k", "M", "G", "T"):
-        if n < 1000 or prefix == "T":
-            break
-        n /= 1000
-    return f"{n:.3g} {prefix}{unit}"

@@ -84,17 +84,14 @@ def accumulate_factors(
         count = optax.safe_increment(state.count)
 
         def accumulate(b: Blocks, factors: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
-            new = [
-                contract(b.gradient, k) if s is not None else None for k, s in enumerate(factors)
-            ]
+            new = [None if s is None else contract(b.gradient, k) for k, s in enumerate(factors)]
             return decay_factors(factors, new, b2, weighted)
 
         factors = map_blocks(accumulate, blocks, state.factors)
 
         def report(b: Blocks, factors: tuple[Array | None, ...]) -> Blocks:
             scale = factor_correction(b2, count, b.gradient.dtype, bias_correction and weighted)
-            matrices = tuple(None if s is None else s / scale for s in factors)
-            return dataclasses.replace(b, matrices=matrices)
+            return dataclasses.replace(b, matrices=jax.tree.map(lambda s: s / scale, factors))
 
         return map_blocks(report, blocks, factors), AccumulateFactorsState(count, factors)
 
@@ -115,10 +112,7 @@ def decay_factors(
 ) -> tuple[Array | None, ...]:
     """`b2 * old + w * new` for every dimension that has a factor."""
     weight = jnp.where(jnp.asarray(b2) == 1, 1.0, 1 - b2) if weighted else 1.0
-    return tuple(
-        None if s is None or c is None else (b2 * s + weight * c).astype(s.dtype)
-        for s, c in zip(old, new, strict=True)
-    )
+    return jax.tree.map(lambda s, c: (b2 * s + weight * c).astype(s.dtype), old, tuple(new))
 
 
 def factor_correction(b2: float | Array, count: Array, dtype: Any, corrected: bool) -> Array:
@@ -142,12 +136,10 @@ def map_factors(f: Callable[[Array], Array]) -> Part:
 
     def update(blocks: Any, state: Any, params: Any) -> tuple[Any, Any]:
         del params
-
-        def one(b: Blocks) -> Blocks:
-            matrices = tuple(None if s is None else f(s) for s in b.matrices)
-            return dataclasses.replace(b, matrices=matrices)
-
-        return map_blocks(one, blocks), state
+        new = map_blocks(
+            lambda b: dataclasses.replace(b, matrices=jax.tree.map(f, b.matrices)), blocks
+        )
+        return new, state
 
     return blocks_part(lambda params: optax.EmptyState(), update)
 

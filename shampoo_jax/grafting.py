@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, from_gradients, map_blocks, norms
-from shampoo_jax.filtering import power
+from shampoo_jax.factors import factor_correction
 from shampoo_jax.options import check_range
 
 Array = jax.Array
@@ -123,15 +123,13 @@ def scale_by_second_moment(
     def update(blocks: Any, state: ScaleBySecondMomentState, params: Any) -> tuple[Any, Any]:
         del params
         count = optax.safe_increment(state.count)
-        is_sum = jnp.asarray(b2) == 1
-        weight = jnp.where(is_sum, 1.0, 1 - b2) if weighted else 1.0
+        weight = jnp.where(jnp.asarray(b2) == 1, 1.0, 1 - b2) if weighted else 1.0
         nu = map_blocks(
             lambda b, n: (b2 * n + weight * b.gradient**2).astype(n.dtype), blocks, state.nu
         )
 
         def divide(b: Blocks, n: Array) -> Blocks:
-            if bias_correction and weighted:
-                n = n / jnp.where(is_sum, 1.0, 1 - power(b2, count, n.dtype)).astype(n.dtype)
+            n = n / factor_correction(b2, count, n.dtype, bias_correction and weighted)
             e = exponent(b.order) if callable(exponent) else exponent
             root = (jnp.sqrt(n) if e == 0.5 else n**e) + eps
             # 0/0 where a gradient has been zero so far and eps is 0 or underflows.

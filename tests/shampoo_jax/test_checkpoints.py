@@ -242,21 +242,21 @@ CHANGES = {
         SQUARES,
         shampoo(0.1),
         SQUARES | {"d": jnp.ones((2, 2))},
-        "where parameter d is expected, it holds none",
+        "parameter d is missing from it",
     ),
     "removed": (
         shampoo(0.1),
         SQUARES,
         shampoo(0.1),
         {"a": SQUARES["a"], "b": SQUARES["b"]},
-        "where parameter none is expected, it holds one that is gone",
+        "after the last parameter expected, it holds one that is gone",
     ),
     "routed elsewhere": (
         scale_by_shampoo(),
         ROUTED,
         shampoo(0.1),
         ROUTED,
-        "where parameter none is expected, it holds bias",
+        "after the last parameter expected, it holds bias",
     ),
     "not ours": (optax.adam(0.1), ROUTED, None, ROUTED, "holds no stacks"),
     "another number": (
@@ -316,6 +316,14 @@ def test_vectors_of_adamw_are_checked_too():
 def test_a_state_of_other_parameters_is_not_regrouped():
     with pytest.raises(ValueError, match="a parameter that is not among these"):
         state_to_tree(shampoo(0.1).init(SQUARES), {"a": SQUARES["a"]})
+    with pytest.raises(ValueError, match="or had another shape"):
+        state_to_tree(shampoo(0.1).init(SQUARES), SQUARES | {"a": jnp.ones((2, 3))})
+
+
+@pytest.mark.parametrize("tree", [None, {}, {"parameters": {}}])
+def test_what_is_no_tree_of_ours_is_refused(tree):
+    with pytest.raises(ValueError, match="keys 'parameters' and 'shared' .* state_to_tree made it"):
+        tree_to_state(tree, shampoo(0.1).init(SQUARES), SQUARES)
 
 
 def test_paths_that_coincide_are_refused():

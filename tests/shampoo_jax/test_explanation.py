@@ -179,6 +179,10 @@ def test_an_unknown_option_and_a_refused_one_raise():
         explain(PARAMS, blocksize=4)
     with pytest.raises(ValueError, match="eps"):
         explain(PARAMS, eps=1e-12)
+    with pytest.raises(TypeError, match="adam has no option block_size.* give it shampoo"):
+        explain(PARAMS, optax.adam, learning_rate=0.1)
+    with pytest.raises(TypeError, match=r"function that makes the optimizer.*explain\(params, "):
+        explain(PARAMS, shampoo(0.1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layers", [2, 12])

@@ -1,0 +1,117 @@
+"""What `explain` found, as figures and as a table for people."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+      name: Path, components joined by `/`.
+      shape: Its shape.
+      preconditioned: Whether it is preconditioned; otherwise the fields below are empty.
+      batch: Number of independent slices, each with factors of its own.
+      merged: Shape of a slice as it is read, before it is cut.
+      blocks: Number of blocks by block shape, over all slices.
+      factors: Number of factors by edge length, over all blocks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    preconditioned: bool
+    batch: int = 0
+    merged: tuple[int, ...] = ()
+    blocks: Mapping[tuple[int, ...], int] = dataclasses.field(default_factory=dict)
+    factors: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `explain` found; `str()` of it is a table for people.
+
+    Attributes:
+      rows: One per parameter, in the order of `jax.tree.leaves`.
+      state_bytes: Bytes of optimizer state by kind: first moment, factors, roots (or bases), second
+        moment (of the graft or in the eigenbasis), adam (both moments of parameters that are not
+        preconditioned), other (momentum, counts ...).
+      adamw_bytes: State of AdamW on all parameters, twice their size.
+      muon_bytes: State of Muon on the preconditioned parameters, once their size, with AdamW on
+        the others.
+      refresh_flops: One refresh of all roots or bases; for Newton's methods, one iteration of it.
+      refresh_method: How that is done, and its multiple of d^3 per factor (Golub and Van Loan).
+      statistics_flops: Factor statistics of one step, `2 d |block|` per factor.
+      apply_flops: Application in one step: with roots `2 d |block|` per factor; with eigenbases
+        three times that, for gradient and first moment into the basis and the update back.
+      root_batches: Root computations in the compiled program, one per block shape and side.
+      largest_factor: Largest edge of a factor, 0 without factors.
+    """
+
+    rows: tuple[Row, ...]
+    state_bytes: dict[str, int]
+    adamw_bytes: int
+    muon_bytes: int
+    refresh_flops: float
+    refresh_method: str
+    statistics_flops: int
+    apply_flops: int
+    root_batches: int
+    largest_factor: int
+
+    def __str__(self) -> str:
+        header = ("parameter", "count", "shape", "optimizer", "read as", "blocks", "factors")
+        lines = [*_align([header, *_cells(self.rows)]), ""]
+        total = sum(self.state_bytes.values())
+        kinds = ", ".join(f"{k} {_scaled(v, 'B')}" for k, v in self.state_bytes.items() if v)
+        lines += [
+            f"optimizer state   {_scaled(total, 'B')} ({kinds})",
+            f"in comparison     AdamW {_scaled(self.adamw_bytes, 'B')}, "
+            f"Muon {_scaled(self.muon_bytes, 'B')}",
+            f"refresh           {_scaled(self.refresh_flops, 'FLOP')} by {self.refresh_method}",
+            f"every step        {_scaled(self.statistics_flops, 'FLOP')} statistics, "
+            f"{_scaled(self.apply_flops, 'FLOP')} application",
+            f"root batches      {self.root_batches} (block shapes x sides)",
+            f"largest factor    {self.largest_factor} x {self.largest_factor}",
+        ]
+        return "\n".join(lines)
+
+
+def _cells(rows: tuple[Row, ...]) -> list[tuple[str, ...]]:
+    """Table cells; parameters that differ only in numbers of their path share a line."""
+    groups = collections.Counter(
+        (
+            re.sub(r"\d+", "*", row.name),
+            _by(row.shape),
+            "preconditioned" if row.preconditioned else "adamw",
+            (f"{row.batch} of " if row.batch > 1 else "") + _by(row.merged)
+            if row.preconditioned
+            else "-",
+            ", ".join(f"{n} of {_by(shape)}" for shape, n in row.blocks.items()) or "-",
+            ", ".join(f"{n} of {d}" for d, n in row.factors.items()) or "-",
+        )
+        for row in rows
+    )
+    return [(name, str(count), *rest) for (name, *rest), count in groups.items()]
+
+
+def _align(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    ]
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _scaled(n: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T"):
+        if n < 1000 or prefix == "T":
+            break
+        n /= 1000
+    return f"{n:.3g} {prefix}{unit}"
