@@ -235,8 +235,9 @@ def _move(
     new = jax.tree_util.tree_map_with_path(
         stack, blocks, state.bases, state.keep, state.failures, is_leaf=is_blocks
     )
-    parts = [map_blocks(lambda b, n, i=i: n[i], blocks, new) for i in range(3)]
-    return EigenbasisState(state.count, *parts, jax.tree.unflatten(structure, inner))
+    bases, keep, failures = (map_blocks(lambda b, n, i=i: n[i], blocks, new) for i in range(3))
+    carried = jax.tree.unflatten(structure, inner)
+    return EigenbasisState(state.count, bases, keep, failures, carried)
 
 
 def _use(

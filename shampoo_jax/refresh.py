@@ -34,7 +34,7 @@ def check_schedule(every: Any, start: Any, stagger: bool = False) -> None:
 
 
 def staggered(
-    refresh: Callable[[Array, T], T], count: Array, every: int, start: int | Array, state: T
+    refresh: Callable[[Array, T], T], count: Array, every: Any, start: int | Array, state: T
 ) -> T:
     """Runs a refresh of one slot in `every`: none before `start`, all at `start`, then one share.
 
@@ -44,7 +44,7 @@ def staggered(
     Args:
       refresh: Function of (turn, state) that refreshes the slots of that turn, see `refresh_slots`.
       count: Step, 1-based.
-      every: Number of shares.
+      every: Static number of shares.
       start: First step that refreshes.
       state: What `refresh` changes.
 
@@ -56,7 +56,7 @@ def staggered(
 
 
 def refresh_slots(
-    f: Callable[..., T], slots: Array, turn: Array | None, every: int, old: T, *reads: Any
+    f: Callable[..., T], slots: Array, turn: Array | None, every: Any, old: T, *reads: Any
 ) -> T:
     """Applies `f` to the slots of a stack whose turn it is: those equal to `turn` modulo `every`.
 
@@ -67,7 +67,7 @@ def refresh_slots(
       f: Function of (old, *reads) of some slots giving new values for `old`.
       slots: `int32[N]`, consecutive numbers: positions among the blocks of all stacks.
       turn: Integer, the step; None for all slots at once.
-      every: Number of turns until all slots have had theirs.
+      every: Static number of turns until all slots have had theirs.
       old: Tree of arrays `[N, ...]`.
       *reads: Likewise.
 
