@@ -1,7 +1,7 @@
 """Factor statistics: moving averages of G G^T along each dimension of a block."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,7 +106,7 @@ def zero_factors(params: Blocks, exponents: Exponents) -> tuple[Array | None, ..
 
 def decay_factors(
     old: tuple[Array | None, ...],
-    new: list[Array | None],
+    new: Sequence[Array | None],
     b2: float | Array,
     weighted: bool,
 ) -> tuple[Array | None, ...]:

@@ -2,7 +2,7 @@
 
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ WHOLE = ("block_size", "merge", "every", "start", "monitor")
 NOT_NEGATIVE = ("eps", "atol", "factor_eps", "graft_eps", "first_weight", "adamw_eps")
 
 
-def is_number(x: Any) -> bool:
+def is_number(x: Any) -> TypeGuard[float]:
     """Whether a value is a plain number: not None, a name or an object, and not traced."""
     return isinstance(x, numbers.Real)
 
