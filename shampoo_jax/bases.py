@@ -21,6 +21,7 @@ class EighBasis:
       tolerance: Accepted `|B - diag B|_F / |B|_F` with `B = Q^T A Q`, per factor; 0 decomposes at
         every refresh (Eschenhagen et al. 2025, arXiv:2506.03595).
       descending: Whether the largest eigenvalue comes first. Later QR steps depend on the order.
+      implementation: `"qr"`, `"jacobi"`, `"qdwh"` or None, see `matrix.eigh.eigh`.
 
     Example:
       >>> import jax.numpy as jnp, shampoo_jax
@@ -32,13 +33,14 @@ class EighBasis:
 
     tolerance: Any = 0.0
     descending: bool = False
+    implementation: str | None = None
 
     def __call__(self, factor: Array, basis: Array) -> tuple[Array, Array, Array | None]:
         """Eigenvalues `[N, d]`, basis `[N, d, d]`, and the reordering of old columns: none."""
         if isinstance(self.tolerance, (int, float)) and self.tolerance == 0:
-            values, basis = eigh.eigh(factor)
+            values, basis = eigh.eigh(factor, self.implementation)
         else:
-            values, basis = qr.adaptive_eigh(factor, basis, self.tolerance)
+            values, basis = qr.adaptive_eigh(factor, basis, self.tolerance, self.implementation)
         if self.descending:
             values, basis = values[:, ::-1], basis[:, :, ::-1]
         return values, basis, None

@@ -51,6 +51,7 @@ class TruncatedEigh(Solver):
     Attributes:
       rtol: Cutoff relative to the largest eigenvalue; None means `d * eps` of the dtype.
       atol: Absolute cutoff; depends on the scale of the gradients.
+      implementation: `"qr"`, `"jacobi"`, `"qdwh"` or None, see `matrix.eigh.eigh`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,10 +63,12 @@ class TruncatedEigh(Solver):
 
     rtol: Any = None
     atol: Any = 0.0
+    implementation: str | None = None
 
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """See `Solver`."""
-        return *eigh.truncated_root(factor, exponent, rtol=self.rtol, atol=self.atol), state
+        options = {"rtol": self.rtol, "atol": self.atol, "implementation": self.implementation}
+        return *eigh.truncated_root(factor, exponent, **options), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,7 @@ class ShiftedEigh(Solver):
     Attributes:
       eps: Added to every eigenvalue; absolute, so it depends on the scale of the gradients.
       before: Whether eps is added before the decomposition.
+      implementation: As in `TruncatedEigh`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -85,10 +89,12 @@ class ShiftedEigh(Solver):
 
     eps: Any = 1e-12
     before: bool = True
+    implementation: str | None = None
 
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """See `Solver`."""
-        return *eigh.shifted_root(factor, exponent, eps=self.eps, before=self.before), state
+        options = {"eps": self.eps, "before": self.before, "implementation": self.implementation}
+        return *eigh.shifted_root(factor, exponent, **options), state
 
 
 @dataclasses.dataclass(frozen=True)

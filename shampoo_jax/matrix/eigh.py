@@ -13,21 +13,38 @@ Array = jax.Array
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def eigh(matrices: Array) -> tuple[Array, Array]:
+# Where XLA has each algorithm, see `jax.lax.linalg.EighImplementation`.
+IMPLEMENTATIONS = {"qr": ("cpu", "gpu"), "jacobi": ("gpu", "tpu"), "qdwh": ("tpu",)}
+
+
+def eigh(matrices: Array, implementation: str | None = None) -> tuple[Array, Array]:
     """Eigendecomposition of a stack of symmetric matrices, `A = Q diag(w) Q^T`.
 
     On CPU the matrices are taken one at a time, see `batching.map_matrices`.
 
     Args:
       matrices: `[..., d, d]`, float32 or float64; only the symmetric part is read.
+      implementation: `"qr"` (CPU, GPU), `"jacobi"` (GPU, TPU), `"qdwh"` (TPU), or None for XLA's
+        own choice, which depends on d.
 
     Returns:
       Eigenvalues `[..., d]` in ascending order and eigenvectors `[..., d, d]` in columns.
+
+    Raises:
+      ValueError: An implementation that does not exist, or not on the default backend.
     """
+    backend = jax.default_backend()
+    here = [name for name, backends in IMPLEMENTATIONS.items() if backend in backends]
+    if implementation is not None and implementation not in here:
+        raise ValueError(
+            f"implementation={implementation!r} of eigh does not exist on {backend}: use one of "
+            f"{here}, or None."
+        )
     _warn_about_blas_threads()
+    chosen = jax.lax.linalg.EighImplementation(implementation) if implementation else None
 
     def one(matrix: Array) -> tuple[Array, Array]:
-        vectors, values = jax.lax.linalg.eigh(matrix)
+        vectors, values = jax.lax.linalg.eigh(matrix, implementation=chosen)
         return values, vectors
 
     return map_matrices(one, matrices.shape[:-2], matrices)
@@ -121,7 +138,12 @@ def shifted_power(values: Array, exponent: float, *, eps: float | Array, eps_add
 
 
 def truncated_root(
-    factor: Array, exponent: float, *, rtol: float | None = None, atol: float = 0.0
+    factor: Array,
+    exponent: float,
+    *,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """Pseudo-inverse root `A^(-exponent)` with eigenvalues at or below the cutoff mapped to 0.
 
@@ -133,6 +155,7 @@ def truncated_root(
       exponent: Positive real, 1/4 for two-sided Shampoo on matrices.
       rtol: Cutoff relative to the largest eigenvalue; None means `d * eps` of the dtype.
       atol: Absolute cutoff.
+      implementation: See `eigh`.
 
     Returns:
       The roots `[..., d, d]` and, per matrix, whether the result is finite. A zero matrix has root
@@ -141,14 +164,19 @@ def truncated_root(
     scale = power_of_two_scale(factor)
     ok = finite(factor)
     safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
-    values, vectors = eigh(safe)
+    values, vectors = eigh(safe, implementation)
     powers = truncated_power(values, exponent, rtol=rtol, atol=atol / scale[..., 0])
     root = reconstruct(powers, vectors) * scale**-exponent
     return root, ok & finite(root)
 
 
 def shifted_root(
-    factor: Array, exponent: float, *, eps: float, before: bool = True
+    factor: Array,
+    exponent: float,
+    *,
+    eps: float,
+    before: bool = True,
+    implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """Root `(A + eps I)^(-exponent)` with the spectrum shifted up where rounding made it smaller.
 
@@ -159,6 +187,7 @@ def shifted_root(
       exponent: Positive real.
       eps: Added to every eigenvalue, > 0; absolute, so it depends on the gradients' scale.
       before: Whether eps is added to the matrix before the decomposition or to its eigenvalues.
+      implementation: See `eigh`.
 
     Returns:
       The roots `[..., d, d]` and, per matrix, whether the result is finite.
@@ -168,7 +197,7 @@ def shifted_root(
     scale = power_of_two_scale(factor)
     ok = finite(factor)
     safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
-    values, vectors = eigh(safe)
+    values, vectors = eigh(safe, implementation)
     powers = shifted_power(values, exponent, eps=eps / scale[..., 0], eps_added=before)
     root = reconstruct(powers, vectors) * scale**-exponent
     return root, ok & finite(root)

@@ -1,5 +1,7 @@
 """Eigenbases refreshed from the previous one: warm-started QR iteration, and eigh where needed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -82,7 +84,7 @@ def orthogonal_iteration(
 
 
 def adaptive_eigh(
-    factor: jax.Array, basis: jax.Array, tolerance: ArrayLike
+    factor: jax.Array, basis: jax.Array, tolerance: ArrayLike, implementation: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns eigenvalues and eigenvectors; decomposes only where the old basis has gone stale.
 
@@ -93,6 +95,7 @@ def adaptive_eigh(
       factor: f32 or f64[..., n, n], symmetric.
       basis: f[..., n, n], orthogonal, the previous eigenbasis.
       tolerance: Accepted off-diagonal ratio; scalar or one per matrix. Below 0: always decompose.
+      implementation: See `eigh.eigh`.
 
     Returns:
       `(eigenvalues, basis)`: f[..., n] and f[..., n, n]; ascending where decomposed.
@@ -107,7 +110,8 @@ def adaptive_eigh(
     factors = jnp.broadcast_to(factor, leading + factor.shape[-2:]).reshape(basis.shape)
     stale = ~(_ratio(rotated) <= tolerance)
     old = (_diagonal(rotated), basis)
-    values, basis = map_selected(eigh, stale, old, factors)
+    decompose = functools.partial(eigh, implementation=implementation)
+    values, basis = map_selected(decompose, stale, old, factors)
     return values.reshape(*leading, -1), basis.reshape(*leading, *basis.shape[1:])
 
 

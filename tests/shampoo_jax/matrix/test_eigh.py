@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shampoo_jax.bases import EighBasis
 from shampoo_jax.matrix import eigh
+from shampoo_jax.solvers import ShiftedEigh, TruncatedEigh
 
 truncated_root = jax.jit(eigh.truncated_root, static_argnames=("exponent", "rtol", "atol"))
 shifted_root = jax.jit(eigh.shifted_root, static_argnames=("exponent", "eps", "before"))
@@ -189,3 +191,28 @@ def test_power_of_two_scale():
     assert (np.frexp(scale)[0] == 0.5).all()
     ratio = np.abs(sizes[1:]) / scale[1:]
     assert ((ratio >= 0.5) & (ratio <= 2)).all()
+
+
+CHOOSING = {
+    "truncated": lambda name, a: TruncatedEigh(implementation=name)(a, 0.5, ())[0],
+    "shifted": lambda name, a: ShiftedEigh(implementation=name)(a, 0.5, ())[0],
+    "basis": lambda name, a: EighBasis(implementation=name)(a, a)[1],
+    "adaptive": lambda name, a: EighBasis(0.1, implementation=name)(a, a)[1],
+}
+
+
+@pytest.mark.parametrize("root", CHOOSING.values(), ids=CHOOSING)
+def test_the_implementation_can_be_chosen_where_the_backend_has_it(root, monkeypatch):
+    a = jnp.array([[[2.0, 1.0], [1.0, 2.0]]])
+    np.testing.assert_array_equal(root("qr", a), root(None, a))
+    for name in ("jacobi", "lanczos"):
+        message = rf"implementation='{name}' of eigh does not exist on cpu: use one of \['qr'\]"
+        with pytest.raises(ValueError, match=message):
+            root(name, a)
+    # The program for another machine, not run.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    program = {
+        name: jax.jit(lambda a, n=name: root(n, a)).trace(a).lower(lowering_platforms=("cuda",))
+        for name in ("qr", "jacobi")
+    }
+    assert program["qr"].as_text() != program["jacobi"].as_text()
