@@ -1,0 +1,1 @@
+"""What the benchmarks share: one timing rule, one set of matrices, tables and pictures."""
