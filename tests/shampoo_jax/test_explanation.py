@@ -86,6 +86,7 @@ def test_comparison_with_adamw_and_muon():
     matrices, others, count = 3 * (24 + 40), 200 + 3 * 4, 4
     assert report.adamw_bytes == 2 * 4 * (matrices + others) + count
     assert report.muon_bytes == 4 * matrices + 2 * 4 * others + count
+    assert explain(PARAMS["layers"]["0"]["w"]).muon_bytes == 4 * 24  # without AdamW no count
 
 
 def test_state_bytes_of_any_transformation_in_its_own_dtype():
@@ -112,6 +113,7 @@ def test_a_rule_and_dimension_numbers_are_followed():
     assert (q.batch, q.merged) == (2, (8, 8))
     assert dict(q.blocks) == {(8, 8): 2} and dict(q.factors) == {8: 4}
     assert not row(report, "head").preconditioned
+    assert report.statistics_flops == 2 * 2 * 64 * (8 + 8)  # two slices
 
 
 def test_a_dimension_with_exponent_zero_has_no_factor():
