@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from shampoo_jax.matrix import eigh, qr
-from shampoo_jax.matrix.batching import map_matrices
+from shampoo_jax.matrix.batching import map_matrices, map_selected
+from shampoo_jax.options import is_off
 from shampoo_jax.solvers import Solver, identities
 
 Array = jax.Array
@@ -37,7 +38,7 @@ class EighBasis:
 
     def __call__(self, factor: Array, basis: Array) -> tuple[Array, Array, Array | None]:
         """Eigenvalues `[N, d]`, basis `[N, d, d]`, and the reordering of old columns: none."""
-        if isinstance(self.tolerance, (int, float)) and self.tolerance == 0:
+        if is_off(self.tolerance):
             values, basis = eigh.eigh(factor, self.implementation)
         else:
             values, basis = qr.adaptive_eigh(factor, basis, self.tolerance, self.implementation)
@@ -80,8 +81,16 @@ class QRBasis:
         for _ in range(self.iterations):
             product = jnp.matmul(factor, basis, precision=eigh.HIGHEST)
             scaled = product / eigh.power_of_two_scale(product)
-            basis = map_matrices(lambda a: jnp.linalg.qr(a)[0], scaled.shape[:1], scaled)
+            if is_off(self.tolerance):
+                basis = map_matrices(_orthonormal, scaled.shape[:1], scaled)
+            else:
+                stale = ~(qr.off_diagonal_ratio(factor, basis) <= self.tolerance)
+                basis = map_selected(_orthonormal, stale, basis, scaled)
         return eigenvalue_estimates(factor, basis), basis, order
+
+
+def _orthonormal(matrix: Array) -> Array:
+    return jnp.linalg.qr(matrix)[0]
 
 
 Basis = EighBasis | QRBasis
