@@ -60,9 +60,16 @@ class PrecisionPolicy(NamedTuple):
 
 HIGHEST = jax.lax.Precision.HIGHEST
 PRESETS = jax.lax.DotAlgorithmPreset
+# bf16x3 rounds at 2^-17 of the largest eigenvalue, too close to smaller cutoffs than this.
+X3_RTOL = 2.0**-14
 FULL = PrecisionPolicy(HIGHEST, HIGHEST)
-GPU = PrecisionPolicy(PRESETS.BF16_BF16_F32_X3, PRESETS.TF32_TF32_F32)
 TPU = PrecisionPolicy(HIGHEST, PRESETS.BF16_BF16_F32_X3)
+
+
+def gpu_policy(rtol: float) -> PrecisionPolicy:
+    """bf16x3 and then TF32; full float32 first where the cutoff is below 2^-14: d < 512."""
+    first = PRESETS.BF16_BF16_F32_X3 if rtol >= X3_RTOL else HIGHEST
+    return PrecisionPolicy(first, PRESETS.TF32_TF32_F32)
 
 
 def polynomial_root(
@@ -85,8 +92,8 @@ def polynomial_root(
       semantics: `"cut"` or `"clip"`. Static.
       rtol: Relative cutoff, at least eps of the dtype; None means `d * eps`. Static.
       sign_steps: Of the projector of "cut": 3 products each. Static.
-      precision: Of the products; None chooses by the backend that runs them: bf16x3 and then TF32
-        on GPU, full float32 and then bf16x3 on TPU, full float32 elsewhere.
+      precision: Of the products; None chooses by the backend that runs them: `gpu_policy` on GPU,
+        full float32 and then bf16x3 on TPU, full float32 on CPU. Static.
 
     Returns:
       Roots `[..., d, d]`, and `bool[...]`: finite, and accurate on a random probe. The factor must
@@ -104,7 +111,7 @@ def polynomial_root(
             factor,
             cpu=functools.partial(_one_at_a_time, functools.partial(solve, policy=FULL)),
             tpu=functools.partial(solve, policy=TPU),
-            default=functools.partial(solve, policy=GPU),
+            default=functools.partial(solve, policy=gpu_policy(schedule.rtol)),
         )
     policy = precision if precision and factor.dtype == jnp.float32 else FULL
     return solve(factor, policy=policy)
@@ -265,8 +272,11 @@ def _image(schedule: schedules.RootSchedule, p: int, largest: Array) -> Array:
 def _projector(
     z: Array, m: Array, cutoff: Array, schedule: schedules.RootSchedule, product: Product
 ) -> tuple[Array, Array]:
-    """The projector onto what lies above the cutoff, and `Z polish(M)` times it."""
-    slope = 1 / jnp.maximum(cutoff, schedule.largest - cutoff)
+    """The projector onto what lies above the cutoff, and `Z polish(M)` times its square."""
+    width = jnp.maximum(cutoff, schedule.largest - cutoff)
+    # The square of the projector is 1/2 where S is sqrt(2) - 1, which the sign steps reach at this.
+    cutoff = cutoff - width * (math.sqrt(2) - 1) / math.prod(a for a, _, _ in schedule.signs)
+    slope = 1 / width
     s = _polynomial((-cutoff * slope, slope), m)
     squared = product(s, s)
     # polish(M) by powers of S: M = S / slope + cutoff.
@@ -278,7 +288,8 @@ def _projector(
         q = _polynomial(coefficients, squared, product(squared, squared))
         s = _symmetric(product(s, q))
     projector = _polynomial((0.5, 0.5), s)
-    return projector, product(z, projector)
+    # Twice: Z is largest on what is dropped, where a projector within 1 % would leave 1 % of it.
+    return projector, product(product(z, projector), projector)
 
 
 def _cut_residuals(m: Array, root: Array, projector: Array, p: int) -> Array:

@@ -20,8 +20,8 @@ Coefficients = tuple[float, ...]
 # (1 -+ error)^p, stay apart from the image of the cutoff.
 MAX_ERROR = 0.06
 # Largest error of the projector's sign outside a gap around the cutoff that the steps determine,
-# by p. What it lets through is as large as the root of the cutoff, which is most for p = 1.
-SIGN_ERRORS = {1: 1e-4}
+# by p. Half its square times the root of the cutoff is let through, which is most for p = 1.
+SIGN_ERRORS = {1: 1e-3}
 SIGN_ERROR = 0.01
 # Lowest image, relative to that of the cutoff, on which the polish is accurate.
 POLISH_FROM = 0.85
@@ -30,6 +30,9 @@ FIRST = (0, 1, 2, 4)
 OTHERS = (0, 1, 2)
 # Images of rounded spectra leave their intervals by no more than this factor.
 CUSHION = 1.01
+# Image of the cutoff as a part of the largest one: half would separate best, a little less leaves
+# room for negative eigenvalues, down to a tenth of the cutoff.
+MIDDLE = 0.48
 # Arguments of the sign reach this far beyond 1: rounded eigenvalues are a little negative.
 SIGN_RANGE = 1.03
 GRID = 2000
@@ -168,12 +171,12 @@ def cut_schedule(p: int, rtol: float, sign_steps: int) -> RootSchedule:
     """Schedule of `x^(-1/p)` where `x > rtol`, 0 elsewhere, on [0, 1].
 
     The composition is built for an interval that begins above the cutoff, so that the cutoff lands
-    half way between 0 and the largest image, in the middle of its steepest part; there the sign
+    near the middle of [0, 1], where the map is steep; there the sign
     steps separate the eigenvalues, and the polish corrects those between cutoff and interval.
     """
 
     def change(steps: tuple[Step, ...]) -> float:
-        return 2 * images(rtol, p, steps)[-1] / _largest(steps[-1].error, p)
+        return images(rtol, p, steps)[-1] / (MIDDLE * _largest(steps[-1].error, p))
 
     schedule = _fewest(p, rtol, 4 * rtol, change)
     polish = minimax(POLISH_FROM * schedule.images[-1], schedule.largest, 1 / p, (0, 1, 2))

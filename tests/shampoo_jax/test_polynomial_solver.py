@@ -1,0 +1,102 @@
+"""Polynomial roots as a solver: names, options, and eigh for factors that they fail on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import shampoo_jax as sj
+from shampoo_jax.registry import make_solver
+
+D = 16
+
+
+def factors(n, seed=0):
+    """Factors of rank 10 with a spectrum over 4 decades."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, D, 10)) * np.geomspace(1, 1e-2, 10)
+    return np.float32(x @ x.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("polynomial", sj.Polynomial()),
+        ("polynomial_clip", sj.Polynomial(semantics="clip")),
+    ],
+)
+def test_names(name, expected):
+    assert make_solver(name) == expected
+    assert make_solver(name, rtol=1e-3).rtol == 1e-3
+
+
+@pytest.mark.parametrize("name", ["polynomial", "polynomial_clip"])
+@pytest.mark.parametrize("option", [dict(cutoff="positive"), dict(atol=1e-3), dict(eps=1e-6)])
+def test_options_without_meaning_name_the_solvers_that_have_them(name, option):
+    with pytest.raises(ValueError, match="has no meaning with solver='polynomial.*'.*eigh'"):
+        sj.scale_by_shampoo(solver=name, **option)
+
+
+def test_exponents_that_no_polynomial_has_are_refused_early():
+    with pytest.raises(ValueError, match="exponent=0.4 is not 1/p .*solver='eigh'"):
+        sj.Polynomial().check(0.4)
+    for p in (1, 2, 3, 4, 6):
+        sj.Polynomial().check(1 / p)
+
+
+@pytest.mark.parametrize("semantics", ["cut", "clip"])
+def test_eigh_solves_what_the_polynomials_cannot(semantics):
+    """Negative eigenvalues beyond the cutoff fail the check; the others keep their roots."""
+    solver = sj.Polynomial(semantics=semantics)
+    solve = jax.jit(lambda a, s: solver(a, 0.25, s))
+    good = factors(4)
+    bad = good.copy()
+    bad[1] = np.diag(np.r_[4.0, np.ones(14), -0.1])
+    bad[3, 2, 2] = np.nan
+    state = solver.init(4, D, jnp.float32)
+    expected, ok, state = solve(good, state)
+    assert ok.all() and state.tolist() == [0] * 4
+    roots, ok, state = solve(bad, state)
+    assert ok.tolist() == [True, True, True, False] and state.tolist() == [0, 1, 0, 0]
+    np.testing.assert_array_equal(roots[0], expected[0])
+    least = 0.0 if semantics == "cut" else (4 * D * 2.0**-23) ** -0.25
+    diagonal = np.diag(np.r_[4**-0.25, np.ones(14), least])
+    np.testing.assert_allclose(roots[1], diagonal, rtol=1e-5, atol=1e-4)
+    assert solve(bad, state)[2].tolist() == [0, 2, 0, 0]
+
+
+@pytest.mark.parametrize(("name", "every"), [("polynomial", 2), ("polynomial_clip", 1)])
+def test_shampoo_goes_the_same_way_as_with_eigh(name, every):
+    """A stale root meets gradients outside the range of its factor: "cut" must drop them too."""
+    rng = np.random.default_rng(1)
+    params = {"w": jnp.zeros((D, D))}
+    grads = [jnp.float32(rng.normal(size=(D, D), scale=1e-3)) for _ in range(3)]
+    grads = [g.at[:, 3 + 3 * t :].set(0) for t, g in enumerate(grads)]  # ranks 3, 6, 9
+    updates = []
+    for solver in ("eigh", name):
+        tx = sj.scale_by_shampoo(solver=solver, every=every, graft=None)
+        state, step = tx.init(params), jax.jit(tx.update)
+        for g in grads:
+            update, state = step({"w": g}, state, params)
+        updates.append(np.asarray(update["w"]))
+    a, b = updates
+    assert np.vdot(a, b) > 0.998 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
+def test_sharded_stack_equals_one_device():
+    solver = sj.Polynomial()
+    stack = factors(8)
+    stack[5] = np.diag(np.r_[np.ones(15), -0.1])  # one device falls back, the others do not wait
+    mesh = jax.make_mesh((8,), ("owner",))
+
+    def solve(a):
+        return solver(a, 0.25, jnp.zeros_like(a[:, 0, 0], jnp.int32))
+
+    stack = jax.device_put(stack, jax.NamedSharding(mesh, P("owner")))
+    sharded = jax.jit(jax.shard_map(solve, mesh=mesh, in_specs=P("owner"), out_specs=P("owner")))(
+        stack
+    )
+    for a, b in zip(sharded, jax.jit(solve)(np.asarray(stack)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert sharded[2].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
