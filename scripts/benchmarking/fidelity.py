@@ -10,22 +10,24 @@ import numpy as np
 Array = np.ndarray
 Root = Callable[[Array, float], Array]  # float32 factors [N, d, d], exponent -> roots [N, d, d]
 
-# An eigenvalue this close to the cutoff may be kept or dropped: either is right.
-DOUBT = 0.05
+DOUBT = 0.05  # an eigenvalue this close to the cutoff may be kept, dropped or something between
 
 
-def update_cosines(gradients: Array, root: Root, *, last: int = 6, sides: int = 2) -> Array:
+def update_cosines(
+    gradients: Array, root: Root, *, last: int = 6, sides: int = 2, doubt: float = DOUBT
+) -> Array:
     """Cosines between updates by float32 roots and by float64 truncated ones.
 
     Factors and momentum are float64 averages with decay 0.9, corrected for their start; the
-    reference drops eigenvalues at or below `d * eps_float32` of the largest; for one within 5 % of
-    that it decides as the tested root does.
+    reference drops eigenvalues at or below `d * eps_float32` of the largest; of one within `doubt`
+    of that, relatively, it keeps what the tested root keeps: all, nothing or something between.
 
     Args:
         gradients: Consecutive gradients of one matrix, [steps, m, n].
         root: Solver under test.
         last: How many of the last steps are compared.
         sides: 2 for `L^(-1/4) M R^(-1/4)`, 1 for exponent 1/2 on the smaller side alone.
+        doubt: See above; 0 for the literal cutoff.
 
     Returns:
         One cosine a step, [last].
@@ -39,7 +41,7 @@ def update_cosines(gradients: Array, root: Root, *, last: int = 6, sides: int = 
         factor = np.stack([state[1 + side] for state in states])
         tested = np.asarray(root(factor.astype(np.float32), exponent), np.float64)
         found = _apply(found, tested, side)
-        expected = _apply(expected, _truncated_root(factor, exponent, tested), side)
+        expected = _apply(expected, _truncated_root(factor, exponent, tested, doubt), side)
     return _cosine(found, expected)
 
 
@@ -56,14 +58,15 @@ def _pairs(g: Array, m: Any, left: Any, right: Any) -> tuple[tuple[Any, Array], 
     return (m, g), (left, g @ g.T), (right, g.T @ g)
 
 
-def _truncated_root(factor: Array, exponent: float, tested: Array) -> Array:
-    """The reference's root, which decides as the tested one does on eigenvalues in doubt."""
+def _truncated_root(factor: Array, exponent: float, tested: Array, doubt: float) -> Array:
+    """The reference's root, which keeps as much of eigenvalues in doubt as the tested one does."""
     values, vectors = np.linalg.eigh(factor)
     relative = values / (factor.shape[-1] * np.finfo(np.float32).eps * values[:, -1:])
     powers = np.where(values > 0, np.abs(values) ** -exponent, 0.0)
-    share = np.einsum("nij,nik,nkj->nj", vectors, tested, vectors)
-    keep = np.where(np.abs(relative - 1) < DOUBT, share > powers / 2, relative > 1)
-    return (vectors * np.where(keep, powers, 0.0)[:, None, :]) @ vectors.swapaxes(1, 2)
+    given = np.einsum("nij,nik,nkj->nj", vectors, tested, vectors)
+    share = np.clip(given / np.where(powers > 0, powers, 1.0), 0.0, 1.0)
+    keep = np.where(np.abs(relative - 1) < doubt, share, relative > 1)
+    return (vectors * (keep * powers)[:, None, :]) @ vectors.swapaxes(1, 2)
 
 
 def _apply(x: Array, matrix: Array, side: int) -> Array:
