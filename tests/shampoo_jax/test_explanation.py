@@ -1,5 +1,7 @@
 """What `explain` says, against counting by hand and against what is built and compiled."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +116,14 @@ def test_a_rule_and_dimension_numbers_are_followed():
     assert dict(q.blocks) == {(8, 8): 2} and dict(q.factors) == {8: 4}
     assert not row(report, "head").preconditioned
     assert report.statistics_flops == 2 * 2 * 64 * (8 + 8)  # two slices
+    assert "2 of 8x8  2 of 8x8  4 of 8" in str(report)
+
+
+def test_sizes_are_in_powers_of_a_thousand():
+    report = explain({"scale": struct()})
+    kilo = dataclasses.replace(report, state_bytes={"adam": 1010})
+    assert "1.01 kB (adam 1.01 kB)" in str(kilo)
+    assert "scalar" in str(report)
 
 
 def test_a_dimension_with_exponent_zero_has_no_factor():
