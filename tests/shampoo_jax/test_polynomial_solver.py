@@ -66,16 +66,15 @@ def test_eigh_solves_what_the_polynomials_cannot(semantics):
     assert solve(bad, state)[2].tolist() == [0, 2, 0, 0]
 
 
-@pytest.mark.parametrize(("name", "every"), [("polynomial", 2), ("polynomial_clip", 1)])
-def test_shampoo_goes_the_same_way_as_with_eigh(name, every):
-    """A stale root meets gradients outside the range of its factor: "cut" must drop them too."""
+def test_shampoo_goes_the_same_way_as_with_eigh():
+    """A stale root meets gradients outside the range of its factor: both must drop them."""
     rng = np.random.default_rng(1)
     params = {"w": jnp.zeros((D, D))}
     grads = [jnp.float32(rng.normal(size=(D, D), scale=1e-3)) for _ in range(3)]
     grads = [g.at[:, 3 + 3 * t :].set(0) for t, g in enumerate(grads)]  # ranks 3, 6, 9
     updates = []
-    for solver in ("eigh", name):
-        tx = sj.scale_by_shampoo(solver=solver, every=every, graft=None)
+    for solver in ("eigh", "polynomial"):
+        tx = sj.scale_by_shampoo(solver=solver, every=2, graft=None)
         state, step = tx.init(params), jax.jit(tx.update)
         for g in grads:
             update, state = step({"w": g}, state, params)
