@@ -37,6 +37,7 @@ from shampoo_jax.polynomial_solver import Polynomial
 from shampoo_jax.registry import register_solver
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.routing import complete, is_hidden_matrix
+from shampoo_jax.sharding import Placement
 from shampoo_jax.skipping import (
     accept_missing,
     check_finite,
@@ -59,6 +60,7 @@ __all__ = [
     "DimensionNumbers",
     "EighBasis",
     "HigherOrderNewton",
+    "Placement",
     "Polynomial",
     "PrecisionPolicy",
     "QRBasis",

@@ -21,7 +21,8 @@ def _alias(scale_by: Optimizer) -> Callable[[Optimizer], Optimizer]:
     """
     outer = dict(list(inspect.signature(complete).parameters.items())[1:])
     inner = dict(inspect.signature(scale_by).parameters)
-    inner.pop("nonfinite")  # skipping whole steps is the business of `complete`
+    for shared in ("nonfinite", "placement"):
+        inner.pop(shared)
     rate = outer.pop("learning_rate")
     parameters = sorted([rate, *inner.values(), *outer.values()], key=lambda p: p.kind)
     signature = inspect.Signature(
@@ -36,7 +37,8 @@ def _alias(scale_by: Optimizer) -> Callable[[Optimizer], Optimizer]:
             around = {name: options.pop(name) for name in list(options) if name in outer}
             if around.get("nonfinite") == "skip_blocks":
                 options["nonfinite"] = "skip_blocks"
-            return complete(scale_by(**options), learning_rate, **around)
+            direction = scale_by(**options, placement=around.get("placement"))
+            return complete(direction, learning_rate, **around)
 
         build.__signature__ = signature  # type: ignore[attr-defined]
         return build

@@ -1,5 +1,6 @@
 """From a parameter tree to stacks of equal blocks and back."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from shampoo_jax.dimension_numbers import DimensionOption, resolve_dimension_num
 from shampoo_jax.exponents import Exponents
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.plan import LeafPlan, make_plan
+from shampoo_jax.sharding import Placement, StackLayout
 from shampoo_jax.skipping import drop_missing, fill_missing, missing_paths, where_blocks
 
 Array = jax.Array
@@ -27,33 +29,63 @@ class BlockedState(NamedTuple):
     inner: Any  # state of the inner transformation, keyed by stack
 
 
-def split(leaves: Sequence[Array], plan: Sequence[LeafPlan]) -> dict[str, Array]:
+def split(
+    leaves: Sequence[Array], plan: Sequence[LeafPlan], layout: StackLayout | None = None
+) -> dict[str, Array]:
     """Cuts arrays into blocks and stacks equal shapes, in the order of leaves, cells and batch.
 
     Args:
       leaves: One array per entry of `plan`.
       plan: Layout from `make_plan`.
+      layout: The way of the blocks to their owners on a mesh, where there is one.
 
     Returns:
       Stacks `[N, *block]` by block key, in float32 or the leaves' wider dtype.
     """
     pieces: dict[str, list[Array]] = {}
     for x, leaf in zip(leaves, plan, strict=True):
+        x = x if layout is None else layout.enter(x, leaf)
         x = x.transpose(leaf.permutation).reshape(leaf.batch, *leaf.merged)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        for cell in leaf.cells:
-            limit = [s + n for s, n in zip(cell.start, cell.size, strict=True)]
-            piece = jax.lax.slice(x, (0, *cell.start), (leaf.batch, *limit))
+        for cell, piece in zip(leaf.cells, _cut(x, leaf, layout), strict=True):
             piece = piece.swapaxes(1, 2) if cell.transposed else piece
+            piece = piece if layout is None else layout.piece(piece, cell.key)
             pieces.setdefault(cell.key, []).append(piece)
-    return {
+    stacks = {
         key: jnp.concatenate([p.astype(jnp.result_type(*parts)) for p in parts])
         for key, parts in pieces.items()
     }
+    if layout is None:
+        return stacks
+    multiple = layout.placement.multiple
+    return {key: layout.to_owners(_pad(x, multiple), key) for key, x in stacks.items()}
 
 
-def join(stacks: dict[str, Array], plan: Sequence[LeafPlan], dtypes: Sequence[Any]) -> list[Array]:
+def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
+    """The cells of a merged leaf `(batch, *merged)`, cut dimension by dimension, in their order."""
+    pieces = [x]
+    for axis in range(len(leaf.merged)):
+        if layout is not None:
+            pieces = [layout.cut(p, leaf, axis) for p in pieces]
+        edges = sorted({(c.start[axis], c.start[axis] + c.size[axis]) for c in leaf.cells})
+        pieces = [jax.lax.slice_in_dim(p, *edge, axis=axis + 1) for p in pieces for edge in edges]
+    return pieces
+
+
+def _pad(x: Array, multiple: int) -> Array:
+    """Zero blocks up to a multiple: their factors, roots and updates are zero."""
+    return jnp.pad(x, ((0, -len(x) % multiple), *[(0, 0)] * (x.ndim - 1)))
+
+
+def join(
+    stacks: dict[str, Array],
+    plan: Sequence[LeafPlan],
+    dtypes: Sequence[Any],
+    layout: StackLayout | None = None,
+) -> list[Array]:
     """Inverse of `split`: the leaves, cast to `dtypes`."""
+    if layout is not None:
+        stacks = {key: layout.from_owners(x, key) for key, x in stacks.items()}
     offset = dict.fromkeys(stacks, 0)
     leaves = []
     for leaf, dtype in zip(plan, dtypes, strict=True):
@@ -63,17 +95,20 @@ def join(stacks: dict[str, Array], plan: Sequence[LeafPlan], dtypes: Sequence[An
             offset[cell.key] = begin + leaf.batch
             piece = stacks[cell.key][begin : begin + leaf.batch].astype(dtype)
             pieces.append(piece.swapaxes(1, 2) if cell.transposed else piece)
-        x = _assemble(pieces, leaf) if pieces else jnp.zeros(leaf.shape, dtype)
+        x = _assemble(pieces, leaf, layout) if pieces else jnp.zeros(leaf.shape, dtype)
         permuted = [leaf.shape[a] for a in leaf.permutation]
         inverse = sorted(range(len(permuted)), key=leaf.permutation.__getitem__)
-        leaves.append(x.reshape(permuted).transpose(inverse))
+        x = x.reshape(permuted).transpose(inverse)
+        leaves.append(x if layout is None else layout.enter(x, leaf))
     return leaves
 
 
-def _assemble(pieces: list[Array], leaf: LeafPlan) -> Array:
+def _assemble(pieces: list[Array], leaf: LeafPlan, layout: StackLayout | None) -> Array:
     """Concatenates cells dimension by dimension, the last one first."""
     for axis in reversed(range(len(leaf.merged))):
         per_row = len({cell.start[axis] for cell in leaf.cells})
+        if layout is not None:
+            pieces = [layout.cut(p, leaf, axis) for p in pieces]
         pieces = [
             jnp.concatenate(pieces[i : i + per_row], axis + 1)
             for i in range(0, len(pieces), per_row)
@@ -89,6 +124,7 @@ def blocked(
     canonical: bool = True,
     dimension_numbers: DimensionOption = None,
     exponents: Exponents | None = None,
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on stacks of equal blocks instead of on the parameter tree.
 
@@ -107,6 +143,8 @@ def blocked(
       dimension_numbers: Callable of (path, leaf) returning `DimensionNumbers` or None for merging
         alone; `"flax"` stands for `default_dimension_numbers`, None for merging everywhere.
       exponents: Where given, a dimension with exponent 0 is not cut: it has no factor to bound.
+      placement: Mesh and axes over which blocks, their state and all arithmetic on them are split;
+        None leaves that to the compiler.
 
     Returns:
       A transformation of parameter trees. Updates have the dtype of the incoming updates.
@@ -130,26 +168,34 @@ def blocked(
             raise ValueError(f"{name}={value} must be at least 1, or None for no limit.")
     rule = resolve_dimension_numbers(dimension_numbers)
     tx = optax.with_extra_args_support(inner)
+    multiple = 1 if placement is None else placement.multiple
 
-    def plan_of(tree: Any) -> list[LeafPlan]:
-        return make_plan(
-            tree,
-            block_size=block_size,
-            merge=merge,
-            canonical=canonical,
-            dimension_numbers=rule,
-            exponents=exponents,
-        )
+    plan_of = functools.partial(
+        make_plan,
+        block_size=block_size,
+        merge=merge,
+        canonical=canonical,
+        dimension_numbers=rule,
+        exponents=exponents,
+    )
+
+    def layout_of(tree: Any, plan: list[LeafPlan]) -> StackLayout | None:
+        return None if placement is None else StackLayout(placement, tree, plan)
 
     def init_fn(params: Any) -> BlockedState:
         if is_placeholder(params):
             # Three leaves stand for all of the state: none of it mirrors a parameter.
             return BlockedState(jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.int32), jnp.zeros(0))
         plan = plan_of(params)
+        layout = layout_of(params, plan)
         leaves = jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.int32), _per_block(range(len(plan)), plan)
+            lambda x: jnp.asarray(x, jnp.int32), _per_block(range(len(plan)), plan, multiple)
         )
-        return BlockedState(fingerprints(plan), leaves, tx.init(_stack(params, plan)))
+        stacks = split(jax.tree.leaves(params), plan, layout)
+        inner_state = tx.init(_as_blocks(stacks, _indices(plan, multiple)))
+        if layout is not None:
+            inner_state = layout.pin_state(inner_state, {k: len(x) for k, x in stacks.items()})
+        return BlockedState(fingerprints(plan), leaves, inner_state)
 
     def update_fn(
         updates: Any, state: BlockedState, params: Any = None, **extra: Any
@@ -157,45 +203,76 @@ def blocked(
         missing = frozenset() if params is None else missing_paths(updates, params)
         filled = fill_missing(updates, params, missing) if missing else updates
         plan = plan_of(filled)
-        if len(plan) != len(state.fingerprints):
-            raise ValueError(
-                f"{len(plan)} gradients for {len(state.fingerprints)} parameters: where a gradient "
-                "is None, pass the parameters too, update(updates, state, params)."
-            )
-        stacks, inner_state = tx.update(
-            _stack(filled, plan),
-            state.inner,
-            None if params is None else _stack(params, plan),
-            **extra,
-        )
+        _check_count(plan, state)
+        layout = layout_of(filled, plan)
+        stacks, inner_state = _run(tx, layout, plan, filled, state.inner, params, extra)
         absent = missing | extra.get("absent", frozenset())
         if absent:
             present = [p not in absent for p, _ in jax.tree_util.tree_leaves_with_path(filled)]
-            inner_state = where_blocks(_per_block(present, plan), inner_state, state.inner)
+            kept = _per_block(present, plan, multiple)
+            inner_state = where_blocks(kept, inner_state, state.inner)
         leaves, structure = jax.tree.flatten(filled)
-        joined = join({key: b.update for key, b in stacks.items()}, plan, [x.dtype for x in leaves])
+        joined = join(stacks, plan, [x.dtype for x in leaves], layout)
         new = jax.tree.unflatten(structure, joined)
         return drop_missing(new, missing), state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _stack(tree: Any, plan: Sequence[LeafPlan]) -> dict[str, Blocks]:
-    stacks, blocks, begin = split(jax.tree.leaves(tree), plan), {}, 0
-    for key, x in stacks.items():
-        index = jnp.arange(begin, begin + len(x), dtype=jnp.int32)
-        blocks[key] = Blocks(gradient=x, update=x, index=index)
-        begin += len(x)
-    return blocks
+def _check_count(plan: Sequence[LeafPlan], state: BlockedState) -> None:
+    if len(plan) != len(state.fingerprints):
+        raise ValueError(
+            f"{len(plan)} gradients for {len(state.fingerprints)} parameters: where a gradient is "
+            "None, pass the parameters too, update(updates, state, params)."
+        )
 
 
-def _per_block(values: Sequence[int], plan: Sequence[LeafPlan]) -> dict[str, np.ndarray]:
-    """One value per leaf, repeated for each of its blocks: `[N]` by stack key."""
+def _run(
+    tx: optax.GradientTransformationExtraArgs,
+    layout: StackLayout | None,
+    plan: Sequence[LeafPlan],
+    tree: Any,
+    state: Any,
+    params: Any,
+    extra: dict[str, Any],
+) -> tuple[dict[str, Array], Any]:
+    """Updates by stack and the new state of `tx`, each block computed by its owner."""
+
+    def update(stacks: Any, indices: Any, weights: Any, state: Any) -> tuple[Any, Any]:
+        weights = None if weights is None else _as_blocks(weights, indices)
+        new, state = tx.update(_as_blocks(stacks, indices), state, weights, **extra)
+        return {key: b.update for key, b in new.items()}, state
+
+    stacks = split(jax.tree.leaves(tree), plan, layout)
+    weights = None if params is None else split(jax.tree.leaves(params), plan, layout)
+    indices = _indices(plan, 1 if layout is None else layout.placement.multiple)
+    if layout is None:
+        return update(stacks, indices, weights, state)
+    return layout.run(update, stacks, indices, weights, state)
+
+
+def _indices(plan: Sequence[LeafPlan], multiple: int) -> dict[str, Array]:
+    """Position of each block among all blocks of all stacks; padding has those of later blocks."""
+    begin, indices = 0, {}
+    for key, owners in _per_block([0] * len(plan), plan, multiple).items():
+        indices[key] = jnp.arange(begin, begin + len(owners), dtype=jnp.int32)
+        begin += int((owners >= 0).sum())
+    return indices
+
+
+def _as_blocks(stacks: dict[str, Array], indices: dict[str, Array]) -> dict[str, Blocks]:
+    return {key: Blocks(gradient=x, update=x, index=indices[key]) for key, x in stacks.items()}
+
+
+def _per_block(
+    values: Sequence[int], plan: Sequence[LeafPlan], multiple: int
+) -> dict[str, np.ndarray]:
+    """One value per leaf, repeated for each of its blocks, -1 for padding: `[N]` by stack key."""
     repeated: dict[str, list[int]] = {}
     for value, leaf in zip(values, plan, strict=True):
         for cell in leaf.cells:
             repeated.setdefault(cell.key, []).extend([value] * leaf.batch)
-    return {key: np.array(x) for key, x in repeated.items()}
+    return {key: np.array([*x, *[-1] * (-len(x) % multiple)]) for key, x in repeated.items()}
 
 
 def fingerprints(plan: Sequence[LeafPlan]) -> Array:

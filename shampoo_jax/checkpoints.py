@@ -244,7 +244,8 @@ def _rows(node: BlockedState, known: _Parameters) -> dict[str, Rows]:
     owners = _owners(node, known)
     leaves = {key: np.asarray(x) for key, x in node.leaves.items()}
     return {
-        key: {owners[i]: np.flatnonzero(x == i) for i in np.unique(x)} for key, x in leaves.items()
+        key: {owners[i]: np.flatnonzero(x == i) for i in np.unique(x[x >= 0])}
+        for key, x in leaves.items()
     }
 
 

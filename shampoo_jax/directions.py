@@ -13,6 +13,7 @@ from shampoo_jax.kl_factors import accumulate_kl_factors
 from shampoo_jax.options import check_options
 from shampoo_jax.registry import make_solver
 from shampoo_jax.roots import invert_roots, precondition
+from shampoo_jax.sharding import Placement
 from shampoo_jax.solvers import Solver
 from shampoo_jax.walk import blocked_walk
 
@@ -46,6 +47,7 @@ def scale_by_shampoo(
     graft_eps: Any = 1e-15,
     nonfinite: str = "propagate",
     monitor: int | None = None,
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by Shampoo: Kronecker-factored preconditioning, Adam's magnitude per block.
 
@@ -103,6 +105,7 @@ def scale_by_shampoo(
         unchanged state; `"propagate"` leaves that to a wrapper around the whole optimizer, such as
         the one inside `shampoo`.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
+      placement: Mesh and axes over which blocks, their state and all arithmetic on them are split.
 
     Returns:
       A transformation without learning rate and weight decay. Its state holds stacks of blocks,
@@ -182,6 +185,7 @@ def scale_by_one_sided_shampoo(
     graft_eps: Any = 1e-15,
     nonfinite: str = "propagate",
     monitor: int | None = None,
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by one-sided Shampoo: `U = M R^(-1/2)` with `R = EMA(G^T G)`.
 
@@ -214,6 +218,7 @@ def scale_by_one_sided_shampoo(
       graft_eps: See `scale_by_shampoo`.
       nonfinite: See `scale_by_shampoo`.
       monitor: See `scale_by_shampoo`.
+      placement: See `scale_by_shampoo`.
 
     Returns:
       A transformation without learning rate and weight decay.

@@ -15,6 +15,7 @@ from shampoo_jax.grafting import scale_by_second_moment
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.kl import kl_eigenbasis
 from shampoo_jax.options import check_options
+from shampoo_jax.sharding import Placement
 from shampoo_jax.walk import blocked_walk
 
 
@@ -48,6 +49,7 @@ def scale_by_soap(
     graft_eps: Any = 1e-15,
     nonfinite: str = "propagate",
     monitor: int | None = None,
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by SOAP: Adam in the eigenbasis of Shampoo's factors.
 
@@ -97,6 +99,7 @@ def scale_by_soap(
       graft_eps: As in `scale_by_shampoo`.
       nonfinite: As in `scale_by_shampoo`.
       monitor: As in `scale_by_shampoo`.
+      placement: As in `scale_by_shampoo`.
 
     Returns:
       A transformation without learning rate and weight decay.
@@ -163,6 +166,7 @@ def scale_by_kl_shampoo(
     rtol: float | None = 0.0,
     nonfinite: str = "propagate",
     monitor: int | None = None,
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by KL-Shampoo: factors whitened by each other, eigenvalues tracked apart.
 
@@ -198,6 +202,7 @@ def scale_by_kl_shampoo(
       rtol: See `kl_eigenbasis`.
       nonfinite: As in `scale_by_shampoo`.
       monitor: As in `scale_by_shampoo`.
+      placement: As in `scale_by_shampoo`.
 
     Returns:
       A transformation without learning rate and weight decay.
@@ -241,6 +246,7 @@ def scale_by_kl_soap(
     rtol: float | None = 0.0,
     nonfinite: str = "propagate",
     monitor: int | None = None,
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by KL-SOAP: uncorrected Adam in the eigenbasis of KL-Shampoo's factors.
 
@@ -270,6 +276,7 @@ def scale_by_kl_soap(
       rtol: See `kl_eigenbasis`.
       nonfinite: As in `scale_by_shampoo`.
       monitor: As in `scale_by_shampoo`.
+      placement: As in `scale_by_shampoo`.
 
     Returns:
       A transformation without learning rate and weight decay.

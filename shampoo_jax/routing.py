@@ -13,6 +13,7 @@ from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.momentum import momentum as momentum_part
 from shampoo_jax.options import check_options, is_off
 from shampoo_jax.precision import in_float32
+from shampoo_jax.sharding import Placement
 from shampoo_jax.skipping import (
     accept_missing,
     skip_nonfinite_parameters,
@@ -82,6 +83,7 @@ def complete(
     adamw_eps: Any = 1e-15,
     adamw_weight_decay: Any = None,
     nonfinite: str = "skip",
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A complete optimizer: a direction on matrices, AdamW on everything else.
 
@@ -110,6 +112,8 @@ def complete(
         and counts it in `state.total_notfinite`. `"skip_blocks"` leaves out the others that are
         affected and relies on `direction` to do likewise; decay and momentum of matrices go on.
         `"propagate"` does nothing. `check_finite` raises where something was skipped.
+      placement: Splits momentum and AdamW's state and arithmetic over the owners of a mesh, as
+        `direction` does with blocks if it has the same.
 
     Returns:
       The optimizer. It computes in float32 or wider; updates have the dtype of the gradients.
@@ -130,9 +134,10 @@ def complete(
     _check_pairs(weight_decay_kind, peak_lr, momentum, dampening, nesterov)
     if nonfinite not in ("skip", "skip_blocks", "propagate"):
         raise ValueError(f"nonfinite={nonfinite!r}: use 'skip', 'skip_blocks' or 'propagate'.")
+    split = placement.elementwise if placement is not None else lambda tx: tx
     before, after = decay_parts(weight_decay_kind, weight_decay, learning_rate, peak_lr, mask)
     if momentum is not None:
-        after = [*after, momentum_part(momentum, dampening, nesterov)]
+        after = [*after, split(momentum_part(momentum, dampening, nesterov))]
     matrices = optax.chain(*before, direction, *after, optax.scale_by_learning_rate(learning_rate))
     others = optax.adamw(
         learning_rate if adamw_learning_rate is None else adamw_learning_rate,
@@ -145,7 +150,7 @@ def complete(
     if nonfinite == "skip_blocks":
         others = skip_nonfinite_parameters(others)
     rule = is_hidden_matrix if preconditioned is None else preconditioned
-    tx = optax.partition({"matrices": matrices, "others": others}, labels_by(rule))
+    tx = optax.partition({"matrices": matrices, "others": split(others)}, labels_by(rule))
     tx = in_float32(tx)
     return accept_missing(skip_nonfinite_steps(tx) if nonfinite == "skip" else tx)
 

@@ -13,6 +13,9 @@ from shampoo_jax.monitoring import monitor_spectrum
 from shampoo_jax.options import is_number
 from shampoo_jax.skipping import skip_nonfinite_blocks
 
+# Options of a direction that are handed to `blocked` as they are.
+BLOCKING = ("block_size", "merge", "dimension_numbers", "placement")
+
 
 def blocked_walk(
     options: Mapping[str, Any],
@@ -44,7 +47,7 @@ def blocked_walk(
         # A block and its transpose can share a stack if their exponents are transposed as well.
         canonical=options["canonical"] and exponents((3, 2)) == exponents((2, 3))[::-1],
         exponents=uncut_exponents(options["exponents"]),
-        **{name: options[name] for name in ("block_size", "merge", "dimension_numbers")},
+        **{name: options[name] for name in BLOCKING},
     )
 
 

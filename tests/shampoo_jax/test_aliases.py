@@ -65,8 +65,8 @@ def test_the_signature_is_that_of_direction_and_frame(alias):
     for name, parameter in signature.items():
         source = frame if name in frame else direction
         assert (parameter.default, parameter.kind) == (source[name].default, source[name].kind)
-    # The name that both have is the frame's, so that whole steps are skipped by default.
-    assert set(direction) & set(frame) == {"nonfinite"}
+    # Where both have a name it is the frame's: whole steps are skipped by default.
+    assert set(direction) & set(frame) == {"nonfinite", "placement"}
     assert signature["nonfinite"].default == "skip"
     assert alias.__doc__ and alias.__name__ in sj.__all__
 

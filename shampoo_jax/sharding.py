@@ -1,0 +1,324 @@
+"""Where blocks live on a mesh: every block has one owner, which does all of its arithmetic.
+
+Nothing else in this package knows a mesh. `blocked(placement=...)` asks a `Placement` for the way
+of each gradient to its owners and back, and runs its inner transformation there.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from shampoo_jax.blocks import is_placeholder
+from shampoo_jax.paths import KeyPath, parameter_of, stack_of
+from shampoo_jax.plan import LeafPlan
+
+Array = jax.Array
+Axes = tuple[str, ...]  # mesh axes that split one dimension, major first
+Spec = tuple[Axes, ...]  # one entry a dimension
+
+
+def replicated(path: KeyPath, leaf: Any) -> PartitionSpec:
+    """The layout of data-parallel training: every device holds every parameter."""
+    del path, leaf
+    return PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Blocks are split over some axes of a mesh and replicated over the others.
+
+    Attributes:
+      mesh: The mesh of the training step, its axes Auto or Explicit.
+      owners: Mesh axes over which blocks and their state are split.
+      parameter_spec: Function of (path, leaf) giving the `PartitionSpec` of a parameter, of its
+        gradient and of its update.
+      communication_dtype: What gradients and updates are rounded to where they travel between
+        devices, `jnp.bfloat16` say; None leaves them in float32.
+      stack_multiple: Stacks are padded with zero blocks to a multiple of this; None means the
+        number of owners. A run resumed on another number of devices needs the same value.
+    """
+
+    mesh: Mesh
+    owners: str | Axes
+    parameter_spec: Callable[[KeyPath, Any], PartitionSpec] = replicated
+    communication_dtype: Any = None
+    stack_multiple: int | None = None
+
+    def __post_init__(self) -> None:
+        for axis in self.owner_axes:
+            if axis not in self.mesh.shape:
+                raise ValueError(
+                    f"owners={self.owners!r} names axis {axis!r}: the mesh has the axes "
+                    f"{tuple(self.mesh.shape)}."
+                )
+        if self.multiple % self.count:
+            raise ValueError(
+                f"stack_multiple={self.stack_multiple} must be a multiple of the {self.count} "
+                f"owners along {self.owner_axes}."
+            )
+
+    @property
+    def owner_axes(self) -> Axes:
+        """Names of the owner axes."""
+        return _axes(self.owners)
+
+    @property
+    def count(self) -> int:
+        """Number of owners."""
+        return math.prod(self.mesh.shape[a] for a in self.owner_axes)
+
+    @property
+    def multiple(self) -> int:
+        """Length that stacks are padded to a multiple of."""
+        return self.stack_multiple or self.count
+
+    def put(self, x: Array, spec: Spec) -> Array:
+        """Pins a value to a layout, on Auto and on Explicit meshes."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(*(e or None for e in spec)))
+        if AxisType.Explicit in self.mesh.axis_types:
+            return jax.sharding.reshard(x, sharding)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def spec_of(self, path: KeyPath, leaf: Any) -> Spec:
+        """The layout of a parameter, one entry a dimension."""
+        spec = self.parameter_spec(path, leaf)
+        entries = [() if e is None else _axes(e) for e in spec]
+        return (*entries, *[()] * (np.ndim(leaf) - len(entries)))
+
+    def elementwise(
+        self, inner: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
+        """Splits state and arithmetic of an elementwise transformation over the owners (ZeRO-1).
+
+        Args:
+          inner: Transformation of parameter trees whose state leaves have their parameter's shape.
+
+        Returns:
+          The same transformation. A parameter none of whose dimensions can be divided further stays
+          in its own layout.
+        """
+        tx = optax.with_extra_args_support(inner)
+
+        def init(params: Any) -> Any:
+            state = tx.init(params)
+            return state if is_placeholder(params) else self._pin_like(state, params)
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            own = self._specs(updates)
+            split = [
+                self._split_further(x.shape, s)
+                for x, s in zip(jax.tree.leaves(updates), own, strict=True)
+            ]
+            if params is not None:
+                params = self._put_tree(params, split)
+            new, state = tx.update(self._put_tree(updates, split), state, params, **extra)
+            state = self._pin_like(state, updates)
+            return self._put_tree(self._put_tree(new, split), own), state
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def _specs(self, tree: Any) -> list[Spec]:
+        return [self.spec_of(p, x) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+    def _put_tree(self, tree: Any, specs: Sequence[Spec]) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure.unflatten([self.put(x, s) for x, s in zip(leaves, specs, strict=True)])
+
+    def _pin_like(self, state: Any, params: Any) -> Any:
+        """Pins each leaf of a state to the split layout of its parameter."""
+        owners = {
+            path: (x.shape, self._split_further(x.shape, self.spec_of(path, x)))
+            for path, x in jax.tree_util.tree_leaves_with_path(params)
+        }
+
+        def pin(path: KeyPath, leaf: Array) -> Array:
+            owner = parameter_of(path, owners)
+            found = None if owner is None else owners[owner]
+            if found is None or found[0] != jnp.shape(leaf):
+                return self.put(jnp.asarray(leaf), ((),) * jnp.ndim(leaf))
+            return self.put(leaf, found[1])
+
+        return jax.tree_util.tree_map_with_path(pin, state)
+
+    def _split_further(self, shape: tuple[int, ...], spec: Spec) -> Spec:
+        """The layout with the unused owner axes on the first dimension that they divide."""
+        free = tuple(a for a in self.owner_axes if a not in {b for e in spec for b in e})
+        for k, d in enumerate(shape if free else ()):
+            if d % self.size((*spec[k], *free)) == 0:
+                return (*spec[:k], (*spec[k], *free), *spec[k + 1 :])
+        return spec
+
+    def size(self, axes: Axes) -> int:
+        """Number of devices along some axes."""
+        return math.prod(self.mesh.shape[a] for a in axes)
+
+
+def _axes(entry: str | Sequence[str]) -> Axes:
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+class StackLayout:
+    """The way of every leaf of one plan to the owners of its blocks, and back.
+
+    Every change of layout is pinned on both ends: left to itself the partitioner replicates what it
+    concatenates.
+    """
+
+    def __init__(self, placement: Placement, tree: Any, plan: Sequence[LeafPlan]) -> None:
+        self.placement = placement
+        paths = jax.tree_util.tree_leaves_with_path(tree)
+        self.own = {p.name: placement.spec_of(*x) for p, x in zip(plan, paths, strict=True)}
+        self.cuts = {p.name: self._cut_specs(p) for p in plan}
+        self.stacks = self._stack_specs(plan)
+
+    def _cut_specs(self, leaf: LeafPlan) -> list[Spec]:
+        """Layouts of `(batch, *merged)`, then of its strips: whole along what is cut next."""
+        spec = [(), *_group_specs(leaf, self.own[leaf.name])]
+        held = {a for e in spec for a in e}
+        loose = tuple(a for e in self.own[leaf.name] for a in e if a not in held)
+        sizes = [{d} for d in (leaf.batch, *leaf.merged)]
+        specs = []
+        for k in range(1, len(sizes)):
+            pieces = {c.size[k - 1] for c in leaf.cells}
+            if pieces != sizes[k]:
+                loose, spec[k] = (*loose, *spec[k]), ()
+            others = [j for j in range(1, len(sizes)) if j != k or pieces == sizes[k]]
+            home = next((j for j in others if self._divides((*spec[j], *loose), sizes[j])), None)
+            if home is not None:
+                spec[home], loose = (*spec[home], *loose), ()
+            specs.append(tuple(spec))
+            sizes[k] = pieces
+        return specs
+
+    def _divides(self, axes: Axes, sizes: set[int]) -> bool:
+        return not any(d % self.placement.size(axes) for d in sizes)
+
+    def _stack_specs(self, plan: Sequence[LeafPlan]) -> dict[str, Spec]:
+        """Most common layout of the blocks of each stack."""
+        votes: dict[str, Counter[Spec]] = {}
+        for leaf in plan:
+            lead, *rest = self.cuts[leaf.name][-1]
+            for cell in leaf.cells:
+                spec = (lead, *(reversed(rest) if cell.transposed else rest))
+                votes.setdefault(cell.key, Counter())[spec] += leaf.batch
+        return {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
+
+    def enter(self, x: Array, leaf: LeafPlan) -> Array:
+        """A leaf in its own layout."""
+        return self.placement.put(x, self.own[leaf.name])
+
+    def cut(self, x: Array, leaf: LeafPlan, axis: int) -> Array:
+        """A merged leaf or a strip of it, `(batch, *merged)`, whole along the axis cut next."""
+        return self.placement.put(x, self.cuts[leaf.name][axis])
+
+    def piece(self, x: Array, key: str) -> Array:
+        """A piece in the layout that its stack is concatenated in."""
+        return self.placement.put(x, self.stacks[key])
+
+    def route(self, key: str) -> list[Spec]:
+        """Layouts from the concatenated stack to its owners, one mesh axis moved at a time."""
+        spec = self.stacks[key]
+        used = [a for e in spec[1:] for a in e]
+        owners = self.placement.owner_axes
+        moves = [a for a in used if a in owners] + [a for a in owners if a not in used]
+        route = [spec]
+        for axis in moves:
+            lead, *rest = route[-1]
+            rest = [tuple(a for a in e if a != axis) for e in rest]
+            route.append(((*lead, axis), *rest))
+        if any(route[-1][1:]):
+            route.append((route[-1][0], *[()] * (len(spec) - 1)))
+        return route
+
+    def owner_spec(self, key: str) -> PartitionSpec:
+        """Layout of everything that has one entry a block."""
+        return PartitionSpec(self.route(key)[-1][0])
+
+    def to_owners(self, x: Array, key: str) -> Array:
+        """A concatenated, padded stack at its owners."""
+        return self._travel(x, self.route(key))
+
+    def from_owners(self, x: Array, key: str) -> Array:
+        """The way back."""
+        return self._travel(x, self.route(key)[::-1])
+
+    def _travel(self, x: Array, route: Sequence[Spec]) -> Array:
+        narrow = self.placement.communication_dtype
+        dtype = x.dtype
+        # The narrow value is pinned before it travels, or the wide one would.
+        x = x if narrow is None else x.astype(narrow)
+        for spec in route:
+            x = self.placement.put(x, spec)
+        return x.astype(dtype)
+
+    def state_specs(self, state: Any, lengths: dict[str, int]) -> Any:
+        """Layout of every leaf of a state: blocks at their owners, all else replicated."""
+        stacks = {(jax.tree_util.DictKey(key),): n for key, n in lengths.items()}
+
+        def spec(path: KeyPath, leaf: Any) -> PartitionSpec:
+            stack = stack_of(path, stacks)
+            if stack is None or jnp.shape(leaf)[:1] != (stacks[stack],):
+                return PartitionSpec()
+            return self.owner_spec(stack[0].key)
+
+        return jax.tree_util.tree_map_with_path(spec, state)
+
+    def pin_state(self, state: Any, lengths: dict[str, int]) -> Any:
+        """The state at its owners."""
+        specs = self.state_specs(state, lengths)
+
+        def pin(x: Array, spec: PartitionSpec) -> Array:
+            lead = tuple(_axes(e) for e in spec)
+            return self.placement.put(jnp.asarray(x), (*lead, *[()] * (jnp.ndim(x) - len(lead))))
+
+        return jax.tree.map(pin, state, specs)
+
+    def run(
+        self,
+        update: Callable[..., Any],
+        stacks: dict[str, Array],
+        indices: dict[str, Array],
+        weights: dict[str, Array] | None,
+        state: Any,
+    ) -> tuple[dict[str, Array], Any]:
+        """`update(stacks, indices, weights, state)`, every owner on its own blocks."""
+        at_owner = {key: self.owner_spec(key) for key in stacks}
+        specs = self.state_specs(state, {key: len(x) for key, x in stacks.items()})
+        indices = {
+            key: self.placement.put(x, self.route(key)[-1][:1]) for key, x in indices.items()
+        }
+        return jax.shard_map(
+            update,
+            mesh=self.placement.mesh,
+            in_specs=(at_owner, at_owner, None if weights is None else at_owner, specs),
+            out_specs=(at_owner, specs),
+            # Scalars of the state are equal everywhere by construction, which no type shows.
+            check_vma=False,
+        )(stacks, indices, weights, state)
+
+
+def _group_specs(leaf: LeafPlan, own: Spec) -> list[Axes]:
+    """Layout of each merged dimension: that of its most significant axis."""
+    sizes = [leaf.shape[a] for a in leaf.permutation]
+    axes = [own[a] for a in leaf.permutation]
+    covered = 1
+    while sizes and covered < leaf.batch:
+        covered *= sizes.pop(0)
+        axes.pop(0)
+    groups: list[Axes] = []
+    for d in leaf.merged:
+        size, first = 1, None
+        while sizes and (size < d or (sizes[0] == 1 and not groups)):
+            n, entry = sizes.pop(0), axes.pop(0)
+            size *= n
+            first = entry if first is None and n > 1 else first
+        groups.append(first or ())
+    return groups
