@@ -33,7 +33,7 @@ from shampoo_jax.kl_factors import accumulate_kl_factors
 from shampoo_jax.matrix.polynomial import PrecisionPolicy
 from shampoo_jax.momentum import momentum
 from shampoo_jax.monitoring import monitor_spectrum, read_monitor
-from shampoo_jax.polynomial_solver import Polynomial
+from shampoo_jax.polynomial_solver import Auto, Polynomial
 from shampoo_jax.registry import register_solver
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.routing import complete, is_hidden_matrix
@@ -54,6 +54,7 @@ from shampoo_jax.solvers import (
 from shampoo_jax.weight_decay import add_scheduled_weight_decay, decay_parts
 
 __all__ = [
+    "Auto",
     "Blocks",
     "CarriedBasis",
     "CoupledNewton",

@@ -84,7 +84,10 @@ def scale_by_shampoo(
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
         package has it; with `exponents=0.5` the paper's iteration.
-      solver: Name of an inverse-root solver or a `Solver`.
+      solver: Name of an inverse-root solver or a `Solver`: `"eigh"`; `"polynomial"`, the same
+        truncated root by matrix products, and the cheaper `"polynomial_clip"`; `"auto"`, the faster
+        one of eigh and polynomial for backend and size, see `Auto`; `"shifted_eigh"`,
+        `"coupled_newton"`, `"higher_order_newton"`; or one of `register_solver`.
       cutoff: `"relative"`, or `"positive"` for the literal rule of result 35.
       rtol: Cutoff relative to a factor's largest eigenvalue; None means `d * eps`.
       atol: Absolute cutoff.

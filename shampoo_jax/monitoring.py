@@ -25,7 +25,7 @@ DIMENSION_FIGURES = (
     "root_residual",
     "rotation",
 )
-STACK_FIGURES = ("graft_ratio", "failures")
+STACK_FIGURES = ("graft_ratio", "failures", "fallbacks")
 
 
 class MonitorState(NamedTuple):
@@ -60,8 +60,9 @@ def monitor_spectrum(
     For an eigenbasis `Q` the estimates `diag(Q^T A Q)` take the place of the spectrum, directions
     above `d * eps` times the largest count as kept, and the residual is 0.
 
-    Per stack: `graft_ratio`, the factor by which grafting stretched the direction, and `failures`,
-    refreshes so far that kept an old root. All figures are 0 until the first step that
+    Per stack: `graft_ratio`, the factor by which grafting stretched the direction, `failures`,
+    refreshes so far that kept an old root, and `fallbacks`, roots so far that polynomials left to
+    eigh. All figures are 0 until the first step that
     preconditions, and where no part reports them.
 
     Roots are decomposed once more for this, independently of the solver, so a step that records

@@ -60,8 +60,9 @@ def refresh_slots(
 ) -> T:
     """Applies `f` to the slots of a stack whose turn it is: those equal to `turn` modulo `every`.
 
-    Of N slots these are `N // every` or one more; nothing is computed where there are none. All
-    shapes are static.
+    As many are computed at each turn, `N / every` rounded up, by one program with static shapes:
+    where no slot is left for the last place, a result is dropped. Of a stack of fewer than `every`
+    slots nothing is computed when none is due.
 
     Args:
       f: Function of (old, *reads) of some slots giving new values for `old`.
@@ -83,18 +84,14 @@ def refresh_slots(
     n = len(slots)
     first = (turn - slots[0]) % every
 
-    def share(m: int) -> T:
-        if m == 0:
-            return old
-        at = first + every * jnp.arange(m)
-        new = f(*jax.tree.map(lambda x: x[at], (old, *reads)))
-        options: Any = {"unique_indices": True, "indices_are_sorted": True}
+    at = first + every * jnp.arange(-(-n // every))
+
+    def share() -> T:
+        new = f(*jax.tree.map(lambda x: x.at[at].get(mode="clip"), (old, *reads)))
+        options: Any = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
         return jax.tree.map(lambda o, x: o.at[at].set(x.astype(o.dtype), **options), old, new)
 
-    some = n // every
-    if n % every == 0:
-        return share(some)
-    return jax.lax.cond(first + every * some < n, lambda: share(some + 1), lambda: share(some))
+    return share() if n >= every else jax.lax.cond(first < n, share, lambda: old)
 
 
 def in_chunks(f: Callable[..., Any], size: int | None, *stacks: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shampoo_jax.options import is_off
-from shampoo_jax.polynomial_solver import Polynomial
+from shampoo_jax.polynomial_solver import Auto, Polynomial
 from shampoo_jax.solvers import (
     CoupledNewton,
     HigherOrderNewton,
@@ -27,12 +27,18 @@ def _truncated_eigh(cutoff: str = "relative", rtol: Any = None, atol: Any = 0.0)
     return TruncatedEigh(0.0, 0.0)
 
 
+def _auto(cutoff: str = "relative", rtol: Any = None, atol: Any = 0.0) -> Solver:
+    relative = cutoff == "relative" and is_off(atol)  # polynomials have no other cutoff
+    return Auto(rtol) if relative else _truncated_eigh(cutoff, rtol, atol)
+
+
 def _higher_order_newton(eps: Any = None) -> Solver:
     return HigherOrderNewton() if eps is None else HigherOrderNewton(0.0, eps)
 
 
 # Name -> constructor; its parameters among cutoff, rtol, atol and eps are the options it accepts.
 SOLVERS: dict[str, Callable[..., Solver]] = {
+    "auto": _auto,
     "eigh": _truncated_eigh,
     "shifted_eigh": ShiftedEigh,
     "coupled_newton": CoupledNewton,

@@ -106,15 +106,17 @@ def invert_roots(
             due = refresh_due(count, every, first)
             state = jax.lax.cond(due, lambda s: refresh(blocks, s), lambda same: same, state)
 
-        def report(b: Blocks, roots: tuple[Array | None, ...], failures: Array) -> Blocks:
+        def report(b: Blocks, roots: Any, carried: Any, failures: Array) -> Blocks:
+            own = [solve.figures(c) for c, r in zip(carried, roots, strict=True) if r is not None]
+            total: Any = {name: sum(each[name] for each in own) for name in (own[0] if own else ())}
             return dataclasses.replace(
                 b,
                 matrices=tuple(None if r is None else r.astype(b.update.dtype) for r in roots),
                 ready=count >= first,
-                figures={**b.figures, **report_factors(b), "failures": failures},
+                figures={**b.figures, **report_factors(b), **total, "failures": failures},
             )
 
-        return map_blocks(report, blocks, state.roots, state.failures), state
+        return map_blocks(report, blocks, *state[1:]), state
 
     return blocks_part(init, update)
 

@@ -34,6 +34,11 @@ class Solver(Protocol):
         del exponent
         return identities(n, d, dtype)
 
+    def figures(self, state: Any) -> dict[str, Array]:
+        """What a monitor can report of the state, arrays `[n]` by name; here nothing."""
+        del state
+        return {}
+
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """Roots, whether each can be used, and the new state."""
         ...

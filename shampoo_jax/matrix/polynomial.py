@@ -130,7 +130,11 @@ def integer_root(exponent: float) -> int:
 
 
 def root_schedule(
-    factor: Array, p: int, semantics: Semantics, rtol: float | None, sign_steps: int
+    factor: Array | jax.ShapeDtypeStruct,
+    p: int,
+    semantics: Semantics,
+    rtol: float | None,
+    sign_steps: int,
 ) -> schedules.RootSchedule:
     """The schedule of a factor's size and dtype; raises ValueError where rtol cannot be met."""
     if isinstance(rtol, Array):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -99,3 +100,65 @@ def test_sharded_stack_equals_one_device():
     for a, b in zip(sharded, jax.jit(solve)(np.asarray(stack)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     assert sharded[2].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("d", "exponent", "rtol", "accelerator"),
+    [
+        (256, 0.25, None, sj.Polynomial()),
+        (256, 0.5, 1e-3, sj.Polynomial(1e-3)),
+        (128, 0.25, None, sj.TruncatedEigh()),  # small
+        (256, 0.4, None, sj.TruncatedEigh()),  # no polynomial for it
+        (256, 0.25, 1e-12, sj.TruncatedEigh(1e-12)),  # nor for this
+        (256, 0.25, jnp.float32(1e-3), None),  # traced by inject_hyperparams
+    ],
+)
+def test_auto_takes_polynomials_where_they_are_faster_and_eigh_elsewhere(
+    d, exponent, rtol, accelerator
+):
+    factor = jax.ShapeDtypeStruct((1, d, d), jnp.float32)
+    auto = make_solver("auto", rtol=rtol)
+    accelerator = accelerator or sj.TruncatedEigh(rtol)
+    assert auto.choice(factor, exponent, "cpu") == sj.TruncatedEigh(rtol)
+    for backend in ("gpu", "tpu"):
+        assert auto.choice(factor, exponent, backend) == accelerator
+
+
+def test_auto_with_a_cutoff_that_polynomials_lack_is_eigh():
+    assert make_solver("auto", cutoff="positive") == make_solver("eigh", cutoff="positive")
+    assert make_solver("auto", atol=0.1) == sj.TruncatedEigh(atol=0.1)
+    assert make_solver("auto", atol=0.0) == sj.Auto()
+    with pytest.raises(ValueError, match="eps=0.1 has no meaning with solver='auto'"):
+        make_solver("auto", eps=0.1)
+
+
+def test_the_backend_that_is_compiled_for_decides(monkeypatch):
+    """One state for all of them; on CPU not one product of the polynomials is in the program."""
+    monkeypatch.setattr("shampoo_jax.polynomial_solver.EIGH_UP_TO", D - 1)
+    tx = sj.invert_roots(sj.Auto())
+    blocks = {"k": sj.Blocks(jnp.ones((2, D)), jnp.ones((2, D)), (jnp.asarray(factors(2)),))}
+    state = jax.eval_shape(tx.init, blocks)
+    traced = jax.jit(tx.update).trace(blocks, state)
+    products = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("dot_general")
+        for platform in ("cpu", "cuda")
+    }
+    assert products["cpu"] == 1 and products["cuda"] > 20
+    exact = sj.invert_roots(sj.TruncatedEigh())
+    got, after = jax.jit(tx.update)(blocks, tx.init(blocks))
+    expected, _ = jax.jit(exact.update)(blocks, exact.init(blocks))
+    np.testing.assert_array_equal(got["k"].matrices[0], expected["k"].matrices[0])
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, tx.init(blocks))
+
+
+def test_fallbacks_are_reported_to_the_monitor():
+    bad = np.diag(np.r_[4.0, np.ones(14), -0.1]).astype(np.float32)
+    a = jnp.asarray(np.concatenate([bad[None], factors(1)]))
+    blocks = {"k": sj.Blocks(jnp.ones((2, D)), jnp.ones((2, D)), (a,))}
+    for solver, expected in ((sj.Polynomial(), [1, 0]), (sj.Auto(), [0, 0])):
+        exponents = lambda shape: (0.25,)  # noqa: E731
+        tx = optax.chain(
+            sj.invert_roots(solver, exponents=exponents), sj.monitor_spectrum(exponents=exponents)
+        )
+        _, state = jax.jit(tx.update)(blocks, tx.init(blocks))
+        assert sj.read_monitor(state)["k"]["fallbacks"].tolist() == expected

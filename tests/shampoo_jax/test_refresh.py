@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -102,11 +103,24 @@ def test_only_what_is_due_is_computed_and_by_one_program():
         state = step(state, jnp.float32(t))
         jax.effects_barrier()
         per_step.append(sorted(calls))
-    # Slots 0, 3, 6 | 9 in steps 3, 6, 9; 1, 4 | 7 | 10 in step 7; 2, 5 | 8 in step 8.
-    turns = {0: [1, 3], 1: [1, 1, 2], 2: [1, 2]}
+    # Slots 0, 3, 6 | 9 in steps 3, 6, 9; 1, 4 | 7 | 10 in step 7; 2, 5 | 8 in step 8. A stack of 7
+    # always computes 3.
+    turns = {0: [1, 3], 1: [1, 1, 3], 2: [1, 3]}
     assert per_step[:3] == [[], [], sorted(sum(turns.values(), []))]
     assert per_step[3:] == [turns[t % 3] for t in range(4, 10)]
     assert len(traces) == 1
+
+
+def test_a_stack_has_one_root_computation_whatever_part_of_it_is_refreshed():
+    """7, 3 and 1 blocks of three sizes in turns of 3: one eigh each, as without turns."""
+    sizes = {2: 7, 3: 3, 4: 1}
+    tree = {
+        d: Blocks(jnp.ones((n, d)), jnp.ones((n, d)), (jnp.ones((n, d, d)),))
+        for d, n in sizes.items()
+    }
+    tx = invert_roots(every=3, stagger=True)
+    text = jax.jit(tx.update).lower(tree, tx.init(tree)).as_text("hlo")
+    assert len(re.findall("lapack_[sd]syevd", text)) == len(sizes)
 
 
 def test_an_interval_of_one_is_the_plain_program():
