@@ -79,10 +79,10 @@ def _muons() -> Iterator[Candidate]:
 def _psgd_kron() -> optax.GradientTransformation:
     """The package's own defaults, with the preconditioner updated at every step."""
     try:
-        kron = importlib.import_module("psgd_jax.kron")
-    except ImportError as error:
-        raise ImportError(f"not installed: pip install psgd-jax ({error})") from error
-    return kron.scale_by_kron(preconditioner_update_probability=1.0)
+        psgdax = importlib.import_module("psgdax")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"not installed: pip install psgdax ({error})") from error
+    return psgdax.scale_by_kron(preconditioner_update_probability=1.0)
 
 
 @dataclasses.dataclass(frozen=True)

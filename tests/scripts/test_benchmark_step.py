@@ -59,9 +59,9 @@ def test_parts_add_up_and_shared_stages_are_timed_once(measure):
 
 
 def test_a_failure_is_recorded_with_its_remedy(measure, monkeypatch):
-    monkeypatch.setitem(sys.modules, "psgd_jax.kron", None)
+    monkeypatch.setitem(sys.modules, "psgdax", None)
     psgd = next(c for c in candidates([], [1], None) if c.name == "psgd_kron")
-    assert measure(psgd)["error"].startswith("not installed: pip install psgd-jax")
+    assert measure(psgd)["error"].startswith("not installed: pip install psgdax")
 
 
 def test_ratios():
