@@ -2,15 +2,19 @@
 
 Eight fake CPU devices stand in for a mesh. jaxlib's LAPACK spins a thread pool per call and XLA's
 pool can starve on batched decompositions when it has as few threads as devices, hence the two
-thread settings. Compiling is most of the suite's time: where jaxlib still has its older emitters
-of fused loops, they take half of it. `make golden` and the test with a plain environment run the
-programs as users compile them.
+thread settings. Compiling is most of the suite's time: without LLVM's optimizations, and with the
+older emitters of fused loops where jaxlib still has them, it takes half. `make golden` and the test
+with a plain environment run the programs as users compile them.
 """
 
 import os
 from importlib.metadata import version
 
-flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen_split_count=1"]
+flags = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_backend_optimization_level=0",
+]
 if version("jaxlib").startswith("0.10."):  # later ones end the process on an unknown flag
     flags.append("--xla_cpu_use_fusion_emitters=false")
 

@@ -104,9 +104,7 @@ def test_compiles_once_with_everything_donated(name):
         updates, state = tx.update(gradients, state, PARAMS)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(
-        step, donate_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0}
-    )
+    step = jax.jit(step, donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, PARAMS)
     state = tx.init(params)
     for g in GRADIENTS:
@@ -386,7 +384,7 @@ def ill_conditioned():
 def trained(tx, params, losses, steps):
     """Losses after training on their sum."""
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def train(params):
         def step(carry, _):
             params, state = carry

@@ -1,4 +1,4 @@
-"""Shampoo's direction as a whole: its invariances, and life under every wrapper of optax."""
+"""Shampoo's direction as a whole: its invariances, and what its options reach."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ import pytest
 from shampoo_jax import (
     DimensionNumbers,
     ShiftedEigh,
-    inject_hyperparams,
     scale_by_kl_shampoo,
     scale_by_kl_soap,
     scale_by_one_sided_shampoo,
@@ -145,125 +144,14 @@ def test_half_precision_parameters_get_float32_factors_and_keep_their_dtype():
     assert_close(updates, run(scale_by_shampoo(), wide)[0], 2**-8)
 
 
-def test_state_is_arrays_of_a_fixed_structure():
-    tx = scale_by_shampoo(every=2)
-    abstract = jax.eval_shape(tx.init, PARAMS)
-    state = tx.init(PARAMS)
-    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
-    for _ in range(3):
-        described = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-        assert described == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
-        _, state = jax.jit(tx.update)(GRADIENTS[0], state, PARAMS)
-    updates, _ = jax.eval_shape(tx.update, GRADIENTS[0], state, PARAMS)
-    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, PARAMS)
-
-
-def test_one_compilation_and_donation():
-    tx = scale_by_shampoo(every=2)
-    traces = []
-
-    def step(params, state, gradients):
-        traces.append(None)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    donated = jax.jit(step, donate_argnums=(0, 1))
-    params, state = jax.tree.map(jnp.copy, PARAMS), jax.jit(tx.init)(PARAMS)
-    for g in GRADIENTS:
-        old = jax.tree.leaves((params, state))
-        params, state = donated(params, state, g)
-        assert all(x.is_deleted() for x in old)
-    assert len(traces) == 1
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
-
-
-BARE = run(scale_by_shampoo(), GRADIENTS)[0]
-
-
-def test_chain():
-    tx = optax.chain(
-        optax.clip_by_global_norm(1e9),
-        scale_by_shampoo(),
-        optax.add_decayed_weights(0.1),
-        optax.scale_by_learning_rate(0.5),
-    )
-    updates, _ = run(tx, GRADIENTS, PARAMS)
-    for u, b in zip(updates, BARE, strict=True):
-        assert_close(u, jax.tree.map(lambda x, p: -0.5 * (x + 0.1 * p), b, PARAMS))
-
-
-@pytest.mark.parametrize("wrapper", ["partition", "masked"])
-def test_a_part_of_the_parameters(wrapper):
-    tx = {
-        "partition": lambda: optax.partition(
-            {"s": scale_by_shampoo(), "adam": optax.scale_by_adam()}, {"w": "s", "b": "adam"}
-        ),
-        "masked": lambda: optax.masked(scale_by_shampoo(), {"w": True, "b": False}),
-    }[wrapper]()
-    updates, _ = run(tx, GRADIENTS)
-    other = GRADIENTS if wrapper == "masked" else run(optax.scale_by_adam(), GRADIENTS)[0]
-    assert_close([u["w"] for u in updates], [b["w"] for b in BARE])
-    assert_close([u["b"] for u in updates], [o["b"] for o in other])
-
-
-def test_multi_steps():
-    tx = optax.MultiSteps(scale_by_shampoo(), every_k_schedule=2)
-    halves = [jax.tree.map(lambda x, k=k: x * k, g) for g in GRADIENTS[:2] for k in (0.5, 1.5)]
-    updates, _ = run(tx, halves)
-    assert all((x == 0).all() for u in updates[::2] for x in jax.tree.leaves(u))
-    assert_close(updates[1::2], BARE[:2])
-
-
-def test_inject_hyperparams():
-    traced = dict(b1=0.8, b2=0.7, b3=0.6, graft_b2=0.5, graft_eps=1e-3, every=2)
-    tx = inject_hyperparams(scale_by_shampoo)(**traced, start=2)
-    updates, state = run(tx, GRADIENTS)
-    assert_close(updates, run(scale_by_shampoo(**traced, start=2), GRADIENTS)[0])
-    assert state.hyperparams.keys() == traced.keys()
-
-
-def test_apply_if_finite():
-    tx = optax.apply_if_finite(scale_by_shampoo(), max_consecutive_errors=10)
-    bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), GRADIENTS[0])
-    updates, state = run(tx, [GRADIENTS[0], bad, GRADIENTS[1]])
-    assert all((x == 0).all() for x in jax.tree.leaves(updates[1]))
-    assert_close([updates[0], updates[2]], BARE[:2])
-    assert int(state.total_notfinite) == 1
-
-
 def test_grafts_of_all_kinds():
     """A part sees Blocks; a stock transformation sees raw gradients; both give their norm."""
     part = run(scale_by_shampoo(graft=scale_by_second_moment(0.9, 1e-15)), GRADIENTS)[0]
-    assert_close(part, BARE)
+    assert_close(part, run(scale_by_shampoo(), GRADIENTS)[0])
     stock = run(scale_by_shampoo(graft=optax.scale_by_sign()), GRADIENTS)[0]
     for u in stock:
         for name, x in u.items():
             np.testing.assert_allclose(np.linalg.norm(x), np.sqrt(PARAMS[name].size), rtol=1e-5)
-
-
-def test_it_descends_where_sgd_crawls():
-    """An ill-conditioned quadratic of a matrix, condition number 1e4 on each side."""
-    a, b = jnp.geomspace(1e-2, 1, 6), jnp.geomspace(1e-2, 1, 4)
-
-    def loss(w):
-        return jnp.sum((a[:, None] * w * b) ** 2)
-
-    tx = optax.chain(
-        scale_by_shampoo(0.9, 0.95),
-        optax.scale_by_learning_rate(optax.linear_schedule(0.1, 0.0, 200)),
-    )
-
-    @jax.jit
-    def train(w):
-        def step(carry, _):
-            w, state = carry
-            updates, state = tx.update(jax.grad(loss)(w), state, w)
-            return (w + updates, state), None
-
-        return jax.lax.scan(step, (w, tx.init(w)), None, 200)[0][0]
-
-    w = jnp.ones((6, 4))
-    assert float(loss(train(w))) < 1e-4 * float(loss(w))
 
 
 def test_the_smaller_side_is_each_blocks_own_and_the_other_one_is_not_cut():

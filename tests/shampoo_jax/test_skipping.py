@@ -324,7 +324,7 @@ class TestCheckFinite:
 def training(optimizer):
     tx = OPTIMIZERS[optimizer]()
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def train(params, gradients, factor):
         def step(carry, g):
             params, state = carry
