@@ -10,6 +10,7 @@ import jax
 import data_pipeline
 from data_pipeline import Baselines
 from nanogpt.config import Config
+from nanogpt.mesh import Layout
 from nanogpt.train_step import Batch
 
 # A vocabulary may be rounded up to what the hardware likes: track 3 has 50304 rows for 50257 ids.
@@ -67,14 +68,19 @@ def open_data(config: Config) -> RunData:
     )
 
 
-def to_device(batch: data_pipeline.Batch) -> Batch:
-    """Moves a batch of this process's rows to the device. A mesh will come in here."""
-    return jax.device_put(dict(batch))
+def to_device(batch: data_pipeline.Batch, layout: Layout | None = None) -> Batch:
+    """Moves this process's rows of a batch to its devices; on a mesh all rows make one array."""
+    if layout is None:
+        return jax.device_put(dict(batch))
+    return {k: jax.make_array_from_process_local_data(layout.rows, x) for k, x in batch.items()}
 
 
-def batch_pattern(rows: int, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes and dtypes of a batch of so many rows, to compile for."""
-    tokens = jax.ShapeDtypeStruct((rows, config.model.sequence_length), "int32")
+def batch_pattern(
+    rows: int, config: Config, layout: Layout | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes, dtypes and layout of a batch of so many rows, to compile for."""
+    shape, sharding = (rows, config.model.sequence_length), layout and layout.rows
+    tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     return {"inputs": tokens, "targets": tokens}
 
 

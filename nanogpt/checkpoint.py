@@ -14,7 +14,7 @@ from nanogpt.config import Config
 Meta = dict[str, Any]
 
 # Settings that decide where things lie and how often they are shown, but no number of the run.
-FREE_SETTINGS = ("name", "output", "data.directory")
+FREE_SETTINGS = ("name", "output", "data.directory", "mesh")
 
 
 class Checkpoints:

@@ -33,6 +33,30 @@ _RULES = {
 }
 
 
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes of mesh axes by name.
+
+    Args:
+        text: as in "data=2,fsdp=4"; one size may be -1.
+
+    Raises:
+        ValueError: anything else.
+
+    >>> parse_mesh("data=2,fsdp=-1")
+    {'data': 2, 'fsdp': -1}
+    """
+    pairs = [part.partition("=") for part in text.split(",")] if text else []
+    axes = {name: int(size) for name, _, size in pairs if size.lstrip("-").isdigit()}
+    sizes = list(axes.values())
+    known = set(axes) <= {"data", "fsdp"} and len(axes) == len(pairs)
+    if not known or any(n < 1 and n != -1 for n in sizes) or sizes.count(-1) > 1:
+        raise ValueError(
+            f"mesh={text!r}: must name sizes of the axes data and fsdp, as in 'data=2,fsdp=4'; one "
+            "of them may be -1."
+        )
+    return axes
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and precision of the GPT."""
@@ -203,10 +227,12 @@ class Config:
     output: OutputConfig = OutputConfig()
     val_every: int = 125  # steps between validations while s < 0.9 * steps
     val_every_final: int = 25  # steps between validations afterwards
+    mesh: str = ""  # devices, as in data=2,fsdp=4; -1: all that are left; empty: one device
 
     def __post_init__(self):
         _check(self, "at least 0", "seed")
         _check(self, "at least 1", "val_every", "val_every_final")
+        parse_mesh(self.mesh)
         path = pathlib.PurePath(self.name)
         if not path.parts or path.is_absolute() or ".." in path.parts:
             raise ValueError(

@@ -12,7 +12,9 @@ from nanogpt.batches import RunData, batch_pattern, open_data, to_device
 from nanogpt.checkpoint import Checkpoints
 from nanogpt.clock import StepClock
 from nanogpt.config import Config
+from nanogpt.distributed import largest_of_all, wait_for_all
 from nanogpt.interrupt import Interrupted, StopRequest, stop_request
+from nanogpt.mesh import make_layout
 from nanogpt.metrics import read_records
 from nanogpt.optimizers import build_optimizer
 from nanogpt.report import Report
@@ -47,7 +49,9 @@ def fit(
         ValueError: resume, and the saved run had other settings or data.
         Interrupted: a signal stopped the run; its state is saved.
     """
-    data, folder = open_data(config), RunFolder(config)
+    data, folder = open_data(config), RunFolder(config, jax.process_index())
+    if jax.process_index():
+        console = rich.console.Console(quiet=True)
     folder.check(resume=resume, overwrite=overwrite)
     with stop_request() as stop, contextlib.closing(_Run(config, data, folder, stop)) as run:
         if resume:
@@ -57,6 +61,7 @@ def fit(
             if not resume:
                 # Not before: a run that turns out to be impossible must not cost an earlier one.
                 folder.claim(resume=resume, overwrite=overwrite)
+                wait_for_all("the run's folder is ready")
                 run.open_checkpoints()
             path, known = folder.metrics, data.baselines
             with Report(config, path, run.saved, baselines=known, console=console) as report:
@@ -83,8 +88,10 @@ class _Run:
 
     def __init__(self, config: Config, data: RunData, folder: RunFolder, stop: StopRequest):
         self.config, self.data, self.folder, self.stop = config, data, folder, stop
-        self.optimizer = build_optimizer(config, abstract_params(config.model))
-        self.graphdef, self.state = init_state(config, self.optimizer)
+        self.layout = make_layout(config)
+        placement = None if self.layout is None else self.layout.placement
+        self.optimizer = build_optimizer(config, abstract_params(config.model), placement)
+        self.graphdef, self.state = init_state(config, self.optimizer, self.layout)
         self.saved: int | None = None
         self.clock = StepClock(0.0)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
@@ -117,11 +124,11 @@ class _Run:
         self.clock.start()
         for step in range(self.saved or 0, self.config.schedule.steps):
             self._validate_if_due(step, report)
-            if self.stop.signum is not None:
-                self._stop(step, self.stop.signum, report)
+            if self._stopped(step):
+                self._stop(step, report)
             if every and step and step % every == 0:
                 self._save(step, report)
-            batch = to_device(next(self.data.training))
+            batch = to_device(next(self.data.training), self.layout)
             self.state, metrics = self.train_step(self.state, batch)
             self._settle(report)
             self.in_flight = (step, metrics)
@@ -135,11 +142,13 @@ class _Run:
         """Compiles ahead of time: a compiled step refuses other shapes, so it never recompiles."""
         begin = time.perf_counter()
         sizes = self.config.data
-        step = make_train_step(self.graphdef, self.optimizer, self.config)
-        batch = batch_pattern(sizes.batch_rows, self.config)
+        # A compiled step takes its own result, so that has to lie where the first state does.
+        shardings = self.layout and jax.tree.map(lambda x: x.sharding, self.state)
+        step = make_train_step(self.graphdef, self.optimizer, self.config, self.layout, shardings)
+        batch = batch_pattern(sizes.batch_rows, self.config, self.layout)
         self.train_step = _compiled(step, self.state, batch)
-        evaluate = make_eval_step(self.graphdef, self.config)
-        batch = batch_pattern(sizes.microbatch_rows, self.config)
+        evaluate = make_eval_step(self.graphdef, self.config, self.layout)
+        batch = batch_pattern(sizes.microbatch_rows, self.config, self.layout)
         self.evaluate = _compiled(evaluate, self.state.params, batch)
         self.compile_s = time.perf_counter() - begin
 
@@ -158,10 +167,10 @@ class _Run:
         self._settle(report)
         total, tokens = 0.0, 0
         for batch in self.data.validation():
-            if self.stop.signum is not None:
+            if self._stopped(step):
                 return
-            total += float(self.evaluate(self.state.params, to_device(batch)))
-            tokens += batch["targets"].size
+            total += float(self.evaluate(self.state.params, to_device(batch, self.layout)))
+            tokens += batch["targets"].size * jax.process_count()
         report.validation(step, total / tokens, self.clock)
         self.clock.start()
 
@@ -171,17 +180,25 @@ class _Run:
         self.checkpoints.save(step, self.state, self.data.training, self.clock.elapsed)
         self.clock.start()
 
-    def _stop(self, step: int, signum: int, report: Report) -> None:
+    def _stopped(self, step: int) -> bool:
+        """Whether a signal asks to stop; several processes ask each other every few steps."""
+        if jax.process_count() > 1 and step % self.config.output.log_every == 0:
+            self.stop.signum = largest_of_all(self.stop.signum or 0) or None
+        elif jax.process_count() > 1:
+            return False
+        return self.stop.signum is not None
+
+    def _stop(self, step: int, report: Report) -> None:
         self._save(step, report)
         self.checkpoints.wait()
-        raise Interrupted(signum, step, str(self.folder.path))
+        raise Interrupted(self.stop.signum or 0, step, str(self.folder.path))
 
     def _finish(self, report: Report) -> None:
         """Measures and saves the end; a stop request during the last validation is honoured."""
         steps = self.config.schedule.steps
         self._validate_if_due(steps, report)
-        if self.stop.signum is not None:
-            self._stop(steps, self.stop.signum, report)
+        if self._stopped(steps):
+            self._stop(steps, report)
         self._save(steps, report)
         self.checkpoints.wait()
         report.end(self.compile_s, self.clock)

@@ -37,14 +37,17 @@ MatrixConfig = AdamWConfig | MuonConfig | ShampooConfig
 class Entry:
     """An optimizer of the block matrices: its settings' class and its direction.
 
-    `direction(settings)` gives the update before weight decay and learning rate.
+    `direction(settings, placement)` gives the update before weight decay and learning rate; what
+    cannot split its state over a mesh leaves that to the compiler.
     """
 
     settings: type[MatrixConfig]
     direction: Callable[..., optax.GradientTransformation]
 
 
-def build_optimizer(config: Config, params: optax.Params) -> optax.GradientTransformation:
+def build_optimizer(
+    config: Config, params: optax.Params, placement: shampoo_jax.Placement | None = None
+) -> optax.GradientTransformation:
     """Builds the run's optimizer: `config.optimizer` on the block matrices, AdamW on the rest.
 
     Every group is updated by p <- p - lr(s) (direction + weight_decay p), lr(s) = peak * eta(s).
@@ -52,6 +55,7 @@ def build_optimizer(config: Config, params: optax.Params) -> optax.GradientTrans
     Args:
         config: The run.
         params: Parameter tree of the model; shapes suffice.
+        placement: Splits the state over the devices of a mesh: Shampoo's blocks, AdamW's moments.
 
     Returns:
         Optax transformation of summed gradients.
@@ -71,10 +75,12 @@ def build_optimizer(config: Config, params: optax.Params) -> optax.GradientTrans
         )
 
     def adamw(peak: float):
-        return in_float32(group(_adam(aux), peak, aux.weight_decay))
+        return in_float32(group(_adam(aux, placement), peak, aux.weight_decay))
 
     transforms = {
-        "matrices": group(entry.direction(matrices), matrices.learning_rate, matrices.weight_decay),
+        "matrices": group(
+            entry.direction(matrices, placement), matrices.learning_rate, matrices.weight_decay
+        ),
         "embed": adamw(aux.embed_learning_rate),
         "head": adamw(aux.head_learning_rate),
         "vectors": adamw(aux.vector_learning_rate),
@@ -212,11 +218,17 @@ def scale_by_aspect() -> optax.GradientTransformation:
     )
 
 
-def _adam(settings: AdamWConfig | AuxiliaryConfig) -> optax.GradientTransformation:
-    return optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
+Placement = shampoo_jax.Placement | None
 
 
-def _muon(settings: MuonConfig) -> optax.GradientTransformation:
+def _adam(
+    settings: AdamWConfig | AuxiliaryConfig, placement: Placement = None
+) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
+    return adam if placement is None else placement.elementwise(adam)
+
+
+def _muon(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
     """Optax's Muon, its defaults apart from what the settings name."""
     muon = optax.contrib.scale_by_muon(
         settings.ns_coeffs, settings.ns_steps, settings.b1, weight_dimension_numbers=_in_out
@@ -224,7 +236,7 @@ def _muon(settings: MuonConfig) -> optax.GradientTransformation:
     return optax.chain(muon, scale_by_aspect())
 
 
-def _muon_track3(settings: MuonConfig) -> optax.GradientTransformation:
+def _muon_track3(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
     """The benchmark's Muon: its own momentum, then Optax's orthogonalization alone."""
     orthogonalize = optax.contrib.scale_by_muon(
         settings.ns_coeffs,
@@ -248,7 +260,7 @@ def _cast(dtype: str) -> optax.GradientTransformation:
     return optax.stateless_with_tree_map(lambda update, _: update.astype(dtype))
 
 
-def _shampoo(settings: ShampooConfig) -> optax.GradientTransformation:
+def _shampoo(settings: ShampooConfig, placement: Placement = None) -> optax.GradientTransformation:
     return shampoo_jax.scale_by_shampoo(
         settings.b1,
         settings.b2,
@@ -258,6 +270,7 @@ def _shampoo(settings: ShampooConfig) -> optax.GradientTransformation:
         graft="adam",
         graft_b2=settings.graft_b2,
         graft_eps=settings.graft_eps,
+        placement=placement,
     )
 
 

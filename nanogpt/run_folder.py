@@ -7,11 +7,17 @@ from nanogpt.config import Config
 
 
 class RunFolder:
-    """Paths of a run: metrics.jsonl and checkpoints/ under output.directory/name."""
+    """Paths of a run: metrics.jsonl and checkpoints/ under output.directory/name.
 
-    def __init__(self, config: Config):
+    Args:
+        config: the run.
+        process: number of this process; the later ones write metrics-1.jsonl and so on.
+    """
+
+    def __init__(self, config: Config, process: int = 0):
         self.path = pathlib.Path(config.output.directory) / config.name
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics = self.path / (f"metrics-{process}.jsonl" if process else "metrics.jsonl")
+        self._first = process == 0
         self.checkpoints = self.path / "checkpoints"
 
     def holds_run(self) -> bool:
@@ -49,7 +55,12 @@ class RunFolder:
             )
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Makes the folder ready for a run; arguments and errors as in `check`."""
+        """Makes the folder ready for a run; arguments and errors as in `check`.
+
+        Of several processes the first one does it, and the others wait for it after this.
+        """
+        if not self._first:
+            return
         self.check(resume=resume, overwrite=overwrite)
         if overwrite:
             self.clear()
@@ -57,7 +68,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Deletes the run that lies here, and nothing else."""
-        self.metrics.unlink(missing_ok=True)
+        for metrics in self.path.glob("metrics*.jsonl"):
+            metrics.unlink()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def changed(self) -> int | None:

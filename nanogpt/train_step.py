@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation, each a single jitted function."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax import nnx
 
 from nanogpt.config import Config, ModelConfig
 from nanogpt.loss import pairwise_sum, token_losses
+from nanogpt.mesh import Layout
 from nanogpt.model import GPT
 
 Batch = dict[str, jax.Array]
@@ -51,12 +52,15 @@ def _init_params(config: ModelConfig, seed: int) -> optax.Params:
     return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
 
 
-def init_state(config: Config, tx: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
+def init_state(
+    config: Config, tx: optax.GradientTransformation, layout: Layout | None = None
+) -> tuple[nnx.GraphDef, TrainState]:
     """Draws the weights from `config.seed` and initializes the optimizer, in one jitted call.
 
     Args:
         config: The run.
         tx: The optimizer, see `nanogpt.optimizers.build_optimizer`.
+        layout: Where parameters lie on a mesh; the optimizer knows where its own state does.
 
     Returns:
         The model's static part, and the state before the first step.
@@ -65,6 +69,7 @@ def init_state(config: Config, tx: optax.GradientTransformation) -> tuple[nnx.Gr
     @jax.jit
     def init() -> TrainState:
         params = _init_params(config.model, config.seed)
+        params = params if layout is None else layout.pin(params)
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
     return model_structure(config.model), init()
@@ -90,7 +95,11 @@ def summed_loss(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: Config
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    config: Config,
+    layout: Layout | None = None,
+    shardings: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the jitted step; it consumes (donates) the state it is given.
 
@@ -105,6 +114,8 @@ def make_train_step(
         graphdef: The model's static part, from `init_state`.
         tx: The optimizer.
         config: The run; `data.microbatch_rows` rows go through the model at a time.
+        layout: Where parameters and batches lie on a mesh.
+        shardings: Where all of the state does, before and after a step; None with one device.
 
     Returns:
         Function (state, {"inputs", "targets"} int32 (batch_rows, T)) -> (state, metrics); metrics
@@ -114,8 +125,7 @@ def make_train_step(
 
     def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates]:
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        rows = config.data.microbatch_rows
-        pieces = jax.tree.map(lambda x: x.reshape(-1, rows, x.shape[-1]), batch)
+        pieces = _microbatches(batch, config, layout)
 
         def accumulate(carry, piece):
             def loss(p: optax.Params):
@@ -126,7 +136,8 @@ def make_train_step(
 
         start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, wide))
         (total, grads), _ = jax.lax.scan(accumulate, start, pieces)
-        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        return total, grads if layout is None else layout.pin(grads)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         total, grads = gradients(state.params, batch)
@@ -143,17 +154,29 @@ def make_train_step(
         metrics = {"loss": total / tokens, "grad_norm": norm / tokens}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _microbatches(batch: Batch, config: Config, layout: Layout | None) -> Batch:
+    """(rows, T) -> (microbatches, rows, T), every microbatch spread over all devices."""
+    rows = config.data.microbatch_rows
+    pieces = jax.tree.map(lambda x: x.reshape(-1, rows, x.shape[-1]), batch)
+    return (
+        pieces if layout is None else jax.lax.with_sharding_constraint(pieces, layout.microbatches)
+    )
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, config: Config
+    graphdef: nnx.GraphDef, config: Config, layout: Layout | None = None
 ) -> Callable[[optax.Params, Batch], jax.Array]:
     """Builds the jitted evaluation.
 
     Args:
         graphdef: The model's static part, from `init_state`.
         config: The run; `data.microbatch_rows` rows go through the model at a time.
+        layout: Where parameters and batches lie on a mesh.
 
     Returns:
         Function (params, {"inputs", "targets"} int32 (rows, T)) -> sum of the cross entropy over
@@ -161,8 +184,7 @@ def make_eval_step(
     """
 
     def evaluate(params: optax.Params, batch: Batch) -> jax.Array:
-        rows = config.data.microbatch_rows
-        pieces = jax.tree.map(lambda x: x.reshape(-1, rows, x.shape[-1]), batch)
+        pieces = _microbatches(batch, config, layout)
         sums = jax.lax.map(lambda piece: summed_loss(graphdef, params, piece)[1], pieces)
         return pairwise_sum(sums)
 

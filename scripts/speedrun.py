@@ -80,11 +80,15 @@ def read_config(options: argparse.Namespace, optimizer: str, name: str, rest: li
 def train(options: argparse.Namespace, rest: list[str]) -> None:
     """Trains one optimizer in this process; a stop request ends it with 128 + signal."""
     config = read_config(options, options.optimizer, f"{options.preset}/{options.optimizer}", rest)
-    prepare_data(config)
-    warn_without_accelerator(options.preset)
-    # Imports jax, which must see the environment that `main` sets.
+    # These import jax, which must see the environment that `main` sets.
+    from nanogpt import distributed
     from nanogpt.interrupt import Interrupted
     from nanogpt.loop import fit
+
+    if distributed.start() == 0:
+        prepare_data(config)
+        warn_without_accelerator(options.preset)
+    distributed.wait_for_all("the data are ready")
 
     try:
         fit(config, resume=options.resume, overwrite=options.overwrite)

@@ -118,10 +118,10 @@ def interrupt_after(monkeypatch, batches: int, signum: int, rows: int = 4) -> No
     fetched = iter(range(1, 10**6))
     to_device = loop.to_device
 
-    def with_signal(batch):
+    def with_signal(batch, layout):
         if batch["inputs"].shape[0] == rows and next(fetched) == batches:
             os.kill(os.getpid(), signum)
-        return to_device(batch)
+        return to_device(batch, layout)
 
     monkeypatch.setattr(loop, "to_device", with_signal)
 
