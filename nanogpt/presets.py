@@ -155,6 +155,7 @@ _TRACK3_BASE = Config(
         microbatch_rows=16,
         val_tokens=20 * 524288,
     ),
+    mesh="data=-1",
     **TRACK3["muon_track3"]._asdict(),
 )
 _CPU_BASE = Config(
