@@ -14,6 +14,7 @@ from shampoo_jax.blocks import Blocks, is_placeholder
 from shampoo_jax.dimension_numbers import DimensionOption, resolve_dimension_numbers
 from shampoo_jax.exponents import Exponents
 from shampoo_jax.hyperparameters import check_static
+from shampoo_jax.paths import name_of
 from shampoo_jax.plan import LeafPlan, make_plan
 from shampoo_jax.sharding import Placement, StackLayout
 from shampoo_jax.skipping import drop_missing, fill_missing, missing_paths, where_blocks
@@ -152,7 +153,7 @@ def blocked(
     Raises:
       ValueError: `block_size` or `merge` below 1 or traced; an unknown name of dimension numbers;
         complex parameters; in `update`, a gradient that is None without `params` to tell whose
-        it is.
+        it is, and, where `params` are given, a gradient of another name or shape than these.
 
     Example:
       >>> import jax.numpy as jnp, optax, shampoo_jax
@@ -186,6 +187,7 @@ def blocked(
         if is_placeholder(params):
             # Three leaves stand for all of the state: none of it mirrors a parameter.
             return BlockedState(jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.int32), jnp.zeros(0))
+        params = jax.tree.map(jnp.asarray, params)
         plan = plan_of(params)
         layout = layout_of(params, plan)
         leaves = jax.tree.map(
@@ -202,6 +204,9 @@ def blocked(
     ) -> tuple[Any, BlockedState]:
         missing = frozenset() if params is None else missing_paths(updates, params)
         filled = fill_missing(updates, params, missing) if missing else updates
+        filled, params = jax.tree.map(jnp.asarray, (filled, params))
+        if params is not None:
+            _check_shapes(filled, params)
         plan = plan_of(filled)
         _check_count(plan, state)
         layout = layout_of(filled, plan)
@@ -217,6 +222,21 @@ def blocked(
         return drop_missing(new, missing), state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_shapes(updates: Any, params: Any) -> None:
+    """Blocks of another parameter may be as large, so that nothing else would notice."""
+    given, wanted = (
+        {name_of(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (updates, params)
+    )
+    for name in [*wanted, *given]:
+        if given.get(name) != wanted.get(name):
+            raise ValueError(
+                f"parameter {name!r} has shape {wanted.get(name)}, its gradient {given.get(name)} "
+                "(None: there is none of this name): pass gradients and parameters of one tree, "
+                "and None for a gradient that is missing."
+            )
 
 
 def _check_count(plan: Sequence[LeafPlan], state: BlockedState) -> None:

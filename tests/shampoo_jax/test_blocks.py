@@ -250,3 +250,27 @@ def test_norms_neither_overflow_nor_vanish(size):
     x = np.stack([np.full((3, 4), size, np.float32), np.zeros((3, 4), np.float32)])
     np.testing.assert_allclose(norms(jnp.asarray(x)), [size * np.sqrt(12), 0.0], rtol=1e-6)
     assert norms(jnp.full((2,), size)).shape == (2,)  # 0-D blocks
+
+
+@pytest.mark.parametrize(
+    ("grads", "complaint"),
+    [
+        ({"w": (3, 5), "v": 2}, r"'w' has shape \(5, 3\), its gradient \(3, 5\)"),
+        ({"w": (5, 3), "u": 2}, r"'v' has shape \(2,\), its gradient None .*one tree"),
+        ({"w": (5, 3), "v": 2, "u": 2}, r"'u' has shape None, its gradient \(2,\)"),
+    ],
+)
+def test_gradients_of_another_tree_are_refused_by_name(grads, complaint):
+    """A transposed gradient would fill the same stack of blocks."""
+    tx = blocked(on_updates(optax.identity()))
+    params = {"w": jnp.ones((5, 3)), "v": jnp.ones(2)}
+    grads = {name: jnp.ones(shape) for name, shape in grads.items()}
+    with pytest.raises(ValueError, match=complaint):
+        tx.update(grads, tx.init(params), params)
+
+
+def test_plain_numbers_are_parameters_as_in_optax():
+    for tx in (blocked(on_updates(optax.identity())), optax.identity()):
+        params = {"scale": 2.0, "w": np.ones((2, 2), np.float32)}
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert updates["scale"] == 2.0 and jnp.shape(updates["scale"]) == ()

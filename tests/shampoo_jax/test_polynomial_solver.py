@@ -13,10 +13,10 @@ from shampoo_jax.registry import make_solver
 D = 16
 
 
-def factors(n, seed=0):
+def factors(n, seed=0, d=D):
     """Factors of rank 10 with a spectrum over 4 decades."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, D, 10)) * np.geomspace(1, 1e-2, 10)
+    x = rng.normal(size=(n, d, 10)) * np.geomspace(1, 1e-2, 10)
     return np.float32(x @ x.swapaxes(1, 2))
 
 
@@ -132,11 +132,10 @@ def test_auto_with_a_cutoff_that_polynomials_lack_is_eigh():
         make_solver("auto", eps=0.1)
 
 
-def test_the_backend_that_is_compiled_for_decides(monkeypatch):
+def test_the_backend_that_is_compiled_for_decides():
     """One state for all of them; on CPU not one product of the polynomials is in the program."""
-    monkeypatch.setattr("shampoo_jax.polynomial_solver.EIGH_UP_TO", D - 1)
-    tx = sj.invert_roots(sj.Auto())
-    blocks = {"k": sj.Blocks(jnp.ones((2, D)), jnp.ones((2, D)), (jnp.asarray(factors(2)),))}
+    tx, ones = sj.invert_roots(sj.Auto()), jnp.ones((2, 130))
+    blocks = {"k": sj.Blocks(ones, ones, (jnp.asarray(factors(2, d=130)),))}
     state = jax.eval_shape(tx.init, blocks)
     traced = jax.jit(tx.update).trace(blocks, state)
     products = {
