@@ -4,35 +4,22 @@ import collections
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from shampoo_jax.aliases import shampoo
-from shampoo_jax.bases import Basis, CarriedBasis, EighBasis, make_basis
-from shampoo_jax.exponents import uncut_exponents
-from shampoo_jax.options import is_off
+from shampoo_jax.bases import make_basis
+from shampoo_jax.costs import Cost, basis_cost, root_cost
+from shampoo_jax.exponents import resolve_exponents, uncut_exponents
 from shampoo_jax.paths import name_of
 from shampoo_jax.plan import Cell, LeafPlan, make_plan
 from shampoo_jax.registry import make_solver
 from shampoo_jax.report import Report, Row
 from shampoo_jax.routing import is_hidden_matrix
-from shampoo_jax.solvers import (
-    CoupledNewton,
-    HigherOrderNewton,
-    ShiftedEigh,
-    TruncatedEigh,
-)
-
-# Multiples of d^3 for a d x d matrix. A product, such as Q diag(w^-e) Q^T.
-PRODUCT = 2.0
-# Golub and Van Loan, Matrix Computations, 4th edition, algorithm 8.3.3: eigenvalues and
-# eigenvectors of a symmetric matrix by tridiagonal QR, 4/3 of which is the reduction.
-EIGH = 9.0
-# Algorithm 5.2.1, Householder QR, and as much again to form Q.
-QR = 8 / 3
 
 # Kinds of state by the field that holds it, inside the parts of this package.
 KINDS = {
@@ -48,6 +35,15 @@ ADAM, OTHER = "adam", "other"
 
 # For every stack, which dimensions of its blocks have a factor.
 Factored = dict[str, tuple[bool, ...]]
+
+
+class Side(NamedTuple):
+    """One root computation: a dimension of a stack, its size, and the root's exponent."""
+
+    key: str
+    dimension: int
+    size: int
+    exponent: float
 
 
 def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: Any) -> Report:
@@ -99,27 +95,22 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
     ours = jax.tree_util.tree_map_with_path(lambda p, x: x if rule(p, x) else None, params)
     others = jax.tree_util.tree_map_with_path(lambda p, x: None if rule(p, x) else x, params)
     plan = _plan_of(ours, chosen, factored)
-    rows = _rows(params, ours, plan, factored)
     # A d x d matrix per factor times the block, or the block times itself.
     product = sum(
         2 * leaf.batch * math.prod(cell.size) * sum(_edges(cell, factored))
         for leaf in plan
         for cell in leaf.cells
     )
-    edges = [(d, n) for row in rows for d, n in row.factors.items()]
-    cost, method = _refresh_cost(chosen)
     return Report(
-        rows=rows,
+        rows=_rows(params, ours, plan, factored),
         state_bytes=_bytes_by_kind(state),
+        dtypes=_dtypes_by_kind(state),
         adamw_bytes=state_bytes(optax.scale_by_adam(), params),
         muon_bytes=state_bytes(optax.trace(0.9), ours)
         + (state_bytes(optax.scale_by_adam(), others) if jax.tree.leaves(others) else 0),
-        refresh_flops=cost * sum(n * d**3 for d, n in edges),
-        refresh_method=method,
         statistics_flops=product,
         apply_flops=product * (3 if _nodes_with("bases", state) else 1),
-        root_batches=sum(map(sum, factored.values())),
-        largest_factor=max((d for d, _ in edges), default=0),
+        **_refresh(chosen, _sides(plan, chosen, factored), _factor_dtype(state)),
     )
 
 
@@ -142,7 +133,19 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
 
 
 def _bytes_by_kind(state: Any) -> dict[str, int]:
-    sizes = dict.fromkeys([*KINDS.values(), ADAM, OTHER], 0)
+    return {kind: sum(map(_size, leaves)) for kind, leaves in _by_kind(state).items()}
+
+
+def _dtypes_by_kind(state: Any) -> dict[str, str]:
+    dtypes = {
+        k: [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        for k, leaves in _by_kind(state).items()
+    }
+    return {kind: ", ".join(sorted({x.name for x in each})) for kind, each in dtypes.items()}
+
+
+def _by_kind(state: Any) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {kind: [] for kind in [*KINDS.values(), ADAM, OTHER]}
     nodes = jax.tree_util.tree_leaves_with_path(
         state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
     )
@@ -150,8 +153,8 @@ def _bytes_by_kind(state: Any) -> dict[str, int]:
         fields = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
         kind = KINDS.get(fields[-1], OTHER) if fields else OTHER
         kind = ADAM if isinstance(node, optax.ScaleByAdamState) else kind
-        sizes[kind] += sum(map(_size, jax.tree.leaves(node)))
-    return sizes
+        found[kind] += jax.tree.leaves(node)
+    return found
 
 
 def _factored(state: Any) -> Factored:
@@ -160,43 +163,78 @@ def _factored(state: Any) -> Factored:
     return {k: tuple(f is not None for f in v) for s in stacks for k, v in s.items()}
 
 
+def _factor_dtype(state: Any) -> Any:
+    factors = [node.factors for node in _nodes_with("factors", state)]
+    return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(factors)))
+
+
 def _nodes_with(field: str, state: Any) -> list[Any]:
     """States of the parts that keep a field of this name."""
     nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, field))
     return [node for node in nodes if hasattr(node, field)]
 
 
-def _refresh_cost(chosen: Mapping[str, Any]) -> tuple[float, str]:
-    """Multiple of d^3 for the refresh of one factor, and its method in words."""
+def _sides(
+    plan: list[LeafPlan], chosen: Mapping[str, Any], factored: Factored
+) -> collections.Counter[Side]:
+    """Number of factors of each root computation."""
+    exponents = resolve_exponents(chosen.get("side", chosen.get("exponents")))
+    sides: collections.Counter[Side] = collections.Counter()
+    for leaf in plan:
+        for cell in leaf.cells:
+            sizes = _stored(cell)
+            each = zip(sizes, exponents(sizes), factored[cell.key], strict=True)
+            for k, (d, exponent, has) in enumerate(each):
+                if has:
+                    sides[Side(cell.key, k, d, exponent)] += leaf.batch
+    return sides
+
+
+def _refresh(chosen: Mapping[str, Any], sides: Mapping[Side, int], dtype: Any) -> dict[str, Any]:
+    """The fields of the report about refreshes."""
+    costs = {side: _cost(chosen, side, dtype) for side in sides}
+    every, chunk = int(chosen.get("every", 1)), chosen.get("chunk")
+    turns = every if chosen.get("stagger") else 1
+    # Stacks with fewer blocks than turns are left alone in some.
+    share = {side: math.ceil(n / turns) if n >= turns else n / turns for side, n in sides.items()}
+
+    def flops(numbers: Mapping[Side, float]) -> float:
+        return sum(n * costs[side].flops * side.size**3 for side, n in numbers.items())
+
+    def working(side: Side) -> int:
+        at_once = min(math.ceil(share[side]), chunk or sides[side])
+        return at_once * costs[side].matrices * side.size**2 * dtype.itemsize
+
+    return {
+        "refresh_flops": flops(sides),
+        "refresh_method": _method(costs),
+        "every": every,
+        "staggered_flops": flops(share),
+        "working_bytes": max(map(working, sides), default=0),
+        "root_batches": len(sides),
+        "fallback_batches": sum(cost.fallback for cost in costs.values()),
+        "largest_factor": max((side.size for side in sides), default=0),
+    }
+
+
+def _cost(chosen: Mapping[str, Any], side: Side, dtype: Any) -> Cost:
     if "basis" in chosen:
         sorts = "reorder" in chosen  # SOAP; the KL directions do not
-        cost, name = _basis_cost(make_basis(chosen["basis"], keep_order=not sorts))
-        return cost, f"{name}, {cost:.3g} d^3 per factor"
-    solver = make_solver(chosen["solver"]) if "solver" in chosen else None
-    match solver:
-        case CoupledNewton() | HigherOrderNewton():
-            # For a 4th root: one product with X, two for a 4th power, one with M; then the series.
-            cost = PRODUCT * (4 + getattr(solver, "order", 2) - 2)
-            return cost, f"Newton iterations, {cost:.3g} d^3 per factor and iteration"
-        case TruncatedEigh() | ShiftedEigh():
-            cost, name = EIGH, "eigh"
-        case CarriedBasis():
-            cost, name = _basis_cost(solver.basis)
-        case _:
-            cost, name = EIGH, "a method of its own, counted as eigh"
-    cost += PRODUCT
-    return cost, f"{name}, {cost:.3g} d^3 per factor"
+        return basis_cost(make_basis(chosen["basis"], keep_order=not sorts))
+    options = {n: chosen[n] for n in ("cutoff", "rtol", "atol", "eps") if n in chosen}
+    solver = make_solver(chosen["solver"], **options) if "solver" in chosen else None
+    return root_cost(solver, side.size, dtype, side.exponent)
 
 
-def _basis_cost(basis: Basis) -> tuple[float, str]:
-    """Likewise without a root: eigenvectors and eigenvalues alone."""
-    if isinstance(basis, EighBasis):
-        return EIGH, "eigh" if is_off(basis.tolerance) else "eigh at most"
-    n = basis.iterations
-    # Eigenvalues cost one product; rotating the factor first, and basis and factor in each step,
-    # or one more estimate to sort by.
-    products = {"after": 2 + 2 * n, "before": 2 + n, None: 1 + n}[basis.sort]
-    return PRODUCT * products + QR * n, f"{n} QR step{'s' if n > 1 else ''}"
+def _method(costs: Mapping[Side, Cost]) -> str:
+    """The methods in words, each with its multiple of d^3 and, of several, with the sizes."""
+    sizes: dict[str, set[int]] = {}
+    for side, cost in costs.items():
+        unit = "factor and iteration" if "iterations" in cost.method else "factor"
+        sizes.setdefault(f"{cost.method}, {cost.flops:.3g} d^3 per {unit}", set()).add(side.size)
+    if len(sizes) < 2:
+        return next(iter(sizes), "nothing")
+    return "; ".join(f"{text} of {', '.join(map(str, sorted(d)))}" for text, d in sizes.items())
 
 
 def _plan_of(params: Any, chosen: Mapping[str, Any], factored: Factored) -> list[LeafPlan]:

@@ -38,45 +38,72 @@ class Report:
       state_bytes: Bytes of optimizer state by kind: first moment, factors, roots (or bases), second
         moment (of the graft or in the eigenbasis), adam (both moments of parameters that are not
         preconditioned), other (momentum, counts ...).
+      dtypes: Names of the floating-point dtypes of that state by kind.
       adamw_bytes: State of AdamW on all parameters, twice their size.
       muon_bytes: State of Muon on the preconditioned parameters, once their size, with AdamW on
         the others.
       refresh_flops: One refresh of all roots or bases; for Newton's methods, one iteration of it.
-      refresh_method: How that is done, and its multiple of d^3 per factor (Golub and Van Loan).
+      refresh_method: How that is done, and its multiple of d^3 per factor (Golub and Van Loan for
+        eigh and QR, counted for products); `"auto"` is resolved for the default backend.
+      every: Steps from one refresh to the next.
+      staggered_flops: The part of `refresh_flops` in one step that refreshes: all of it, or with
+        `stagger`, where every step does, one in `every`, rounded up for each stack.
+      working_bytes: Temporary memory of the largest root computation, where all the factors of a
+        shape, or `chunk` of them, or the share of a staggered step, are solved together; CPU takes
+        them one at a time.
       statistics_flops: Factor statistics of one step, `2 d |block|` per factor.
       apply_flops: Application in one step: with roots `2 d |block|` per factor; with eigenbases
         three times that, for gradient and first moment into the basis and the update back.
       root_batches: Root computations in the compiled program, one per block shape and side.
+      fallback_batches: Computations by eigh beside them, of roots that polynomials fail on.
       largest_factor: Largest edge of a factor, 0 without factors.
     """
 
     rows: tuple[Row, ...]
     state_bytes: dict[str, int]
+    dtypes: dict[str, str]
     adamw_bytes: int
     muon_bytes: int
     refresh_flops: float
     refresh_method: str
+    every: int
+    staggered_flops: float
+    working_bytes: int
     statistics_flops: int
     apply_flops: int
     root_batches: int
+    fallback_batches: int
     largest_factor: int
 
     def __str__(self) -> str:
         header = ("parameter", "count", "shape", "optimizer", "read as", "blocks", "factors")
         lines = [*_align([header, *_cells(self.rows)]), ""]
         total = sum(self.state_bytes.values())
-        kinds = ", ".join(f"{k} {_scaled(v, 'B')}" for k, v in self.state_bytes.items() if v)
+        kinds = ", ".join(
+            f"{k} {_scaled(v, 'B')}" + self._narrow(k) for k, v in self.state_bytes.items() if v
+        )
+        schedule = "every step" if self.every == 1 else f"every {self.every} steps"
+        if self.staggered_flops < self.refresh_flops:
+            schedule = f"{_scaled(self.staggered_flops, 'FLOP')} of it each step"
         lines += [
             f"optimizer state   {_scaled(total, 'B')} ({kinds})",
             f"in comparison     AdamW {_scaled(self.adamw_bytes, 'B')}, "
             f"Muon {_scaled(self.muon_bytes, 'B')}",
-            f"refresh           {_scaled(self.refresh_flops, 'FLOP')} by {self.refresh_method}",
+            f"refresh           {_scaled(self.refresh_flops, 'FLOP')} by {self.refresh_method}, "
+            f"{schedule}",
+            f"working memory    {_scaled(self.working_bytes, 'B')} for the largest root batch",
             f"every step        {_scaled(self.statistics_flops, 'FLOP')} statistics, "
             f"{_scaled(self.apply_flops, 'FLOP')} application",
-            f"root batches      {self.root_batches} (block shapes x sides)",
+            f"root batches      {self.root_batches} (block shapes x sides)"
+            + (f", {self.fallback_batches} by eigh as fallback" if self.fallback_batches else ""),
             f"largest factor    {self.largest_factor} x {self.largest_factor}",
         ]
         return "\n".join(lines)
+
+    def _narrow(self, kind: str) -> str:
+        """The dtypes of a kind of state where they are not the usual one."""
+        dtypes = self.dtypes[kind]
+        return f" in {dtypes}" if dtypes not in ("", "float32") else ""
 
 
 def _cells(rows: tuple[Row, ...]) -> list[tuple[str, ...]]:

@@ -156,6 +156,19 @@ def root_schedule(
     raise ValueError(f"semantics={semantics!r} is unknown: use 'cut' or 'clip'.")
 
 
+def count_products(schedule: schedules.RootSchedule, p: int) -> int:
+    """Number of products of d x d matrices in one root, thin ones of the checks aside."""
+
+    def power(p: int) -> int:  # see _times_power
+        return p if p < 4 else 2 + p % 2 + power(p // 2 - 1)
+
+    steps, signs = len(schedule.steps), len(schedule.signs)
+    # The bound; M^2 and Z after the first step; M in every step.
+    count = 2 + 2 * (steps - 1) + power(p) * (steps - 1)
+    # S^2 once and polish; two products a sign step and its square; the projector, twice.
+    return count + (power(p) + 2 + 3 * signs - 1 + 2 if signs else 0)
+
+
 def _one_at_a_time(
     solve: Callable[[Array], tuple[Array, Array]], factor: Array
 ) -> tuple[Array, Array]:

@@ -1,6 +1,8 @@
 """What `explain` says, against counting by hand and against what is built and compiled."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,18 @@ import optax
 import pytest
 
 from scripts.compile_size import gpt2_matrices, measure, one_root_per_factor
-from shampoo_jax import CarriedBasis, DimensionNumbers, EighBasis, QRBasis, scale_by_shampoo
+from shampoo_jax import (
+    CarriedBasis,
+    DimensionNumbers,
+    EighBasis,
+    Polynomial,
+    QRBasis,
+    scale_by_shampoo,
+)
 from shampoo_jax.aliases import kl_shampoo, one_sided_shampoo, shampoo, soap
+from shampoo_jax.costs import root_cost
 from shampoo_jax.explanation import explain, state_bytes
+from shampoo_jax.matrix.polynomial import FULL, polynomial_root
 
 
 def struct(*shape, dtype=jnp.float32):
@@ -164,6 +175,73 @@ def test_a_refresh_is_named_and_counted_by_its_method(optimizer, options, multip
     assert f" by {method}" in str(report)
     in_a_basis = optimizer is not shampoo
     assert report.apply_flops == (3 if in_a_basis else 1) * report.statistics_flops
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 64), (2, 64), (3, 256), (4, 256), (5, 64), (8, 64)])
+@pytest.mark.parametrize("semantics", ["cut", "clip"])
+def test_products_of_a_root_are_those_of_the_program(p, d, semantics):
+    """All products in what is traced; thin ones are those of the checks."""
+    factor = struct(d, d)
+    solve = functools.partial(polynomial_root, semantics=semantics, precision=FULL)
+    text = str(jax.make_jaxpr(lambda a: solve(a, 1 / p)[0])(factor))
+    cost = root_cost(Polynomial(semantics=semantics), d, jnp.float32, 1 / p)
+    found = re.findall(rf"f32\[{d},{d}\] = dot_general", text)
+    assert cost.flops == 2 * len(found)
+    assert cost.method == f"{len(found)} products" and cost.fallback
+
+
+def test_flops_and_memory_of_polynomials_are_those_that_xla_finds():
+    report = explain(
+        {"w": struct(3, 128, 128)},
+        scale_by_shampoo,
+        solver="polynomial",
+        dimension_numbers=lambda path, leaf: DimensionNumbers(((1,), (2,)), batch=(0,)),
+    )
+    compiled = jax.jit(lambda a: polynomial_root(a, 0.25, precision=FULL))
+    compiled = compiled.lower(struct(3, 128, 128)).compile()
+    flops, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    np.testing.assert_allclose(report.refresh_flops, 2 * flops["flops"], rtol=0.05)
+    assert memory is not None
+    np.testing.assert_allclose(report.working_bytes, memory.temp_size_in_bytes, rtol=0.01)
+    assert (report.root_batches, report.fallback_batches) == (2, 2)
+    assert "2 (block shapes x sides), 2 by eigh as fallback" in str(report)
+
+
+def test_auto_names_what_it_resolves_to(monkeypatch):
+    params = {"w": struct(768, 64)}
+    assert "by eigh (auto on cpu), 11 d^3" in str(explain(params, solver="auto"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    report = explain(params, solver="auto")
+    assert "27 products (auto on gpu), 54 d^3 per factor of 768" in report.refresh_method
+    assert "eigh (auto on gpu), 11 d^3 per factor of 64" in report.refresh_method
+    assert report.refresh_flops == 54 * 768**3 + 11 * 64**3 and report.fallback_batches == 1
+
+
+def test_a_staggered_refresh_costs_a_share_of_each_stack():
+    params = {str(i): {"w": struct(6, 6), "v": struct(4, 4)} for i in range(7)}
+    del params["0"]["v"]
+    options = dict(every=3, mu_dtype=jnp.bfloat16, root_dtype=jnp.bfloat16)
+    at_once = explain(params, scale_by_shampoo, **options)
+    assert at_once.staggered_flops == at_once.refresh_flops == 2 * 11 * (7 * 6**3 + 6 * 4**3)
+    assert at_once.working_bytes == 7 * 5 * 36 * 4
+    assert "per factor, every 3 steps" in str(at_once)
+    report = explain(params, scale_by_shampoo, stagger=True, **options)
+    assert report.staggered_flops == 2 * 11 * (3 * 6**3 + 2 * 4**3)
+    assert report.working_bytes == 3 * 5 * 36 * 4
+    assert f"{report.staggered_flops / 1e3:.3g} kFLOP of it each step" in str(report)
+    assert explain(params, scale_by_shampoo, chunk=2, **options).working_bytes == 2 * 5 * 36 * 4
+    longer = explain(params, scale_by_shampoo, stagger=True, every=14)
+    assert longer.staggered_flops * 14 == longer.refresh_flops
+    dtypes = ("first moment", "factors", "roots")
+    assert [report.dtypes[kind] for kind in dtypes] == ["bfloat16", "float32", "bfloat16"]
+    assert "roots 1.39 kB in bfloat16" in str(report) and "factors 2.78 kB," in str(report)
+
+
+def test_what_a_solver_carries_counts_as_roots():
+    report = explain({"w": struct(6, 4)}, solver=CarriedBasis())
+    assert report.state_bytes["roots"] == 2 * report.state_bytes["factors"]
+    counts = explain({"w": struct(6, 4)}, solver="polynomial").state_bytes["roots"]
+    assert counts == report.state_bytes["factors"] + 2 * 4  # two counts of fallbacks
 
 
 def test_a_function_without_blocks_is_refused():
