@@ -192,15 +192,15 @@ def test_products_of_a_root_are_those_of_the_program(p, d, semantics):
 
 def test_flops_and_memory_of_polynomials_are_those_that_xla_finds():
     report = explain(
-        {"w": struct(3, 128, 128)},
+        {"w": struct(3, 256, 256)},
         scale_by_shampoo,
         solver="polynomial",
         dimension_numbers=lambda path, leaf: DimensionNumbers(((1,), (2,)), batch=(0,)),
     )
     compiled = jax.jit(lambda a: polynomial_root(a, 0.25, precision=FULL))
-    compiled = compiled.lower(struct(3, 128, 128)).compile()
+    compiled = compiled.lower(struct(3, 256, 256)).compile()
     flops, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    np.testing.assert_allclose(report.refresh_flops, 2 * flops["flops"], rtol=0.05)
+    np.testing.assert_allclose(report.refresh_flops, 2 * flops["flops"], rtol=0.03)
     assert memory is not None
     np.testing.assert_allclose(report.working_bytes, memory.temp_size_in_bytes, rtol=0.01)
     assert (report.root_batches, report.fallback_batches) == (2, 2)
