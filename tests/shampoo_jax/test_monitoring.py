@@ -169,6 +169,46 @@ def report_basis(basis, previous):
     return blocks_part(lambda params: optax.EmptyState(), update)
 
 
+def figures_of(factor, root=None, basis=None, previous=None):
+    """Figures of one vector block with exponent 1/4 and these matrices."""
+    arrays = {"factor/0": factor, "basis/0": basis, "previous/0": previous}
+    given = {name: jnp.asarray(x, jnp.float32)[None] for name, x in arrays.items() if x is not None}
+    matrices = () if root is None else (jnp.asarray(root, jnp.float32)[None],)
+    update = jnp.ones((1, len(factor)))
+    blocks = {"k": Blocks(update, update, matrices, figures=given)}
+    tx = monitor_spectrum(exponents=lambda shape: (0.25,))
+    _, state = tx.update(blocks, tx.init(blocks))
+    return {name: float(value[0]) for name, value in read_monitor(state)["k/0"].items()}
+
+
+def test_figures_do_not_depend_on_the_scale_of_the_gradients():
+    """At a power of two not even in their last bits; here the trace is beyond float32."""
+    factor, root = np.diag([128.0, 128.0, 1.0, 2.0**-15]), np.diag([0.3, 0.3, 0.0, 0.0])
+    figures = figures_of(factor, root)
+    assert figures_of(factor * 2.0**120, root * 2.0**-30) == figures
+    assert figures["dropped_energy"] > 0 and figures["kept_rank"] == 2
+    basis, previous = turn(0.1), turn(0.3)
+    figures = figures_of(factor, None, basis, previous)
+    assert figures_of(factor * 2.0**120, None, basis, previous) == figures
+    assert figures["dropped_energy"] > 0 and figures["kept_rank"] == 3
+
+
+def test_energy_is_not_negative_where_rounding_makes_an_eigenvalue_so():
+    factor = np.diag([1.0, 0.0, -0.25, 0.0])
+    root = np.diag([1.0, 0.0, 0.0, 0.0])
+    assert figures_of(factor, root)["dropped_energy"] == 0
+    # Nor does it count where the angle is weighted: the first two columns have turned.
+    figures = figures_of(factor, None, np.eye(4), turn(0.3))
+    np.testing.assert_allclose(figures["rotation"], 0.3, rtol=1e-5)
+
+
+def test_directions_of_a_basis_count_above_rounding_of_the_largest():
+    figures = figures_of(np.diag([1.0, 1e-6, 2e-7, 0.0]), None, np.eye(4), np.eye(4))
+    assert figures["kept_rank"] == 2  # 4 eps is 4.8e-7
+    np.testing.assert_allclose(figures["condition_number"], 1e6, rtol=1e-5)
+    np.testing.assert_allclose(figures["dropped_energy"], 2e-7, rtol=1e-5)
+
+
 def turn(angle, d=4):
     basis = np.eye(d)
     basis[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
