@@ -37,7 +37,7 @@ from shampoo_jax.polynomial_solver import Auto, Polynomial
 from shampoo_jax.registry import register_solver
 from shampoo_jax.roots import invert_roots, precondition
 from shampoo_jax.routing import complete, is_hidden_matrix
-from shampoo_jax.sharding import Placement
+from shampoo_jax.sharding import Placement, state_shardings
 from shampoo_jax.skipping import (
     accept_missing,
     check_finite,
@@ -117,6 +117,7 @@ __all__ = [
     "skip_nonfinite_parameters",
     "soap",
     "state_bytes",
+    "state_shardings",
     "state_to_tree",
     "tree_to_state",
 ]

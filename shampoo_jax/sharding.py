@@ -322,3 +322,38 @@ def _group_specs(leaf: LeafPlan, own: Spec) -> list[Axes]:
             first = entry if first is None and n > 1 else first
         groups.append(first or ())
     return groups
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
+    """Where the state of a transformation lies, without computing or allocating it.
+
+    Args:
+      tx: Any Optax transformation, one with a `placement` and wrappers around it say.
+      params: Parameters, or their shapes with shardings, as `jax.eval_shape` gives them.
+      mesh: The mesh of the training step.
+
+    Returns:
+      A tree like `tx.init(params)` of `NamedSharding`s, for `out_shardings` and for restoring
+      checkpoints: those that `jax.jit(tx.init)` chooses, except that a leaf that it leaves whole on
+      every device and that has the path and shape of a parameter lies as that parameter does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, shampoo_jax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> split = NamedSharding(mesh, P("data"))
+      >>> params = {"w": jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=split)}
+      >>> shampoo_jax.state_shardings(optax.trace(0.9), params, mesh).trace["w"] == split
+      True
+    """
+    owners = {p: x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    with jax.set_mesh(mesh):
+        chosen = jax.jit(tx.init).lower(params).compile().output_shardings
+
+    def place(path: KeyPath, leaf: Any, sharding: Any) -> NamedSharding:
+        owner = owners.get(parameter_of(path, owners))
+        given = getattr(owner, "sharding", None)
+        mirrors = isinstance(given, NamedSharding) and np.shape(owner) == leaf.shape
+        return given if mirrors and sharding.is_fully_replicated else sharding
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params), chosen)

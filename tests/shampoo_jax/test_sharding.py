@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -207,6 +208,41 @@ def test_wrappers_of_optax_keep_the_placement():
     _, state = jax.jit(tx.update)(params, state, params)
     stacks = [x for x in jax.tree.leaves(state) if x.ndim == 3 and x.shape[0] % 8 == 0]
     assert stacks and all(x.sharding.spec[0] == "fsdp" for x in stacks)
+
+
+def test_shardings_are_told_before_there_is_a_state():
+    placement = placement_of("rows")
+    tx = optax.MultiSteps(
+        optax.partition(
+            {"a": OPTIMIZERS["shampoo"](placement), "b": optax.adam(0.1)},
+            {"blocks": {"q": "a", "bias": "a"}, "head": "b"},
+        ),
+        2,
+    )
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(placement.mesh, P("fsdp")))
+    def init():
+        return {"blocks": {"q": jnp.ones((16, 16)), "bias": jnp.ones(16)}, "head": jnp.ones((8, 3))}
+
+    # With shardings, as a traced jit of them has.
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init()
+    )
+    told = sj.state_shardings(tx, abstract, placement.mesh)
+    state = jax.jit(tx.init, out_shardings=told)(init())
+    for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(told), strict=True):
+        assert x.sharding == sharding
+        # Blocks by the placement; accumulated gradients and another's moments as parameters lie.
+        assert x.size < 16 or sharding.spec[0] == "fsdp"
+
+
+def test_shardings_of_a_state_of_nnx():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
+    placement = sj.Placement(mesh, "fsdp", rows("fsdp"))
+    tx = OPTIMIZERS["shampoo"](placement)
+    params = nnx.state(nnx.eval_shape(lambda: nnx.Linear(16, 16, rngs=nnx.Rngs(0))), nnx.Param)
+    told = sj.state_shardings(tx, params, mesh)
+    assert sum(x.spec != P() for x in jax.tree.leaves(told)) >= 6
 
 
 @pytest.mark.parametrize(
