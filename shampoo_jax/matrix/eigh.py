@@ -68,13 +68,14 @@ def _warn_about_blas_threads() -> None:
 def power_of_two_scale(matrices: Array) -> Array:
     """The power of two at the largest absolute entry of each matrix, `[..., 1, 1]`; 1 for zero.
 
-    Dividing by it is exact, keeps every norm away from over- and underflow, and makes results
-    independent of the scale of the gradients.
+    Its exponent is within 126 of 0. Dividing by it is exact, keeps every norm away from over- and
+    underflow, and makes results independent of the scale of the gradients.
     """
     largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True, initial=0.0)
     # frexp gives largest = m * 2^e with 1/2 <= m < 1; 2^(e-1) is a finite, normal number.
     exponent = jnp.frexp(jnp.where(largest > 0, largest, 1.0))[1] - 1
-    return jnp.ldexp(jnp.ones_like(largest), jnp.maximum(exponent, -126))
+    # 126 at most: XLA may multiply by the inverse instead, and that of 2^127 is flushed to 0.
+    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -126, 126))
 
 
 def finite(matrices: Array) -> Array:

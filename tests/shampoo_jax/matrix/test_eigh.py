@@ -184,13 +184,22 @@ def test_eigh_of_any_leading_axes():
     np.testing.assert_allclose(eigh.reconstruct(values, vectors), a, atol=1e-5)
 
 
+def test_a_factor_at_the_upper_end_of_float32_has_a_root():
+    """XLA may multiply by the inverse of the scale, which is denormal for 2^127."""
+    factor = np.diag(np.float32([2.0**127, 2.0**123]))[None]
+    root, ok = jax.jit(lambda a: eigh.truncated_root(a, 0.25))(factor)
+    assert ok.all()
+    np.testing.assert_allclose(root[0], np.diag([2.0**-31.75, 2.0**-30.75]), rtol=1e-6)
+
+
 def test_power_of_two_scale():
     sizes = np.float32([0.0, 1.0, 1.5, 3.0, -8.0, 1e-30, 3e38])
     scale = np.asarray(eigh.power_of_two_scale(jnp.asarray(sizes)[:, None, None])).ravel()
     assert scale[0] == 1
     assert (np.frexp(scale)[0] == 0.5).all()
     ratio = np.abs(sizes[1:]) / scale[1:]
-    assert ((ratio >= 0.5) & (ratio <= 2)).all()
+    assert ((ratio >= 0.5) & (ratio <= 2)).tolist() == [True] * 5 + [False]
+    assert scale[-1] == 2.0**126
 
 
 CHOOSING = {
