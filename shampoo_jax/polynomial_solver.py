@@ -23,6 +23,10 @@ class Polynomial(Solver):
     is solved by `eigh`, in a loop over such factors that costs nothing where there are none.
     The state counts these fallbacks per factor, int32[N].
 
+    Float32 roots are less accurate than those of eigh, more so for small factors, whose cutoff is
+    lower: applied to gradients of low rank they are wrong by 1 % at d = 6 to 16 and by 0.5 % at 64
+    to 128; rounding, and so the scale of the gradients, decides part of that.
+
     Attributes:
       rtol: Cutoff relative to the largest eigenvalue, static; None means `d * eps` of the dtype.
       semantics: `"cut"`, the pseudo-inverse of `TruncatedEigh`, or the cheaper `"clip"`, which

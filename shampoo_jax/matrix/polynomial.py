@@ -289,7 +289,7 @@ def _image(schedule: schedules.RootSchedule, p: int, largest: Array) -> Array:
 def _projector(
     z: Array, m: Array, cutoff: Array, schedule: schedules.RootSchedule, product: Product
 ) -> tuple[Array, Array]:
-    """The projector onto what lies above the cutoff, and `Z polish(M)` times its square."""
+    """The projector onto what lies above the cutoff, and `Z polish(M)` between two of it."""
     width = jnp.maximum(cutoff, schedule.largest - cutoff)
     # The square of the projector is 1/2 where S is sqrt(2) - 1, which the sign steps reach at this.
     cutoff = cutoff - width * (math.sqrt(2) - 1) / math.prod(a for a, _, _ in schedule.signs)
@@ -305,8 +305,9 @@ def _projector(
         q = _polynomial(coefficients, squared, product(squared, squared))
         s = _symmetric(product(s, q))
     projector = _polynomial((0.5, 0.5), s)
-    # Twice: Z is largest on what is dropped, where a projector within 1 % would leave 1 % of it.
-    return projector, product(product(z, projector), projector)
+    # Twice: Z is largest on what is dropped, where a projector within 1 % would leave 1 % of it. On
+    # either side: rounding in Z mixes kept and dropped directions, and the last factor decides.
+    return projector, product(product(projector, z), projector)
 
 
 def _cut_residuals(m: Array, root: Array, projector: Array, p: int) -> Array:

@@ -185,6 +185,19 @@ def test_scales(semantics):
         np.testing.assert_allclose(roots * power**0.25, expected, rtol=1e-6)
 
 
+def test_rounding_of_low_rank_factors_does_not_reach_the_update():
+    """Scales that are no power of two round differently; what is dropped must stay dropped."""
+    g = np.random.default_rng(0).normal(size=(16, 3)) @ np.ones((3, 5)).cumsum(1)
+    u, sv, _ = np.linalg.svd(g, full_matrices=False)
+    exact = u[:, 0] * sv[0] ** 0.5  # rank 1: the update along its only direction
+    for scale in (1.0, 1e-6, 3.0, 1e6):
+        scaled = np.float32(g * scale)
+        root, ok = polynomial_root_jit((scaled @ scaled.T)[None], 0.25)
+        update = root[0] @ scaled / scale**0.5
+        error = np.linalg.norm(update, axis=1) - np.abs(exact)
+        assert ok.all() and np.linalg.norm(error) < 0.02 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("semantics", ["cut", "clip"])
 def test_special_matrices(semantics):
     """Zero, identities, NaN, inf; negative eigenvalues within rounding and far beyond."""
