@@ -14,7 +14,7 @@ from shampoo_jax.blocks import Blocks, is_placeholder
 from shampoo_jax.dimension_numbers import DimensionOption, resolve_dimension_numbers
 from shampoo_jax.exponents import Exponents
 from shampoo_jax.hyperparameters import check_static
-from shampoo_jax.paths import name_of
+from shampoo_jax.paths import KeyPath, name_of
 from shampoo_jax.plan import LeafPlan, make_plan
 from shampoo_jax.sharding import Placement, StackLayout
 from shampoo_jax.skipping import drop_missing, fill_missing, missing_paths, where_blocks
@@ -203,10 +203,7 @@ def blocked(
         updates: Any, state: BlockedState, params: Any = None, **extra: Any
     ) -> tuple[Any, BlockedState]:
         missing = frozenset() if params is None else missing_paths(updates, params)
-        filled = fill_missing(updates, params, missing) if missing else updates
-        filled, params = jax.tree.map(jnp.asarray, (filled, params))
-        if params is not None:
-            _check_shapes(filled, params)
+        filled, params = _arrays(updates, params, missing)
         plan = plan_of(filled)
         _check_count(plan, state)
         layout = layout_of(filled, plan)
@@ -224,19 +221,26 @@ def blocked(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_shapes(updates: Any, params: Any) -> None:
-    """Blocks of another parameter may be as large, so that nothing else would notice."""
+def _arrays(updates: Any, params: Any, missing: frozenset[KeyPath]) -> tuple[Any, Any]:
+    """Both trees as arrays, with zeros for missing updates, once they are known to fit.
+
+    Blocks of another parameter may be as large, so that nothing else would notice.
+    """
+    if params is None:
+        return jax.tree.map(jnp.asarray, updates), None
     given, wanted = (
-        {name_of(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        {path: jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (updates, params)
     )
-    for name in [*wanted, *given]:
-        if given.get(name) != wanted.get(name):
+    for path in [*(p for p in wanted if p not in missing), *given]:
+        if given.get(path) != wanted.get(path):
             raise ValueError(
-                f"parameter {name!r} has shape {wanted.get(name)}, its gradient {given.get(name)} "
-                "(None: there is none of this name): pass gradients and parameters of one tree, "
-                "and None for a gradient that is missing."
+                f"parameter {name_of(path)!r} has shape {wanted.get(path)}, its gradient "
+                f"{given.get(path)} (None: there is none of this name): pass gradients and "
+                "parameters of one tree, and None for a gradient that is missing."
             )
+    filled = fill_missing(updates, params, missing) if missing else updates
+    return jax.tree.map(jnp.asarray, (filled, params))
 
 
 def _check_count(plan: Sequence[LeafPlan], state: BlockedState) -> None:
