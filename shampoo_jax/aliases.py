@@ -52,7 +52,9 @@ def shampoo(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
 
     The learning rate first, then the options of `scale_by_shampoo` and `complete` by name. With
     Adam grafting, start from AdamW's learning rate.
-    Multiplying every gradient by a constant changes nothing beyond rounding.
+
+    Multiplying every gradient by a constant changes nothing beyond rounding, with the exceptions
+    that `scale_by_shampoo` names.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, shampoo_jax
@@ -77,7 +79,7 @@ def soap(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """SOAP on matrices, AdamW on everything else.
 
     The learning rate first (3e-3 in the paper), then the options of `scale_by_soap` and `complete`
-    by name.
+    by name; `eps`, the paper's, is on the scale of the gradients.
 
     Example:
       >>> import shampoo_jax
@@ -90,6 +92,7 @@ def kl_shampoo(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraAr
     """KL-Shampoo on matrices, AdamW on everything else.
 
     The learning rate first, then the options of `scale_by_kl_shampoo` and `complete` by name.
+    Not for a loss summed over tokens, see there.
 
     Example:
       >>> import shampoo_jax

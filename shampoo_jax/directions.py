@@ -58,7 +58,9 @@ def scale_by_shampoo(
 
     Inverse roots are *truncated*: eigenvalues below `d * eps_float32 * largest` map to 0, since the
     factors are rank deficient and their noise eigenvalues would otherwise be amplified most.
-    Multiplying every gradient by a constant changes nothing beyond rounding.
+    Multiplying every gradient by a constant changes nothing beyond rounding, but for `atol`, `eps`,
+    `graft_eps` where they matter, `statistics="kl"`, and polynomial solvers, whose error of about a
+    percent varies with the scale.
 
     Sources: Gupta et al. 2018 (arXiv:1802.09568); Shi et al. 2023 (arXiv:2309.06497) for grafting
     and blocking; track-3 result 35 of modded-nanogpt for the truncation.
@@ -83,7 +85,10 @@ def scale_by_shampoo(
       weighted: Whether new statistics have weight `1 - b2`; False adds them with weight 1.
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
-        package has it; with `exponents=0.5` the paper's iteration.
+        package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
+        gradients. With a truncating solver, directions that no side has seen by the first refresh
+        are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`, where supports
+        may grow.
       solver: Name of an inverse-root solver or a `Solver`: `"eigh"`; `"polynomial"`, the same
         truncated root by matrix products, and the cheaper `"polynomial_clip"`; `"auto"`, the faster
         one of eigh and polynomial for backend and size, see `Auto`; `"shifted_eigh"`,

@@ -178,6 +178,10 @@ def scale_by_kl_shampoo(
     `presets.meta_kl_shampoo`. Weight decay in `kl_shampoo` acts as AdamW's, on the parameters
     before the step, where the authors' code shrinks them after it.
 
+    The result depends on the scale of the gradients: eigenvalues start at 0.1, meant for a mean
+    loss. The second step's update is 10 times the first moment, so after a loss summed over many
+    tokens a single step can be as long as 1500 learning rates: clip, or divide the loss.
+
     Args:
       b1: Decay of the first moment.
       b2: Decay of factors and eigenvalues.
@@ -251,7 +255,9 @@ def scale_by_kl_soap(
     """Rescales updates by KL-SOAP: uncorrected Adam in the eigenbasis of KL-Shampoo's factors.
 
     Source: Lin et al. 2025, arXiv:2509.03378. `first_weight=1.0, cap=4000` with `every=1` is the
-    direction of track-3 result 19.
+    direction of track-3 result 19. Bases depend on the scale of the gradients through the first
+    eigenvalues, 0.1, meant for a mean loss; sizes of updates are Adam's and do so
+    through `eps` only.
 
     Args:
       b1: Decay of the first moment.

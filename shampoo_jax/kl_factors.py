@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks
+from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks, where_block
 from shampoo_jax.carrying import Matrices
 from shampoo_jax.exponents import Exponents, default_exponents
 from shampoo_jax.factors import contract, decay_factors, factor_correction, zero_factors
 from shampoo_jax.filtering import check_range
 from shampoo_jax.roots import apply_matrices
+from shampoo_jax.solvers import identities
 
 Array = jax.Array
 
@@ -38,7 +39,16 @@ def accumulate_kl_factors(
 
     `S_k = b2 * S_k + w * H_(k) H_(k)^T` with `H = G x_{j != k} P_j`, `P_j` the roots before this
     step. With exponents 1/2 this is KL-Shampoo's fixed-point iteration (Lin et al. 2025,
-    arXiv:2509.03378, eq. for S_a and S_b); with a single dimension it is plain Shampoo.
+    arXiv:2509.03378, eq. for S_a and S_b); with a single dimension it is plain Shampoo. A root that
+    is zero, that of a factor which is zero, counts as the identity, as before the first refresh.
+
+    A truncated root maps to 0 what its factor has not seen, so the part of a gradient that is new
+    to the roots of *both* sides of a matrix never enters the factors. Where supports may change, as
+    with rows that are not used at first, take `ShiftedEigh`, or `scale_by_kl_shampoo` with `rtol`, which
+    truncates updates, not statistics.
+
+    Unlike Shampoo's, directions depend on the scale of the gradients: the identities that whiten
+    the first ones do not scale with them.
 
     Args:
       inner_roots: Part that turns factors into roots, `invert_roots` alone or in a chain: one state
@@ -77,6 +87,7 @@ def accumulate_kl_factors(
         count = optax.safe_increment(state.count)
 
         def accumulate(b: Blocks, factors: Matrices, roots: Matrices) -> Matrices:
+            roots = jax.tree.map(_identity_for_zero, roots)
             new = whitened_contractions(b.gradient, factors, roots, normalize)
             return decay_factors(factors, list(new), b2, weighted)
 
@@ -90,6 +101,11 @@ def accumulate_kl_factors(
         return new, AccumulateKLFactorsState(count, factors, inner)
 
     return blocks_part(init, update)
+
+
+def _identity_for_zero(root: Array) -> Array:
+    """A root of nothing, of gradients that were zero so far, would keep them zero for ever."""
+    return where_block(jnp.any(root != 0, (1, 2)), root, identities(*root.shape[:2], root.dtype))
 
 
 def _roots_in(state: Any) -> Any:
