@@ -55,7 +55,7 @@ def root_cost(solver: Solver | None, d: int, dtype: Any, exponent: float) -> Cos
                 factor, p, solver.semantics, solver.rtol, solver.sign_steps
             )
             count = polynomial.count_products(schedule, p)
-            return Cost(PRODUCT * count, f"{count} products", 7 if cut else 5, fallback=True)
+            return Cost(PRODUCT * count, f"{count} products", 6 if cut else 5, fallback=True)
         case CoupledNewton() | HigherOrderNewton():
             # For a 4th root: one product with X, two for a 4th power, one with M; then the series.
             cost = PRODUCT * (4 + getattr(solver, "order", 2) - 2)
