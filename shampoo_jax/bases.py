@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from shampoo_jax.matrix import eigh, qr
 from shampoo_jax.matrix.batching import map_matrices, map_selected
-from shampoo_jax.options import is_off
+from shampoo_jax.options import Checked, is_off
 from shampoo_jax.solvers import Solver, identities
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class EighBasis:
+class EighBasis(Checked):
     """Eigenvectors by `eigh`, skipped where the old basis still nearly diagonalizes the factor.
 
     Attributes:
@@ -48,7 +48,7 @@ class EighBasis:
 
 
 @dataclasses.dataclass(frozen=True)
-class QRBasis:
+class QRBasis(Checked):
     """Eigenvectors by warm-started QR iterations `Q <- qr(A Q)`.
 
     Attributes:
@@ -68,6 +68,12 @@ class QRBasis:
     iterations: int = 1
     tolerance: Any = 0.0
     sort: Literal["before", "after"] | None = "after"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown order and what `Checked` refuses."""
+        super().__post_init__()
+        if self.sort not in ("before", "after", None):
+            raise ValueError(f"sort={self.sort!r}: use 'before', 'after' or None.")
 
     def __call__(self, factor: Array, basis: Array) -> tuple[Array, Array, Array | None]:
         """Eigenvalue estimates `[N, d]`, basis `[N, d, d]`, and the new order of old columns."""
@@ -124,7 +130,7 @@ def eigenvalue_estimates(factor: Array, basis: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class CarriedBasis(Solver):
+class CarriedBasis(Checked, Solver):
     """A solver that keeps each factor's eigenbasis from one refresh to the next.
 
     With `EighBasis()` it equals `TruncatedEigh` or `ShiftedEigh`; with a tolerance or `QRBasis` the
@@ -147,6 +153,15 @@ class CarriedBasis(Solver):
     before: bool = True
     rtol: Any = None
     atol: Any = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for damping with a cutoff and what `Checked` refuses."""
+        super().__post_init__()
+        if self.eps is not None and not (self.rtol is None and is_off(self.atol)):
+            raise ValueError(
+                f"rtol={self.rtol}, atol={self.atol} with eps={self.eps}: a damped spectrum is not "
+                "truncated, drop eps or the cutoffs."
+            )
 
     def init(self, n: int, d: int, dtype: Any) -> Array:
         """Identity bases `[N, d, d]`."""

@@ -1,7 +1,11 @@
 """Exponents of the inverse roots by block shape and dimension."""
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar
+from numbers import Integral
+from typing import Any, Literal, TypeVar
+
+from shampoo_jax.options import is_number
 
 T = TypeVar("T")
 
@@ -48,7 +52,8 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
       is `1 / (2 * order)`.
 
     Raises:
-      ValueError: A negative exponent, a dimension that the order does not have, or another name.
+      ValueError: An exponent that is negative or no finite number, a key that is no int, a
+        dimension that the order does not have, or another name.
     """
     if option is None:
         return default_exponents
@@ -56,12 +61,14 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
         if option not in SIDES:
             raise ValueError(f"exponents={option!r}: the only names are {sorted(SIDES)}.")
         return SIDES[option]
-    if isinstance(option, (int, float)):
+    if not isinstance(option, Mapping):
         _check_exponent(option)
         return lambda shape: (float(option),) * len(shape)
 
     for order, entry in option.items():
+        _check_key(order)
         for dim, value in entry.items() if isinstance(entry, Mapping) else ((0, entry),):
+            _check_key(dim)
             _check_exponent(value)
             if isinstance(entry, Mapping) and not 0 <= dim < order:
                 raise ValueError(
@@ -78,9 +85,17 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
     return exponents
 
 
-def _check_exponent(value: float) -> None:
-    if value < 0:
-        raise ValueError(f"exponent {value} must not be negative: roots are inverse already.")
+def _check_key(key: Any) -> None:
+    if not isinstance(key, Integral):
+        raise ValueError(f"exponents has the key {key!r}: orders and dimensions are ints.")
+
+
+def _check_exponent(value: Any) -> None:
+    if isinstance(value, bool) or not is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(
+            f"exponent {value!r} must not be negative, or anything but a finite number: 0.5 stands "
+            "for S^(-1/2)."
+        )
 
 
 def given_exponents(option: ExponentOption) -> set[float]:
@@ -89,7 +104,7 @@ def given_exponents(option: ExponentOption) -> set[float]:
         return set()
     if isinstance(option, str):
         return {0.5}
-    if isinstance(option, (int, float)):
+    if not isinstance(option, Mapping):
         return {float(option)} - {0.0}
     entries = [e.values() if isinstance(e, Mapping) else (e,) for e in option.values()]
     return {float(x) for values in entries for x in values} - {0.0}

@@ -44,8 +44,8 @@ def accumulate_kl_factors(
 
     A truncated root maps to 0 what its factor has not seen, so the part of a gradient that is new
     to the roots of *both* sides of a matrix never enters the factors. Where supports may change, as
-    with rows that are not used at first, take `ShiftedEigh`, or `scale_by_kl_shampoo` with `rtol`, which
-    truncates updates, not statistics.
+    with rows that are not used at first, take `ShiftedEigh`, or `scale_by_kl_shampoo` with `rtol`,
+    which truncates updates, not statistics.
 
     Unlike Shampoo's, directions depend on the scale of the gradients: the identities that whiten
     the first ones do not scale with them.
@@ -105,7 +105,8 @@ def accumulate_kl_factors(
 
 def _identity_for_zero(root: Array) -> Array:
     """A root of nothing, of gradients that were zero so far, would keep them zero for ever."""
-    return where_block(jnp.any(root != 0, (1, 2)), root, identities(*root.shape[:2], root.dtype))
+    n, d, _ = root.shape
+    return where_block(jnp.any(root != 0, (1, 2)), root, identities(n, d, root.dtype))
 
 
 def _roots_in(state: Any) -> Any:

@@ -8,7 +8,11 @@ import jax
 import numpy as np
 
 WHOLE = ("block_size", "merge", "every", "start", "monitor")
-NOT_NEGATIVE = ("eps", "atol", "factor_eps", "graft_eps", "first_weight", "adamw_eps")
+AT_LEAST = {"chunk": 1, "iterations": 1, "max_iterations": 1, "order": 2}  # whole numbers as well
+NOT_NEGATIVE = (
+    *("eps", "atol", "factor_eps", "graft_eps", "first_weight", "adamw_eps"),
+    *("rel_epsilon", "abs_epsilon", "tolerance", "max_residual"),
+)
 
 
 def is_number(x: Any) -> TypeGuard[float]:
@@ -37,7 +41,7 @@ def check_options(options: Mapping[str, Any]) -> None:
       options: Options of a function by name, as its `locals()` at its first line.
     """
     for name, value in options.items():
-        if name in WHOLE:
+        if name in WHOLE or name in AT_LEAST:
             _check_whole(name, value)
         elif name in NOT_NEGATIVE and is_number(value) and not value >= 0:
             raise ValueError(f"{name}={value} must not be negative.")
@@ -50,10 +54,20 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_pairs(options)
 
 
+class Checked:
+    """Dataclass whose fields are refused like options of their names."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a field out of range."""
+        check_options(vars(self))
+
+
 def _check_whole(name: str, value: Any) -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if value is not None and not whole and not isinstance(value, jax.Array):
         raise ValueError(f"{name}={value!r} must be a whole number.")
+    if value is not None and name in AT_LEAST and value < AT_LEAST[name]:
+        raise ValueError(f"{name}={value} must be at least {AT_LEAST[name]}.")
 
 
 def _check_pairs(options: Mapping[str, Any]) -> None:
@@ -63,6 +77,11 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"b3={b3} with b1=0: there is no first moment to mix in, drop b3 or set b1 above 0."
         )
+    if is_off(b1) and given("mu_dtype") is not None:
+        raise ValueError(
+            f"mu_dtype={given('mu_dtype')} with b1=0: there is no first moment to store, drop "
+            "mu_dtype or set b1 above 0."
+        )
     graft, graft_b2 = given("graft"), given("graft_b2")
     if graft_b2 is not None and graft not in ("adam", "rmsprop"):
         raise ValueError(
@@ -71,7 +90,7 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
         )
     every = given("every")
     if is_number(every) and every > 1:
-        _check_cutoff_of_old_roots(every, given("cutoff"), given("atol"))
+        _check_cutoff_of_old_roots(every, options)
     factor_eps, rtol = given("factor_eps"), given("rtol", 0.0)
     if factor_eps is not None and not is_off(factor_eps) and not is_off(rtol):
         raise ValueError(
@@ -80,12 +99,19 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_cutoff_of_old_roots(every: Any, cutoff: Any, atol: Any) -> None:
+def _check_cutoff_of_old_roots(every: Any, options: Mapping[str, Any]) -> None:
+    solver = options.get("solver")
+    named = isinstance(solver, str)
+    rtol, atol = (
+        options.get(name) if named else getattr(solver, name, None) for name in ("rtol", "atol")
+    )
     why = (
         f"with every={every}: roots of old factors meet newer gradients, and an absolute cutoff "
         "lets noise directions through: use"
     )
-    if cutoff == "positive":
+    if options.get("cutoff") == "positive":
         raise ValueError(f"cutoff='positive' {why} cutoff='relative', or every=1.")
     if is_number(atol) and atol > 0:
         raise ValueError(f"atol={atol} {why} rtol, or every=1.")
+    if is_off(rtol):
+        raise ValueError(f"rtol={rtol}, a cutoff at 0, {why} a positive rtol, or every=1.")

@@ -18,6 +18,7 @@ from shampoo_jax.dimension_numbers import (
     resolve_dimension_numbers,
 )
 from shampoo_jax.exponents import Exponents
+from shampoo_jax.precision import check_real
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +151,7 @@ def make_plan(
     plans = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, shape = jax.tree_util.keystr(path), tuple(np.shape(leaf))
-        if np.issubdtype(leaf.dtype, np.complexfloating):
-            raise ValueError(
-                f"parameter {name} is complex ({leaf.dtype}): Shampoo's factors are real. Wrap the "
-                "transformation in optax.contrib.split_real_and_imaginary."
-            )
+        check_real(path, leaf)
         permutation, batch, merged = _layout(shape, rule(path, leaf), merge, block_size, name)
         cells = _cells(merged, block_size, canonical, exponents) if batch else ()
         plans.append(LeafPlan(name, shape, permutation, batch, merged, cells))

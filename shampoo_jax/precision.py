@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -12,6 +13,15 @@ def check_dtype(name: str, dtype: Any) -> None:
     if dtype is not None and jnp.dtype(dtype).name not in ("bfloat16", "float32", "float64"):
         raise ValueError(
             f"{name}={jnp.dtype(dtype).name}: use bfloat16 or float32; narrower ranges overflow."
+        )
+
+
+def check_real(path: tuple[Any, ...], leaf: Any) -> None:
+    """Raises ValueError for a complex parameter, given with its key path."""
+    if np.iscomplexobj(leaf):
+        raise ValueError(
+            f"parameter {jax.tree_util.keystr(path)} is complex ({leaf.dtype}): Shampoo's factors "
+            "are real. Wrap the transformation in optax.contrib.split_real_and_imaginary."
         )
 
 

@@ -10,6 +10,7 @@ import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks, where_block
 from shampoo_jax.exponents import Exponents, default_exponents, per_factor
+from shampoo_jax.options import check_options
 from shampoo_jax.precision import check_dtype
 from shampoo_jax.refresh import check_schedule, in_chunks, refresh_due, refresh_slots, staggered
 from shampoo_jax.solvers import Solver, TruncatedEigh, identities
@@ -57,17 +58,17 @@ def invert_roots(
 
     Raises:
       ValueError: `every` below 1, `start` below `every`, `stagger` with a traced `every`, `chunk`
-        below 1, or a dtype that cannot hold roots.
+        below 1, or a dtype that cannot hold roots; at init, exponents that the solver refuses.
     """
     check_schedule(every, start, stagger)
     check_dtype("root_dtype", root_dtype)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1, or None for whole stacks.")
+    check_options({"chunk": chunk})
     solve = solver or TruncatedEigh()
     first = every if start is None else start
 
     def init(params: Any) -> InvertRootsState:
         def roots(p: Blocks) -> tuple[Array | None, ...]:
+            _check_exponents(solve, p.update.shape[1:], exponents)
             make = functools.partial(_first_root, solve, p.update.dtype, root_dtype)
             return per_factor(make, p.update.shape, exponents)
 
@@ -119,6 +120,15 @@ def invert_roots(
         return map_blocks(report, blocks, *state[1:]), state
 
     return blocks_part(init, update)
+
+
+def _check_exponents(solve: Solver, block: tuple[int, ...], exponents: Exponents) -> None:
+    """Raises ValueError for blocks with an exponent that the solver refuses."""
+    try:
+        for exponent in filter(None, exponents(block)):
+            solve.check(exponent)
+    except ValueError as error:
+        raise ValueError(f"blocks of shape {'x'.join(map(str, block))}: {error}") from None
 
 
 def _first_root(solve: Solver, dtype: Any, stored: Any, n: int, d: int, exponent: float) -> Array:

@@ -12,7 +12,7 @@ from shampoo_jax.dimension_numbers import component_names
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.momentum import momentum as momentum_part
 from shampoo_jax.options import check_options, is_off
-from shampoo_jax.precision import in_float32
+from shampoo_jax.precision import check_real, in_float32
 from shampoo_jax.sharding import Placement
 from shampoo_jax.skipping import (
     accept_missing,
@@ -57,9 +57,13 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
 
 
 def labels_by(rule: Rule) -> Callable[[Any], Any]:
-    """`"matrices"` or `"others"` for every parameter, the labels that `optax.partition` wants."""
+    """`"matrices"` or `"others"` for every parameter, the labels that `optax.partition` wants.
+
+    A complex parameter raises ValueError.
+    """
 
     def label(path: tuple[Any, ...], leaf: Any) -> str:
+        check_real(path, leaf)
         return "matrices" if rule(path, leaf) else "others"
 
     return lambda params: jax.tree_util.tree_map_with_path(label, params)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from shampoo_jax.matrix import eigh, newton
+from shampoo_jax.options import Checked
 
 Array = jax.Array
 
@@ -50,7 +51,7 @@ def identities(n: int, d: int, dtype: Any) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class TruncatedEigh(Solver):
+class TruncatedEigh(Checked, Solver):
     """Eigendecomposition with a pseudo-inverse cutoff, see `matrix.eigh.truncated_root`.
 
     Attributes:
@@ -77,11 +78,12 @@ class TruncatedEigh(Solver):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShiftedEigh(Solver):
+class ShiftedEigh(Checked, Solver):
     """Eigendecomposition of `A + eps I`, see `matrix.eigh.shifted_root`.
 
     Attributes:
-      eps: Added to every eigenvalue; absolute, so it depends on the scale of the gradients.
+      eps: Added to every eigenvalue; absolute, so it depends on the scale of the gradients. With 0
+        nothing is damped: a singular factor has no root and keeps the old one.
       before: Whether eps is added before the decomposition.
       implementation: As in `TruncatedEigh`.
 
@@ -103,7 +105,7 @@ class ShiftedEigh(Solver):
 
 
 @dataclasses.dataclass(frozen=True)
-class CoupledNewton(Solver):
+class CoupledNewton(Checked, Solver):
     """Coupled Newton iteration, see `matrix.newton.coupled_newton`.
 
     Attributes:
@@ -148,7 +150,7 @@ class CoupledNewton(Solver):
 
 
 @dataclasses.dataclass(frozen=True)
-class HigherOrderNewton(Solver):
+class HigherOrderNewton(Checked, Solver):
     """Coupled iteration of any order, see `matrix.newton.coupled_higher_order`.
 
     Attributes:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import shampoo_jax as sj
 from shampoo_jax.blocks import Blocks
 from shampoo_jax.exponents import resolve_exponents
 from shampoo_jax.factors import accumulate_factors
@@ -168,3 +169,9 @@ def test_preconditioning_one_gradient_orthogonalizes_it():
     new, _ = jax.jit(tx.update)(blocks, tx.init(blocks))
     u, _, vt = np.linalg.svd(g[0], full_matrices=False)
     np.testing.assert_allclose(new["k"].update[0], u @ vt, atol=1e-4)
+
+
+def test_a_block_whose_exponent_the_solver_lacks_is_named_at_init():
+    tx = sj.scale_by_shampoo(solver="polynomial", merge=None, dimension_numbers=None)
+    with pytest.raises(ValueError, match="blocks of shape 2x1x1x1x1: exponent=0.1 is not.*'eigh'"):
+        tx.init({"w": jnp.ones((2, 1, 1, 1, 1))})

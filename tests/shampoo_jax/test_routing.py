@@ -179,3 +179,8 @@ def test_a_gradient_whose_squares_overflow_is_skipped_and_forgotten():
     assert state.total_notfinite == 1
     assert not any(x.any() for x in jax.tree.leaves(huge))
     assert jnp.abs(again["w"]).max() > 0.5 * jnp.abs(updates["w"]).max()
+
+
+def test_a_complex_parameter_is_refused_wherever_it_is_routed():
+    with pytest.raises(ValueError, match=r"\['b'\] is complex \(complex64\).*split_real_and_imag"):
+        sj.shampoo(0.1).init({"b": jnp.ones(2, jnp.complex64)})
