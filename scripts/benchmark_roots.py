@@ -168,8 +168,10 @@ def _cosines(name: str, known: dict[str, np.ndarray]) -> list[dict[str, Any]]:
             record: dict[str, Any] = {"gradients": gradients, "sides": sides, "solver": name}
             try:
                 cosines = update_cosines(values, root, sides=sides)
-                record |= {"least": float(cosines.min()), "mean": float(cosines.mean())}
                 literal = update_cosines(values, root, sides=sides, doubt=0.0)
+                if not np.isfinite(cosines).all():
+                    raise FloatingPointError("a root is not finite")
+                record |= {"least": float(cosines.min()), "mean": float(cosines.mean())}
                 record["literal"] = float(literal.min())
             except Exception as error:  # as above
                 record |= {"error": str(error) or type(error).__name__}
