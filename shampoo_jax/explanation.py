@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AbstractMesh
 
 from shampoo_jax.aliases import shampoo
 from shampoo_jax.bases import make_basis
+from shampoo_jax.communication import OnMesh, abstract, on_mesh
 from shampoo_jax.costs import Cost, basis_cost, root_cost
 from shampoo_jax.exponents import resolve_exponents, uncut_exponents
 from shampoo_jax.paths import name_of
@@ -20,6 +22,7 @@ from shampoo_jax.plan import Cell, LeafPlan, make_plan
 from shampoo_jax.registry import make_solver
 from shampoo_jax.report import Report, Row
 from shampoo_jax.routing import is_hidden_matrix
+from shampoo_jax.sharding import Placement, replicated
 
 # Kinds of state by the field that holds it, inside the parts of this package.
 KINDS = {
@@ -46,13 +49,26 @@ class Side(NamedTuple):
     exponent: float
 
 
-def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: Any) -> Report:
+def explain(
+    params: Any,
+    optimizer: Callable[..., Any] = shampoo,
+    /,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    owners: str | tuple[str, ...] | None = None,
+    parameter_spec: Callable[..., Any] = replicated,
+    **options: Any,
+) -> Report:
     """Tells how parameters are routed, read, cut and paid for, without computing anything.
 
     Args:
       params: Parameters, or their shapes from `jax.eval_shape`.
       optimizer: `shampoo`, `scale_by_shampoo` or another function of this package that takes
         `block_size`. One without an option `preconditioned` preconditions every parameter.
+      mesh: Sizes by axis of a mesh to plan for, `{"data": 64, "fsdp": 4}`: no such devices have to
+        be there. An option `placement` is reported on likewise.
+      owners: Mesh axes over which blocks are split, see `Placement`; None means all.
+      parameter_spec: Layout of the parameters on it, see `Placement`.
       **options: What the optimizer will be called with; the learning rate may be left out.
 
     Returns:
@@ -69,6 +85,8 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
       >>> report = explain(params | {"bias": jnp.ones(4)}, block_size=4)
       >>> report.root_batches, report.largest_factor, report.adamw_bytes
       (2, 4, 548)
+      >>> explain(params, block_size=4, mesh={"data": 64, "fsdp": 4}).on_mesh.blocks
+      {'4x4': 1}
       >>> print(str(report).splitlines()[1])
       bias       1      4      adamw           -        -         -
     """
@@ -78,6 +96,11 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
             "explain(params, shampoo, block_size=64)."
         )
     signature = inspect.signature(optimizer)
+    if mesh is not None:
+        sizes = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+        options["placement"] = Placement(sizes, owners or tuple(mesh), parameter_spec)
+    if options.get("placement") is not None:
+        options["placement"] = abstract(options["placement"])
     if "learning_rate" in signature.parameters:
         options = {"learning_rate": 1.0} | options
     tx = optimizer(**options)
@@ -110,6 +133,7 @@ def explain(params: Any, optimizer: Callable[..., Any] = shampoo, /, **options: 
         + (state_bytes(optax.scale_by_adam(), others) if jax.tree.leaves(others) else 0),
         statistics_flops=product,
         apply_flops=product * (3 if _nodes_with("bases", state) else 1),
+        on_mesh=_on_mesh(chosen, plan, factored, state, ours, others),
         **_refresh(chosen, _sides(plan, chosen, factored), _factor_dtype(state)),
     )
 
@@ -215,6 +239,22 @@ def _refresh(chosen: Mapping[str, Any], sides: Mapping[Side, int], dtype: Any) -
         "fallback_batches": sum(cost.fallback for cost in costs.values()),
         "largest_factor": max((side.size for side in sides), default=0),
     }
+
+
+def _on_mesh(
+    chosen: Mapping[str, Any], plan: list[LeafPlan], factored: Factored, state: Any, *trees: Any
+) -> OnMesh | None:
+    """The part of the report about a mesh, if there is one."""
+    placement = chosen.get("placement")
+    if placement is None:
+        return None
+    block_flops = dict.fromkeys(factored, 0.0)
+    for side in _sides(plan, chosen, factored):
+        block_flops[side.key] += _cost(chosen, side, _factor_dtype(state)).flops * side.size**3
+    matrices, others = trees
+    elementwise = [others] if "adamw_b1" in chosen else []
+    elementwise += [matrices] if chosen.get("momentum") is not None else []
+    return on_mesh(placement, plan, state, matrices, elementwise, block_flops)
 
 
 def _cost(chosen: Mapping[str, Any], side: Side, dtype: Any) -> Cost:

@@ -5,6 +5,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+from shampoo_jax.communication import OnMesh
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -57,6 +59,7 @@ class Report:
       root_batches: Root computations in the compiled program, one per block shape and side.
       fallback_batches: Computations by eigh beside them, of roots that polynomials fail on.
       largest_factor: Largest edge of a factor, 0 without factors.
+      on_mesh: What one device exchanges, holds and computes, where there is a mesh.
     """
 
     rows: tuple[Row, ...]
@@ -74,6 +77,7 @@ class Report:
     root_batches: int
     fallback_batches: int
     largest_factor: int
+    on_mesh: OnMesh | None = None
 
     def __str__(self) -> str:
         header = ("parameter", "count", "shape", "optimizer", "read as", "blocks", "factors")
@@ -98,12 +102,29 @@ class Report:
             + (f", {self.fallback_batches} by eigh as fallback" if self.fallback_batches else ""),
             f"largest factor    {self.largest_factor} x {self.largest_factor}",
         ]
-        return "\n".join(lines)
+        return "\n".join(lines if self.on_mesh is None else [*lines, "", *_device(self.on_mesh)])
 
     def _narrow(self, kind: str) -> str:
         """The dtypes of a kind of state where they are not the usual one."""
         dtypes = self.dtypes[kind]
         return f" in {dtypes}" if dtypes not in ("", "float32") else ""
+
+
+def _device(mesh: OnMesh) -> list[str]:
+    """Lines about one device of a mesh."""
+    blocks = ", ".join(f"{n} of {key}" for key, n in mesh.blocks.items()) or "none"
+    exchanges = ", ".join(
+        f"{n} {kind} {_scaled(b, 'B')}" for kind, (n, b) in mesh.exchanges.items()
+    )
+    return [
+        f"one device of     {mesh.devices}, blocks split over {mesh.owners}",
+        f"blocks            {blocks}; {mesh.padding:.1%} of the work is filling",
+        f"optimizer state   {_scaled(mesh.state_bytes, 'B')}",
+        f"refresh           {_scaled(mesh.refresh_flops, 'FLOP')}",
+        f"exchanges a step  {exchanges or 'none'}",
+        f"sent, received    {_scaled(mesh.sent_in, 'B')} for gradients to owners, "
+        f"{_scaled(mesh.sent_out, 'B')} for updates back",
+    ]
 
 
 def _cells(rows: tuple[Row, ...]) -> list[tuple[str, ...]]:

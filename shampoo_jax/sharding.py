@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shampoo_jax.blocks import is_placeholder
 from shampoo_jax.paths import KeyPath, parameter_of, stack_of
@@ -46,7 +46,7 @@ class Placement:
         number of owners. A run resumed on another number of devices needs the same value.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     owners: str | Axes
     parameter_spec: Callable[[KeyPath, Any], PartitionSpec] = replicated
     communication_dtype: Any = None
@@ -114,7 +114,7 @@ class Placement:
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             own = self._specs(updates)
             split = [
-                self._split_further(x.shape, s)
+                self.split_further(x.shape, s)
                 for x, s in zip(jax.tree.leaves(updates), own, strict=True)
             ]
             if params is not None:
@@ -135,7 +135,7 @@ class Placement:
     def _pin_like(self, state: Any, params: Any) -> Any:
         """Pins each leaf of a state to the split layout of its parameter."""
         owners = {
-            path: (x.shape, self._split_further(x.shape, self.spec_of(path, x)))
+            path: (x.shape, self.split_further(x.shape, self.spec_of(path, x)))
             for path, x in jax.tree_util.tree_leaves_with_path(params)
         }
 
@@ -148,7 +148,7 @@ class Placement:
 
         return jax.tree_util.tree_map_with_path(pin, state)
 
-    def _split_further(self, shape: tuple[int, ...], spec: Spec) -> Spec:
+    def split_further(self, shape: tuple[int, ...], spec: Spec) -> Spec:
         """The layout with the unused owner axes on the first dimension that they divide."""
         free = tuple(a for a in self.owner_axes if a not in {b for e in spec for b in e})
         for k, d in enumerate(shape if free else ()):
@@ -181,9 +181,8 @@ class StackLayout:
 
     def _cut_specs(self, leaf: LeafPlan) -> list[Spec]:
         """Layouts of `(batch, *merged)`, then of its strips: whole along what is cut next."""
-        spec = [(), *_group_specs(leaf, self.own[leaf.name])]
-        held = {a for e in spec for a in e}
-        loose = tuple(a for e in self.own[leaf.name] for a in e if a not in held)
+        loose, *rest = self.merged(leaf)
+        spec: list[Axes] = [(), *rest]
         sizes = [{d} for d in (leaf.batch, *leaf.merged)]
         specs = []
         for k in range(1, len(sizes)):
@@ -197,6 +196,12 @@ class StackLayout:
             specs.append(tuple(spec))
             sizes[k] = pieces
         return specs
+
+    def merged(self, leaf: LeafPlan) -> Spec:
+        """Layout of `(batch, *merged)` as the leaf's own implies it, lost axes on the batch."""
+        groups = _group_specs(leaf, self.own[leaf.name])
+        held = {a for e in groups for a in e}
+        return (tuple(a for e in self.own[leaf.name] for a in e if a not in held), *groups)
 
     def _divides(self, axes: Axes, sizes: set[int]) -> bool:
         return not any(d % self.placement.size(axes) for d in sizes)
@@ -351,9 +356,12 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
         chosen = jax.jit(tx.init).lower(params).compile().output_shardings
 
     def place(path: KeyPath, leaf: Any, sharding: Any) -> NamedSharding:
-        owner = owners.get(parameter_of(path, owners))
-        given = getattr(owner, "sharding", None)
-        mirrors = isinstance(given, NamedSharding) and np.shape(owner) == leaf.shape
-        return given if mirrors and sharding.is_fully_replicated else sharding
+        owner = parameter_of(path, owners)
+        if owner is None:
+            return sharding
+        given = getattr(owners[owner], "sharding", None)
+        if not sharding.is_fully_replicated or not isinstance(given, NamedSharding):
+            return sharding
+        return given if owners[owner].shape == leaf.shape else sharding
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params), chosen)

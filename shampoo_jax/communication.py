@@ -1,0 +1,219 @@
+"""What a placement makes each device exchange, hold and compute, from shapes alone."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from shampoo_jax.plan import LeafPlan
+from shampoo_jax.sharding import Axes, Placement, Spec, StackLayout
+
+
+class Move(NamedTuple):
+    """One exchange, as the compiler names it and as every device sees it.
+
+    Attributes:
+      kind: `"all-gather"` or `"all-to-all"`.
+      result: Bytes of its result on a device.
+      devices: Number of devices that exchange with each other.
+    """
+
+    kind: str
+    result: int
+    devices: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends and that it receives, its own part left out."""
+        return self.result * (1 - 1 / self.devices)
+
+
+def change_layout(
+    placement: Placement, before: Spec, after: Spec, shape: Sequence[int], itemsize: int
+) -> list[Move]:
+    """Exchanges that take an array from one layout to another.
+
+    What is split further is cut locally, for nothing. Axes that change their dimension are one
+    all-to-all, those that vanish then one all-gather.
+
+    Args:
+      placement: For the sizes of mesh axes.
+      before: Mesh axes by dimension.
+      after: Likewise.
+      shape: Of the whole array.
+      itemsize: Bytes of an element.
+
+    Returns:
+      At most two moves.
+    """
+    old, new = ({a: k for k, e in enumerate(s) for a in e} for s in (before, after))
+    moved = tuple(a for a in old if a in new and old[a] != new[a])
+    gone = tuple(a for a in old if a not in new)
+
+    def local(spec: Sequence[Axes]) -> int:
+        dims = (-(-d // placement.size(e)) for d, e in zip(shape, spec, strict=True))
+        return math.prod(dims) * itemsize
+
+    # Where all axes that stay are at their new dimension, and those that vanish still at the old.
+    held = [(*e, *(a for a in b if a in gone)) for e, b in zip(after, before, strict=True)]
+    found = [("all-to-all", local(held), moved), ("all-gather", local(after), gone)]
+    moves = (Move(kind, size, placement.size(axes)) for kind, size, axes in found if axes)
+    return [move for move in moves if move.devices > 1 and move.result]
+
+
+def stack_moves(
+    layout: StackLayout, plan: Sequence[LeafPlan], dtypes: Sequence[Any]
+) -> tuple[list[Move], list[Move]]:
+    """Exchanges of gradients to the owners of their blocks, and of updates back.
+
+    Args:
+      layout: Of the plan.
+      plan: From `make_plan`.
+      dtypes: Of the gradients, one a leaf; stacks are float32 or wider.
+
+    Returns:
+      Moves in, moves out.
+    """
+    narrow, multiple = layout.placement.communication_dtype, layout.placement.multiple
+    wide = [jnp.promote_types(d, jnp.float32).itemsize for d in dtypes]
+    legs = [leg for leaf, size in zip(plan, wide, strict=True) for leg in _legs(layout, leaf, size)]
+    shapes = {c.key: _stored(c.size, c.transposed) for leaf in plan for c in leaf.cells}
+    itemsize = max(wide, default=4) if narrow is None else jnp.dtype(narrow).itemsize
+    for key, n in count_blocks(plan).items():
+        route, shape = layout.route(key), (n + -n % multiple, *shapes[key])
+        legs += [(a, b, shape, itemsize) for a, b in zip(route, route[1:], strict=False)]
+    put = layout.placement
+    there = [m for a, b, shape, size in legs for m in change_layout(put, a, b, shape, size)]
+    back = [m for a, b, shape, size in legs for m in change_layout(put, b, a, shape, size)]
+    return there, back
+
+
+def _legs(
+    layout: StackLayout, leaf: LeafPlan, itemsize: int
+) -> Iterator[tuple[Spec, Spec, tuple[int, ...], int]]:
+    """(before, after, shape, itemsize) of all changes of layout until blocks are concatenated."""
+    specs = [layout.merged(leaf), *layout.cuts[leaf.name]]
+    for axis, (before, after) in enumerate(zip(specs, specs[1:], strict=False)):
+        for _, size in {(c.start[:axis], c.size[:axis]) for c in leaf.cells}:
+            yield before, after, (leaf.batch, *size, *leaf.merged[axis:]), itemsize
+    lead, *rest = specs[-1]
+    for cell in leaf.cells:
+        before = (lead, *_stored(rest, cell.transposed))
+        shape = (leaf.batch, *_stored(cell.size, cell.transposed))
+        yield before, layout.stacks[cell.key], shape, itemsize
+
+
+def _stored(entries: Sequence[Any], transposed: bool) -> tuple[Any, ...]:
+    return tuple(entries[::-1] if transposed else entries)
+
+
+def elementwise_moves(placement: Placement, tree: Any) -> list[Move]:
+    """Exchanges of `Placement.elementwise`: updates back to their own layout, in float32 or wider.
+
+    Args:
+      placement: The placement.
+      tree: Gradients or their shapes.
+    """
+    found = []
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        own = placement.spec_of(path, x)
+        split = placement.split_further(np.shape(x), own)
+        itemsize = jnp.promote_types(x.dtype, jnp.float32).itemsize
+        found += change_layout(placement, split, own, np.shape(x), itemsize)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """What `explain` found about a mesh; bytes and FLOPs are those of one device.
+
+    Attributes:
+      devices: Size of the mesh.
+      owners: Number of owners of blocks.
+      exchanges: For each kind of exchange, count and bytes of results in one step.
+      sent_in: Bytes that a device sends, and receives, on the way of gradients to owners.
+      sent_out: On the way of updates back, momentum and AdamW of the others included.
+      state_bytes: Optimizer state.
+      blocks: Blocks of an owner by block shape, zero blocks that fill its stacks included.
+      refresh_flops: One refresh of the owner's roots.
+      padding: Share of these that goes into zero blocks.
+    """
+
+    devices: int
+    owners: int
+    exchanges: dict[str, tuple[int, int]]
+    sent_in: float
+    sent_out: float
+    state_bytes: int
+    blocks: dict[str, int]
+    refresh_flops: float
+    padding: float
+
+
+def abstract(placement: Placement) -> Placement:
+    """The placement on a mesh of sizes alone, whose shapes tell how they are split."""
+    mesh = placement.mesh.shape
+    kinds = (AxisType.Explicit,) * len(mesh)
+    return dataclasses.replace(
+        placement, mesh=AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=kinds)
+    )
+
+
+def on_mesh(
+    placement: Placement,
+    plan: Sequence[LeafPlan],
+    state: Any,
+    matrices: Any,
+    elementwise: Any,
+    block_flops: Mapping[str, float],
+) -> OnMesh:
+    """Adds up what one device exchanges, holds and computes.
+
+    Args:
+      placement: Of the optimizer.
+      plan: Of the preconditioned parameters.
+      state: From `jax.eval_shape` with an `abstract` placement.
+      matrices: The preconditioned parameters, or their shapes.
+      elementwise: Trees that go through `Placement.elementwise`.
+      block_flops: FLOPs to refresh the roots of one block of each stack.
+    """
+    dtypes = [x.dtype for x in jax.tree.leaves(matrices)]
+    there, back = stack_moves(StackLayout(placement, matrices, plan), plan, dtypes)
+    back += [move for tree in elementwise for move in elementwise_moves(placement, tree)]
+    exchanges: dict[str, tuple[int, int]] = {}
+    for kind, result, _ in [*there, *back]:
+        count, total = exchanges.get(kind, (0, 0))
+        exchanges[kind] = (count + 1, total + result)
+    counts = count_blocks(plan)
+    blocks = {k: -(-n // placement.multiple) * placement.multiple for k, n in counts.items()}
+    real, all_of_them = (sum(n * block_flops[k] for k, n in c.items()) for c in (counts, blocks))
+    return OnMesh(
+        devices=math.prod(placement.mesh.shape.values()),
+        owners=placement.count,
+        exchanges=exchanges,
+        sent_in=sum(move.sent for move in there),
+        sent_out=sum(move.sent for move in back),
+        state_bytes=sum(map(_local_bytes, jax.tree.leaves(state))),
+        blocks={k: n // placement.count for k, n in blocks.items()},
+        refresh_flops=all_of_them / placement.count,
+        padding=1 - real / all_of_them if all_of_them else 0.0,
+    )
+
+
+def count_blocks(plan: Sequence[LeafPlan]) -> dict[str, int]:
+    """Number of blocks of each stack."""
+    counts: dict[str, int] = {}
+    for leaf in plan:
+        for cell in leaf.cells:
+            counts[cell.key] = counts.get(cell.key, 0) + leaf.batch
+    return counts
+
+
+def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize

@@ -1,0 +1,44 @@
+"""What is planned from shapes is what the compiled program does."""
+
+import json
+import sys
+
+import pytest
+
+from scripts import sharding_table as st
+
+
+@pytest.mark.parametrize("layout", ["replicated", "rows"])
+def test_the_plan_is_what_the_compiler_does(layout):
+    found = st.measure(st.LAYOUTS[layout], st.gpt2_shapes(2, 16), momentum=0.9)
+    assert found["state_bytes_per_device"] == found["planned_state_bytes_per_device"]
+    exchanges, planned = found["exchanges"], found["planned"]
+    assert exchanges.pop("all-reduce")[1] < 64  # of flags alone
+    assert exchanges.keys() == planned.keys()
+    for kind, (count, size) in planned.items():
+        if kind == "all-gather":
+            assert exchanges[kind] == (count, size)
+        else:
+            assert exchanges[kind][1] == pytest.approx(size, rel=0.3)
+
+
+def test_a_device_decomposes_its_own_blocks():
+    params = st.gpt2_matrices(4, 16)  # 16 of 16x16 and 8 of 64x16
+    assert st.decomposed_on_gpu(8, params) == ["1x16x16", "1x64x64", "2x16x16"]
+
+
+def test_a_page_is_written(tmp_path, monkeypatch, capsys):
+    record = dict(
+        exchanges={"all-gather": (2, 4096)},
+        planned={"all-gather": (2, 4096)},
+        temporary_bytes=10,
+        state_bytes=800,
+        state_bytes_per_device=100,
+    )
+    monkeypatch.setattr(st, "measure", lambda *args, **options: record)
+    monkeypatch.setattr(st, "decomposed_on_gpu", lambda *args: ["2x8x8"])
+    monkeypatch.setattr(sys, "argv", ["sharding_table", "--out", str(tmp_path)])
+    st.main()
+    line = "| rows | 2 all-gather 4,096 | all-gather 4,096 | 10 | 100 | 0.1250 |"
+    assert line in (tmp_path / "sharding.md").read_text()
+    assert json.loads((tmp_path / "sharding.json").read_text())["eigh_operands_on_8_gpus"]
