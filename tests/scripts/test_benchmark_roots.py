@@ -93,7 +93,7 @@ def test_rehearsal(tmp_path, capsys):
     ("options", "message"),
     [
         ({"stacks": ("12",)}, "stacks='12': write COUNTxSIZE"),
-        ({"solvers": ("magic",)}, "solvers=.'magic'.: choose from eigh"),
+        ({"solvers": ("magic",)}, "solvers=.'magic'.: choose from .*eigh"),
         ({"repeats": 0}, "repeats=0: must be at least 1"),
     ],
 )
