@@ -80,7 +80,9 @@ def tree_to_state(tree: Mapping[str, Any], state: Any, params: Any) -> Any:
     """Puts a tree from `state_to_tree` into a fresh optimizer state.
 
     Parameters without an entry in the tree keep the fresh state. Step counts are shared, so their
-    moving averages behave as if their gradients had been zero so far.
+    moving averages behave as if their gradients had been zero so far. With `stagger`, a parameter
+    that is added before others shifts the turns of their blocks: one refresh of each comes earlier
+    or later; nothing else of them changes.
 
     Args:
       tree: As saved. An entry of `tree["parameters"]` may be moved to another path where a
