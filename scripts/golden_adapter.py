@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, Literal
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 import shampoo_jax as sj
+from scripts import golden_format
 from shampoo_jax.blocks import blocks_part, map_blocks
 from shampoo_jax.exponents import given_exponents
 from shampoo_jax.matrix import newton, orthogonalize
@@ -27,9 +29,13 @@ def optimizer(config: Config) -> Transformation:
 
     Returns:
       The transformation; None leaves in its updates are missing gradients.
+
+    Raises:
+      ValueError: the config has a key, value or combination that the format has not.
     """
+    golden_format.check({k: v for k, v in config.items() if k != "learning_rates"})
     # The reference casts its rate to float32 even where parameters are float64.
-    rates = jnp.asarray(np.float32(config["learning_rates"]), config.get("dtype", "float32"))
+    rates = jnp.asarray(np.float32(config["learning_rates"]), config["dtype"])
 
     def learning_rate(count: jax.Array) -> jax.Array:
         return rates[count]
@@ -202,7 +208,7 @@ def diagonal(preconditioner: Config, kind: str) -> Transformation:
     match kind:
         case "identity":
             return sj.on_updates(optax.identity())
-        case "adam" | "rmsprop" | "adagrad" | "sgd":
+        case "adam" | "rmsprop" | "adagrad":
             part = magnitude(preconditioner)
             assert part is not None
             return part
@@ -245,7 +251,7 @@ def solver(config: Config) -> sj.Solver:
         return carried(config)
     match chosen["kind"]:
         case "newton":
-            check_integer_roots(config)
+            check_fractions(config, 1)
             # The reference accepts every finite root.
             return sj.CoupledNewton(
                 config["epsilon"],
@@ -254,6 +260,7 @@ def solver(config: Config) -> sj.Solver:
                 max_residual=math.inf,
             )
         case "newton_high_order":
+            check_fractions(config, newton.MAX_ROOT)
             return sj.HigherOrderNewton(
                 chosen["rel_epsilon"],
                 chosen["abs_epsilon"],
@@ -266,13 +273,17 @@ def solver(config: Config) -> sj.Solver:
     return sj.ShiftedEigh(config["epsilon"], rank["before"])
 
 
-def check_integer_roots(config: Config) -> None:
-    """Raises ValueError where coupled Newton would fail at every refresh."""
+def check_fractions(config: Config, largest_denominator: int) -> None:
+    """Refuses exponents whose coupled iteration fails at every refresh of the reference.
+
+    The reference takes `1 / exponent` as the fraction that the float is: 1/3 gives 3, 3/4 no 4/3.
+    """
+    kind = config["preconditioner"]["solver"]["kind"]
     for exponent in given_exponents(exponents(config)):
-        if newton.rational_root(exponent).denominator != 1:
+        if Fraction(1 / exponent).denominator > largest_denominator:
             raise ValueError(
-                f"preconditioner.exponents has {exponent} with solver 'newton', which computes "
-                "roots 1/p only: not in the format."
+                f"preconditioner.exponents has {exponent} with solver {kind!r}, which cannot "
+                "compute this root in the reference: not in the format."
             )
 
 
@@ -333,6 +344,11 @@ def orthogonal(preconditioner: Config) -> Callable[[Any, Any], Any]:
     chosen = preconditioner["solver"]
 
     def one(x: jax.Array) -> jax.Array:
+        if x.ndim != 3:
+            raise ValueError(
+                f"preconditioner.kind='orthogonal' needs matrices, a block has shape {x.shape[1:]}:"
+                " not in the format."
+            )
         rows, columns = x.shape[1:]
         if chosen["kind"] == "svd":
             nuclear = preconditioner.get("nuclear_norm", False)

@@ -16,6 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scripts.golden_format import (
+    ANY,
+    COUNT,
+    FROM_0,
+    ORTHOGONAL,
+    POSITIVE,
+    RANKS,
+    ROOTS,
+    UP_TO_1,
+    Section,
+    Values,
+    check_kind,
+    check_section,
+    one_of,
+)
 from shampoo_jax.matrix import eigh, newton, orthogonalize, qr
 from shampoo_jax.registry import make_solver
 
@@ -24,6 +39,16 @@ Case = dict[str, Any]
 Data = Mapping[str, np.ndarray]
 
 TOLERANCE = 2e-12
+
+COMMON = {"fn": ANY, "matrix": ANY}
+OUTCOME = {"outputs": COUNT, "raises": ANY, "message": ANY, "note": ANY, "rank": ANY}
+BASIS = {"basis": ANY, "epsilon": FROM_0, "tolerance": UP_TO_1}
+FUNCTIONS: dict[str, dict[str, Values]] = {
+    "inverse_root": {"exponent": POSITIVE, "epsilon": FROM_0, "solver": ANY},
+    "orthogonalize": {"solver": ANY},
+    "qr_eigendecomposition": BASIS | {"max_iterations": COUNT},
+    "eigh_adaptive": BASIS,
+}
 
 _coupled_newton = jax.jit(newton.coupled_newton, static_argnames=("root", "max_iterations"))
 _coupled_higher_order = jax.jit(
@@ -45,7 +70,26 @@ def load(path: Path) -> tuple[list[Case], dict[str, np.ndarray]]:
 
 def worst_error(cases: list[Case], data: Data) -> float:
     """The largest error over tolerance of all cases; at most 1 is agreement."""
-    return max((error(case, data, index) for index, case in enumerate(cases)), default=0.0)
+    if not cases:
+        raise ValueError("cases=[] compares nothing.")
+    for index, case in enumerate(cases):
+        check(case, f"cases[{index}]")
+    return max(error(case, data, index) for index, case in enumerate(cases))
+
+
+def check(case: Case, path: str) -> None:
+    """Raises ValueError naming key and value of what a case may not have."""
+    check_section(path, case, Section({"fn": one_of(*FUNCTIONS)}, dict.fromkeys(case, ANY)))
+    rules = COMMON | FUNCTIONS[case["fn"]]
+    if (case.get("solver") or {}).get("kind") == "newton_high_order":
+        del rules["epsilon"]  # this solver has its own
+    check_section(path, case, Section(rules, OUTCOME))
+    if case["fn"] == "orthogonalize":
+        check_kind(f"{path}.solver", case["solver"], ORTHOGONAL)
+    elif case["fn"] == "inverse_root":
+        check_kind(f"{path}.solver", case["solver"], ROOTS)
+        if case["solver"]["kind"] == "eigh":
+            check_kind(f"{path}.rank", case["rank"], RANKS)
 
 
 def error(case: Case, data: Data, index: int) -> float:

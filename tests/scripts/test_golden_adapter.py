@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scripts import golden_adapter
+from scripts import golden_adapter, replay_golden
 
 FILE = Path(__file__).parents[1] / "golden" / "meta" / "62_f64_eigenbasis_adam.npz"
 B1, B2, EPS, STEPS = 0.9, 0.95, 0.1, 7
@@ -167,3 +167,115 @@ def test_until_the_first_refresh_the_graft_steps_alone(kind):
 def test_what_the_reference_cannot_do_is_refused(refused):
     with pytest.raises(ValueError, match="not in the format"):
         golden_adapter.direction(refused)
+
+
+def other(number="05", **changes):
+    """The config of a file with entries replaced; a dict replaces entries of a section."""
+    with np.load(next(FILE.parent.glob(f"{number}_*.npz"))) as z:
+        found = json.loads(str(z["config"]))
+    for key, value in changes.items():
+        found[key] = (found[key] or {}) | value if isinstance(value, dict) else value
+    return found | {"learning_rates": [0.01]}
+
+
+PRIMAL = {"kind": "primal", "eval_coeff": 0.9, "train_coeff": 0.8}
+HEAVY = {"momentum": 0.9, "dampening": 0.0, "nesterov": False}
+CUT = {"kind": "pseudo", "rtol": None, "atol": 0.0}
+HIGH = {"kind": "newton_high_order", "rel_epsilon": 1e-3, "abs_epsilon": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "refused"),
+    [
+        ("averaging", other(averaging=PRIMAL, momentum=HEAVY)),
+        ("averaging.lr_power", other(averaging=PRIMAL | {"lr_power": 2})),
+        ("momentum.damping", other(momentum=HEAVY | {"damping": 0.0})),
+        ("preconditioner.solver.kind", other(preconditioner={"solver": {"kind": "qr"}})),
+        ("preconditioner.solver.kind", other(preconditioner={"solver": {"kind": "eihg"}})),
+        ("preconditioner.solver.kind", other("35", preconditioner={"solver": {"kind": "newton"}})),
+        ("preconditioner.solver.kind", other("31", preconditioner={"solver": {"kind": "newton"}})),
+        (
+            "preconditioner.solver.tolerance",
+            other(preconditioner={"solver": {"kind": "eigh", "tolerance": 0.3}}),
+        ),
+        (
+            "preconditioner.rank.kind",
+            other(preconditioner={"rank": {"kind": "psuedo", "before": True}}),
+        ),
+        ("preconditioner.rank.kind", other("41", epsilon=0.0, preconditioner={"rank": CUT})),
+        ("preconditioner.rank.kind", other("31", epsilon=0.0, preconditioner={"rank": CUT})),
+        (
+            "preconditioner.exponents",
+            other(preconditioner={"solver": HIGH, "exponents": {"2": 0.75}}),
+        ),
+        ("preconditioner.exponents", other(preconditioner={"exponents": {"2": {"2": 0.5}}})),
+        ("preconditioner.skip_basis", other(preconditioner={"skip_basis": {"2": [0]}})),
+        ("preconditioner.kind", other(preconditioner={"kind": "kl_rot"})),
+        ("preconditioner.scale", other("47", preconditioner={"scale": "l1norm"})),
+        ("preconditioner.nuclear_norm", other("44", preconditioner={"nuclear_norm": True})),
+        ("preconditioner.foo", other(preconditioner={"foo": 1})),
+        ("epsilon", other(preconditioner={"rank": CUT})),
+        ("epsilon", other(epsilon=0.0)),
+        ("weight_decay_kind", other(weight_decay_kind="decopled")),
+        ("graft.kind", other(graft={"kind": "adm"})),
+        ("graft.eps", other(graft={"eps": 1e-8})),
+        ("first_refresh_step", other(refresh_interval=5, first_refresh_step=3)),
+        ("dtype", other(dtype="bfloat16")),
+        ("nesterov", other(nesterov=True)),
+    ],
+)
+def test_nothing_is_ignored(key, refused):
+    with pytest.raises(ValueError, match=rf"^{key}\b.*not in the format"):
+        golden_adapter.optimizer(refused)
+
+
+def test_a_missing_key_is_named():
+    found = other()
+    del found["graft"]["beta2"]
+    with pytest.raises(ValueError, match="^graft.beta2 is missing"):
+        golden_adapter.optimizer(found)
+
+
+def rewritten(path, number, **changes):
+    """A copy of a file with arrays replaced; the changes are functions of the arrays."""
+    with np.load(next(FILE.parent.glob(f"{number}_*.npz"))) as z:
+        arrays = dict(z)
+    np.savez(path, **arrays | {key: change(arrays[key]) for key, change in changes.items()})
+    return path
+
+
+def changed_json(text, change):
+    """JSON in an array, changed in place."""
+    entry = json.loads(str(text))
+    change(entry)
+    return np.array(json.dumps(entry))
+
+
+@pytest.mark.parametrize(
+    ("number", "key", "change"),
+    [
+        ("62", "config", lambda a: changed_json(a, lambda c: c.update(bar=2))),
+        ("62", "lr", lambda a: a[:0]),
+        ("62", "lr", lambda a: a[:5]),
+        ("62", "spread__mat", lambda a: a + np.inf),
+        ("44", "names", lambda a: np.array('["mat", "gone"]')),
+        ("70", "cases", lambda a: np.array("[]")),
+        ("70", "cases", lambda a: changed_json(a, lambda c: c[0].update(foo=1))),
+        ("70", "cases", lambda a: changed_json(a, lambda c: c[0]["solver"].update(kind="eihg"))),
+        ("70", "cases", lambda a: changed_json(a, lambda c: c[0]["rank"].update(kind="psuedo"))),
+    ],
+)
+def test_a_refused_file_is_named_and_fails(tmp_path, capsys, number, key, change):
+    path = rewritten(tmp_path / "file.npz", number, **{key: change})
+    assert replay_golden.main([str(path)]) == 1
+    assert f"REFUSED {path}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (2, 1, 3, 2), (0, 3)])
+def test_orders_and_none_gradients(shape):
+    with jax.enable_x64(True):
+        tx = golden_adapter.optimizer(other("60"))
+        params = {"w": jnp.ones(shape), "left": jnp.ones(3)}
+        updates, _ = tx.update({"w": jnp.ones(shape), "left": None}, tx.init(params), params)
+        assert updates["left"] is None and updates["w"].shape == shape
+        assert np.isfinite(updates["w"]).all()

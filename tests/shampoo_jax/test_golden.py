@@ -71,7 +71,7 @@ def mutated(number, names, change=None):
     [
         ("01", "mat", {"beta2": 0.95}),  # factors summed, not averaged
         ("05", "mat", {"graft.kind": "rmsprop"}),  # the graft's bias correction
-        ("05", "mat", {"graft.kind": "none"}),
+        ("05", "mat", {"graft": {"kind": "none"}}),
         ("05", "mat", {"beta1": 0.89}),
         ("05", "one", {"graft.epsilon": 1e-3}),
         ("06", "low", {"preconditioner.rank.rtol": 0.1}),  # the cutoff
