@@ -119,11 +119,15 @@ def explain(
     others = jax.tree_util.tree_map_with_path(lambda p, x: None if rule(p, x) else x, params)
     plan = _plan_of(ours, chosen, factored)
     # A d x d matrix per factor times the block, or the block times itself.
-    product = sum(
-        2 * leaf.batch * math.prod(cell.size) * sum(_edges(cell, factored))
+    products = [
+        (2 * leaf.batch * math.prod(cell.size) * sum(edges), len(edges))
         for leaf in plan
         for cell in leaf.cells
-    )
+        for edges in [_edges(cell, factored)]
+    ]
+    product = sum(flops for flops, _ in products)
+    # For each side the block is multiplied by the roots of all other ones first.
+    whitened = chosen.get("statistics") == "kl" or _nodes_with("eigenvalues", state)
     return Report(
         rows=_rows(params, ours, plan, factored),
         state_bytes=_bytes_by_kind(state),
@@ -131,7 +135,7 @@ def explain(
         adamw_bytes=state_bytes(optax.scale_by_adam(), params),
         muon_bytes=state_bytes(optax.trace(0.9), ours)
         + (state_bytes(optax.scale_by_adam(), others) if jax.tree.leaves(others) else 0),
-        statistics_flops=product,
+        statistics_flops=sum(f * n for f, n in products) if whitened else product,
         apply_flops=product * (3 if _nodes_with("bases", state) else 1),
         on_mesh=_on_mesh(chosen, plan, factored, state, ours, others),
         **_refresh(chosen, _sides(plan, chosen, factored), _factor_dtype(state)),

@@ -53,7 +53,7 @@ class Report:
       working_bytes: Temporary memory of the largest root computation, where all the factors of a
         shape, or `chunk` of them, or the share of a staggered step, are solved together; CPU takes
         them one at a time.
-      statistics_flops: Factor statistics of one step, `2 d |block|` per factor.
+      statistics_flops: Factor statistics of one step, `2 d |block|` per factor, and whitening.
       apply_flops: Application in one step: with roots `2 d |block|` per factor; with eigenbases
         three times that, for gradient and first moment into the basis and the update back.
       root_batches: Root computations in the compiled program, one per block shape and side.

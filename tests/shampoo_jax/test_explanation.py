@@ -137,6 +137,15 @@ def test_sizes_are_in_powers_of_a_thousand():
     assert "scalar" in str(report)
 
 
+def test_whitening_by_all_other_sides_is_counted_with_the_statistics():
+    options = dict(merge=None, dimension_numbers=None, statistics="kl")
+    report = explain({"w": struct(4, 3, 2)}, scale_by_shampoo, **options)
+    # For each side, products with two roots, then the contraction.
+    whitening = sum(2 * 24 * (a + b) for a, b in ((3, 2), (4, 2), (4, 3)))
+    assert report.statistics_flops == 2 * 24 * (4 + 3 + 2) + whitening
+    assert report.apply_flops == 2 * 24 * (4 + 3 + 2)
+
+
 def test_a_dimension_with_exponent_zero_has_no_factor():
     report = explain({"w": struct(6, 4)}, exponents={2: {0: 0.5, 1: 0.0}})
     assert dict(row(report, "w").factors) == {6: 1}
@@ -173,8 +182,9 @@ def test_a_refresh_is_named_and_counted_by_its_method(optimizer, options, multip
     report = explain({"w": struct(6, 4)}, optimizer, **options)
     np.testing.assert_allclose(report.refresh_flops, multiple * (6**3 + 4**3))
     assert f" by {method}" in str(report)
-    in_a_basis = optimizer is not shampoo
-    assert report.apply_flops == (3 if in_a_basis else 1) * report.statistics_flops
+    once = 2 * 24 * (6 + 4)
+    assert report.apply_flops == (1 if optimizer is shampoo else 3) * once
+    assert report.statistics_flops == (2 if optimizer is kl_shampoo else 1) * once
 
 
 @pytest.mark.parametrize(("p", "d"), [(1, 64), (2, 64), (3, 256), (4, 256), (5, 64), (8, 64)])
