@@ -179,8 +179,9 @@ def scale_by_kl_shampoo(
     before the step, where the authors' code shrinks them after it.
 
     The result depends on the scale of the gradients: eigenvalues start at 0.1, meant for a mean
-    loss. The second step's update is 10 times the first moment, so after a loss summed over many
-    tokens a single step can be as long as 1500 learning rates: clip, or divide the loss.
+    loss. The second step's update is 10 times the first moment, with the default `b1` the gradient
+    itself: gradients around 1000, of a loss summed over tokens, move parameters by 1000 learning
+    rates in that step. Divide such a loss by the number of tokens.
 
     Args:
       b1: Decay of the first moment.
