@@ -45,9 +45,9 @@ COUNTS = (1, 8, 64, 512, 4096)
 STACKED = batch_axes(dict.fromkeys(("q", "k", "v", "o", "up", "gate", "down"), 0))
 
 
-NOTE = """What the model says: filling passes 10 % once a stack has few blocks per owner (124M from 64
+NOTE = """The model says: filling passes 10 % once a stack has few blocks an owner (124M from 64
 devices, 1B and 7B at 4096), where a group of owners, replicated over the rest, costs less; there
-the time of gathering whole float32 updates, not of roots, is what matters: rows split over devices, or
+the time of gathering whole float32 updates, not roots, is what matters: rows split over devices or
 `communication_dtype`, cut it. Activations, the gradient and overlap are not modelled, nor are
 latencies. Gathered bytes and state agree with compiled programs on 8 fake devices, see
 [sharding.md](sharding.md).
