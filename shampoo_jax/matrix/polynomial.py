@@ -307,7 +307,7 @@ def _projector(
     projector = _polynomial((0.5, 0.5), s)
     # Twice: Z is largest on what is dropped, where a projector within 1 % would leave 1 % of it. On
     # either side: rounding in Z mixes kept and dropped directions, and the last factor decides.
-    return projector, product(product(projector, z), projector)
+    return projector, product(projector, product(z, projector))
 
 
 def _cut_residuals(m: Array, root: Array, projector: Array, p: int) -> Array:
