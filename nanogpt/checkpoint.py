@@ -80,13 +80,23 @@ class Checkpoints:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         self._check(meta["meta"])
         pattern = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(pattern),
-                data=grain.checkpoint.CheckpointRestore(data),
-            ),
-        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(pattern),
+                    data=grain.checkpoint.CheckpointRestore(data),
+                ),
+            )
+        except ValueError as error:
+            before, now = meta["meta"]["config"].get("mesh", ""), self._meta["config"]["mesh"]
+            if before == now:
+                raise
+            raise ValueError(
+                f"cannot resume from {self.directory} with mesh={now!r}: it was saved with "
+                f"mesh={before!r}, and stacks of blocks are padded to the number of devices. "
+                "Resume on as many devices."
+            ) from error
         if int(restored["state"].step) != step:
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} holds a state of step "

@@ -9,7 +9,9 @@ from jax.experimental import multihost_utils
 
 # What schedulers set in every process of a job that has more than one; see `jax.distributed`.
 _SLURM, _MPI = "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"
-_TPU_WORKERS = "TPU_WORKER_HOSTNAMES"
+_TPU_WORKERS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")  # on GKE
+# Says that there are several where no variable does: Cloud TPU hosts ask a metadata server.
+DISTRIBUTED = "DISTRIBUTED"
 COORDINATOR, PROCESSES, PROCESS = "COORDINATOR_ADDRESS", "PROCESS_COUNT", "PROCESS_ID"
 
 
@@ -17,8 +19,9 @@ def start() -> int:
     """Joins the processes of one job, if the environment says that there are several.
 
     Recognized are `COORDINATOR_ADDRESS` (host:port) with `PROCESS_COUNT` and `PROCESS_ID`, which
-    come first; and jobs of SLURM, of Open MPI and on TPU pods, which jax knows how to ask. To be
-    called before anything else of jax.
+    come first; jobs of SLURM, of Open MPI and on TPUs of GKE; and, by `DISTRIBUTED=1`, whatever
+    else jax knows how to ask, such as the hosts of a TPU pod slice. To be called before anything
+    else of jax.
 
     Returns:
         The number of this process, 0 for the first.
@@ -62,5 +65,6 @@ def join_arguments(environment: Mapping[str, str]) -> dict | None:
             "process_id": int(environment[PROCESS]),
         }
     jobs = [int(environment.get(name, "1")) for name in (_SLURM, _MPI)]
-    hosts = environment.get(_TPU_WORKERS, "").split(",")
-    return {} if max(*jobs, len(hosts)) > 1 else None
+    hosts = [len(environment.get(name, "").split(",")) for name in _TPU_WORKERS]
+    told = environment.get(DISTRIBUTED, "") not in ("", "0")
+    return {} if told or max(*jobs, *hosts) > 1 else None

@@ -66,7 +66,7 @@ def fit(
             path, known = folder.metrics, data.baselines
             with Report(config, path, run.saved, baselines=known, console=console) as report:
                 run.train(report)
-        return read_records(folder.metrics)[-1]
+        return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
 
 
 def validation_due(step: int, config: Config) -> bool:
@@ -112,7 +112,7 @@ class _Run:
     def finished(self) -> bool:
         """Tells whether an earlier process has done everything."""
         done = self.saved == self.config.schedule.steps
-        return done and read_records(self.folder.metrics)[-1]["kind"] == "end"
+        return done and read_records(self.folder.first_metrics)[-1]["kind"] == "end"
 
     def train(self, report: Report) -> None:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""
@@ -183,7 +183,10 @@ class _Run:
     def _stopped(self, step: int) -> bool:
         """Whether a signal asks to stop; several processes ask each other every few steps."""
         if jax.process_count() > 1 and step % self.config.output.log_every == 0:
-            self.stop.signum = largest_of_all(self.stop.signum or 0) or None
+            agreed = largest_of_all(self.stop.signum or 0)
+            if not agreed:
+                return False  # a signal that came meanwhile is for the next time
+            self.stop.signum = agreed
         elif jax.process_count() > 1:
             return False
         return self.stop.signum is not None

@@ -16,13 +16,14 @@ class RunFolder:
 
     def __init__(self, config: Config, process: int = 0):
         self.path = pathlib.Path(config.output.directory) / config.name
+        self.first_metrics = self.path / "metrics.jsonl"
         self.metrics = self.path / (f"metrics-{process}.jsonl" if process else "metrics.jsonl")
         self._first = process == 0
         self.checkpoints = self.path / "checkpoints"
 
     def holds_run(self) -> bool:
         """Returns whether an earlier run left anything here."""
-        return self.metrics.exists() or self.checkpoints.exists()
+        return self.first_metrics.exists() or self.checkpoints.exists()
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuses to start where a run would be lost or none can be resumed; changes nothing.
@@ -77,7 +78,7 @@ class RunFolder:
         return self.metrics.stat().st_mtime_ns if self.metrics.exists() else None
 
     def _recorded(self) -> bool:
-        return self.metrics.exists() and self.metrics.stat().st_size > 0
+        return self.first_metrics.exists() and self.first_metrics.stat().st_size > 0
 
     def _saved(self) -> bool:
         return self.checkpoints.exists() and any(self.checkpoints.iterdir())

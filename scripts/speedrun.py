@@ -99,6 +99,10 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
 
 def train_all(options: argparse.Namespace, rest: list[str]) -> None:
     """Trains the optimizers of `DEMO`, each in a process, so that each has its own peak memory."""
+    from nanogpt.distributed import join_arguments
+
+    if join_arguments(os.environ) is not None:
+        raise ValueError("several processes train one optimizer at a time: name it by --optimizer.")
     group = read_config(options, DEMO[0], options.preset, rest)
     configs = {
         optimizer: read_config(

@@ -212,6 +212,7 @@ def blocked(
         if absent:
             present = [p not in absent for p, _ in jax.tree_util.tree_leaves_with_path(filled)]
             kept = _per_block(present, plan, multiple)
+            kept = kept if layout is None else layout.pin_stacks(kept)
             inner_state = where_blocks(kept, inner_state, state.inner)
         leaves, structure = jax.tree.flatten(filled)
         joined = join(stacks, plan, [x.dtype for x in leaves], layout)

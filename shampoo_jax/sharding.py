@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from shampoo_jax.blocks import is_placeholder
 from shampoo_jax.paths import KeyPath, parameter_of, stack_of
 from shampoo_jax.plan import LeafPlan
+from shampoo_jax.precision import check_dtype
 
 Array = jax.Array
 Axes = tuple[str, ...]  # mesh axes that split one dimension, major first
@@ -53,17 +54,19 @@ class Placement:
     stack_multiple: int | None = None
 
     def __post_init__(self) -> None:
-        for axis in self.owner_axes:
-            if axis not in self.mesh.shape:
-                raise ValueError(
-                    f"owners={self.owners!r} names axis {axis!r}: the mesh has the axes "
-                    f"{tuple(self.mesh.shape)}."
-                )
-        if self.multiple % self.count:
+        axes = self.owner_axes
+        if not axes or len(set(axes)) < len(axes) or not set(axes) <= set(self.mesh.shape):
+            raise ValueError(
+                f"owners={self.owners!r} must name different axes of the mesh: it has "
+                f"{tuple(self.mesh.shape)}."
+            )
+        multiple = self.count if self.stack_multiple is None else self.stack_multiple
+        if multiple < 1 or multiple % self.count:
             raise ValueError(
                 f"stack_multiple={self.stack_multiple} must be a multiple of the {self.count} "
-                f"owners along {self.owner_axes}."
+                f"owners along {axes}."
             )
+        check_dtype("communication_dtype", self.communication_dtype)
 
     @property
     def owner_axes(self) -> Axes:
@@ -89,9 +92,22 @@ class Placement:
 
     def spec_of(self, path: KeyPath, leaf: Any) -> Spec:
         """The layout of a parameter, one entry a dimension."""
-        spec = self.parameter_spec(path, leaf)
-        entries = [() if e is None else _axes(e) for e in spec]
-        return (*entries, *[()] * (np.ndim(leaf) - len(entries)))
+        spec, shape = self.parameter_spec(path, leaf), np.shape(leaf)
+        known = isinstance(spec, PartitionSpec) and PartitionSpec.UNCONSTRAINED not in spec
+        entries = (
+            [() if e is None else _axes(e) for e in spec] if known else [()] * (1 + len(shape))
+        )
+        entries += [()] * (len(shape) - len(entries))
+        axes = [a for e in entries for a in e]
+        fits = len(entries) == len(shape) and set(axes) <= set(self.mesh.shape)
+        fits = fits and len(set(axes)) == len(axes)
+        if not fits or any(d % self.size(e) for d, e in zip(shape, entries, strict=True)):
+            raise ValueError(
+                f"parameter_spec gives {spec!r} for parameter {jax.tree_util.keystr(path)} of "
+                f"shape {shape}: return a PartitionSpec of different axes that divide its "
+                f"dimensions; the mesh is {dict(self.mesh.shape)}."
+            )
+        return tuple(entries)
 
     def elementwise(
         self, inner: optax.GradientTransformation
@@ -276,6 +292,13 @@ class StackLayout:
 
         return jax.tree_util.tree_map_with_path(spec, state)
 
+    def pin_stacks(self, stacks: dict[str, Any]) -> dict[str, Array]:
+        """Arrays `[N]` by stack at their owners."""
+        return {
+            key: self.placement.put(jnp.asarray(x), self.route(key)[-1][:1])
+            for key, x in stacks.items()
+        }
+
     def pin_state(self, state: Any, lengths: dict[str, int]) -> Any:
         """The state at its owners."""
         specs = self.state_specs(state, lengths)
@@ -297,9 +320,7 @@ class StackLayout:
         """`update(stacks, indices, weights, state)`, every owner on its own blocks."""
         at_owner = {key: self.owner_spec(key) for key in stacks}
         specs = self.state_specs(state, {key: len(x) for key, x in stacks.items()})
-        indices = {
-            key: self.placement.put(x, self.route(key)[-1][:1]) for key, x in indices.items()
-        }
+        indices = self.pin_stacks(indices)
         return jax.shard_map(
             update,
             mesh=self.placement.mesh,
@@ -348,7 +369,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
       >>> split = NamedSharding(mesh, P("data"))
       >>> params = {"w": jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=split)}
-      >>> shampoo_jax.state_shardings(optax.trace(0.9), params, mesh).trace["w"] == split
+      >>> state = shampoo_jax.state_shardings(optax.trace(0.9), params, mesh)
+      >>> state.trace["w"].is_equivalent_to(split, ndim=2)
       True
     """
     owners = {p: x for p, x in jax.tree_util.tree_leaves_with_path(params)}

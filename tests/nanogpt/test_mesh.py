@@ -71,6 +71,14 @@ def test_a_mesh_changes_no_loss(shards, tmp_path, matrices):
     np.testing.assert_allclose(meshed, alone, rtol=2e-5)
 
 
+def test_another_number_of_devices_is_refused_by_name(shards, tmp_path):
+    config = config_of(shards, tmp_path, "data=8")
+    fit(config)
+    again = dataclasses.replace(config, mesh="")
+    with pytest.raises(ValueError, match=r"mesh='': .* mesh='data=8', .* as many devices"):
+        fit(again, resume=True)
+
+
 def test_everything_lies_where_the_layout_says(shards, tmp_path):
     config = config_of(shards, tmp_path, "data=2,fsdp=4")
     layout = make_layout(config)
@@ -114,6 +122,7 @@ def test_a_microbatch_must_be_whole_rows_everywhere(shards, tmp_path):
         ({}, None),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+        ({"DISTRIBUTED": "1"}, {}),
         (
             {"COORDINATOR_ADDRESS": "host:1", "PROCESS_COUNT": "2", "PROCESS_ID": "1"},
             {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1},

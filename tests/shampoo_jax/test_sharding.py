@@ -248,10 +248,34 @@ def test_shardings_of_a_state_of_nnx():
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (dict(owners="model"), r"axis 'model'.*\('data',\)"),
+        (dict(owners="model"), r"'model'.*different axes.*\('data',\)"),
+        (dict(owners=("data", "data")), "different axes"),
+        (dict(owners=()), "different axes"),
         (dict(owners="data", stack_multiple=12), "multiple of the 8 owners"),
+        (dict(owners="data", stack_multiple=0), "multiple of the 8 owners"),
+        (dict(owners="data", communication_dtype=jnp.int8), "communication_dtype=int8"),
     ],
 )
 def test_what_cannot_be_placed_is_refused(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         sj.Placement(jax.make_mesh((8,), ("data",)), **options)
+
+
+@pytest.mark.parametrize(
+    "spec", [None, P("model"), P("data", "data"), P(None, None, "data"), P(P.UNCONSTRAINED)]
+)
+def test_a_layout_that_cannot_be_names_the_parameter(spec):
+    mesh = jax.make_mesh((8,), ("data",))
+    placement = sj.Placement(mesh, "data", lambda path, leaf: spec)
+    with pytest.raises(ValueError, match=r"parameter \['w'\] of shape \(16, 8\).*'data': 8"):
+        sj.scale_by_shampoo(placement=placement).init({"w": jnp.ones((16, 8))})
+
+
+def test_missing_gradients_on_explicit_axes():
+    placement = placement_of("rows", AxisType.Explicit)
+    params = {"a": jnp.ones((16, 16)), "b": jnp.ones((16, 16))}
+    far = place(params, placement)
+    with jax.set_mesh(placement.mesh):
+        tx = sj.shampoo(0.1, placement=placement)
+        updates, _ = jax.jit(tx.update)({"a": None, "b": far["b"]}, jax.jit(tx.init)(far), far)
+    assert updates["a"] is None and jnp.isfinite(updates["b"]).all()
