@@ -210,10 +210,8 @@ def blocked(
         stacks, inner_state = _run(tx, layout, plan, filled, state.inner, params, extra)
         absent = missing | extra.get("absent", frozenset())
         if absent:
-            present = [p not in absent for p, _ in jax.tree_util.tree_leaves_with_path(filled)]
-            kept = _per_block(present, plan, multiple)
-            kept = kept if layout is None else layout.pin_stacks(kept)
-            inner_state = where_blocks(kept, inner_state, state.inner)
+            present = _present_blocks(filled, absent, plan, layout)
+            inner_state = where_blocks(present, inner_state, state.inner)
         leaves, structure = jax.tree.flatten(filled)
         joined = join(stacks, plan, [x.dtype for x in leaves], layout)
         new = jax.tree.unflatten(structure, joined)
@@ -274,6 +272,16 @@ def _run(
     if layout is None:
         return update(stacks, indices, weights, state)
     return layout.run(update, stacks, indices, weights, state)
+
+
+def _present_blocks(
+    tree: Any, absent: frozenset[KeyPath], plan: Sequence[LeafPlan], layout: StackLayout | None
+) -> dict[str, Any]:
+    """Whether each block's gradient is there: `[N]` by stack."""
+    present = [path not in absent for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    if layout is None:
+        return _per_block(present, plan, 1)
+    return layout.pin_stacks(_per_block(present, plan, layout.placement.multiple))
 
 
 def _indices(plan: Sequence[LeafPlan], multiple: int) -> dict[str, Array]:
