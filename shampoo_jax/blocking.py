@@ -64,7 +64,7 @@ def split(
 
 def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
     """The cells of a merged leaf `(batch, *merged)`, cut dimension by dimension, in their order."""
-    pieces = [x]
+    pieces = [x] if leaf.cells else []  # an empty leaf has none
     for axis in range(len(leaf.merged)):
         if layout is not None:
             pieces = [layout.cut(p, leaf, axis) for p in pieces]

@@ -22,6 +22,7 @@ SHAPES = {
     "embed": (32, 16),
     "bias": (16,),
     "scale": (),
+    "empty": (0, 16),
 }
 STEPS = 4
 EXPERTS = sj.batch_axes({"experts": 0})
