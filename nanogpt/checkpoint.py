@@ -59,7 +59,9 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=grain.checkpoint.CheckpointSave(data),
-                meta=ocp.args.JsonSave(self._meta | {"train_time_s": seconds}),
+                meta=ocp.args.JsonSave(
+                    self._meta | {"train_time_s": seconds, "shapes": _shapes(state)}
+                ),
             ),
         )
 
@@ -78,25 +80,15 @@ class Checkpoints:
             ValueError: config or data differ; names the first setting that does.
         """
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        self._check(meta["meta"])
+        self._check(meta["meta"], state)
         pattern = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(pattern),
-                    data=grain.checkpoint.CheckpointRestore(data),
-                ),
-            )
-        except ValueError as error:
-            before, now = meta["meta"]["config"].get("mesh", ""), self._meta["config"]["mesh"]
-            if before == now:
-                raise
-            raise ValueError(
-                f"cannot resume from {self.directory} with mesh={now!r}: it was saved with "
-                f"mesh={before!r}, and stacks of blocks are padded to the number of devices. "
-                "Resume on as many devices."
-            ) from error
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(pattern),
+                data=grain.checkpoint.CheckpointRestore(data),
+            ),
+        )
         if int(restored["state"].step) != step:
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} holds a state of step "
@@ -112,7 +104,7 @@ class Checkpoints:
         """Finishes pending saves and frees the manager's threads."""
         self._manager.close()
 
-    def _check(self, saved: Meta) -> None:
+    def _check(self, saved: Meta, state: Any) -> None:
         difference = first_difference(saved["config"], self._meta["config"])
         if difference is not None:
             name, before, now = difference
@@ -125,6 +117,12 @@ class Checkpoints:
                 f"cannot resume from {self.directory}: the shards in data.directory="
                 f"{self._meta['config']['data']['directory']!r} are not those of the saved run. "
                 "Point data.directory at them, or start a new run under another name."
+            )
+        if saved["shapes"] != _shapes(state):
+            raise ValueError(
+                f"cannot resume from {self.directory} with mesh={self._meta['config']['mesh']!r}: "
+                f"it was saved with mesh={saved['config']['mesh']!r}, and stacks of blocks are "
+                "padded to the number of devices. Resume on as many devices."
             )
 
 
@@ -147,6 +145,10 @@ def first_difference(before: Meta, now: Meta, prefix: str = "") -> tuple[str, An
             continue
         return name, left, right
     return None
+
+
+def _shapes(state: Any) -> list[list[int]]:
+    return [list(leaf.shape) for leaf in jax.tree.leaves(state)]
 
 
 def _plain(config: Config) -> Meta:
