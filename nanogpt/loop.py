@@ -17,6 +17,7 @@ from nanogpt.interrupt import Interrupted, StopRequest, stop_request
 from nanogpt.mesh import make_layout
 from nanogpt.metrics import read_records
 from nanogpt.optimizers import build_optimizer
+from nanogpt.record_log import RecordLog, source_text
 from nanogpt.report import Report
 from nanogpt.run_folder import RunFolder
 from nanogpt.train_step import abstract_params, init_state, make_eval_step, make_train_step
@@ -29,7 +30,7 @@ def fit(
     overwrite: bool = False,
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
-    """Trains one model and leaves metrics.jsonl and a checkpoint in its run folder.
+    """Trains one model and leaves metrics.jsonl, record.txt and a checkpoint in its run folder.
 
     SIGINT and SIGTERM stop it after the current step, with a checkpoint. Main thread only.
 
@@ -49,6 +50,7 @@ def fit(
         ValueError: resume, and the saved run had other settings or data.
         Interrupted: a signal stopped the run; its state is saved.
     """
+    source = source_text()  # now: files may be edited while the run compiles
     data, folder = open_data(config), RunFolder(config, jax.process_index())
     if jax.process_index():
         console = rich.console.Console(quiet=True)
@@ -63,8 +65,10 @@ def fit(
                 folder.claim(resume=resume, overwrite=overwrite)
                 wait_for_all("the run's folder is ready")
                 run.open_checkpoints()
-            path, known = folder.metrics, data.baselines
-            with Report(config, path, run.saved, baselines=known, console=console) as report:
+            first = jax.process_index() == 0
+            record = RecordLog(folder.record, config, source, run.saved) if first else None
+            shown = {"baselines": data.baselines, "record": record, "console": console}
+            with Report(config, folder.metrics, run.saved, **shown) as report:
                 run.train(report)
         return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
 

@@ -13,6 +13,7 @@ from nanogpt.clock import StepClock
 from nanogpt.config import Config
 from nanogpt.metrics import MetricsWriter, Progress, keep_before
 from nanogpt.provenance import peak_memory_bytes, provenance
+from nanogpt.record_log import RecordLog
 from nanogpt.train_step import TrainState
 
 
@@ -24,6 +25,7 @@ class Report:
         path: metrics.jsonl; records from update `resumed` on are cut, all if that is None.
         resumed: updates done by earlier processes, None for a fresh run.
         baselines: losses to compare with, see `nanogpt.batches.RunData`.
+        record: the log in the benchmark's layout, where this process writes one.
         console: where progress is shown; standard output by default.
     """
 
@@ -34,9 +36,11 @@ class Report:
         resumed: int | None,
         *,
         baselines: Baselines | None,
+        record: RecordLog | None = None,
         console: rich.console.Console | None = None,
     ):
         self._config, self._baselines, self._resumed = config, baselines, resumed
+        self._record = record
         self._tokens = config.data.batch_rows * config.model.sequence_length
         self._val_loss = math.nan
         if resumed is None:
@@ -98,6 +102,8 @@ class Report:
         self._val_loss = loss
         bits = self._bits_per_byte(loss)
         self._writer.write("val", step=step, loss=loss, train_time_s=clock.elapsed, **bits)
+        if self._record is not None:
+            self._record.validation(step, loss, clock.elapsed)
         shown = f", {bits['bits_per_byte']:.4f} bits per byte" if bits else ""
         self._progress.note(f"step {step}: validation loss {loss:.5f} nats per token{shown}")
 

@@ -7,7 +7,7 @@ from nanogpt.config import Config
 
 
 class RunFolder:
-    """Paths of a run: metrics.jsonl and checkpoints/ under output.directory/name.
+    """Paths of a run: metrics.jsonl, record.txt and checkpoints/ under output.directory/name.
 
     Args:
         config: the run.
@@ -18,6 +18,7 @@ class RunFolder:
         self.path = pathlib.Path(config.output.directory) / config.name
         self.first_metrics = self.path / "metrics.jsonl"
         self.metrics = self.path / (f"metrics-{process}.jsonl" if process else "metrics.jsonl")
+        self.record = self.path / "record.txt"  # of the first process, see `nanogpt.record_log`
         self._first = process == 0
         self.checkpoints = self.path / "checkpoints"
 
@@ -71,6 +72,7 @@ class RunFolder:
         """Deletes the run that lies here, and nothing else."""
         for metrics in self.path.glob("metrics*.jsonl"):
             metrics.unlink()
+        self.record.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def changed(self) -> int | None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 
 import jax
@@ -212,6 +213,13 @@ def test_interrupted_run_goes_on_bit_for_bit(
     assert_equal(saved(config), saved(whole))
     assert saved(config)["data"] == {"next_index": STEPS}
     assert [record["step"] for record in records(config, "resume")] == [step]
+    path = os.path.join(config.output.directory, config.name, "record.txt")
+    with open(path, encoding="utf-8") as file:
+        log = re.findall(r"^step:(\d+)/10 val_loss:(\S+) train_time:(\S+)s", file.read(), re.M)
+    assert log == [
+        (str(record["step"]), f"{record['loss']:.5f}", f"{record['train_time_s']:.3f}")
+        for record in records(config, "val")
+    ]
 
 
 def test_shampoo_goes_on_bit_for_bit(shards, tmp_path, monkeypatch):
