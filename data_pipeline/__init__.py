@@ -1,11 +1,12 @@
 """Text to token shards to batches: NumPy, Grain and tiktoken, no JAX."""
 
+from data_pipeline.checks import check_shards
 from data_pipeline.corpora import Corpus, CorpusError, Document, folder, sotu
 from data_pipeline.download import fineweb, shards_needed
 from data_pipeline.loader import (
     Batch,
     fingerprint,
-    require_tokens,
+    needed_shards,
     train_batches,
     val_batches,
 )
@@ -14,7 +15,6 @@ from data_pipeline.ngrams import Baselines, baselines
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import (
     ShardError,
-    check_shards,
     open_tokens,
     read_header,
     shard_paths,
@@ -39,11 +39,11 @@ __all__ = [
     "fingerprint",
     "folder",
     "gpt2",
+    "needed_shards",
     "open_tokens",
     "prepare",
     "read_header",
     "read_manifest",
-    "require_tokens",
     "shard_paths",
     "shards_needed",
     "sotu",

@@ -83,10 +83,13 @@ def train_batches(
     return iter(dataset.to_iter_dataset(read_options))
 
 
-def require_tokens(
+def needed_shards(
     paths: Sequence[PathLike], *, sequence_length: int, batch_rows: int, steps: int, mode: Mode
-) -> None:
-    """Refuses a run that would run out of data. Call it before anything is compiled.
+) -> list[PathLike]:
+    """Chooses the shards that a run reads; refuses one that would run out of data.
+
+    Call it before anything is compiled. Shards that are not needed may come and go between a run
+    and its resumption.
 
     Args:
       paths: shards, in reading order.
@@ -95,20 +98,29 @@ def require_tokens(
       steps: optimizer steps.
       mode: "sequential" (one pass) or "shuffled" (repeats, so any number of steps will do).
 
+    Returns:
+      The first of `paths`, as many as `steps` batches take; all of them in mode shuffled.
+
     Raises:
       ValueError: if a setting is impossible.
       ShardError: if a shard is damaged or smaller than one batch, or if mode is sequential and
         the shards hold fewer than `steps` batches.
     """
     _local_rows(sequence_length, batch_rows, rank=0, world=1)
-    batches = int(_items(paths, sequence_length, batch_rows, mode).sum())
-    if mode == "sequential" and batches < steps:
+    counts = _items(paths, sequence_length, batch_rows, mode)
+    if mode == "shuffled":
+        return list(paths)
+    batches = int(counts.sum())
+    if batches < steps:
+        more = -(-(steps - batches) // int(counts.max()))
         raise ShardError(
             f"{Path(paths[0]).parent}: its {len(paths)} training shard(s) hold {batches} batches "
             f"of {batch_rows} x {sequence_length} tokens, but the run takes {steps} steps; add "
-            "shards with `python -m scripts.prepare_data`, lower the steps, or read them "
-            "repeatedly with mode=shuffled."
+            f"{more} shard(s) like these (for FineWeb: `python -m scripts.prepare_data fineweb "
+            f"--shards {len(paths) + more}`), lower the steps, or read them repeatedly with "
+            "mode=shuffled."
         )
+    return list(paths[: int(np.searchsorted(np.cumsum(counts), steps)) + 1])
 
 
 def val_batches(

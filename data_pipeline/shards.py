@@ -5,7 +5,6 @@ little-endian uint16. Nothing else is in the file, so its size is known from its
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ VERSION = 1
 HEADER_BYTES = 1024
 
 _REMAKE = "delete it and prepare or download it again (python -m scripts.prepare_data)"
-_SCAN_TOKENS = 1 << 24
 
 
 class ShardError(ValueError):
@@ -127,32 +125,3 @@ def shard_paths(directory: str | os.PathLike[str], split: str) -> list[Path]:
             f"`python -m scripts.prepare_data` or name another folder."
         )
     return paths
-
-
-def check_shards(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> int:
-    """Checks headers and scans every token once, before a run starts.
-
-    Args:
-      paths: the shards.
-      vocab_size: rows of the model's embedding; every token must be smaller.
-
-    Returns:
-      The number of tokens in all shards together.
-
-    Raises:
-      ShardError: as `read_header`, or if a token is not in the vocabulary.
-    """
-    total = 0
-    for path in paths:
-        tokens = open_tokens(path)
-        for start in range(0, tokens.size, _SCAN_TOKENS):
-            chunk = tokens[start : start + _SCAN_TOKENS]
-            if chunk.max() >= vocab_size:
-                position = start + int(np.argmax(chunk >= vocab_size))
-                raise ShardError(
-                    f"{path}: token {int(tokens[position])} at position {position} is outside the "
-                    f"model's vocabulary of {vocab_size}; raise the model's vocab_size or "
-                    "prepare the data with a smaller one."
-                )
-        total += tokens.size
-    return total

@@ -48,9 +48,9 @@ def open_data(config: Config) -> RunData:
     training = data_pipeline.shard_paths(data.directory, "train")
     scored = data_pipeline.shard_paths(data.directory, "val")[0]
     baselines, notes = _read_manifest(config)
-    data_pipeline.check_shards([*training, scored], config.model.vocab_size)
     order = {"sequence_length": length, "batch_rows": data.batch_rows, "mode": data.mode}
-    data_pipeline.require_tokens(training, steps=config.schedule.steps, **order)
+    training = data_pipeline.needed_shards(training, steps=config.schedule.steps, **order)
+    data_pipeline.check_shards([*training, scored], config.model.vocab_size)
     place = {"rank": jax.process_index(), "world": jax.process_count()}
 
     def validation() -> Iterator[data_pipeline.Batch]:

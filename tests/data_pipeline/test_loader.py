@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from data_pipeline import loader, write_shard
-from data_pipeline.loader import fingerprint, require_tokens, train_batches, val_batches
+from data_pipeline.loader import fingerprint, needed_shards, train_batches, val_batches
 from data_pipeline.shards import ShardError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loader"
@@ -170,15 +170,22 @@ def test_refuses_a_shard_smaller_than_a_batch(tmp_path, mode):
     with pytest.raises(ShardError, match=message):
         train_batches(paths, **SETTINGS, mode=mode)
     with pytest.raises(ShardError, match=message):
-        require_tokens(paths, **SETTINGS, steps=1, mode=mode)
+        needed_shards(paths, **SETTINGS, steps=1, mode=mode)
+
+
+def test_chooses_the_shards_of_the_first_steps(tmp_path):
+    paths = make_shards(tmp_path, [100, 100, 100])  # 3 batches of 32 each
+    counts = [len(needed_shards(paths, **SETTINGS, steps=n, mode="sequential")) for n in (1, 3, 4)]
+    assert counts == [1, 1, 2]
 
 
 def test_refuses_more_steps_than_one_pass_has(paths):
     batches = len(take(paths, mode="sequential")[0])
-    require_tokens(paths, **SETTINGS, steps=batches, mode="sequential")
-    require_tokens(paths, **SETTINGS, steps=10**6, mode="shuffled")
-    with pytest.raises(ShardError, match=rf"hold {batches} batches .* takes {batches + 1} steps"):
-        require_tokens(paths, **SETTINGS, steps=batches + 1, mode="sequential")
+    assert needed_shards(paths, **SETTINGS, steps=batches, mode="sequential") == paths
+    assert needed_shards(paths, **SETTINGS, steps=10**6, mode="shuffled") == paths
+    message = rf"hold {batches} batches .* takes {batches + 1} steps; add 1 shard.*--shards 4"
+    with pytest.raises(ShardError, match=message):
+        needed_shards(paths, **SETTINGS, steps=batches + 1, mode="sequential")
 
 
 @pytest.mark.parametrize(
