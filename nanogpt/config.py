@@ -1,4 +1,4 @@
-"""Every setting of a training run, as frozen dataclasses.
+"""Every setting of a training run, as frozen dataclasses; those of optimizers in `settings.py`.
 
 The classes hold no numbers of their own beyond what the benchmark fixes for every optimizer;
 `presets.py` holds the values. A field's trailing comment is its `--help` text. Impossible values
@@ -8,29 +8,20 @@ are refused where they are set, before any work.
 import dataclasses
 import math
 import pathlib
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
-Dtype = Literal["float32", "bfloat16"]
+from nanogpt.settings import (  # noqa: F401
+    AdamWConfig,
+    Dtype,
+    MatrixConfig,
+    MuonConfig,
+    ShampooConfig,
+    check,
+)
 
-
-def _check(settings: Any, rule: str, *names: str) -> None:
-    """Raises ValueError if one of the named fields breaks a rule, a key of `_RULES`."""
-    for name in names:
-        value = getattr(settings, name)
-        if not _RULES[rule](value):
-            raise ValueError(f"{name}={value!r}: must be {rule}.")
-
-
-_RULES = {
-    "at least 1": lambda value: value >= 1,
-    "at least 0": lambda value: value >= 0,
-    "between 0 and 1": lambda value: 0 <= value <= 1,
-    "at least 0 and below 1": lambda value: 0 <= value < 1,
-    "positive and finite": lambda value: 0 < value < math.inf,
-    "at least 0 and finite": lambda value: 0 <= value < math.inf,
-}
+Init = Literal["benchmark", "record2", "record27", "record33"]
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -70,10 +61,11 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"  # residual stream and matrix products
     embed_dtype: Dtype = "bfloat16"  # stored embedding and its optimizer state
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cudnn flash attention on GPU
+    init: Init = "benchmark"  # initial weights, see nanogpt.init.linear
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "sequence_length")
-        _check(self, "at least 1", *sizes)
+        check(self, "at least 1", *sizes)
         if self.model_dim % self.head_dim:
             raise ValueError(
                 f"head_dim={self.head_dim} does not divide model_dim={self.model_dim}: "
@@ -97,13 +89,21 @@ class DataConfig:
     seed: int = 0  # order of the rows in mode shuffled
 
     def __post_init__(self):
-        _check(self, "at least 1", "batch_rows", "microbatch_rows", "val_tokens")
-        _check(self, "at least 0", "seed")
+        check(self, "at least 1", "batch_rows", "microbatch_rows", "val_tokens")
+        check(self, "at least 0", "seed")
         if self.batch_rows % self.microbatch_rows:
             raise ValueError(
                 f"microbatch_rows={self.microbatch_rows} does not divide "
                 f"batch_rows={self.batch_rows}: choose a divisor."
             )
+
+
+def check_line(settings: "ScheduleConfig | CooldownConfig") -> None:
+    """Refuses an impossible cooldown, by name: see `nanogpt.schedules.eta`."""
+    check(settings, "between 0 and 1", "cooldown", "final")
+    check(settings, "positive and finite", "power")
+    if not 1 <= settings.horizon < math.inf:
+        raise ValueError(f"horizon={settings.horizon!r}: must be at least 1 and finite.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,68 +114,29 @@ class ScheduleConfig:
     cooldown: float = 0.7  # fraction of the steps over which eta falls linearly to 0
     warmup_steps: int = 0  # eta is capped by (s + 1) / warmup_steps
     warmup_from: float | None = None  # learning rate of the first update; replaces the cap's rule
+    power: float = 1.0  # exponent of the cooldown's straight line
+    horizon: float = 1.0  # where the line ends, in multiples of steps
+    final: float = 0.0  # multiplier where the line ends
 
     def __post_init__(self):
-        _check(self, "at least 1", "steps")
-        _check(self, "between 0 and 1", "cooldown")
-        _check(self, "at least 0", "warmup_steps")
+        check(self, "at least 1", "steps")
+        check(self, "at least 0", "warmup_steps")
+        check_line(self)
         if self.warmup_from is not None:
-            _check(self, "at least 0 and finite", "warmup_from")
+            check(self, "at least 0 and finite", "warmup_from")
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamWConfig:
-    """AdamW on the block matrices."""
+class CooldownConfig:
+    """A cooldown of the block matrices' own; steps and warmup are those of the run's schedule."""
 
-    learning_rate: float  # peak
-    weight_decay: float  # decoupled, multiplied by the scheduled learning rate
-    b1: float = 0.9  # decay of the first moment
-    b2: float = 0.95  # decay of the second moment
-    eps: float = 1e-10  # added to sqrt(second moment); on the scale of summed gradients
-
-    def __post_init__(self):
-        _check(self, "positive and finite", "learning_rate")
-        _check(self, "at least 0 and finite", "weight_decay", "eps")
-        _check(self, "at least 0 and below 1", "b1", "b2")
-
-
-@dataclasses.dataclass(frozen=True)
-class MuonConfig:
-    """Muon on the block matrices."""
-
-    learning_rate: float  # peak
-    weight_decay: float  # decoupled, multiplied by the scheduled learning rate
-    b1: float = 0.95  # decay of the momentum
-    ns_steps: int = 5  # Newton-Schulz iterations
-    ns_coeffs: tuple[float, float, float] = (3.4445, -4.775, 2.0315)  # quintic's coefficients
-    ns_dtype: Dtype = "float32"  # precision of the Newton-Schulz iterations; muon_track3 only
+    cooldown: float = 1.0  # fraction of the horizon over which eta falls
+    power: float = 1.0  # exponent of the straight line
+    horizon: float = 1.0  # where the line ends, in multiples of steps
+    final: float = 0.0  # multiplier where the line ends
 
     def __post_init__(self):
-        _check(self, "positive and finite", "learning_rate")
-        _check(self, "at least 0 and finite", "weight_decay")
-        _check(self, "at least 0 and below 1", "b1")
-        _check(self, "at least 1", "ns_steps")
-
-
-@dataclasses.dataclass(frozen=True)
-class ShampooConfig:
-    """Shampoo with Adam grafting on the block matrices."""
-
-    learning_rate: float  # peak
-    weight_decay: float  # decoupled, multiplied by the scheduled learning rate
-    b1: float = 0.9  # decay of the filtered gradient
-    b2: float = 0.9  # decay of the factors
-    cutoff: Literal["relative", "positive"] = "relative"  # keep eigenvalues > n*eps*max, or > 0
-    every: int = 1  # steps between refreshes of the inverse roots
-    block_size: int = 1024  # largest edge of a block
-    graft_b2: float = 0.9  # decay of the grafted Adam's second moment
-    graft_eps: float = 1e-15  # eps of the grafted Adam; on the scale of summed gradients
-
-    def __post_init__(self):
-        _check(self, "positive and finite", "learning_rate")
-        _check(self, "at least 0 and finite", "weight_decay", "graft_eps")
-        _check(self, "at least 0 and below 1", "b1", "b2", "graft_b2")
-        _check(self, "at least 1", "every", "block_size")
+        check_line(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +153,9 @@ class AuxiliaryConfig:
 
     def __post_init__(self):
         rates = ("embed_learning_rate", "head_learning_rate", "vector_learning_rate")
-        _check(self, "positive and finite", *rates)
-        _check(self, "at least 0 and finite", "weight_decay", "eps")
-        _check(self, "at least 0 and below 1", "b1", "b2")
+        check(self, "positive and finite", *rates)
+        check(self, "at least 0 and finite", "weight_decay", "eps")
+        check(self, "at least 0 and below 1", "b1", "b2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +168,8 @@ class OutputConfig:
     keep_checkpoints: int = 2  # newest checkpoints kept
 
     def __post_init__(self):
-        _check(self, "at least 1", "log_every", "keep_checkpoints")
-        _check(self, "at least 0", "checkpoint_every")
+        check(self, "at least 1", "log_every", "keep_checkpoints")
+        check(self, "at least 0", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,16 +183,18 @@ class Config:
     schedule: ScheduleConfig
     # Chosen together with the class of `matrices`, so not by a flag of its own.
     optimizer: tyro.conf.Suppress[str]  # registry name of the optimizer of the block matrices
-    matrices: AdamWConfig | MuonConfig | ShampooConfig  # its hyperparameters
+    matrices: MatrixConfig  # its hyperparameters, of a class in `nanogpt.settings`
     auxiliary: AuxiliaryConfig
     output: OutputConfig = OutputConfig()
+    # Cooldown of the block matrices, if they have their own; None: that of the schedule.
+    matrices_cooldown: CooldownConfig | None = None
     val_every: int = 125  # steps between validations while s < 0.9 * steps
     val_every_final: int = 25  # steps between validations afterwards
     mesh: str = ""  # devices, as in data=2,fsdp=4; -1: all that are left; empty: one device
 
     def __post_init__(self):
-        _check(self, "at least 0", "seed")
-        _check(self, "at least 1", "val_every", "val_every_final")
+        check(self, "at least 0", "seed")
+        check(self, "at least 1", "val_every", "val_every_final")
         parse_mesh(self.mesh)
         path = pathlib.PurePath(self.name)
         if not path.parts or path.is_absolute() or ".." in path.parts:

@@ -124,14 +124,10 @@ def soft_cap(logits: jax.Array) -> jax.Array:
 class Linear(nnx.Module):
     """x @ kernel + bias in the precision of x; parameters are float32."""
 
-    def __init__(self, fan_in: int, fan_out: int, rngs: nnx.Rngs | None = None):
-        """Zero weights without `rngs`, otherwise a normal kernel; the bias always starts at 0."""
-        if rngs is None:
-            kernel = jnp.zeros((fan_in, fan_out), jnp.float32)
-        else:
-            kernel = init.linear_normal(rngs.params(), fan_in, fan_out)
+    def __init__(self, kernel: jax.Array, bias: jax.Array):
+        """Takes what `init.linear` gives: (fan_in, fan_out) and (fan_out,)."""
         self.kernel = nnx.Param(kernel)
-        self.bias = nnx.Param(jnp.zeros((fan_out,), jnp.float32))
+        self.bias = nnx.Param(bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., fan_in) -> (..., fan_out), dtype of x."""
@@ -171,10 +167,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width = config.model_dim
-        self.q = Linear(width, width, rngs)
-        self.k = Linear(width, width, rngs)
-        self.v = Linear(width, width, rngs)
-        self.proj = Linear(width, width)
+        draw = functools.partial(init.linear, config.init, next_key=rngs.params)
+        self.q = Linear(*draw("qkv", width, width))
+        self.k = Linear(*draw("qkv", width, width))
+        self.v = Linear(*draw("qkv", width, width))
+        self.proj = Linear(*draw("attn_proj", width, width))
         self.head_dim = config.head_dim
         self.implementation = attention_implementation(config)
 
@@ -214,8 +211,9 @@ class MLP(nnx.Module):
     """Two Linears around relu(x)^2."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.fc = Linear(config.model_dim, config.mlp_dim, rngs)
-        self.proj = Linear(config.mlp_dim, config.model_dim)
+        draw = functools.partial(init.linear, config.init, next_key=rngs.params)
+        self.fc = Linear(*draw("fc", config.model_dim, config.mlp_dim))
+        self.proj = Linear(*draw("mlp_proj", config.mlp_dim, config.model_dim))
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, D), dtype of the argument."""
@@ -256,7 +254,8 @@ class GPT(nnx.Module):
         self.norm1 = RMSNorm(config.model_dim)
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
         self.norm2 = RMSNorm(config.model_dim)
-        self.head = Linear(config.model_dim, config.vocab_size)
+        draw = functools.partial(init.linear, config.init, next_key=rngs.params)
+        self.head = Linear(*draw("head", config.model_dim, config.vocab_size))
         self.dtype = config.dtype
 
     def raw_logits(self, tokens_BxT: jax.Array) -> jax.Array:

@@ -5,24 +5,19 @@ a batch, so every eps is on that scale.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
 import shampoo_jax
-from nanogpt.config import (
-    AdamWConfig,
-    AuxiliaryConfig,
-    Config,
-    MuonConfig,
-    ShampooConfig,
-)
+from nanogpt.config import Config
+from nanogpt.directions import DIRECTIONS, Direction, adam
 from nanogpt.schedules import learning_rate
+from nanogpt.settings import MatrixConfig, MuonConfig
 
 ROUTES: tuple[tuple[str, str], ...] = (
     (r"blocks/\d+/(attn|mlp)/\w+/kernel", "matrices"),
@@ -30,27 +25,60 @@ ROUTES: tuple[tuple[str, str], ...] = (
     (r"head/kernel", "head"),
     (r"(.*/)?(bias|scale)", "vectors"),
 )
-MatrixConfig = AdamWConfig | MuonConfig | ShampooConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An optimizer of the block matrices: its settings' class and its direction.
+    """An optimizer of the block matrices: its settings and its direction.
 
-    `direction(settings, placement)` gives the update before weight decay and learning rate; what
-    cannot split its state over a mesh leaves that to the compiler.
+    `direction(settings, placement)` gives the update before weight decay and learning rate.
+    `defaults` are settings to start from where no preset has any.
     """
 
     settings: type[MatrixConfig]
-    direction: Callable[..., optax.GradientTransformation]
+    direction: Direction
+    defaults: MatrixConfig | None = None
+
+
+REGISTRY: dict[str, Entry] = {name: Entry(*pair) for name, pair in DIRECTIONS.items()}
+
+
+def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
+    """Adds an optimizer of the block matrices, for this process.
+
+    Afterwards `preset` of any name gives the preset's AdamW run with this optimizer, and
+    `scripts.speedrun.main` takes it by `--optimizer`.
+
+    Args:
+        name: Not taken yet.
+        direction: Function of (settings, placement) giving an Optax transformation of the summed
+            gradients, without weight decay and learning rate. It may ignore the placement, which
+            tells how state is split over a mesh. If its update takes `obj_fn`, it gets the summed
+            loss as a function of the parameters.
+        settings: Starting values; its class is `MatrixConfig` or one derived from it.
+
+    Raises:
+        ValueError: the name is taken.
+
+    Example:
+        >>> register("sign", lambda settings, _: optax.scale_by_sign(), MatrixConfig(1e-3, 0.1))
+        >>> from nanogpt.presets import preset
+        >>> preset("cpu", "sign").matrices.learning_rate
+        0.001
+        >>> del REGISTRY["sign"]
+    """
+    if name in REGISTRY:
+        raise ValueError(f"name={name!r} is taken: choose another one.")
+    REGISTRY[name] = Entry(type(settings), direction, settings)
 
 
 def build_optimizer(
     config: Config, params: optax.Params, placement: shampoo_jax.Placement | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Builds the run's optimizer: `config.optimizer` on the block matrices, AdamW on the rest.
 
-    Every group is updated by p <- p - lr(s) (direction + weight_decay p), lr(s) = peak * eta(s).
+    Every group is updated by p <- p - lr(s) (direction + weight_decay p), lr(s) = peak * eta(s);
+    block matrices with `hyperball` set as in `shampoo_jax.hyperball`.
 
     Args:
         config: The run.
@@ -58,7 +86,8 @@ def build_optimizer(
         placement: Splits the state over the devices of a mesh: Shampoo's blocks, AdamW's moments.
 
     Returns:
-        Optax transformation of summed gradients.
+        Optax transformation of summed gradients. Its update takes `obj_fn`, the summed loss as a
+        function of all parameters; only directions that ask for it need it.
 
     Raises:
         ValueError: Unknown optimizer, settings of another optimizer, or a parameter that does not
@@ -67,25 +96,69 @@ def build_optimizer(
     entry = _entry(config)
     matrices, aux = config.matrices, config.auxiliary
 
-    def group(direction: optax.GradientTransformation, peak: float, decay: float):
-        return optax.chain(
-            direction,
-            optax.add_decayed_weights(decay),
+    transforms = {
+        "matrices": optax.chain(entry.direction(matrices, placement), *_descent(config)),
+        **{
+            name: _adamw(config, peak, placement)
+            for name, peak in (
+                ("embed", aux.embed_learning_rate),
+                ("head", aux.head_learning_rate),
+                ("vectors", aux.vector_learning_rate),
+            )
+        },
+    }
+    return _of_whole_params(optax.partition(transforms, route(params)))
+
+
+def _descent(config: Config) -> list[optax.GradientTransformation]:
+    """Weight decay and learning rate of the block matrices."""
+    matrices, schedule = config.matrices, config.schedule
+    if config.matrices_cooldown is not None:
+        schedule = dataclasses.replace(schedule, **dataclasses.asdict(config.matrices_cooldown))
+    rate = learning_rate(matrices.learning_rate, schedule)
+    if matrices.hyperball:
+        return [shampoo_jax.hyperball(rate)]
+    parts = [optax.add_decayed_weights(matrices.weight_decay)]
+    if isinstance(matrices, MuonConfig) and matrices.mlp_decay != 1:
+        more = matrices.weight_decay * (matrices.mlp_decay - 1)
+        parts.append(optax.add_decayed_weights(more, mask=_in_mlp))
+    return [*parts, optax.scale_by_learning_rate(rate)]
+
+
+def _in_mlp(params: optax.Params) -> optax.Params:
+    return jax.tree_util.tree_map_with_path(lambda path, _: "/mlp/" in _name(path), params)
+
+
+def _adamw(
+    config: Config, peak: float, placement: shampoo_jax.Placement | None
+) -> optax.GradientTransformation:
+    """AdamW of everything that is not a block matrix."""
+    return in_float32(
+        optax.chain(
+            adam(config.auxiliary, placement),
+            optax.add_decayed_weights(config.auxiliary.weight_decay),
             optax.scale_by_learning_rate(learning_rate(peak, config.schedule)),
         )
+    )
 
-    def adamw(peak: float):
-        return in_float32(group(_adam(aux, placement), peak, aux.weight_decay))
 
-    transforms = {
-        "matrices": group(
-            entry.direction(matrices, placement), matrices.learning_rate, matrices.weight_decay
-        ),
-        "embed": adamw(aux.embed_learning_rate),
-        "head": adamw(aux.head_learning_rate),
-        "vectors": adamw(aux.vector_learning_rate),
-    }
-    return optax.partition(transforms, route(params))
+def _of_whole_params(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets a group of `inner` ask for the loss at its own parameters, the others as they are."""
+
+    def update(updates, state, params=None, obj_fn=None, **extra: Any):
+        if obj_fn is not None:
+            extra["obj_fn"] = functools.partial(_at_group, obj_fn, params)
+        return inner.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _at_group(obj_fn: Any, params: optax.Params, group: optax.Params) -> jax.Array:
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    whole = jax.tree.map(lambda own, p: p if masked(own) else own, group, params, is_leaf=masked)
+    return obj_fn(whole)
 
 
 def _entry(config: Config) -> Entry:
@@ -122,7 +195,7 @@ def route(params: optax.Params, rules: tuple[tuple[str, str], ...] = ROUTES) -> 
     """
 
     def label(path: tuple, _: object) -> str:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = _name(path)
         matches = [pair for pair in rules if re.fullmatch(pair[0], name)]
         if len(matches) != 1:
             found = " and ".join(pattern for pattern, _ in matches) or "none"
@@ -133,6 +206,10 @@ def route(params: optax.Params, rules: tuple[tuple[str, str], ...] = ROUTES) -> 
         return matches[0][1]
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -166,117 +243,3 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
 
     return optax.GradientTransformation(inner.init, update)
-
-
-class NesterovState(NamedTuple):
-    """State of `nesterov_ema`."""
-
-    mu: optax.Updates  # moving average of the gradients
-
-
-def nesterov_ema(b1: float) -> optax.GradientTransformation:
-    """Momentum of the benchmark's Muon: m <- b1 m + (1 - b1) g; update b1 m + (1 - b1) g.
-
-    Zero initial m and no bias correction, unlike `optax.contrib.scale_by_muon`.
-
-    Args:
-        b1: Decay.
-
-    Returns:
-        Optax transformation.
-
-    Example:
-        >>> tx = nesterov_ema(0.5)
-        >>> float(tx.update(jnp.float32(1.0), tx.init(jnp.float32(0.0)))[0])
-        0.75
-    """
-
-    def mix(average: optax.Updates, updates: optax.Updates) -> optax.Updates:
-        return jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, average, updates)
-
-    def init(params):
-        return NesterovState(optax.tree.zeros_like(params))
-
-    def update(updates, state, params=None):
-        del params
-        mu = mix(state.mu, updates)
-        return mix(mu, updates), NesterovState(mu)
-
-    return optax.GradientTransformation(init, update)
-
-
-def scale_by_aspect() -> optax.GradientTransformation:
-    """Multiplies an (in, out) kernel's update by sqrt(max(1, out / in)).
-
-    Example:
-        >>> tx = scale_by_aspect()
-        >>> float(tx.update(jnp.ones((1, 4)), tx.init(None))[0][0, 0])
-        2.0
-    """
-    return optax.stateless_with_tree_map(
-        lambda update, _: update * max(1.0, update.shape[1] / update.shape[0]) ** 0.5
-    )
-
-
-Placement = shampoo_jax.Placement | None
-
-
-def _adam(
-    settings: AdamWConfig | AuxiliaryConfig, placement: Placement = None
-) -> optax.GradientTransformation:
-    adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
-    return adam if placement is None else placement.elementwise(adam)
-
-
-def _muon(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
-    """Optax's Muon, its defaults apart from what the settings name."""
-    muon = optax.contrib.scale_by_muon(
-        settings.ns_coeffs, settings.ns_steps, settings.b1, weight_dimension_numbers=_in_out
-    )
-    return optax.chain(muon, scale_by_aspect())
-
-
-def _muon_track3(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
-    """The benchmark's Muon: its own momentum, then Optax's orthogonalization alone."""
-    orthogonalize = optax.contrib.scale_by_muon(
-        settings.ns_coeffs,
-        settings.ns_steps,
-        beta=0.0,
-        eps=1e-7,
-        nesterov=False,
-        weight_dimension_numbers=_in_out,
-    )
-    return optax.chain(
-        nesterov_ema(settings.b1), _cast(settings.ns_dtype), orthogonalize, scale_by_aspect()
-    )
-
-
-def _in_out(updates: optax.Updates) -> optax.Params:
-    """Names the axes of (in, out) kernels; Optax 0.2.8 takes a tree of matrices no other way."""
-    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
-
-
-def _cast(dtype: str) -> optax.GradientTransformation:
-    return optax.stateless_with_tree_map(lambda update, _: update.astype(dtype))
-
-
-def _shampoo(settings: ShampooConfig, placement: Placement = None) -> optax.GradientTransformation:
-    return shampoo_jax.scale_by_shampoo(
-        settings.b1,
-        settings.b2,
-        block_size=settings.block_size,
-        cutoff=settings.cutoff,
-        every=settings.every,
-        graft="adam",
-        graft_b2=settings.graft_b2,
-        graft_eps=settings.graft_eps,
-        placement=placement,
-    )
-
-
-REGISTRY: dict[str, Entry] = {
-    "adamw": Entry(AdamWConfig, _adam),
-    "muon": Entry(MuonConfig, _muon),
-    "muon_track3": Entry(MuonConfig, _muon_track3),
-    "shampoo": Entry(ShampooConfig, _shampoo),
-}

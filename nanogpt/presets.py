@@ -1,81 +1,22 @@
-"""Complete runs by name: the published track 3 recipes, and their small copy for a CPU.
-
-Source of every number of `track3`: KellerJordan/modded-nanogpt, records/track_3_optimization; the
-result's number stands beside it.
-"""
+"""Complete runs by name: the published recipes at full size, and two small copies for a CPU."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any
 
+from nanogpt.board import BOARD
 from nanogpt.config import (
-    AdamWConfig,
     AuxiliaryConfig,
     Config,
     DataConfig,
     ModelConfig,
-    MuonConfig,
     ScheduleConfig,
-    ShampooConfig,
 )
+from nanogpt.optimizers import REGISTRY
+from nanogpt.recipes import NS12, Recipe
+from nanogpt.registry import PUBLISHED
+from nanogpt.settings import AdamWConfig, MuonConfig, ShampooConfig
 
-NS12 = {"ns_steps": 12, "ns_coeffs": (2.0, -1.5, 0.5)}
-AUXILIARY_OLD = AuxiliaryConfig(0.3, 1 / 320, 0.01)  # until #35
-AUXILIARY_TUNED = AuxiliaryConfig(0.7, 0.004, 0.015, weight_decay=0.001)  # since #36
-
-
-class Recipe(NamedTuple):
-    """What distinguishes one optimizer's run from another's."""
-
-    optimizer: str
-    matrices: AdamWConfig | MuonConfig | ShampooConfig
-    auxiliary: AuxiliaryConfig
-    schedule: ScheduleConfig
-
-
-TRACK3: dict[str, Recipe] = {
-    # Pull request 353: tuned AdamW, 4950 steps.
-    "adamw": Recipe(
-        "adamw",
-        AdamWConfig(0.001, weight_decay=1.0, b1=0.9, b2=0.9, eps=1e-8),
-        dataclasses.replace(AUXILIARY_TUNED, weight_decay=0.002),
-        ScheduleConfig(4950, warmup_steps=100, warmup_from=1e-7),
-    ),
-    # #2: the first AdamW, 5625 steps. (Its script drew the weights otherwise.)
-    "adamw_record2": Recipe(
-        "adamw",
-        AdamWConfig(0.0015, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-10),
-        AUXILIARY_OLD,
-        ScheduleConfig(5625, warmup_steps=250),
-    ),
-    # #12's rates with Optax's own Muon in the place of the benchmark's.
-    "muon": Recipe(
-        "muon",
-        MuonConfig(0.035, weight_decay=0.025),
-        AUXILIARY_OLD,
-        ScheduleConfig(3350),
-    ),
-    # #36: the current Muon baseline, 3250 steps.
-    "muon_track3": Recipe(
-        "muon_track3",
-        MuonConfig(0.025, weight_decay=0.05, ns_dtype="bfloat16", **NS12),
-        AUXILIARY_TUNED,
-        ScheduleConfig(3250),
-    ),
-    # #12: the Muon with the auxiliary rates of #35, read at step 3325 of 3350.
-    "muon_record12": Recipe(
-        "muon_track3",
-        MuonConfig(0.035, weight_decay=0.025, ns_dtype="bfloat16", **NS12),
-        AUXILIARY_OLD,
-        ScheduleConfig(3350),
-    ),
-    # #35: two-sided Shampoo, eigenvalues <= 0 dropped, unblocked, 3375 steps.
-    "shampoo": Recipe(
-        "shampoo",
-        ShampooConfig(0.01, weight_decay=0.1, b1=0.9, b2=0.9, cutoff="positive", block_size=8192),
-        AUXILIARY_OLD,
-        ScheduleConfig(3375),
-    ),
-}
+TRACK3: dict[str, Recipe] = {name: published.recipe for name, published in PUBLISHED.items()}
 
 # How these rates were found: docs/demo.md.
 CPU_STEPS = 300
@@ -112,9 +53,11 @@ def preset(name: str, optimizer: str) -> Config:
     """Looks up a complete run.
 
     Args:
-        name: "track3" (162M parameters, FineWeb, a GPU) or "cpu" (1.3M parameters, minutes).
-        optimizer: "adamw", "muon", "muon_track3", "shampoo"; of track3 also the earlier results
-            "adamw_record2" and "muon_record12".
+        name: "track3" (162M parameters, FineWeb, a GPU), "cpu" (1.3M parameters, minutes: the
+            demo) or "board" (the scaled-down board of all optimizers).
+        optimizer: A recipe of the preset, as "adamw", "muon", "muon_track3", "shampoo"; the others
+            are listed by `PRESETS[name][0]`, those of track3 explained by
+            `nanogpt.registry.PUBLISHED`. Or an optimizer added by `nanogpt.optimizers.register`.
 
     Returns:
         The run's configuration, named "{name}-{optimizer}".
@@ -129,14 +72,30 @@ def preset(name: str, optimizer: str) -> Config:
     if name not in PRESETS:
         raise ValueError(f"preset={name!r} is unknown: choose one of {', '.join(PRESETS)}.")
     recipes, base = PRESETS[name]
-    if optimizer not in recipes:
+    added = REGISTRY[optimizer].defaults if optimizer in REGISTRY else None
+    if optimizer in recipes:
+        recipe = recipes[optimizer]
+    elif added is not None:
+        recipe = recipes["adamw"]._replace(optimizer=optimizer, matrices=added)
+    else:
         raise ValueError(
             f"optimizer={optimizer!r} is unknown in preset {name!r}: "
             f"choose one of {', '.join(recipes)}."
         )
-    return dataclasses.replace(base, name=f"{name}-{optimizer}", **recipes[optimizer]._asdict())
+    return _complete(base, f"{name}-{optimizer}", recipe)
 
 
+def _complete(base: Config, name: str, recipe: Recipe) -> Config:
+    """The base with a recipe's settings, each where it belongs."""
+    settings = recipe._asdict()
+    model = dataclasses.replace(base.model, init=settings.pop("init"))
+    return dataclasses.replace(base, name=name, model=model, **settings)
+
+
+# Every preset replaces these by a recipe's.
+_NO_RECIPE: dict[str, Any] = {
+    name: getattr(CPU["adamw"], name) for name in ("optimizer", "matrices", "auxiliary", "schedule")
+}
 _TRACK3_BASE = Config(
     name="track3",
     seed=0,
@@ -156,7 +115,7 @@ _TRACK3_BASE = Config(
         val_tokens=20 * 524288,
     ),
     mesh="data=-1",
-    **TRACK3["muon_track3"]._asdict(),
+    **_NO_RECIPE,
 )
 _CPU_BASE = Config(
     name="cpu",
@@ -180,9 +139,19 @@ _CPU_BASE = Config(
     ),
     val_every=40,
     val_every_final=20,
-    **CPU["adamw"]._asdict(),
+    **_NO_RECIPE,
+)
+_BOARD_BASE = dataclasses.replace(
+    _CPU_BASE,
+    name="board",
+    model=dataclasses.replace(
+        _CPU_BASE.model, num_layers=2, model_dim=64, head_dim=32, mlp_dim=256
+    ),
+    val_every=25,
+    val_every_final=25,
 )
 PRESETS: dict[str, tuple[dict[str, Recipe], Config]] = {
     "track3": (TRACK3, _TRACK3_BASE),
     "cpu": (CPU, _CPU_BASE),
+    "board": (BOARD, _BOARD_BASE),
 }

@@ -11,9 +11,10 @@ def eta(step: jax.typing.ArrayLike, config: ScheduleConfig, peak: float = 1.0) -
     """Multiplier of the learning rate at update `step`: min(warmup, cooldown).
 
     With K = `steps` and c = `cooldown`, the cooldown is min(1, (K - s) / (c K)): flat, then linear,
-    and 1 / (c K) rather than 0 at the last update. The warmup over W = `warmup_steps` is
-    (s + 1) / W, or, if `warmup_from` = f is set, the straight line from f at s = 0 to `peak` at
-    s = W, as a fraction of `peak`.
+    and 1 / (c K) rather than 0 at the last update. In general K is `horizon` times `steps`, the
+    line is raised to `power`, and it goes from 1 to `final` instead of 0. The warmup over
+    W = `warmup_steps` is (s + 1) / W, or, if `warmup_from` = f is set, the straight line from f at
+    s = 0 to `peak` at s = W, as a fraction of `peak`.
 
     Args:
         step: Index s of the update, 0 .. K-1; int scalar or array.
@@ -23,16 +24,18 @@ def eta(step: jax.typing.ArrayLike, config: ScheduleConfig, peak: float = 1.0) -
     Returns:
         float array of the shape of `step`.
 
-    Source: modded-nanogpt track 3, results #36 (no warmup), #2 ((s + 1) / W) and pull request 353
-    (from 1e-7).
+    Source: modded-nanogpt track 3, results #36 (no warmup), #2 ((s + 1) / W), pull request 353
+    (from 1e-7), #27 (power 1.25, horizon 1.024) and #33 (final 0.1).
 
     Example:
         >>> [round(float(eta(s, ScheduleConfig(steps=10))), 4) for s in (0, 3, 4, 9)]
         [1.0, 1.0, 0.8571, 0.1429]
     """
     step = jnp.asarray(step)
-    cooldown = (config.steps - step) / (config.cooldown * config.steps)
-    multiplier = jnp.minimum(1.0, cooldown)
+    end = config.steps if config.horizon == 1 else config.horizon * config.steps
+    line = jnp.minimum(1.0, (end - step) / (config.cooldown * end))
+    line = line if config.power == 1 else line**config.power
+    multiplier = line if config.final == 0 else config.final + (1 - config.final) * line
     if config.warmup_steps:
         if config.warmup_from is None:
             warmup = (step + 1) / config.warmup_steps

@@ -139,11 +139,14 @@ def make_train_step(
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         return total, grads if layout is None else layout.pin(grads)
 
+    update = optax.with_extra_args_support(tx).update
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         total, grads = gradients(state.params, batch)
         tokens = batch["targets"].size
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        objective = _objective(graphdef, batch, config, layout)
+        updates, opt_state = update(grads, state.opt_state, state.params, obj_fn=objective)
         done = (optax.apply_updates(state.params, updates), opt_state)
         # A NaN that entered a moment or a factor would stay there for ever.
         params, opt_state = jax.tree.map(
@@ -157,6 +160,24 @@ def make_train_step(
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _objective(
+    graphdef: nnx.GraphDef, batch: Batch, config: Config, layout: Layout | None
+) -> Callable[[optax.Params], jax.Array]:
+    """The summed loss as a function of the parameters, for optimizers that evaluate it again.
+
+    Differentiating it holds the activations of one microbatch at a time.
+    """
+
+    def objective(params: optax.Params) -> jax.Array:
+        @jax.checkpoint
+        def loss(piece: Batch) -> jax.Array:
+            return summed_loss(graphdef, params, piece)[0]
+
+        return jax.lax.map(loss, _microbatches(batch, config, layout)).sum()
+
+    return objective
 
 
 def _microbatches(batch: Batch, config: Config, layout: Layout | None) -> Batch:

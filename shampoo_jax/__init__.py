@@ -27,6 +27,7 @@ from shampoo_jax.exponents import resolve_exponents
 from shampoo_jax.factors import accumulate_factors, damp, normalize_by_trace
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft, scale_by_second_moment
+from shampoo_jax.hyperball import hyperball, keep_norm, scale_to_norm
 from shampoo_jax.hyperparameters import inject_hyperparams
 from shampoo_jax.kl import kl_eigenbasis
 from shampoo_jax.kl_factors import accumulate_kl_factors
@@ -88,10 +89,12 @@ __all__ = [
     "filter_gradient",
     "from_gradients",
     "graft",
+    "hyperball",
     "in_eigenbasis",
     "inject_hyperparams",
     "invert_roots",
     "is_hidden_matrix",
+    "keep_norm",
     "kl_eigenbasis",
     "kl_shampoo",
     "kl_soap",
@@ -112,6 +115,7 @@ __all__ = [
     "scale_by_second_moment",
     "scale_by_shampoo",
     "scale_by_soap",
+    "scale_to_norm",
     "shampoo",
     "skip_nonfinite_blocks",
     "skip_nonfinite_parameters",

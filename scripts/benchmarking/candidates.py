@@ -17,9 +17,9 @@ import optax
 import optax.contrib
 
 import shampoo_jax
-from nanogpt.config import MuonConfig
 from nanogpt.optimizers import REGISTRY
-from nanogpt.presets import NS12
+from nanogpt.registry import NS12
+from nanogpt.settings import MuonConfig
 from shampoo_jax import registry
 
 NEVER = 2**30  # interval of a refresh that no benchmark reaches
@@ -72,7 +72,7 @@ def _muons() -> Iterator[Candidate]:
         ("muon_12", plain, MuonConfig(**settings, **NS12)),
         ("muon_12_bfloat16", track3, MuonConfig(**settings, **NS12, ns_dtype="bfloat16")),
     ):
-        whole = Stage("roots", name, functools.partial(direction, config))
+        whole = Stage("roots", name, functools.partial(direction, config, None))
         yield Candidate(name, 1, (momentum, whole))
 
 

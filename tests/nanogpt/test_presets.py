@@ -1,11 +1,13 @@
 """Presets: the published numbers, and that every combination builds."""
 
+import functools
+
 import jax
 import pytest
 
-from nanogpt.config import AdamWConfig
 from nanogpt.optimizers import REGISTRY, build_optimizer
 from nanogpt.presets import PRESETS, preset
+from nanogpt.settings import AdamWConfig
 from nanogpt.train_step import abstract_params
 
 ALL = [(name, optimizer) for name, (recipes, _) in PRESETS.items() for optimizer in recipes]
@@ -17,16 +19,18 @@ def test_every_preset_builds(name, optimizer):
     params = abstract_params(config.model)
     tx = build_optimizer(config, params)
     state = jax.eval_shape(tx.init, params)
-    updates, after = jax.eval_shape(tx.update, params, state, params)
+    loss = lambda p: sum(x.astype("float32").sum() for x in jax.tree.leaves(p))  # noqa: E731
+    update = functools.partial(tx.update, obj_fn=loss)
+    updates, after = jax.eval_shape(update, params, state, params)
     assert jax.tree.map(lambda x: x.shape, updates) == jax.tree.map(lambda x: x.shape, params)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["track3", "board"])
 def test_every_optimizer_has_its_preset(name):
-    assert set(REGISTRY) <= set(PRESETS[name][0])
+    assert {recipe.optimizer for recipe in PRESETS[name][0].values()} == set(REGISTRY)
 
 
 def test_track3_is_the_benchmark():
@@ -48,7 +52,7 @@ def test_record_35_has_no_threshold_and_no_blocks():
 
 
 def test_unknown_names_are_refused_with_the_choice():
-    with pytest.raises(ValueError, match="preset='gpu' is unknown: choose one of track3, cpu"):
+    with pytest.raises(ValueError, match="preset='gpu' is unknown: .* track3, cpu, board"):
         preset("gpu", "adamw")
     with pytest.raises(ValueError, match="optimizer='sgd' is unknown in preset 'cpu': .* adamw"):
         preset("cpu", "sgd")

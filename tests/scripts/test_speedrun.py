@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from data_pipeline import Corpus, Document, read_manifest, write_shard
-from nanogpt.config import ShampooConfig
 from nanogpt.presets import preset
 from nanogpt.run_folder import RunFolder
+from nanogpt.settings import ShampooConfig
 from scripts import speedrun
 
 SETTINGS = """
