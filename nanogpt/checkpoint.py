@@ -33,7 +33,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, config: Config, fingerprint: str):
         self.directory = directory
-        self._meta = {"config": _plain(config), "data_fingerprint": fingerprint}
+        self._meta = {"config": plain(config), "data_fingerprint": fingerprint}
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.output.keep_checkpoints,
             cleanup_tmp_directories=True,
@@ -151,6 +151,6 @@ def _shapes(state: Any) -> list[list[int]]:
     return [list(leaf.shape) for leaf in jax.tree.leaves(state)]
 
 
-def _plain(config: Config) -> Meta:
-    """The config as JSON gives it back: tuples become lists."""
+def plain(config: Config) -> Meta:
+    """Returns the config as JSON gives it back: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -1,0 +1,175 @@
+"""Runs that differ in a few settings, and one JSONL file of what came out of them."""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import rich.console
+
+from nanogpt.batches import open_data
+from nanogpt.checkpoint import FREE_SETTINGS, plain
+from nanogpt.comparison import Run, read_run
+from nanogpt.config import Config
+from nanogpt.interrupt import Interrupted
+from nanogpt.loop import fit
+from nanogpt.metrics import MetricsWriter, Record, read_records
+from nanogpt.run_folder import RunFolder
+from nanogpt.workers import in_processes
+
+
+class Trial(NamedTuple):
+    """A run of a search.
+
+    Attributes:
+        settings: what tells it from the others, by dotted name.
+        config: the run; `config.name` is its own folder.
+    """
+
+    settings: dict[str, Any]
+    config: Config
+
+
+def run_trials(
+    trials: Sequence[Trial],
+    path: pathlib.Path,
+    *,
+    jobs: int = 1,
+    say: Callable[[str], None] = print,
+) -> list[Record]:
+    """Trains what the file does not hold yet, and appends a record a trial.
+
+    A trial is known by all of its settings and its data, not by its name. One that was stopped
+    starts again. A run whose loss is not finite at the end, or above that of its first validation,
+    is recorded as "diverged". Checkpoints of finished trials are deleted; their metrics stay.
+
+    Args:
+        trials: the runs; equal ones are trained once.
+        path: JSONL file; created with its folder if missing.
+        jobs: processes side by side, with an equal share of the cores each; 1: this process.
+        say: is told of every finished trial.
+
+    Returns:
+        The records, in the order of the trials: "status" "finished" or "diverged", final "loss"
+        (None if not finite), "seed", "settings", "step_time_s" (median), the run's "start" and
+        "end" records, and "steps", "losses", "seconds" of its validations.
+
+    Raises:
+        ShardError: bad or too few data, before anything is trained.
+        Interrupted: a signal stopped the trial in this process.
+        RuntimeError: a process died.
+    """
+    identities = _identities(trials)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {record["identity"]: record for record in read_trials(path)}
+    missing = {
+        identity: trial
+        for identity, trial in zip(identities, trials, strict=True)
+        if identity not in known
+    }
+    writer = MetricsWriter(path)
+    try:
+        for count, (index, record) in enumerate(_train(list(missing.values()), jobs), start=1):
+            identity = list(missing)[index]
+            writer.write("trial", identity=identity, **record)
+            known[identity] = record
+            say(f"trial {count} of {len(missing)}, {record['name']}: {describe(record)}")
+    finally:
+        writer.close()
+    return [known[identity] for identity in identities]
+
+
+def read_trials(path: pathlib.Path) -> list[Record]:
+    """Returns the records of a file of trials, none if there is no file.
+
+    A line that a crash cut short is taken out of the file, so that the next one starts afresh.
+    """
+    if not path.exists():
+        return []
+    records = read_records(path)
+    if not path.read_text(encoding="utf-8").endswith("\n"):
+        temporary = path.with_suffix(".tmp")
+        lines = (json.dumps(record) + "\n" for record in records)
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, path)
+    return records
+
+
+def describe(record: Record) -> str:
+    """Returns a trial's outcome in a few words."""
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+    return f"loss {loss}" + (", diverged" if record["status"] == "diverged" else "")
+
+
+def run_trial(trial: Trial) -> Record:
+    """Trains one trial in this process and returns its record; see `run_trials`."""
+    folder = RunFolder(trial.config)
+    fit(trial.config, overwrite=True, console=rich.console.Console(quiet=True))
+    shutil.rmtree(folder.checkpoints)
+    jax.clear_caches()  # programs of this trial, which no other one uses
+    run = read_run(folder.path)
+    loss = run.losses[-1]
+    diverged = not loss <= run.losses[0]
+    return {
+        "name": trial.config.name,
+        "settings": trial.settings,
+        "seed": trial.config.seed,
+        "status": "diverged" if diverged else "finished",
+        "loss": _finite(loss),
+        "step_time_s": run.end["median_step_time_s"],
+        "start": run.start,
+        "end": run.end,
+        "steps": list(run.steps),
+        "losses": [_finite(value) for value in run.losses],
+        "seconds": list(run.seconds),
+    }
+
+
+def as_run(record: Record, label: str) -> Run:
+    """Returns a trial's record as the run that it was."""
+    losses = (math.nan if loss is None else loss for loss in record["losses"])
+    steps, seconds = tuple(record["steps"]), tuple(record["seconds"])
+    return Run(label, record["start"], record["end"], steps, tuple(losses), seconds)
+
+
+def _train(trials: list[Trial], jobs: int) -> Iterator[tuple[int, Record]]:
+    if jobs == 1:
+        return ((index, run_trial(trial)) for index, trial in enumerate(trials))
+    return in_processes(_run_or_exit, trials, jobs)
+
+
+def _run_or_exit(trial: Trial) -> Record:
+    """`run_trial` in a process that has nobody to tell of a signal."""
+    try:
+        return run_trial(trial)
+    except Interrupted as stopped:
+        sys.exit(128 + stopped.signum)
+
+
+def _identities(trials: Sequence[Trial]) -> list[str]:
+    """Digests of all that decides each trial's numbers: settings and data."""
+    fingerprints: dict[Any, str] = {}
+    found = []
+    for _, config in trials:
+        reads = config.data, config.model.sequence_length, config.schedule.steps
+        if reads not in fingerprints:
+            data = open_data(config)
+            data.training.close()
+            fingerprints[reads] = data.fingerprint
+        settings = plain(config)
+        for name in FREE_SETTINGS:
+            section, _, field = name.rpartition(".")
+            (settings[section] if section else settings).pop(field)
+        text = json.dumps([fingerprints[reads], settings], sort_keys=True)
+        found.append(hashlib.sha256(text.encode()).hexdigest())
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
