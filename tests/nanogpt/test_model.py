@@ -1,11 +1,9 @@
-"""The model against the torch benchmark script; A1 .. A11 are rows of the list of parity traps."""
+"""The model against the torch benchmark script."""
 
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,60 +11,21 @@ from flax import nnx
 import nanogpt.model
 from nanogpt.config import ModelConfig
 from nanogpt.model import Linear, attention_implementation, rms_norm, rotate, soft_cap
-from nanogpt.train_step import abstract_params, model_structure, summed_loss
-from tests.oracles import speedrun
+from nanogpt.train_step import abstract_params
+from scripts.parity import golden
+from scripts.parity import model as parity
+from scripts.parity.measurement import misses
 
 
-def bf16(x):
-    return jnp.asarray(x).astype(jnp.bfloat16)
-
-
-def build(z, **changes):
-    config = speedrun.model_config(speedrun.read_json(z["config"]), **changes)
-    graphdef = model_structure(config)
-    params = speedrun.from_torch(speedrun.load("model_fp32.npz"), "param__")
-    shapes = abstract_params(config)
-    params = jax.tree.map(lambda s, p: jnp.asarray(p, s.dtype), shapes, params)
-    return graphdef, params, {"inputs": z["inputs"], "targets": z["targets"]}
-
-
-def loss_and_gradients(graphdef, params, batch):
-    def function(p):
-        loss, reported = summed_loss(graphdef, p, batch)
-        return loss, (reported, nnx.merge(graphdef, p).raw_logits(batch["inputs"]))
-
-    (_, (loss, raw)), grads = jax.jit(jax.value_and_grad(function, has_aux=True))(params)
-    return loss, raw, grads
-
-
+@pytest.mark.trap("A1", "A3", "A5", "A6", "A7", "A8", "A9", "A10", "A14")
 def test_float32_logits_and_gradients_equal_torch():
-    """Rows A1, A3, A5 to A10 and A14 together: every constant, layout and sign, on summed loss."""
-    z = speedrun.load("model_fp32.npz")
-    graphdef, params, batch = build(z)
-    loss, raw, grads = loss_and_gradients(graphdef, params, batch)
-    np.testing.assert_allclose(loss, z["loss_sum"], rtol=1e-6)
-    np.testing.assert_allclose(raw, z["logits_raw"], atol=3e-5, rtol=0)
-    np.testing.assert_allclose(soft_cap(raw), z["logits"], atol=3e-5, rtol=0)
-    expected = speedrun.by_path(speedrun.from_torch(z, "grad__"))
-    actual = speedrun.by_path(grads)
-    assert actual.keys() == expected.keys()
-    for name, grad in expected.items():
-        worst = np.abs(actual[name] - grad).max() / np.abs(grad).max()
-        assert worst <= 1e-5, (name, worst)
+    """Every constant, layout and sign together, on summed loss."""
+    assert not misses(parity.float32())
 
 
+@pytest.mark.trap("A11")
 def test_bfloat16_logits_and_gradients_are_within_the_band():
-    z = speedrun.load("model_bf16.npz")
-    graphdef, params, batch = build(z, dtype="bfloat16", embed_dtype="bfloat16")
-    loss, raw, grads = loss_and_gradients(graphdef, params, batch)
-    assert raw.dtype == jnp.bfloat16
-    raw = np.asarray(raw, np.float32)
-    np.testing.assert_allclose(loss, z["loss_sum"], rtol=2e-3)
-    np.testing.assert_allclose(raw, z["logits_raw"], atol=0.2, rtol=0)
-    assert np.linalg.norm(raw - z["logits_raw"]) <= 2e-2 * np.linalg.norm(z["logits_raw"])
-    actual = speedrun.by_path(grads)
-    for name, grad in speedrun.by_path(speedrun.from_torch(z, "grad__")).items():
-        assert np.linalg.norm(actual[name] - grad) <= 6e-2 * np.linalg.norm(grad), name
+    assert not misses(parity.bfloat16())
 
 
 def dot_operands(jaxpr):
@@ -82,10 +41,10 @@ def dot_operands(jaxpr):
                 yield from dot_operands(inner)
 
 
+@pytest.mark.trap("A11")
 def test_a11_bfloat16_model_computes_in_bfloat16():
     """The golden bf16 file cannot tell bf16 from hidden float32, so the dtypes are asserted."""
-    z = speedrun.load("model_bf16.npz")
-    graphdef, params, batch = build(z, dtype="bfloat16", embed_dtype="bfloat16")
+    graphdef, params, batch = parity.build(**parity.BFLOAT16)
     model = nnx.merge(graphdef, params)
     stream = jnp.ones((1, 32, 64), jnp.bfloat16)
     assert jax.eval_shape(model.blocks[0], stream).dtype == jnp.bfloat16
@@ -102,6 +61,7 @@ def flipped(x):
     return rotate(x[..., ::-1])[..., ::-1]
 
 
+@pytest.mark.trap("A7", "A8", "A9")
 @pytest.mark.parametrize(
     "name, wrong",
     [
@@ -114,93 +74,38 @@ def flipped(x):
     ],
 )  # fmt: skip
 def test_golden_logits_tell_the_trap(monkeypatch, name, wrong):
-    z = speedrun.load("model_fp32.npz")
-    graphdef, params, batch = build(z)
+    graphdef, params, batch = parity.build()
     monkeypatch.setattr(nanogpt.model, name, wrong)
     logits = jax.jit(lambda: nnx.merge(graphdef, params)(batch["inputs"]))()
-    assert np.abs(logits - z["logits"]).max() > 1e-2
+    assert np.abs(logits - golden.load("model_fp32.npz")["logits"]).max() > 1e-2
 
 
-def cases(z):
-    """Arrays of a file by case: {"c0": {"x": ...}, ...}."""
-    split = [key.split("_", 1) for key in z if key[0] == "c" and key[1].isdigit()]
-    return {case: {k: z[f"{c}_{k}"] for c, k in split if c == case} for case, _ in split}
-
-
+@pytest.mark.trap("A1")
 def test_a1_rms_norm_equals_torch():
-    """Cases c2 and c3 are small enough to feel the eps; bfloat16 may be off by 0.1 % of 1 ulp."""
-    expected = cases(speedrun.load("rmsnorm.npz"))
-
-    @jax.jit
-    def compute(inputs):
-        """Per case: output and gradients, in float32 and bfloat16; one compilation."""
-        return {case: one(arrays) for case, arrays in inputs.items()}
-
-    def one(arrays):
-        gains = [arrays["gains"]] if "gains" in arrays else []
-        out = {}
-        for suffix, cast in (("", jnp.asarray), ("_bf16", bf16)):
-            y, pullback = jax.vjp(rms_norm, cast(arrays["x" + suffix]), *gains)
-            grads = pullback(cast(arrays["cotangent" + suffix]))
-            names = ("grad_x" + suffix, "grad_gains" + suffix)
-            out |= {"y" + suffix: y} | dict(zip(names, grads, strict=False))
-        return out
-
-    for case, results in compute(expected).items():
-        for name, value in results.items():
-            golden = expected[case][name]
-            if name.endswith("bf16"):
-                assert_equal_bf16(value, golden)
-            else:
-                scale = 2.0 if name == "y" else np.abs(golden).max()
-                np.testing.assert_allclose(value, golden, atol=1e-6 * scale, rtol=0)
+    assert not misses(parity.normalization())
 
 
-def assert_equal_bf16(actual, expected, allowed=1e-3):
-    """Equal but for a fraction `allowed` of entries, which may be one ulp off."""
-    bits = [np.asarray(x).astype(ml_dtypes.bfloat16).view(np.int16) for x in (actual, expected)]
-    off = np.abs(bits[0].astype(int) - bits[1])
-    assert off.max(initial=0) <= 1
-    assert (off > 0).mean() <= allowed
-
-
+@pytest.mark.trap("A8")
 def test_a8_rotary_embedding_equals_torch():
-    """Case c2 reaches position 1023, where 1 ulp of a frequency is 6e-5 of a turn."""
-    expected = cases(speedrun.load("rope.npz"))
-    lengths = {case: arrays["positions"].max() + 1 for case, arrays in expected.items()}
-
-    def at_positions(x, positions, length):
-        whole = jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype)
-        return rotate(whole.at[:, positions].set(x))[:, positions]
-
-    def one(case, arrays):
-        turn = functools.partial(at_positions, positions=arrays["positions"], length=lengths[case])
-        y, pullback = jax.vjp(turn, arrays["x"])
-        (grad,) = pullback(arrays["cotangent"])
-        return {"y": y, "grad_x": grad, "y_bf16": turn(bf16(arrays["x_bf16"]))}
-
-    compute = jax.jit(lambda inputs: {case: one(case, arrays) for case, arrays in inputs.items()})
-    for case, results in compute(expected).items():
-        tolerance = 5e-5 if case == "c2" else 2e-6
-        for name in ("y", "grad_x"):
-            np.testing.assert_allclose(results[name], expected[case][name], atol=tolerance, rtol=0)
-        assert_equal_bf16(results["y_bf16"], expected[case]["y_bf16"])
+    assert not misses(parity.rotary())
 
 
+@pytest.mark.trap("A9")
 def test_a9_cap_is_the_inverse_square_root_form():
     z = np.linspace(-300, 300, 101, dtype=np.float32)
     np.testing.assert_allclose(soft_cap(z), 15 * z / np.sqrt(z * z + 225), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.trap("A9")
 def test_a9_cap_reads_rounded_logits():
     """Rounding that XLA may not drop, as some backends drop a cast to bfloat16 and back."""
-    z = speedrun.load("model_bf16.npz")
-    graphdef, params, batch = build(z, dtype="bfloat16", embed_dtype="bfloat16")
+    graphdef, params, batch = parity.build(**parity.BFLOAT16)
     traced = jax.make_jaxpr(lambda p: nnx.merge(graphdef, p)(batch["inputs"]))(params)
     rounding = r"f32\[4,32,128\] = reduce_precision\[\s*exponent_bits=8\s+mantissa_bits=7"
     assert re.search(rounding, str(traced))
 
 
+@pytest.mark.trap("A2", "A6", "A10", "A12")
 def test_a6_parameters_of_track3():
     """72 block matrices of order 2 (q, k, v apart), 26 gains (A2), 162,354,816 numbers."""
     config = ModelConfig(
@@ -225,6 +130,7 @@ def test_a6_parameters_of_track3():
     assert shapes["embed/embedding"].dtype == jnp.bfloat16
 
 
+@pytest.mark.trap("A5")
 def test_a5_kernels_are_in_out():
     linear = Linear(jnp.ones((3, 5)), jnp.zeros(5))
     assert linear.kernel.shape == (3, 5) and linear(jnp.ones((2, 4, 3))).shape == (2, 4, 5)
@@ -232,22 +138,21 @@ def test_a5_kernels_are_in_out():
 
 def test_auto_attention_is_xla_here_and_an_explicit_choice_is_kept():
     shape = dict(vocab=8, layers=1, dim=16, head_dim=8, T=4)
-    assert attention_implementation(speedrun.model_config(shape)) == "xla"
-    assert attention_implementation(speedrun.model_config(shape, attention="cudnn")) == "cudnn"
+    assert attention_implementation(golden.model_config(shape)) == "xla"
+    assert attention_implementation(golden.model_config(shape, attention="cudnn")) == "cudnn"
 
 
 def test_auto_attention_is_flash_attention_on_gpu_in_bfloat16(monkeypatch):
     shape = dict(vocab=8, layers=1, dim=16, head_dim=8, T=4)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert attention_implementation(speedrun.model_config(shape, dtype="bfloat16")) == "cudnn"
-    assert attention_implementation(speedrun.model_config(shape)) == "xla"
+    assert attention_implementation(golden.model_config(shape, dtype="bfloat16")) == "cudnn"
+    assert attention_implementation(golden.model_config(shape)) == "xla"
 
 
 def test_attention_is_causal():
-    z = speedrun.load("model_fp32.npz")
-    graphdef, params, batch = build(z)
+    graphdef, params, batch = parity.build()
     model = jax.jit(lambda tokens: nnx.merge(graphdef, params)(tokens))
-    changed = batch["inputs"].copy()
+    changed = np.array(batch["inputs"])
     changed[:, 20:] = 0
     before, after = model(batch["inputs"]), model(changed)
     np.testing.assert_array_equal(before[:, :20], after[:, :20])

@@ -1,6 +1,4 @@
-"""Schedules against the benchmark script's table; A19 is a row of the list of parity traps."""
-
-import json
+"""Schedules against the benchmark script's tables."""
 
 import jax
 import jax.numpy as jnp
@@ -8,44 +6,25 @@ import numpy as np
 import pytest
 
 from nanogpt.config import ScheduleConfig
-from nanogpt.schedules import eta, learning_rate
-from tests.oracles import speedrun
-
-TABLE = json.loads((speedrun.GOLDEN / "schedule.json").read_text())
-STEPS = sorted(TABLE["eta"], key=int)
+from nanogpt.schedules import learning_rate
+from scripts.parity import inputs
+from scripts.parity.measurement import misses
 
 
-def steps_and_values(table):
-    return np.array([int(s) for s in table]), np.array(list(table.values()))
-
-
-@pytest.mark.parametrize("steps", STEPS)
-def test_a19_eta_equals_the_script(steps):
+@pytest.mark.trap("A19")
+def test_a19_eta_equals_the_script():
     """Counted from 0 at the first update, never 0 at the last; 0.3 K may be fractional."""
-    index, expected = steps_and_values(TABLE["eta"][steps])
-    config = ScheduleConfig(int(steps), cooldown=TABLE["cooldown_frac"])
-    np.testing.assert_allclose(eta(index, config), expected, rtol=1e-6)
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(eta(index, config), expected, rtol=0, atol=1e-12)
+    assert not misses(inputs.schedule())
 
 
-def test_a19_warmup_of_tuned_adamw():
-    """Pull request 353: every group rises from 1e-7 to its own rate."""
-    table = TABLE["warmup_tuned_adamw"]
-    config = ScheduleConfig(
-        table["K"], warmup_steps=table["warmup_steps"], warmup_from=table["start_lr"]
-    )
-    for peak, rates in table["lr"].items():
-        index, expected = steps_and_values(rates)
-        np.testing.assert_allclose(learning_rate(float(peak), config)(index), expected, rtol=1e-6)
+@pytest.mark.trap("A19")
+def test_a19_warmups_equal_the_scripts():
+    assert not misses(inputs.warmups())
 
 
-def test_a19_warmup_of_the_first_adamw():
-    """Result #2: (s + 1) / 250 on every group."""
-    table = TABLE["warmup_first_adamw"]
-    index, expected = steps_and_values(table["eta"])
-    config = ScheduleConfig(table["K"], warmup_steps=table["warmup_steps"])
-    np.testing.assert_allclose(eta(index, config), expected, rtol=1e-6)
+@pytest.mark.trap("A17")
+def test_validation_steps_equal_the_script():
+    assert not misses(inputs.validation_steps())
 
 
 def test_schedule_is_traceable_and_without_cooldown_constant():

@@ -1,4 +1,4 @@
-"""One step: what the optimizer receives, what is reported. A13, A14, A17: parity trap rows."""
+"""One step: what the optimizer receives, what is reported."""
 
 import dataclasses
 
@@ -18,11 +18,11 @@ from nanogpt.train_step import (
     make_train_step,
     model_structure,
 )
-from tests.oracles import speedrun
+from scripts.parity import golden
+from scripts.parity.trajectories import HAND_OUT
 
-Z = speedrun.load("model_fp32.npz")
+Z = golden.load("model_fp32.npz")
 BATCH = {"inputs": Z["inputs"], "targets": Z["targets"]}
-KEEP_GRADIENTS = optax.chain(optax.trace(decay=0.0), optax.set_to_zero())
 
 
 def setup(microbatch_rows, **changes):
@@ -30,13 +30,13 @@ def setup(microbatch_rows, **changes):
     base = preset("cpu", "adamw")
     config = dataclasses.replace(
         base,
-        model=speedrun.model_config(speedrun.read_json(Z["config"]), **changes),
+        model=golden.model_config(golden.read_json(Z["config"]), **changes),
         data=dataclasses.replace(base.data, batch_rows=4, microbatch_rows=microbatch_rows),
         schedule=ScheduleConfig(10),
     )
-    golden, shapes = speedrun.from_torch(Z, "param__"), abstract_params(config.model)
-    params = jax.tree.map(lambda p, g: jnp.asarray(g, p.dtype), shapes, golden)
-    state = TrainState(jnp.zeros((), jnp.int32), params, KEEP_GRADIENTS.init(params))
+    recorded, shapes = golden.from_torch(Z, "param__"), abstract_params(config.model)
+    params = jax.tree.map(lambda p, g: jnp.asarray(g, p.dtype), shapes, recorded)
+    state = TrainState(jnp.zeros((), jnp.int32), params, HAND_OUT.init(params))
     return config, model_structure(config.model), state
 
 
@@ -46,24 +46,26 @@ def stepped():
     out = {}
     for dtype in ("float32", "bfloat16"):
         config, graphdef, state = setup(1, embed_dtype=dtype)
-        step = make_train_step(graphdef, KEEP_GRADIENTS, config)
+        step = make_train_step(graphdef, HAND_OUT, config)
         kept = jax.tree.map(jnp.copy, state.params)
         out[dtype] = (kept, *step(state, BATCH), state)
     return out
 
 
 def gradients(after):
-    return speedrun.by_path(after.opt_state[0].trace)
+    return golden.by_path(after.opt_state[0].trace)
 
 
+@pytest.mark.trap("A14")
 def test_a14_gradients_are_summed_over_all_tokens(stepped):
     """Of all four microbatches; not averaged."""
     _, after, _, _ = stepped["float32"]
     actual = gradients(after)
-    for name, grad in speedrun.by_path(speedrun.from_torch(Z, "grad__")).items():
+    for name, grad in golden.by_path(golden.from_torch(Z, "grad__")).items():
         assert np.abs(actual[name] - grad).max() <= 1e-5 * np.abs(grad).max(), name
 
 
+@pytest.mark.trap("A13")
 def test_a13_embedding_gradient_is_rounded_once(stepped):
     """The bfloat16 embedding's is the float32 one of the same weights, rounded after the sum."""
     wide = gradients(stepped["float32"][1])["embed/embedding"]
@@ -75,7 +77,7 @@ def test_a13_embedding_gradient_is_rounded_once(stepped):
 
 def test_metrics_are_means_per_token(stepped):
     tokens = Z["targets"].size
-    expected = speedrun.by_path(speedrun.from_torch(Z, "grad__"))
+    expected = golden.by_path(golden.from_torch(Z, "grad__"))
     norm = np.sqrt(sum((grad.astype(np.float64) ** 2).sum() for grad in expected.values()))
     _, _, metrics, _ = stepped["float32"]
     np.testing.assert_allclose(metrics["loss"], Z["loss_sum"] / tokens, rtol=5e-7)
@@ -94,12 +96,13 @@ def test_a_gradient_that_is_not_finite_enters_no_state():
     config, graphdef, state = setup(4)
     state.params["head"]["bias"] = state.params["head"]["bias"].at[3].set(jnp.nan)
     before = jax.tree.map(np.asarray, state)
-    after, metrics = make_train_step(graphdef, KEEP_GRADIENTS, config)(state, BATCH)
+    after, metrics = make_train_step(graphdef, HAND_OUT, config)(state, BATCH)
     assert np.isnan(metrics["grad_norm"]) and after.step == 1
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
 
+@pytest.mark.trap("A17")
 def test_a17_evaluation_sums_the_losses():
     config, graphdef, state = setup(2)
     total = make_eval_step(graphdef, config)(state.params, BATCH)

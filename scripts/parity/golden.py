@@ -1,5 +1,6 @@
-"""Reads the golden data of the torch benchmark script into this project's names and orientation."""
+"""Reads data recorded from the torch benchmark script into this project's names and layout."""
 
+import functools
 import json
 import pathlib
 import re
@@ -11,12 +12,17 @@ import numpy as np
 
 from nanogpt.config import ModelConfig
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "speedrun"
+RECORDED = pathlib.Path(__file__).parents[2] / "tests" / "golden"
 
 
-def load(name: str) -> dict[str, np.ndarray]:
-    """All arrays of a golden .npz file."""
-    with np.load(GOLDEN / name) as file:
+@functools.cache
+def load(name: str) -> Mapping[str, np.ndarray]:
+    """All arrays of a recorded file.
+
+    Args:
+        name: File in `tests/golden/speedrun`, as in "muon.npz".
+    """
+    with np.load(RECORDED / "speedrun" / name) as file:
         return dict(file)
 
 
@@ -27,7 +33,7 @@ def read_json(array: np.ndarray) -> Any:
 
 def model_config(shape: Mapping[str, int], **changes: Any) -> ModelConfig:
     """The golden model's configuration, in float32 unless changed."""
-    settings = dict(
+    settings: dict[str, Any] = dict(
         vocab_size=shape["vocab"],
         num_layers=shape["layers"],
         model_dim=shape["dim"],
