@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from nanogpt.config import Config
+from shampoo_jax.checkpoints import slots_of
 
 Meta = dict[str, Any]
 
@@ -60,7 +61,7 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state),
                 data=grain.checkpoint.CheckpointSave(data),
                 meta=ocp.args.JsonSave(
-                    self._meta | {"train_time_s": seconds, "shapes": _shapes(state)}
+                    self._meta | {"train_time_s": seconds, "stored": _stored(state)}
                 ),
             ),
         )
@@ -118,7 +119,7 @@ class Checkpoints:
                 f"{self._meta['config']['data']['directory']!r} are not those of the saved run. "
                 "Point data.directory at them, or start a new run under another name."
             )
-        if saved["shapes"] != _shapes(state):
+        if saved["stored"] != _stored(state):
             raise ValueError(
                 f"cannot resume from {self.directory} with mesh={self._meta['config']['mesh']!r}: "
                 f"it was saved with mesh={saved['config']['mesh']!r}, and stacks of blocks are "
@@ -147,8 +148,10 @@ def first_difference(before: Meta, now: Meta, prefix: str = "") -> tuple[str, An
     return None
 
 
-def _shapes(state: Any) -> list[list[int]]:
-    return [list(leaf.shape) for leaf in jax.tree.leaves(state)]
+def _stored(state: Any) -> Meta:
+    """What depends on the number of devices: shapes, and the slots of blocks in their stacks."""
+    shapes = [list(leaf.shape) for leaf in jax.tree.leaves(state)]
+    return {"shapes": shapes, "slots": slots_of(state)}
 
 
 def plain(config: Config) -> Meta:

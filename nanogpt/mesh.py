@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,14 +24,18 @@ class Layout:
 
     Attributes:
         mesh: axes "data" and "fsdp", in this order.
+        scatter_gradients: whether every device has a part of the summed gradients, not all of
+            them; then parameters are whole on every device.
     """
 
     mesh: Mesh
+    scatter_gradients: bool = False
 
     @functools.cached_property
     def placement(self) -> Placement:
         """Every device owns blocks, whatever else it holds."""
-        return Placement(self.mesh, AXES, self.parameter_spec)
+        scattered = self.gradient_spec if self.scatter_gradients else None
+        return Placement(self.mesh, AXES, self.parameter_spec, gradient_spec=scattered)
 
     def parameter_spec(self, path: tuple[Any, ...], leaf: Any) -> P:
         """The rule for every parameter: matrices are split along the first dimension that divides.
@@ -45,6 +50,50 @@ class Layout:
         if size == 1 or len(shape) < 2 or not dims:
             return P()
         return P(*[None] * dims[0], "fsdp")
+
+    def gradient_spec(self, path: tuple[Any, ...], leaf: Any) -> P:
+        """The layout of scattered gradients: the first dimension that can be is split over all.
+
+        Args:
+            path: key path; unused, since the rule is the same for all.
+            leaf: array or its shape.
+        """
+        del path
+        size, shape = self.mesh.size, np.shape(leaf)
+        dims = [k for k, d in enumerate(shape) if d % size == 0]
+        return P(*[None] * dims[0], AXES) if dims else P()
+
+    def summed(self, local: Callable[..., tuple[jax.Array, Any]], params: Any, batch: Any) -> Any:
+        """Adds up what every device finds for its rows of a batch; under jit.
+
+        Args:
+            local: function (params, batch) -> (scalar, gradients), of one device.
+            params: whole on every device.
+            batch: tree of arrays (rows, ...).
+
+        Returns:
+            The sum of the scalars, and the sum of the gradients in the layout `gradient_spec`.
+        """
+        specs = jax.tree_util.tree_map_with_path(self.gradient_spec, params)
+
+        def scatter(x: jax.Array, spec: P) -> jax.Array:
+            if not spec:
+                return jax.lax.psum(x, AXES)
+            return jax.lax.psum_scatter(x, AXES, scatter_dimension=len(spec) - 1, tiled=True)
+
+        def add(params: Any, batch: Any) -> tuple[jax.Array, Any]:
+            total, grads = local(params, batch)
+            return jax.lax.psum(total, AXES), jax.tree.map(scatter, grads, specs)
+
+        return jax.shard_map(
+            add,
+            mesh=self.mesh,
+            in_specs=(P(), P(AXES)),
+            out_specs=(P(), specs),
+            # With it, the gradient of a parameter that all devices share would be summed at once,
+            # and for every microbatch.
+            check_vma=False,
+        )(params, batch)
 
     @property
     def rows(self) -> NamedSharding:
@@ -71,9 +120,13 @@ def make_layout(config: Config) -> Layout | None:
 
     Raises:
         ValueError: the axes do not multiply to the number of devices, or the devices do not divide
-            a microbatch.
+            a microbatch, or scattered gradients where parameters are split.
     """
     if not config.mesh:
+        if config.scatter_gradients:
+            raise ValueError(
+                "scatter_gradients=True with mesh='' (one device): name a mesh, as in data=-1."
+            )
         if jax.process_count() > 1:
             raise ValueError(
                 f"mesh='' is one device, but {jax.process_count()} processes run: set "
@@ -94,4 +147,10 @@ def make_layout(config: Config) -> Layout | None:
             f"devices of mesh={config.mesh!r}: every device needs whole rows of every microbatch."
         )
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return Layout(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+    if config.scatter_gradients and shape[1] > 1:
+        raise ValueError(
+            f"scatter_gradients=True with mesh={config.mesh!r}: it needs parameters that are whole "
+            "on every device; set fsdp=1, or leave it out."
+        )
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Layout(mesh, config.scatter_gradients)

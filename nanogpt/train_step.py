@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation, each a single jitted function."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -123,9 +124,10 @@ def make_train_step(
         the gradient of that mean.
     """
 
-    def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates]:
-        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        pieces = _microbatches(batch, config, layout)
+    def sums(
+        wide: optax.Params, batch: Batch, rows: int, layout: Layout | None
+    ) -> tuple[jax.Array, optax.Updates]:
+        pieces = _microbatches(batch, rows, layout)
 
         def accumulate(carry, piece):
             def loss(p: optax.Params):
@@ -135,9 +137,18 @@ def make_train_step(
             return jax.tree.map(jnp.add, carry, (total, grads)), None
 
         start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, wide))
-        (total, grads), _ = jax.lax.scan(accumulate, start, pieces)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        return total, grads if layout is None else layout.pin(grads)
+        return jax.lax.scan(accumulate, start, pieces)[0]
+
+    def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates]:
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        rows = config.data.microbatch_rows
+        if layout is not None and layout.scatter_gradients:
+            local = functools.partial(sums, rows=rows // layout.mesh.size, layout=None)
+            total, grads = layout.summed(local, wide, batch)
+        else:
+            total, grads = sums(wide, batch, rows, layout)
+            grads = grads if layout is None else layout.pin(grads)
+        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
     update = optax.with_extra_args_support(tx).update
 
@@ -175,14 +186,13 @@ def _objective(
         def loss(piece: Batch) -> jax.Array:
             return summed_loss(graphdef, params, piece)[0]
 
-        return jax.lax.map(loss, _microbatches(batch, config, layout)).sum()
+        return jax.lax.map(loss, _microbatches(batch, config.data.microbatch_rows, layout)).sum()
 
     return objective
 
 
-def _microbatches(batch: Batch, config: Config, layout: Layout | None) -> Batch:
+def _microbatches(batch: Batch, rows: int, layout: Layout | None) -> Batch:
     """(rows, T) -> (microbatches, rows, T), every microbatch spread over all devices."""
-    rows = config.data.microbatch_rows
     pieces = jax.tree.map(lambda x: x.reshape(-1, rows, x.shape[-1]), batch)
     return (
         pieces if layout is None else jax.lax.with_sharding_constraint(pieces, layout.microbatches)
@@ -205,7 +215,7 @@ def make_eval_step(
     """
 
     def evaluate(params: optax.Params, batch: Batch) -> jax.Array:
-        pieces = _microbatches(batch, config, layout)
+        pieces = _microbatches(batch, config.data.microbatch_rows, layout)
         sums = jax.lax.map(lambda piece: summed_loss(graphdef, params, piece)[1], pieces)
         return pairwise_sum(sums)
 

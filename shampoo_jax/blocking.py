@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,10 @@ from shampoo_jax.dimension_numbers import DimensionOption, resolve_dimension_num
 from shampoo_jax.exponents import Exponents
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.paths import KeyPath, name_of
-from shampoo_jax.plan import LeafPlan, make_plan
+from shampoo_jax.plan import LeafPlan, count_blocks, make_plan
 from shampoo_jax.sharding import Placement, StackLayout
 from shampoo_jax.skipping import drop_missing, fill_missing, missing_paths, where_blocks
+from shampoo_jax.slots import Slots, in_turn
 
 Array = jax.Array
 
@@ -58,8 +59,7 @@ def split(
     }
     if layout is None:
         return stacks
-    multiple = layout.placement.multiple
-    return {key: layout.to_owners(_pad(x, multiple), key) for key, x in stacks.items()}
+    return {key: layout.to_owners(x, key) for key, x in stacks.items()}
 
 
 def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
@@ -71,11 +71,6 @@ def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
         edges = sorted({(c.start[axis], c.start[axis] + c.size[axis]) for c in leaf.cells})
         pieces = [jax.lax.slice_in_dim(p, *edge, axis=axis + 1) for p in pieces for edge in edges]
     return pieces
-
-
-def _pad(x: Array, multiple: int) -> Array:
-    """Zero blocks up to a multiple: their factors, roots and updates are zero."""
-    return jnp.pad(x, ((0, -len(x) % multiple), *[(0, 0)] * (x.ndim - 1)))
 
 
 def join(
@@ -169,7 +164,6 @@ def blocked(
             raise ValueError(f"{name}={value} must be at least 1, or None for no limit.")
     rule = resolve_dimension_numbers(dimension_numbers)
     tx = optax.with_extra_args_support(inner)
-    multiple = 1 if placement is None else placement.multiple
 
     plan_of = functools.partial(
         make_plan,
@@ -181,7 +175,7 @@ def blocked(
     )
 
     def layout_of(tree: Any, plan: list[LeafPlan]) -> StackLayout | None:
-        return None if placement is None else StackLayout(placement, tree, plan)
+        return None if placement is None else StackLayout(placement, tree, plan, exponents)
 
     def init_fn(params: Any) -> BlockedState:
         if is_placeholder(params):
@@ -190,11 +184,12 @@ def blocked(
         params = jax.tree.map(jnp.asarray, params)
         plan = plan_of(params)
         layout = layout_of(params, plan)
+        slots = _slots(plan, layout)
         leaves = jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.int32), _per_block(range(len(plan)), plan, multiple)
+            lambda x: jnp.asarray(x, jnp.int32), _per_block(range(len(plan)), plan, slots)
         )
         stacks = split(jax.tree.leaves(params), plan, layout)
-        inner_state = tx.init(_as_blocks(stacks, _indices(plan, multiple)))
+        inner_state = tx.init(_as_blocks(stacks, slots.index, {}))
         if layout is not None:
             inner_state = layout.pin_state(inner_state, {k: len(x) for k, x in stacks.items()})
         return BlockedState(fingerprints(plan), leaves, inner_state)
@@ -261,17 +256,20 @@ def _run(
 ) -> tuple[dict[str, Array], Any]:
     """Updates by stack and the new state of `tx`, each block computed by its owner."""
 
-    def update(stacks: Any, indices: Any, weights: Any, state: Any) -> tuple[Any, Any]:
-        weights = None if weights is None else _as_blocks(weights, indices)
-        new, state = tx.update(_as_blocks(stacks, indices), state, weights, **extra)
+    def update(stacks: Any, index: Any, real: Any, weights: Any, state: Any) -> tuple[Any, Any]:
+        weights = None if weights is None else _as_blocks(weights, index, real)
+        new, state = tx.update(_as_blocks(stacks, index, real), state, weights, **extra)
         return {key: b.update for key, b in new.items()}, state
 
-    stacks = split(jax.tree.leaves(tree), plan, layout)
+    stacks = split(jax.tree.leaves(tree), plan, None if layout is None else layout.incoming)
     weights = None if params is None else split(jax.tree.leaves(params), plan, layout)
-    indices = _indices(plan, 1 if layout is None else layout.placement.multiple)
     if layout is None:
-        return update(stacks, indices, weights, state)
-    return layout.run(update, stacks, indices, weights, state)
+        return update(stacks, _slots(plan, None).index, {}, weights, state)
+    return layout.run(update, stacks, weights, state)
+
+
+def _slots(plan: Sequence[LeafPlan], layout: StackLayout | None) -> Slots:
+    return in_turn(count_blocks(plan)) if layout is None else layout.slots
 
 
 def _present_blocks(
@@ -279,33 +277,26 @@ def _present_blocks(
 ) -> dict[str, Any]:
     """Whether each block's gradient is there: `[N]` by stack."""
     present = [path not in absent for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    if layout is None:
-        return _per_block(present, plan, 1)
-    return layout.pin_stacks(_per_block(present, plan, layout.placement.multiple))
+    per_block = _per_block(present, plan, _slots(plan, layout))
+    return per_block if layout is None else layout.pin_stacks(per_block)
 
 
-def _indices(plan: Sequence[LeafPlan], multiple: int) -> dict[str, Array]:
-    """Position of each block among all blocks of all stacks; padding has those of later blocks."""
-    begin, indices = 0, {}
-    for key, owners in _per_block([0] * len(plan), plan, multiple).items():
-        indices[key] = jnp.arange(begin, begin + len(owners), dtype=jnp.int32)
-        begin += int((owners >= 0).sum())
-    return indices
+def _as_blocks(
+    stacks: dict[str, Array], index: Mapping[str, Any], real: Mapping[str, Array]
+) -> dict[str, Blocks]:
+    return {
+        key: Blocks(gradient=x, update=x, index=jnp.asarray(index[key]), real=real.get(key))
+        for key, x in stacks.items()
+    }
 
 
-def _as_blocks(stacks: dict[str, Array], indices: dict[str, Array]) -> dict[str, Blocks]:
-    return {key: Blocks(gradient=x, update=x, index=indices[key]) for key, x in stacks.items()}
-
-
-def _per_block(
-    values: Sequence[int], plan: Sequence[LeafPlan], multiple: int
-) -> dict[str, np.ndarray]:
+def _per_block(values: Sequence[int], plan: Sequence[LeafPlan], slots: Slots) -> dict[str, Any]:
     """One value per leaf, repeated for each of its blocks, -1 for padding: `[N]` by stack key."""
     repeated: dict[str, list[int]] = {}
     for value, leaf in zip(values, plan, strict=True):
         for cell in leaf.cells:
             repeated.setdefault(cell.key, []).extend([value] * leaf.batch)
-    return {key: np.array([*x, *[-1] * (-len(x) % multiple)]) for key, x in repeated.items()}
+    return {key: slots.spread(key, np.array(x), -1) for key, x in repeated.items()}
 
 
 def fingerprints(plan: Sequence[LeafPlan]) -> Array:

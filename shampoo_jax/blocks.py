@@ -26,6 +26,8 @@ class Blocks:
         Entries that nobody reads are removed by the compiler.
       index: Position of each block among all blocks of all stacks, int32[N], set by `blocked`. It
         does not depend on how stacks are spread over devices.
+      real: Which slots hold a block, bool[N]: for the others, zero blocks that fill a stack on a
+        mesh, no root is computed. None where all are to be computed.
     """
 
     gradient: Array
@@ -34,6 +36,7 @@ class Blocks:
     ready: Array | bool = True
     figures: dict[str, Array] = dataclasses.field(default_factory=dict)
     index: Array | None = None
+    real: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

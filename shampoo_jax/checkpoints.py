@@ -160,7 +160,8 @@ def check_state(state: Any, params: Any, tx: optax.GradientTransformation | None
         raise ValueError(
             "this optimizer state holds no stacks of blocks: there is nothing to check."
         )
-    wanted = [_present(rows, known) for rows in held] if tx is None else _expected(tx, params)
+    fresh = [] if tx is None else _fresh(tx, params)
+    wanted = [_present(rows, known) for rows in held] if tx is None else [x[0] for x in fresh]
     if len(held) != len(wanted):
         raise ValueError(
             f"the optimizer state has stacks of blocks in {len(held)} place, the optimizer makes "
@@ -174,6 +175,29 @@ def check_state(state: Any, params: Any, tx: optax.GradientTransformation | None
                 "the parameters and options that it was saved with, or carry it over by "
                 "state_to_tree and tree_to_state."
             )
+    if tx is not None and slots_of(state) != [x[1] for x in fresh]:
+        raise ValueError(
+            "the optimizer state has its blocks in other slots, since they were split over another "
+            "number of owners: restore it on as many, or carry it over by state_to_tree and "
+            "tree_to_state."
+        )
+
+
+def slots_of(state: Any) -> list[dict[str, list[int]]]:
+    """What the slots of every stack hold, which depends on the number of owners.
+
+    Args:
+      state: State of any optimizer.
+
+    Returns:
+      For each place with stacks, by stack the leaf whose block is in each slot, -1 for a zero block
+      that fills the stack.
+    """
+    return [_slots(node) for node in _blocked(state)]
+
+
+def _slots(node: BlockedState) -> dict[str, list[int]]:
+    return {key: np.asarray(x).tolist() for key, x in node.leaves.items()}
 
 
 def _known(params: Any) -> _Parameters:
@@ -298,15 +322,15 @@ def _present(rows: list[list[int]], known: _Parameters) -> list[Any]:
     return [x for x in known.identities.values() if x[:2] in held or x[2] in orphans]
 
 
-def _expected(tx: optax.GradientTransformation, params: Any) -> list[Any]:
-    """Fingerprints in a fresh state; nothing else of it is computed."""
+def _fresh(tx: optax.GradientTransformation, params: Any) -> list[tuple[Any, dict[str, list[int]]]]:
+    """Fingerprints and slots in a fresh state; nothing else of it is computed."""
 
     @jax.jit
-    def fresh() -> list[Any]:
+    def fresh() -> list[BlockedState]:
         zeros = jax.tree.map(lambda x: jnp.zeros(np.shape(x), x.dtype), params)
-        return [node.fingerprints for node in _blocked(tx.init(zeros))]
+        return [node._replace(inner=()) for node in _blocked(tx.init(zeros))]
 
-    return [np.asarray(rows).tolist() for rows in fresh()]
+    return [(np.asarray(node.fingerprints).tolist(), _slots(node)) for node in fresh()]
 
 
 def _difference(held: list[Any], wanted: list[Any], known: _Parameters) -> str:

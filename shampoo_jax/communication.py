@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from shampoo_jax.plan import LeafPlan
+from shampoo_jax.exponents import Exponents
+from shampoo_jax.plan import LeafPlan, count_blocks
 from shampoo_jax.sharding import Axes, Placement, Spec, StackLayout
+
+Leg = tuple[Spec, Spec, tuple[int, ...], int]  # before, after, shape, bytes of an element
 
 
 class Move(NamedTuple):
@@ -79,37 +82,44 @@ def stack_moves(
     Returns:
       Moves in, moves out.
     """
-    narrow, multiple = layout.placement.communication_dtype, layout.placement.multiple
     wide = [jnp.promote_types(d, jnp.float32).itemsize for d in dtypes]
-    legs = [leg for leaf, size in zip(plan, wide, strict=True) for leg in _legs(layout, leaf, size)]
-    shapes = {c.key: _stored(c.size, c.transposed) for leaf in plan for c in leaf.cells}
-    itemsize = max(wide, default=4) if narrow is None else jnp.dtype(narrow).itemsize
-    for key, n in count_blocks(plan).items():
-        route, shape = layout.route(key), (n + -n % multiple, *shapes[key])
-        legs += [(a, b, shape, itemsize) for a, b in zip(route, route[1:], strict=False)]
-    put = layout.placement
-    there = [m for a, b, shape, size in legs for m in change_layout(put, a, b, shape, size)]
-    back = [m for a, b, shape, size in legs for m in change_layout(put, b, a, shape, size)]
-    return there, back
+
+    def moves(layout: StackLayout, back: bool) -> list[Move]:
+        return [
+            move
+            for before, after, shape, itemsize in _all_legs(layout, plan, wide)
+            for ends in [(after, before) if back else (before, after)]
+            for move in change_layout(layout.placement, *ends, shape, itemsize)
+        ]
+
+    return moves(layout.incoming, False), moves(layout, True)
 
 
-def _legs(
-    layout: StackLayout, leaf: LeafPlan, itemsize: int
-) -> Iterator[tuple[Spec, Spec, tuple[int, ...], int]]:
-    """(before, after, shape, itemsize) of all changes of layout until blocks are concatenated."""
+def _all_legs(
+    layout: StackLayout, plan: Sequence[LeafPlan], itemsizes: Sequence[int]
+) -> Iterator[Leg]:
+    """Changes of layout of all leaves, then of all stacks."""
+    for leaf, itemsize in zip(plan, itemsizes, strict=True):
+        yield from _legs(layout, leaf, itemsize)
+    narrow = layout.placement.communication_dtype
+    itemsize = max(itemsizes, default=4) if narrow is None else jnp.dtype(narrow).itemsize
+    shapes = {c.key: c.stored for leaf in plan for c in leaf.cells}
+    for key, slots in layout.slots.order.items():
+        route = layout.route(key)
+        for before, after in zip(route, route[1:], strict=False):
+            yield before, after, (len(slots), *shapes[key]), itemsize
+
+
+def _legs(layout: StackLayout, leaf: LeafPlan, itemsize: int) -> Iterator[Leg]:
+    """Changes of layout of a leaf until its blocks are concatenated."""
     specs = [layout.merged(leaf), *layout.cuts[leaf.name]]
     for axis, (before, after) in enumerate(zip(specs, specs[1:], strict=False)):
         for _, size in {(c.start[:axis], c.size[:axis]) for c in leaf.cells}:
             yield before, after, (leaf.batch, *size, *leaf.merged[axis:]), itemsize
     lead, *rest = specs[-1]
     for cell in leaf.cells:
-        before = (lead, *_stored(rest, cell.transposed))
-        shape = (leaf.batch, *_stored(cell.size, cell.transposed))
-        yield before, layout.stacks[cell.key], shape, itemsize
-
-
-def _stored(entries: Sequence[Any], transposed: bool) -> tuple[Any, ...]:
-    return tuple(entries[::-1] if transposed else entries)
+        before = (lead, *(reversed(rest) if cell.transposed else rest))
+        yield before, layout.stacks[cell.key], (leaf.batch, *cell.stored), itemsize
 
 
 def elementwise_moves(placement: Placement, tree: Any) -> list[Move]:
@@ -140,8 +150,9 @@ class OnMesh:
       sent_out: On the way of updates back, momentum and AdamW of the others included.
       state_bytes: Optimizer state.
       blocks: Blocks of an owner by block shape, zero blocks that fill its stacks included.
-      refresh_flops: One refresh of the owner's roots.
-      padding: Share of these that goes into zero blocks.
+      padding: Share of the slots' work that zero blocks would be, were they computed like others.
+      refresh_flops: One refresh of the roots of the busiest owner.
+      waiting: Share of that time that owners spend, on average, on zero blocks or on waiting.
     """
 
     devices: int
@@ -151,8 +162,9 @@ class OnMesh:
     sent_out: float
     state_bytes: int
     blocks: dict[str, int]
-    refresh_flops: float
     padding: float
+    refresh_flops: float
+    waiting: float
 
 
 def abstract(placement: Placement) -> Placement:
@@ -171,6 +183,7 @@ def on_mesh(
     matrices: Any,
     elementwise: Any,
     block_flops: Mapping[str, float],
+    exponents: Exponents,
 ) -> OnMesh:
     """Adds up what one device exchanges, holds and computes.
 
@@ -181,17 +194,23 @@ def on_mesh(
       matrices: The preconditioned parameters, or their shapes.
       elementwise: Trees that go through `Placement.elementwise`.
       block_flops: FLOPs to refresh the roots of one block of each stack.
+      exponents: Of the optimizer.
     """
     dtypes = [x.dtype for x in jax.tree.leaves(matrices)]
-    there, back = stack_moves(StackLayout(placement, matrices, plan), plan, dtypes)
+    layout = StackLayout(placement, matrices, plan, exponents)
+    there, back = stack_moves(layout, plan, dtypes)
     back += [move for tree in elementwise for move in elementwise_moves(placement, tree)]
     exchanges: dict[str, tuple[int, int]] = {}
     for kind, result, _ in [*there, *back]:
         count, total = exchanges.get(kind, (0, 0))
         exchanges[kind] = (count + 1, total + result)
-    counts = count_blocks(plan)
-    blocks = {k: -(-n // placement.multiple) * placement.multiple for k, n in counts.items()}
-    real, all_of_them = (sum(n * block_flops[k] for k, n in c.items()) for c in (counts, blocks))
+    blocks = {k: len(x) // placement.count for k, x in layout.slots.order.items()}
+
+    def work(counts: Mapping[str, int]) -> float:
+        return sum(n * block_flops[k] for k, n in counts.items())
+
+    mean = work(count_blocks(plan)) / placement.count
+    busiest = max(map(work, layout.slots.computed()))
     return OnMesh(
         devices=math.prod(placement.mesh.shape.values()),
         owners=placement.count,
@@ -199,19 +218,11 @@ def on_mesh(
         sent_in=sum(move.sent for move in there),
         sent_out=sum(move.sent for move in back),
         state_bytes=sum(map(_local_bytes, jax.tree.leaves(state))),
-        blocks={k: n // placement.count for k, n in blocks.items()},
-        refresh_flops=all_of_them / placement.count,
-        padding=1 - real / all_of_them if all_of_them else 0.0,
+        blocks=blocks,
+        padding=1 - mean / work(blocks) if blocks else 0.0,
+        refresh_flops=busiest,
+        waiting=1 - mean / busiest if busiest else 0.0,
     )
-
-
-def count_blocks(plan: Sequence[LeafPlan]) -> dict[str, int]:
-    """Number of blocks of each stack."""
-    counts: dict[str, int] = {}
-    for leaf in plan:
-        for cell in leaf.cells:
-            counts[cell.key] = counts.get(cell.key, 0) + leaf.batch
-    return counts
 
 
 def _local_bytes(x: jax.ShapeDtypeStruct) -> int:

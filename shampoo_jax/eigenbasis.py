@@ -227,7 +227,9 @@ def _move(
             return new.bases, new.keep, failures + new.failed, carried
 
         before = (*old, [inner[i] for i in own])
-        *new, carried = refresh_slots(renew, b.slots, turn, every, before, b.per_dimension)
+        *new, carried = refresh_slots(
+            renew, b.slots, turn, every, before, b.per_dimension, real=b.real
+        )
         for i, leaf in zip(own, carried, strict=True):
             inner[i] = leaf
         return tuple(new)

@@ -16,7 +16,12 @@ from shampoo_jax.aliases import shampoo
 from shampoo_jax.bases import make_basis
 from shampoo_jax.communication import OnMesh, abstract, on_mesh
 from shampoo_jax.costs import Cost, basis_cost, root_cost
-from shampoo_jax.exponents import resolve_exponents, uncut_exponents
+from shampoo_jax.exponents import (
+    Exponents,
+    default_exponents,
+    resolve_exponents,
+    uncut_exponents,
+)
 from shampoo_jax.paths import name_of
 from shampoo_jax.plan import Cell, LeafPlan, make_plan
 from shampoo_jax.registry import make_solver
@@ -210,7 +215,7 @@ def _sides(
     sides: collections.Counter[Side] = collections.Counter()
     for leaf in plan:
         for cell in leaf.cells:
-            sizes = _stored(cell)
+            sizes = cell.stored
             each = zip(sizes, exponents(sizes), factored[cell.key], strict=True)
             for k, (d, exponent, has) in enumerate(each):
                 if has:
@@ -258,7 +263,8 @@ def _on_mesh(
     matrices, others = trees
     elementwise = [others] if "adamw_b1" in chosen else []
     elementwise += [matrices] if chosen.get("momentum") is not None else []
-    return on_mesh(placement, plan, state, matrices, elementwise, block_flops)
+    exponents = _uncut(chosen) or default_exponents
+    return on_mesh(placement, plan, state, matrices, elementwise, block_flops, exponents)
 
 
 def _cost(chosen: Mapping[str, Any], side: Side, dtype: Any) -> Cost:
@@ -284,7 +290,7 @@ def _method(costs: Mapping[Side, Cost]) -> str:
 def _plan_of(params: Any, chosen: Mapping[str, Any], factored: Factored) -> list[LeafPlan]:
     """The plan whose stacks are those of the state; it tells how blocks were cut and turned."""
     options = {name: chosen[name] for name in ("block_size", "merge", "dimension_numbers")}
-    options["exponents"] = uncut_exponents(chosen.get("side", chosen.get("exponents")))
+    options["exponents"] = _uncut(chosen)
     plan = make_plan(params, canonical=True, **options)
     if {cell.key for leaf in plan for cell in leaf.cells} == factored.keys():
         return plan
@@ -295,13 +301,13 @@ def _size(x: Any) -> int:
     return x.size * x.dtype.itemsize
 
 
+def _uncut(chosen: Mapping[str, Any]) -> Exponents | None:
+    return uncut_exponents(chosen.get("side", chosen.get("exponents")))
+
+
 def _edges(cell: Cell, factored: Factored) -> list[int]:
     """Edge lengths of the factors of one block."""
-    return [d for d, has in zip(_stored(cell), factored[cell.key], strict=True) if has]
-
-
-def _stored(cell: Cell) -> tuple[int, ...]:
-    return cell.size[::-1] if cell.transposed else cell.size
+    return [d for d, has in zip(cell.stored, factored[cell.key], strict=True) if has]
 
 
 def _rows(params: Any, ours: Any, plan: list[LeafPlan], factored: Factored) -> tuple[Row, ...]:
@@ -316,7 +322,7 @@ def _rows(params: Any, ours: Any, plan: list[LeafPlan], factored: Factored) -> t
         blocks: collections.Counter[tuple[int, ...]] = collections.Counter()
         factors: collections.Counter[int] = collections.Counter()
         for cell in layout.cells:
-            blocks[_stored(cell)] += layout.batch
+            blocks[cell.stored] += layout.batch
             for d in _edges(cell, factored):
                 factors[d] += layout.batch
         rows.append(Row(name, shape, True, layout.batch, layout.merged, blocks, factors))

@@ -7,6 +7,7 @@ is needed and never stored in a state.
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,11 @@ class Cell:
     start: tuple[int, ...]
     size: tuple[int, ...]
     transposed: bool  # stored with its two dimensions swapped
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the block in its stack."""
+        return self.size[::-1] if self.transposed else self.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,3 +162,12 @@ def make_plan(
         cells = _cells(merged, block_size, canonical, exponents) if batch else ()
         plans.append(LeafPlan(name, shape, permutation, batch, merged, cells))
     return plans
+
+
+def count_blocks(plan: Sequence[LeafPlan]) -> dict[str, int]:
+    """Number of blocks of each stack."""
+    counts: dict[str, int] = {}
+    for leaf in plan:
+        for cell in leaf.cells:
+            counts[cell.key] = counts.get(cell.key, 0) + leaf.batch
+    return counts

@@ -56,7 +56,13 @@ def staggered(
 
 
 def refresh_slots(
-    f: Callable[..., T], slots: Array, turn: Array | None, every: Any, old: T, *reads: Any
+    f: Callable[..., T],
+    slots: Array,
+    turn: Array | None,
+    every: Any,
+    old: T,
+    *reads: Any,
+    real: Array | None = None,
 ) -> T:
     """Applies `f` to the slots of a stack whose turn it is: those equal to `turn` modulo `every`.
 
@@ -71,6 +77,7 @@ def refresh_slots(
       every: Static number of turns until all slots have had theirs.
       old: Tree of arrays `[N, ...]`.
       *reads: Likewise.
+      real: `bool[N]`, the slots to compute, one after the other; None for all, together.
 
     Returns:
       `old` with new values in those slots.
@@ -79,6 +86,8 @@ def refresh_slots(
     >>> refresh_slots(lambda o: o + 1, jnp.arange(2, 7), jnp.array(6), 3, old).tolist()
     [0, 1, 0, 0, 1]
     """
+    if real is not None:
+        f, reads = _where_real(f), (real, *reads)
     if turn is None:
         return f(old, *reads)
     n = len(slots)
@@ -92,6 +101,21 @@ def refresh_slots(
         return jax.tree.map(lambda o, x: o.at[at].set(x.astype(o.dtype), **options), old, new)
 
     return share() if n >= every else jax.lax.cond(first < n, share, lambda: old)
+
+
+def _where_real(f: Callable[..., T]) -> Callable[..., T]:
+    """`f` as a function of (old, real, *reads), one slot after the other, those real only."""
+
+    def one(slot: tuple[T, Array, *tuple[Any, ...]]) -> T:
+        old, real, *reads = jax.tree.map(lambda x: x[None], slot)
+        new = jax.lax.cond(real[0], lambda: _like(f(old, *reads), old), lambda: old)
+        return jax.tree.map(lambda x: x[0], new)
+
+    return lambda *stacks: jax.lax.map(one, stacks)
+
+
+def _like(new: T, old: T) -> T:
+    return jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
 
 
 def in_chunks(f: Callable[..., Any], size: int | None, *stacks: Any) -> Any:

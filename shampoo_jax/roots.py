@@ -88,7 +88,7 @@ def invert_roots(
             def renew(old: Any, factors: Any) -> tuple[Any, Any, Array]:
                 return _refresh(factors, solve, exponents(b.shape), chunk, old)
 
-            return refresh_slots(renew, b.slots, turn, every, old, b.per_dimension)
+            return refresh_slots(renew, b.slots, turn, every, old, b.per_dimension, real=b.real)
 
         new = map_blocks(stack, blocks, *old[1:])
         parts = [map_blocks(lambda b, p, i=i: p[i], blocks, new) for i in range(3)]

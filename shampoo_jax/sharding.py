@@ -17,9 +17,11 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shampoo_jax.blocks import is_placeholder
+from shampoo_jax.exponents import Exponents, default_exponents
 from shampoo_jax.paths import KeyPath, parameter_of, stack_of
-from shampoo_jax.plan import LeafPlan
+from shampoo_jax.plan import LeafPlan, count_blocks
 from shampoo_jax.precision import check_dtype
+from shampoo_jax.slots import Slots, balanced, in_turn
 
 Array = jax.Array
 Axes = tuple[str, ...]  # mesh axes that split one dimension, major first
@@ -43,8 +45,11 @@ class Placement:
         gradient and of its update.
       communication_dtype: What gradients and updates are rounded to where they travel between
         devices, `jnp.bfloat16` say; None leaves them in float32.
-      stack_multiple: Stacks are padded with zero blocks to a multiple of this; None means the
-        number of owners. A run resumed on another number of devices needs the same value.
+      stack_multiple: Stacks are padded with zero blocks to a multiple of this, at their end. None
+        means the number of owners, and zero blocks where `slots.balanced` puts them. A run
+        resumed on another number of devices needs the same value.
+      gradient_spec: Likewise of a gradient that does not lie as its parameter does, reduced and
+        scattered say; None where it does.
     """
 
     mesh: Mesh | AbstractMesh
@@ -52,6 +57,7 @@ class Placement:
     parameter_spec: Callable[[KeyPath, Any], PartitionSpec] = replicated
     communication_dtype: Any = None
     stack_multiple: int | None = None
+    gradient_spec: Callable[[KeyPath, Any], PartitionSpec] | None = None
 
     def __post_init__(self) -> None:
         axes = self.owner_axes
@@ -89,6 +95,13 @@ class Placement:
         if AxisType.Explicit in self.mesh.axis_types:
             return jax.sharding.reshard(x, sharding)
         return jax.lax.with_sharding_constraint(x, sharding)
+
+    @property
+    def incoming(self) -> "Placement":
+        """The placement of gradients on their way in."""
+        if self.gradient_spec is None:
+            return self
+        return dataclasses.replace(self, parameter_spec=self.gradient_spec, gradient_spec=None)
 
     def spec_of(self, path: KeyPath, leaf: Any) -> Spec:
         """The layout of a parameter, one entry a dimension."""
@@ -188,12 +201,23 @@ class StackLayout:
     concatenates.
     """
 
-    def __init__(self, placement: Placement, tree: Any, plan: Sequence[LeafPlan]) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        tree: Any,
+        plan: Sequence[LeafPlan],
+        exponents: Exponents | None = None,
+    ) -> None:
         self.placement = placement
         paths = jax.tree_util.tree_leaves_with_path(tree)
         self.own = {p.name: placement.spec_of(*x) for p, x in zip(plan, paths, strict=True)}
         self.cuts = {p.name: self._cut_specs(p) for p in plan}
         self.stacks = self._stack_specs(plan)
+        # Gradients may come in another layout than that in which updates go.
+        self.incoming = self
+        if placement.gradient_spec is not None:
+            self.incoming = StackLayout(placement.incoming, tree, plan, exponents)
+        self.slots = self.incoming.slots = self._slots(plan, exponents or default_exponents)
 
     def _cut_specs(self, leaf: LeafPlan) -> list[Spec]:
         """Layouts of `(batch, *merged)`, then of its strips: whole along what is cut next."""
@@ -232,6 +256,19 @@ class StackLayout:
                 votes.setdefault(cell.key, Counter())[spec] += leaf.batch
         return {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
 
+    def _slots(self, plan: Sequence[LeafPlan], exponents: Exponents) -> Slots:
+        """Slots of all stacks; those whose blocks are split before they travel stay in turn."""
+        counts, owners = count_blocks(plan), self.placement.count
+        if self.placement.stack_multiple is not None:
+            return in_turn(counts, owners, self.placement.stack_multiple)
+        shapes = {c.key: c.stored for leaf in plan for c in leaf.cells}
+        costs = {
+            key: sum(d**3 for d, e in zip(shape, exponents(shape), strict=True) if e)
+            for key, shape in shapes.items()
+        }
+        leads = {k: (s[0], self.incoming.stacks[k][0]) for k, s in self.stacks.items()}
+        return balanced(counts, costs, owners, fixed=[k for k, lead in leads.items() if any(lead)])
+
     def enter(self, x: Array, leaf: LeafPlan) -> Array:
         """A leaf in its own layout."""
         return self.placement.put(x, self.own[leaf.name])
@@ -264,12 +301,18 @@ class StackLayout:
         return PartitionSpec(self.route(key)[-1][0])
 
     def to_owners(self, x: Array, key: str) -> Array:
-        """A concatenated, padded stack at its owners."""
+        """A concatenated stack in its slots, at its owners; zero blocks stay zero in all parts."""
+        n, order = len(x), self.slots.order[key]
+        if len(order) > n:
+            x = jnp.pad(x, ((0, len(order) - n), *[(0, 0)] * (x.ndim - 1)))
+            x = x if (order[:n] >= 0).all() else x[np.where(order < 0, n, order)]
         return self._travel(x, self.route(key))
 
     def from_owners(self, x: Array, key: str) -> Array:
-        """The way back."""
-        return self._travel(x, self.route(key)[::-1])
+        """The way back, its first entries the blocks."""
+        x = self._travel(x, self.route(key)[::-1])
+        (places,) = np.nonzero(self.slots.order[key] >= 0)
+        return x if len(places) == places[-1] + 1 else x[places]
 
     def _travel(self, x: Array, route: Sequence[Spec]) -> Array:
         narrow = self.placement.communication_dtype
@@ -313,22 +356,29 @@ class StackLayout:
         self,
         update: Callable[..., Any],
         stacks: dict[str, Array],
-        indices: dict[str, Array],
         weights: dict[str, Array] | None,
         state: Any,
     ) -> tuple[dict[str, Array], Any]:
-        """`update(stacks, indices, weights, state)`, every owner on its own blocks."""
+        """`update(stacks, indices, real, weights, state)`, every owner on its own blocks."""
         at_owner = {key: self.owner_spec(key) for key in stacks}
         specs = self.state_specs(state, {key: len(x) for key, x in stacks.items()})
-        indices = self.pin_stacks(indices)
+        indices = self.pin_stacks(self.slots.index)
+        holds = {key: self.slots.holds(key) for key in stacks}
+        real = self.pin_stacks({key: x for key, x in holds.items() if x is not None})
         return jax.shard_map(
             update,
             mesh=self.placement.mesh,
-            in_specs=(at_owner, at_owner, None if weights is None else at_owner, specs),
+            in_specs=(
+                at_owner,
+                at_owner,
+                {key: at_owner[key] for key in real},
+                None if weights is None else at_owner,
+                specs,
+            ),
             out_specs=(at_owner, specs),
             # Scalars of the state are equal everywhere by construction, which no type shows.
             check_vma=False,
-        )(stacks, indices, weights, state)
+        )(stacks, indices, real, weights, state)
 
 
 def _group_specs(leaf: LeafPlan, own: Spec) -> list[Axes]:

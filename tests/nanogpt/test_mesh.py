@@ -1,8 +1,10 @@
 """A run on a mesh: the same losses as on one device, everything split as the layout says."""
 
+import collections
 import dataclasses
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from nanogpt.loop import fit
 from nanogpt.mesh import make_layout
 from nanogpt.metrics import read_records
 from nanogpt.optimizers import build_optimizer
-from nanogpt.train_step import abstract_params, init_state
+from nanogpt.train_step import abstract_params, init_state, make_train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -69,6 +71,51 @@ def test_a_mesh_changes_no_loss(shards, tmp_path, matrices):
     alone = losses(config_of(shards, tmp_path / "alone", "", matrices))
     meshed = losses(config_of(shards, tmp_path / "meshed", "data=2,fsdp=-1", matrices))
     np.testing.assert_allclose(meshed, alone, rtol=2e-5)
+    scattered = config_of(shards, tmp_path / "scattered", "data=8", matrices)
+    scattered = dataclasses.replace(scattered, scatter_gradients=True)
+    np.testing.assert_allclose(losses(scattered), alone, rtol=2e-5)
+
+
+def summing(config):
+    """Bytes that the compiled step sums over devices, by kind, within and outside of loops."""
+    layout = make_layout(config)
+    tx = build_optimizer(config, abstract_params(config.model), layout.placement)
+    graphdef, state = init_state(config, tx, layout)
+    tokens = jax.ShapeDtypeStruct((16, 8), jnp.int32, sharding=layout.rows)
+    step = make_train_step(graphdef, tx, config, layout).lower(
+        state, {"inputs": tokens, "targets": tokens}
+    )
+    found = collections.Counter()
+    for shapes, kind, path in re.findall(
+        r"= (.*?) (all-reduce|reduce-scatter)\(.*?op_name=\"(.*?)\"", step.compile().as_text()
+    ):
+        size = sum(
+            int(np.prod([int(d) for d in dims.split(",") if d]))
+            for dims in re.findall(r"f32\[([\d,]*)\]", shapes)
+        )
+        found[kind, "while" in path] += 4 * size
+    return found
+
+
+def test_scattered_gradients_are_summed_once_a_step(shards, tmp_path):
+    config = config_of(shards, tmp_path, "data=8")
+    size = sum(4 * x.size for x in jax.tree.leaves(abstract_params(config.model)))
+    every = summing(config)
+    assert every["all-reduce", True] > 0.9 * size  # once for each of the two microbatches
+    once = summing(dataclasses.replace(config, scatter_gradients=True))
+    assert once["all-reduce", True] == 0
+    assert once["reduce-scatter", False] == pytest.approx(size / 8, rel=0.1)
+    assert once["all-reduce", False] < 0.1 * size  # norms, losses
+
+
+def test_split_parameters_have_no_scattered_gradients(shards, tmp_path):
+    config = dataclasses.replace(
+        config_of(shards, tmp_path, "data=2,fsdp=4"), scatter_gradients=True
+    )
+    with pytest.raises(ValueError, match="set fsdp=1"):
+        make_layout(config)
+    with pytest.raises(ValueError, match="name a mesh"):
+        make_layout(dataclasses.replace(config, mesh=""))
 
 
 def test_another_number_of_devices_is_refused_by_name(shards, tmp_path):

@@ -169,7 +169,7 @@ def test_rows_travel_to_owners_and_back():
     found = collectives(step)
     assert set(found) == {"all-to-all"}  # nothing is gathered whole, least of all a factor
     assert found["all-to-all"] < 1.2 * size
-    assert step.memory_analysis().temp_size_in_bytes < 2 * size
+    assert step.memory_analysis().temp_size_in_bytes < 2.3 * size
 
 
 def test_bfloat16_travels_as_bfloat16():
