@@ -58,7 +58,7 @@ def compiled_step(config: Config) -> str:
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.rows)
     batch = {"inputs": tokens, "targets": tokens}
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(model_structure(config.model), tx, config, layout, shardings)
+    step: Any = make_train_step(model_structure(config.model), tx, config, layout, shardings)
     return step.lower(state, batch).compile().as_text() or ""
 
 
