@@ -53,7 +53,8 @@ def compiled_step(config: Config) -> str:
         jax.eval_shape(tx.init, params),
         state_shardings(tx, params, layout.mesh),
     )
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(count, params, opt_state)
     shape = (config.data.batch_rows, config.model.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.rows)
     batch = {"inputs": tokens, "targets": tokens}
