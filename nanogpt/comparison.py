@@ -3,15 +3,16 @@
 Reads finished or unfinished runs and published curves; imports no jax, so that drawing is quick.
 """
 
-import csv
 import dataclasses
 import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from nanogpt.curves import Curve, read_reference, steps_to_reach
 from nanogpt.metrics import read_records
-from nanogpt.plotting import Line, draw
+from nanogpt.plotting import draw
+from nanogpt.tables import markdown, shown
 
 # Names of the field; a run of an unlisted optimizer is called by its registry name.
 TITLES = {"adamw": "AdamW", "muon": "Muon", "muon_track3": "Muon (track 3)", "shampoo": "Shampoo"}
@@ -43,6 +44,11 @@ class Run:
         """Registry name of the optimizer of the block matrices."""
         return self.start["config"]["optimizer"]
 
+    @property
+    def curve(self) -> Curve:
+        """The validations alone."""
+        return Curve(self.label, self.steps, self.losses, self.seconds)
+
 
 def compare(
     run_dirs: Sequence[pathlib.Path | str],
@@ -54,7 +60,7 @@ def compare(
     Args:
         run_dirs: folders that hold a metrics.jsonl.
         out_dir: where both files go; created if missing.
-        references: CSV files of published curves, see `read_reference`.
+        references: CSV files of published curves, see `nanogpt.curves`.
 
     Returns:
         Path of the picture.
@@ -68,7 +74,7 @@ def compare(
         raise ValueError("no runs to compare: name at least one folder of a run.")
     out = pathlib.Path(out_dir)
     runs = _distinct([read_run(pathlib.Path(folder)) for folder in run_dirs])
-    lines = [Line(run.label, run.steps, run.losses, run.seconds) for run in runs]
+    lines = [run.curve for run in runs]
     curves = [read_reference(pathlib.Path(path)) for path in references]
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "comparison.png"
@@ -102,38 +108,6 @@ def read_run(folder: pathlib.Path) -> Run:
     )
 
 
-def read_reference(path: pathlib.Path) -> Line:
-    """Reads a published curve.
-
-    Args:
-        path: CSV with columns step, val_loss, train_time_s and lines that start with "#". A column
-            "run" tells several runs apart; then their mean is taken over the steps that all have.
-
-    Returns:
-        The curve, called by the file's name.
-
-    Raises:
-        ValueError: a column is missing; names file and column.
-    """
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    needed = ("step", "val_loss", "train_time_s")
-    for column in needed:
-        if not rows or column not in rows[0]:
-            raise ValueError(f"{path} has no column {column!r}: a curve needs {', '.join(needed)}.")
-    at: dict[int, list[tuple[float, float]]] = {}
-    for row in rows:
-        at.setdefault(int(row["step"]), []).append(
-            (float(row["val_loss"]), float(row["train_time_s"]))
-        )
-    count = len({row.get("run") for row in rows})
-    steps = sorted(step for step, values in at.items() if len(values) == count)
-    losses, seconds = (
-        tuple(math.fsum(pair[i] for pair in at[step]) / count for step in steps) for i in (0, 1)
-    )
-    return Line(path.name.removesuffix(".csv").removesuffix(".mean"), tuple(steps), losses, seconds)
-
-
 def baselines(runs: Sequence[Run]) -> dict[str, float]:
     """Returns {label: nats per token} of the n-gram models on the validation text of the runs.
 
@@ -148,22 +122,6 @@ def baselines(runs: Sequence[Run]) -> dict[str, float]:
     }
 
 
-def steps_to_reach(run: Run, target: float) -> float | None:
-    """Returns the updates after which the validation loss first is `target`, None if never.
-
-    Linear interpolation between validations.
-    """
-    before = None
-    for step, loss in zip(run.steps, run.losses, strict=True):
-        if loss <= target:
-            if before is None or loss == target:
-                return float(step)
-            fraction = (before[1] - target) / (before[1] - loss)
-            return before[0] + fraction * (step - before[0])
-        before = (step, loss)
-    return None
-
-
 def report(runs: Sequence[Run]) -> str:
     """Returns the text of comparison.md."""
     finals = [run.losses[-1] for run in runs if run.optimizer == TARGET]
@@ -173,8 +131,7 @@ def report(runs: Sequence[Run]) -> str:
         "steps to AdamW's final loss", "training time (s)", "step time (ms, median)", "tokens/s",
         "peak memory (MB)", "optimizer state (MB)", "compile (s)",
     ]  # fmt: skip
-    rows = [head, ["-"] + ["-:"] * (len(head) - 1)] + [_row(run, target) for run in runs]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = markdown(head, [_row(run, target) for run in runs])
     parts = ["# Comparison of optimizers", table, "![validation loss](comparison.png)"]
     lines = [f"{name} {loss:.4f}" for name, loss in baselines(runs).items()]
     if lines:
@@ -186,7 +143,7 @@ def report(runs: Sequence[Run]) -> str:
 
 
 def _row(run: Run, target: float | None) -> list[str]:
-    reached = None if target is None else steps_to_reach(run, target)
+    reached = None if target is None else steps_to_reach(run.curve, target)
     if run.optimizer == TARGET and run.losses[-1] == target:
         reached = float(run.steps[-1])
     planned, done = run.start["config"]["schedule"]["steps"], run.steps[-1]
@@ -194,14 +151,14 @@ def _row(run: Run, target: float | None) -> list[str]:
         run.label,
         str(done) if done == planned else f"{done} of {planned}",
         f"{run.losses[-1]:.4f}",
-        _shown(run.end.get("bits_per_byte"), ".4f"),
-        _shown(reached, ".0f"),
+        shown(run.end.get("bits_per_byte"), ".4f"),
+        shown(reached, ".0f"),
         f"{run.seconds[-1]:.1f}",
-        _shown(run.end.get("median_step_time_s"), ".1f", 1e3),
-        _shown(run.end.get("tokens_per_s"), ",.0f"),
-        _shown(run.end.get("peak_memory_bytes"), ",.0f", 1e-6),
-        _shown(run.start["optimizer_state_bytes"], ",.1f", 1e-6),
-        _shown(run.end.get("compile_s"), ".1f"),
+        shown(run.end.get("median_step_time_s"), ".1f", 1e3),
+        shown(run.end.get("tokens_per_s"), ",.0f"),
+        shown(run.end.get("peak_memory_bytes"), ",.0f", 1e-6),
+        shown(run.start["optimizer_state_bytes"], ",.1f", 1e-6),
+        shown(run.end.get("compile_s"), ".1f"),
     ]
 
 
@@ -230,10 +187,6 @@ def _distinct(runs: list[Run]) -> list[Run]:
         else run
         for run in runs
     ]
-
-
-def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
-    return "-" if value is None else format(value * scale, form)
 
 
 def _number(value: float | None) -> float:

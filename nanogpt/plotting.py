@@ -2,13 +2,14 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+
+from nanogpt.curves import Curve
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -24,19 +25,10 @@ STYLE = {
 }
 
 
-class Line(NamedTuple):
-    """A curve of validation losses."""
-
-    label: str
-    steps: Sequence[int]
-    losses: Sequence[float]  # nats per token
-    seconds: Sequence[float]  # training time
-
-
 def draw(
     path: pathlib.Path,
-    lines: Sequence[Line],
-    references: Sequence[Line] = (),
+    lines: Sequence[Curve],
+    references: Sequence[Curve] = (),
     baselines: Mapping[str, float] | None = None,
 ) -> None:
     """Draws the picture.
@@ -73,7 +65,7 @@ def draw(
 
 
 def limits(
-    lines: Sequence[Line], references: Sequence[Line], baselines: Mapping[str, float]
+    lines: Sequence[Curve], references: Sequence[Curve], baselines: Mapping[str, float]
 ) -> tuple[float, float]:
     """Returns the losses between which the picture is drawn.
 
@@ -121,7 +113,7 @@ def _touch(lower: list[float], upper: list[float], gap: float) -> bool:
     return upper[0] - lower[0] < gap * (lower[1] + upper[1]) / 2
 
 
-def _draw_runs(axes: Axes, lines: Sequence[Line], column: str) -> None:
+def _draw_runs(axes: Axes, lines: Sequence[Curve], column: str) -> None:
     for index, line in enumerate(lines):
         x, colour = getattr(line, column), COLOURS[index % len(COLOURS)]
         axes.plot(x, line.losses, color=colour, linewidth=2.2, label=line.label, zorder=3)
@@ -148,13 +140,13 @@ def _label_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
         )
 
 
-def _draw_references(axes: Axes, references: Sequence[Line]) -> None:
+def _draw_references(axes: Axes, references: Sequence[Curve]) -> None:
     for index, line in enumerate(references):
         dashes = DASHES[index % len(DASHES)]
         axes.plot(line.steps, line.losses, color=GREY, linestyle=dashes, label=line.label, zorder=2)
 
 
-def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+def _label_ends(axes: Axes, lines: Sequence[Curve]) -> None:
     """Writes each run's final loss at its right end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     # A run that diverged has no end to write at: its label goes to the top.

@@ -11,10 +11,8 @@ import pytest
 from nanogpt.comparison import (
     baselines,
     compare,
-    read_reference,
     read_run,
     report,
-    steps_to_reach,
 )
 
 STEPS = (0, 10, 20, 30)
@@ -107,22 +105,6 @@ def test_unfinished_run_has_dashes(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("losses", "target", "expected"),
-    [
-        ((6.0, 5.0, 4.5, 4.0), 4.5, 20.0),
-        ((6.0, 5.0, 4.5, 4.0), 4.6, 18.0),
-        ((6.0, 5.0, 4.5, 4.0), 3.9, None),
-        ((6.0, 5.0, 4.5, 4.0), 7.0, 0.0),
-        ((6.0, 4.0, 5.0, 4.0), 4.5, 7.5),  # the first time counts
-        ((6.0, None, None, None), 4.5, None),  # diverged
-    ],
-)
-def test_steps_to_reach(tmp_path, losses, target, expected):
-    run = read_run(write_run(tmp_path / "a", "muon", losses))
-    assert steps_to_reach(run, target) == pytest.approx(expected)
-
-
 def test_diverged_run_is_drawn_and_listed(tmp_path, folders):
     diverged = write_run(tmp_path / "bad", "soap", (6.0, None, None, None))
     compare([*folders, diverged], tmp_path / "out")
@@ -169,35 +151,6 @@ def test_folders_without_a_run_are_named(tmp_path, make, error, message):
 def test_nothing_to_compare(tmp_path):
     with pytest.raises(ValueError, match="at least one"):
         compare([], tmp_path)
-
-
-RAW = """# result: x
-run,step,val_loss,train_time_s,val_avg_loss
-0,0,10.0,0.0,1
-0,125,5.0,30.0,1
-0,250,4.0,60.0,1
-1,0,11.0,0.0,1
-1,125,6.0,32.0,1
-"""
-MEAN = """# result: x
-# n: 2
-step,val_loss,train_time_s,val_loss_std,n
-0,10.5,0.0,0.1,2
-125,5.5,31.0,0.1,2
-"""
-
-
-@pytest.mark.parametrize(("name", "text"), [("t3_x.csv", RAW), ("t3_x.mean.csv", MEAN)])
-def test_reference_is_the_mean_over_steps_that_all_runs_have(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    curve = read_reference(tmp_path / name)
-    assert curve == ("t3_x", (0, 125), (10.5, 5.5), (0.0, 31.0))
-
-
-def test_reference_without_a_column_is_named(tmp_path):
-    (tmp_path / "x.csv").write_text("step,loss\n0,1\n")
-    with pytest.raises(ValueError, match=r"x\.csv has no column 'val_loss'"):
-        read_reference(tmp_path / "x.csv")
 
 
 def test_null_losses_become_nan(tmp_path):

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt.plotting import Line, draw, limits, spread
+from nanogpt.curves import Curve
+from nanogpt.plotting import draw, limits, spread
 
-FAST = Line("fast", range(0, 101, 10), np.linspace(7.0, 3.0, 11), range(11))
-SLOW = Line("slow", range(0, 101, 10), np.linspace(7.0, 4.0, 11), range(11))
+FAST = Curve("fast", range(0, 101, 10), np.linspace(7.0, 3.0, 11), range(11))
+SLOW = Curve("slow", range(0, 101, 10), np.linspace(7.0, 4.0, 11), range(11))
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=8), st.floats(0.01, 3))
@@ -41,14 +42,14 @@ def test_limits_show_runs_that_are_worse_than_every_baseline():
 
 
 def test_limits_of_a_constant_are_not_empty():
-    low, high = limits([Line("flat", [0, 1], [2.0, 2.0], [0, 1])], [], {})
+    low, high = limits([Curve("flat", [0, 1], [2.0, 2.0], [0, 1])], [], {})
     assert low < 2.0 < high
 
 
 @pytest.mark.parametrize("baselines", [{}, {"bigram": 3.0}])
 @pytest.mark.parametrize("first", [7.0, np.nan])
 def test_diverged_runs_still_give_a_picture(tmp_path, first, baselines):
-    runs = [Line(name, [0, 10, 20], [first, np.nan, np.nan], [0, 1, 2]) for name in ("a", "b")]
+    runs = [Curve(name, [0, 10, 20], [first, np.nan, np.nan], [0, 1, 2]) for name in ("a", "b")]
     low, high = limits(runs, [], baselines)
     assert np.isfinite([low, high]).all() and low < high
     draw(tmp_path / "picture.png", runs, baselines=baselines)

@@ -1,0 +1,139 @@
+"""Curves of validation losses, and the published ones that are read from CSV files."""
+
+import csv
+import math
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+COLUMN = "val_loss"
+
+
+class Curve(NamedTuple):
+    """Validation losses of one run, or their mean over runs."""
+
+    label: str
+    steps: Sequence[int]
+    losses: Sequence[float]  # nats per token
+    seconds: Sequence[float]  # training time
+
+
+def read_curves(path: pathlib.Path, column: str = COLUMN) -> list[Curve]:
+    """Reads every run of a published result.
+
+    Args:
+        path: CSV with columns run, step, train_time_s and `column`, and lines that start with "#".
+            An empty time is not known, nan.
+        column: which losses; results that average weights have val_ema_loss too.
+
+    Returns:
+        One curve a run, called by the file's name and the run's number.
+
+    Raises:
+        ValueError: a column is missing, or the file holds a mean and no runs; names the file.
+    """
+    rows = _rows(path, column)
+    if "run" not in rows[0]:
+        raise ValueError(
+            f"{path} has no column 'run': it holds a mean, from which nothing can be concluded. "
+            "Name the file that holds the runs."
+        )
+    return _curves(path, rows, column)
+
+
+def read_reference(path: pathlib.Path, column: str = COLUMN) -> Curve:
+    """Reads a published result as one curve, the mean of its runs.
+
+    Args:
+        path: as `read_curves` takes it; without a column "run" the file holds the mean itself.
+        column: which losses.
+
+    Returns:
+        The curve, called by the file's name.
+
+    Raises:
+        ValueError: a column is missing; names file and column.
+    """
+    return mean_curve(_curves(path, _rows(path, column), column), _name(path))
+
+
+def common_steps(curves: Sequence[Curve]) -> list[int]:
+    """Returns, in order, the steps at which every curve has a loss.
+
+    >>> one = Curve("one", [0, 5, 10], [3.0, 2.0, 1.0], [0.0, 1.0, 2.0])
+    >>> common_steps([one, Curve("two", [0, 10], [3.0, 1.0], [0.0, 2.0])])
+    [0, 10]
+    """
+    return sorted(set.intersection(*(set(curve.steps) for curve in curves))) if curves else []
+
+
+def mean_curve(curves: Sequence[Curve], label: str) -> Curve:
+    """Returns the mean over the steps that all curves have."""
+    steps = common_steps(curves)
+    points = [
+        dict(zip(curve.steps, zip(curve.losses, curve.seconds, strict=True), strict=True))
+        for curve in curves
+    ]
+    losses, seconds = (
+        tuple(math.fsum(at[step][column] for at in points) / len(curves) for step in steps)
+        for column in (0, 1)
+    )
+    return Curve(label, tuple(steps), losses, seconds)
+
+
+def steps_to_reach(curve: Curve, target: float) -> float | None:
+    """Returns the updates after which the validation loss first is `target`, None if never.
+
+    Linear interpolation between validations.
+
+    >>> steps_to_reach(Curve("a", [0, 10], [6.0, 4.0], [0.0, 1.0]), 4.5)
+    7.5
+    """
+    before = None
+    for step, loss in zip(curve.steps, curve.losses, strict=True):
+        if loss <= target:
+            if before is None or loss == target:
+                return float(step)
+            fraction = (before[1] - target) / (before[1] - loss)
+            return before[0] + fraction * (step - before[0])
+        before = (step, loss)
+    return None
+
+
+def step_time(curves: Sequence[Curve]) -> float:
+    """Returns the median training time of a step in seconds, nan where no times are known."""
+    times = [
+        (after - before) / (end - start)
+        for curve in curves
+        for start, end, before, after in zip(
+            curve.steps, curve.steps[1:], curve.seconds, curve.seconds[1:], strict=False
+        )
+    ]
+    known = [time for time in times if math.isfinite(time)]
+    return statistics.median(known) if known else math.nan
+
+
+def _rows(path: pathlib.Path, column: str) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    needed = ("step", column, "train_time_s")
+    for name in needed:
+        if not rows or name not in rows[0]:
+            raise ValueError(f"{path} has no column {name!r}: a curve needs {', '.join(needed)}.")
+    return rows
+
+
+def _curves(path: pathlib.Path, rows: list[dict[str, str]], column: str) -> list[Curve]:
+    runs: dict[str, list[tuple[int, float, float]]] = {}
+    for row in rows:
+        point = int(row["step"]), float(row[column]), float(row["train_time_s"] or math.nan)
+        runs.setdefault(row.get("run", ""), []).append(point)
+    return [
+        Curve(f"{_name(path)} {run}".strip(), *zip(*points, strict=True))
+        for run, points in runs.items()
+    ]
+
+
+def _name(path: pathlib.Path) -> str:
+    return path.name.removesuffix(".csv").removesuffix(".mean")

@@ -1,0 +1,24 @@
+"""Tables in Markdown."""
+
+from collections.abc import Sequence
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table whose first column is text and whose others are figures.
+
+    >>> print(markdown(["run", "loss"], [["a", "3.1"]]))
+    | run | loss |
+    | - | -: |
+    | a | 3.1 |
+    """
+    lines = [head, ["-"] + ["-:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    """Returns value * scale in a format, "-" where there is no value.
+
+    >>> shown(0.1523, ".0f", 1e3), shown(None, ".0f")
+    ('152', '-')
+    """
+    return "-" if value is None else format(value * scale, form)
