@@ -28,6 +28,17 @@ class Blocks:
         does not depend on how stacks are spread over devices.
       real: Which slots hold a block, bool[N]: for the others, zero blocks that fill a stack on a
         mesh, no root is computed. None where all are to be computed.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp, optax, shampoo_jax
+      >>> def update(blocks, state, params):  # a part of one's own
+      ...     halve = lambda b: dataclasses.replace(b, update=b.update / 2)
+      ...     return {key: halve(b) for key, b in blocks.items()}, state
+      >>> part = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+      >>> grads = {"w": jnp.ones((2, 3))}
+      >>> tx = shampoo_jax.blocked(part)
+      >>> tx.update(grads, tx.init(grads))[0]["w"].tolist()
+      [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
 
     gradient: Array

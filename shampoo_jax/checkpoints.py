@@ -96,6 +96,15 @@ def tree_to_state(tree: Mapping[str, Any], state: Any, params: Any) -> Any:
     Raises:
       ValueError: An entry of no parameter, a parameter with another shape or layout than in the
         tree, or a state of another optimizer.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> from shampoo_jax.checkpoints import state_to_tree, tree_to_state
+      >>> tx, old = shampoo_jax.shampoo(0.1), {"old": jnp.ones((3, 2))}
+      >>> tree = state_to_tree(tx.init(old), old)
+      >>> tree["parameters"]["new"] = tree["parameters"].pop("old")  # it was renamed
+      >>> params = {"new": old["old"]}
+      >>> state = tree_to_state(tree, tx.init(params), params)
     """
     if not isinstance(tree, Mapping) or not {PARAMETERS, SHARED} <= tree.keys():
         raise ValueError(

@@ -19,6 +19,17 @@ class DimensionNumbers:
         `d x heads*head_dim` matrix.
       batch: Axes along which the parameter is a batch of independent tensors, each with factors of
         its own (scanned layers, experts, heads).
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> query = shampoo_jax.DimensionNumbers(dimensions=((1,), (2, 3)), batch=(0,))
+      >>> report = shampoo_jax.explain(
+      ...     {"query": jnp.ones((12, 16, 2, 4))},  # layers, width, heads, head width
+      ...     shampoo_jax.scale_by_shampoo,
+      ...     dimension_numbers=lambda path, leaf: query,
+      ... )
+      >>> report.rows[0].batch, report.rows[0].merged
+      (12, (16, 8))
     """
 
     dimensions: tuple[tuple[int, ...], ...]

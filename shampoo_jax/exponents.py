@@ -54,6 +54,10 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
     Raises:
       ValueError: An exponent that is negative or no finite number, a key that is no int, a
         dimension that the order does not have, or another name.
+
+    Example:
+      >>> resolve_exponents({2: 1 / 3})((8, 4)), resolve_exponents("left")((8, 4))
+      ((0.3333333333333333, 0.3333333333333333), (0.5, 0.0))
     """
     if option is None:
         return default_exponents

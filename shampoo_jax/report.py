@@ -60,6 +60,12 @@ class Report:
       fallback_batches: Computations by eigh beside them, of roots that polynomials fail on.
       largest_factor: Largest edge of a factor, 0 without factors.
       on_mesh: What one device exchanges, holds and computes, where there is a mesh.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> report = shampoo_jax.explain({"w": jnp.ones((64, 32))}, block_size=32)
+      >>> report.state_bytes["factors"], report.largest_factor  # two blocks, two factors each
+      (16384, 32)
     """
 
     rows: tuple[Row, ...]

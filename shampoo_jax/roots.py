@@ -59,6 +59,14 @@ def invert_roots(
     Raises:
       ValueError: `every` below 1, `start` below `every`, `stagger` with a traced `every`, `chunk`
         below 1, or a dtype that cannot hold roots; at init, exponents that the solver refuses.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> factors, roots = shampoo_jax.accumulate_factors(0.9), shampoo_jax.invert_roots(every=10)
+      >>> tx = shampoo_jax.blocked(optax.chain(factors, roots, shampoo_jax.precondition()))
+      >>> state = tx.init({"w": jnp.ones((3, 2))})
+      >>> [root.shape for root in state.inner[1].roots["3x2"]]
+      [(1, 3, 3), (1, 2, 2)]
     """
     check_schedule(every, start, stagger)
     check_dtype("root_dtype", root_dtype)
@@ -203,6 +211,14 @@ def precondition() -> Part:
 
     Returns:
       A stateless part.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> parts = (shampoo_jax.accumulate_factors(0.9), shampoo_jax.invert_roots(), precondition())
+      >>> tx = shampoo_jax.blocked(optax.chain(*parts))
+      >>> grads = {"w": jnp.array([[0.0, 3.0], [1.0, 0.0]])}
+      >>> tx.update(grads, tx.init(grads))[0]["w"].round(2).tolist()  # U V^T of the gradient
+      [[0.0, 1.0], [1.0, 0.0]]
     """
 
     def update(blocks: Any, state: Any, params: Any) -> tuple[Any, Any]:

@@ -50,6 +50,12 @@ class Placement:
         resumed on another number of devices needs the same value.
       gradient_spec: Likewise of a gradient that does not lie as its parameter does, reduced and
         scattered say; None where it does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, shampoo_jax
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
+      >>> tx = shampoo_jax.shampoo(0.1, placement=shampoo_jax.Placement(mesh, owners="data"))
+      >>> state = jax.jit(tx.init)({"w": jnp.ones((8, 4))})
     """
 
     mesh: Mesh | AbstractMesh

@@ -19,6 +19,20 @@ class Solver(Protocol):
     returns roots `[N, d, d]`, `ok` as `bool[N]`, and the new state. Where `ok` is false the caller
     keeps the previous root and state. A subclass that keeps nothing between refreshes and computes
     every real exponent has to define the call only.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> class DiagonalRoot(shampoo_jax.Solver):
+      ...     def __call__(self, factor, exponent, state):
+      ...         diagonal = jnp.diagonal(factor, axis1=1, axis2=2)
+      ...         inverse = jnp.where(diagonal > 0, diagonal, 1.0) ** -exponent
+      ...         root = jnp.where(diagonal > 0, inverse, 0.0)[..., None] * jnp.eye(len(factor[0]))
+      ...         return root, jnp.isfinite(root).all((1, 2)), state
+      >>> tx = shampoo_jax.scale_by_shampoo(solver=DiagonalRoot())
+      >>> grads = {"w": jnp.array([[3.0, 0.0], [0.0, 0.5]])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["w"].round(2).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
     """
 
     def check(self, exponent: float) -> None:

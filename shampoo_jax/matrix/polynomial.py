@@ -52,6 +52,12 @@ class PrecisionPolicy(NamedTuple):
     Attributes:
       first: Of the bound and the iterations that still hold the cutoff in the last bits.
       rest: Of all others.
+
+    Example:
+      >>> import jax, shampoo_jax
+      >>> highest = jax.lax.Precision.HIGHEST
+      >>> solver = shampoo_jax.Polynomial(precision=shampoo_jax.PrecisionPolicy(highest, highest))
+      >>> tx = shampoo_jax.scale_by_shampoo(solver=solver)
     """
 
     first: Precision
