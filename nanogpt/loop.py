@@ -12,9 +12,9 @@ from nanogpt.batches import RunData, batch_pattern, open_data, to_device
 from nanogpt.checkpoint import Checkpoints
 from nanogpt.clock import StepClock
 from nanogpt.config import Config
-from nanogpt.distributed import largest_of_all, wait_for_all
+from nanogpt.distributed import agreed, largest_of_all
 from nanogpt.interrupt import Interrupted, StopRequest, stop_request
-from nanogpt.mesh import make_layout
+from nanogpt.mesh import Layout, make_layout
 from nanogpt.metrics import read_records
 from nanogpt.optimizers import build_optimizer
 from nanogpt.record_log import RecordLog, source_text
@@ -49,21 +49,28 @@ def fit(
         FileNotFoundError: resume, and the folder holds no run, or one without metrics.jsonl.
         ValueError: resume, and the saved run had other settings or data.
         Interrupted: a signal stopped the run; its state is saved.
+        JobFailedError: with several processes, instead of the others where one cannot start.
     """
     source = source_text()  # now: files may be edited while the run compiles
-    data, folder = open_data(config), RunFolder(config, jax.process_index())
+    with agreed("opening the data and the run's folder"):
+        data, folder = open_data(config), RunFolder(config, jax.process_index())
+        folder.check(resume=resume, overwrite=overwrite)
+        layout = make_layout(config)
     if jax.process_index():
         console = rich.console.Console(quiet=True)
-    folder.check(resume=resume, overwrite=overwrite)
-    with stop_request() as stop, contextlib.closing(_Run(config, data, folder, stop)) as run:
+    with (
+        stop_request() as stop,
+        contextlib.closing(_Run(config, data, folder, layout, stop)) as run,
+    ):
         if resume:
             run.open_checkpoints()
         if not run.finished():
-            run.compile()
+            with agreed("compiling and making the run's folder"):
+                run.compile()
+                if not resume:
+                    # Not before: a run that turns out impossible must not cost an earlier one.
+                    folder.claim(resume=resume, overwrite=overwrite)
             if not resume:
-                # Not before: a run that turns out to be impossible must not cost an earlier one.
-                folder.claim(resume=resume, overwrite=overwrite)
-                wait_for_all("the run's folder is ready")
                 run.open_checkpoints()
             first = jax.process_index() == 0
             record = RecordLog(folder.record, config, source, run.saved) if first else None
@@ -90,10 +97,17 @@ def _compiled(function: Callable, *arguments: Any) -> jax.stages.Compiled:
 class _Run:
     """A run in this process: the training state and what reads and saves it."""
 
-    def __init__(self, config: Config, data: RunData, folder: RunFolder, stop: StopRequest):
+    def __init__(
+        self,
+        config: Config,
+        data: RunData,
+        folder: RunFolder,
+        layout: Layout | None,
+        stop: StopRequest,
+    ):
         self.config, self.data, self.folder, self.stop = config, data, folder, stop
-        self.layout = make_layout(config)
-        placement = None if self.layout is None else self.layout.placement
+        self.layout = layout
+        placement = None if layout is None else layout.placement
         self.optimizer = build_optimizer(config, abstract_params(config.model), placement)
         self.graphdef, self.state = init_state(config, self.optimizer, self.layout)
         self.saved: int | None = None

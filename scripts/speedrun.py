@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import tyro
 
@@ -58,6 +59,12 @@ def split_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     return _parser().parse_known_args(arguments)
 
 
+def process_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says about this process; see `nanogpt.distributed`."""
+    names = ("coordinator_address", "num_processes", "process_id")
+    return {name: getattr(options, name) for name in names}
+
+
 def read_config(options: argparse.Namespace, optimizer: str, name: str, rest: list[str]) -> Config:
     """Returns the preset with the settings of the command line in it.
 
@@ -85,23 +92,27 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
     from nanogpt.interrupt import Interrupted
     from nanogpt.loop import fit
 
-    if distributed.start() == 0:
-        prepare_data(config)
-        warn_without_accelerator(options.preset)
-    distributed.wait_for_all("the data are ready")
-
-    try:
-        fit(config, resume=options.resume, overwrite=options.overwrite)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.signum)
+    first = distributed.start(**process_flags(options), detect=options.distributed) == 0
+    with distributed.failing_for_all():
+        try:
+            with distributed.agreed("preparing the data"):
+                if first:
+                    prepare_data(config)
+                    warn_without_accelerator(options.preset)
+            fit(config, resume=options.resume, overwrite=options.overwrite)
+        except Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(128 + stopped.signum)
+        except distributed.JobFailedError as failed:
+            sys.exit(f"error: {failed}")
 
 
 def train_all(options: argparse.Namespace, rest: list[str]) -> None:
     """Trains the optimizers of `DEMO`, each in a process, so that each has its own peak memory."""
     from nanogpt.distributed import join_arguments
 
-    if join_arguments(os.environ) is not None:
+    flags = process_flags(options)
+    if join_arguments(os.environ, flags, detect=options.distributed) is not None:
         raise ValueError("several processes train one optimizer at a time: name it by --optimizer.")
     group = read_config(options, DEMO[0], options.preset, rest)
     configs = {
@@ -213,6 +224,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="delete earlier runs of the same name"
+    )
+    parser.add_argument(
+        "--coordinator-address", help="of several processes: HOST:PORT of the first one"
+    )
+    parser.add_argument("--num-processes", type=int, help="of several processes: how many")
+    parser.add_argument("--process-id", type=int, help="of several processes: this one, from 0")
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of several processes; let jax ask which"
     )
     return parser
 

@@ -12,7 +12,6 @@ command="set -e
 [ -d shampoo-jax ] || git clone '${REPOSITORY:-set REPOSITORY}' shampoo-jax
 cd shampoo-jax
 [ -d .venv ] || make venv EXTRAS=tpu
-export DISTRIBUTED=1
-.venv/bin/python -m scripts.speedrun --mesh '${MESH:-data=-1}' --data.directory '$DATA' \
+.venv/bin/python -m scripts.speedrun --distributed --mesh '${MESH:-data=-1}' --data.directory '$DATA' \
   --output.directory '$OUTPUT' $arguments"
 exec gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command "$command"

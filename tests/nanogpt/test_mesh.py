@@ -2,15 +2,10 @@
 
 import collections
 import dataclasses
-import os
 import pathlib
 import re
-import socket
-import subprocess
-import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,14 +20,11 @@ from nanogpt.config import (
     ScheduleConfig,
     ShampooConfig,
 )
-from nanogpt.distributed import join_arguments
 from nanogpt.loop import fit
 from nanogpt.mesh import make_layout
 from nanogpt.metrics import read_records
 from nanogpt.optimizers import build_optimizer
 from nanogpt.train_step import abstract_params, init_state, make_train_step
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -161,77 +153,3 @@ def test_a_microbatch_must_be_whole_rows_everywhere(shards, tmp_path):
     data = dataclasses.replace(config.data, microbatch_rows=4)
     with pytest.raises(ValueError, match=r"microbatch_rows=4 .* 8 devices"):
         make_layout(dataclasses.replace(config, data=data))
-
-
-@pytest.mark.parametrize(
-    ("environment", "arguments"),
-    [
-        ({}, None),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
-        ({"DISTRIBUTED": "1"}, {}),
-        (
-            {"COORDINATOR_ADDRESS": "host:1", "PROCESS_COUNT": "2", "PROCESS_ID": "1"},
-            {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1},
-        ),
-    ],
-)
-def test_the_environment_says_whether_to_join(environment, arguments):
-    assert join_arguments(environment) == arguments
-
-
-def test_a_coordinator_alone_is_refused():
-    with pytest.raises(ValueError, match="PROCESS_COUNT and PROCESS_ID"):
-        join_arguments({"COORDINATOR_ADDRESS": "host:1"})
-
-
-def speedrun(shards, directory, steps, *flags):
-    """Runs the script in two processes with two devices each; their outputs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = (
-        "--optimizer shampoo --name run --mesh data=2,fsdp=2 --model.vocab-size 32 "
-        "--model.num-layers 1 --model.model-dim 16 --model.head-dim 8 --model.mlp-dim 32 "
-        "--model.sequence-length 8 --data.batch-rows 16 --data.microbatch-rows 8 "
-        f"--data.val-tokens 512 --output.log-every 1 --schedule.steps {steps} "
-        f"--data.directory {shards} --output.directory {directory}"
-    ).split()
-    processes = []
-    for number in range(2):
-        environment = os.environ | {
-            "COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "PROCESS_COUNT": "2",
-            "PROCESS_ID": str(number),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        }
-        command = [sys.executable, "-m", "scripts.speedrun", *settings, *flags]
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [p.communicate(timeout=240)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    return outputs
-
-
-def test_two_processes_train_save_and_resume(shards, tmp_path):
-    """Cut after 2 of 4 steps and resumed, two processes give what one process gives."""
-    speedrun(shards, tmp_path / "whole", 4, "--output.checkpoint-every", "2")
-    records = read_records(tmp_path / "whole" / "run" / "metrics.jsonl")
-    other = read_records(tmp_path / "whole" / "run" / "metrics-1.jsonl")
-    seen = [r["loss"] for r in records if r["kind"] == "train"]
-    assert seen == [r["loss"] for r in other if r["kind"] == "train"]
-    # The end of the run is undone: the next process finds the checkpoint of step 2.
-    checkpoints = tmp_path / "whole" / "run" / "checkpoints"
-    (checkpoints / "4").rename(tmp_path / "set_aside")
-    speedrun(shards, tmp_path / "whole", 4, "--output.checkpoint-every", "2", "--resume")
-    resumed = read_records(tmp_path / "whole" / "run" / "metrics.jsonl")
-    assert [r["loss"] for r in resumed if r["kind"] == "train"] == seen
-    assert jnp.isfinite(jnp.array(seen)).all()
