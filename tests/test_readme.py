@@ -111,12 +111,22 @@ def check_pip(*arguments: str) -> None:
             assert extra in project["optional-dependencies"], f"there is no extra {extra!r}"
 
 
-CHECKS = {"make": check_make, "python": check_python, "pip": check_pip}
-UNCHECKED = {"git", "cd", "source"}
+def check_sbatch(*arguments: str) -> None:
+    """Sbatch's own options, then one of our scripts with the flags of a run."""
+    script = next(k for k, word in enumerate(arguments) if word.startswith("scripts/launch/"))
+    check(list(arguments[script:]))
+
+
+CHECKS = {"make": check_make, "python": check_python, "pip": check_pip, "sbatch": check_sbatch}
+UNCHECKED = {"git", "cd", "source", "export"}
 
 
 def check(command: list[str]) -> None:
     """Checks one command against the tree."""
+    if command[0].startswith("scripts/launch/"):
+        assert (ROOT / command[0]).exists(), f"there is no {command[0]}"
+        check_python("-m", "scripts.speedrun", *command[1:])
+        return
     program = Path(command[0]).name
     assert program in CHECKS or program in UNCHECKED, (
         f"README.md uses {program!r}; teach tests/test_readme.py how to check it"
