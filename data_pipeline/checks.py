@@ -108,7 +108,7 @@ def _remembered(directory: Path) -> dict[str, Facts]:
 
 
 def _remember(path: Path, facts: Facts) -> None:
-    """Adds a file's facts to checked.json, atomically; where nothing can be written, does nothing."""
+    """Adds a file's facts to checked.json, atomically; a folder that is read-only stays so."""
     known = _remembered(path.parent) | {path.name: facts}
     partial = path.with_name(f".{FILE_NAME}.{os.getpid()}")
     text = json.dumps({name: dataclasses.asdict(known[name]) for name in sorted(known)}, indent=1)
