@@ -2,7 +2,7 @@
 
 from data_pipeline.checks import check_shards
 from data_pipeline.corpora import Corpus, CorpusError, Document, folder, sotu
-from data_pipeline.download import fineweb, shards_needed
+from data_pipeline.download import fineweb, missing, shards_needed
 from data_pipeline.loader import (
     Batch,
     fingerprint,
@@ -39,6 +39,7 @@ __all__ = [
     "fingerprint",
     "folder",
     "gpt2",
+    "missing",
     "needed_shards",
     "open_tokens",
     "prepare",

@@ -71,7 +71,7 @@ class RunFolder:
     def clear(self) -> None:
         """Deletes the run that lies here, and nothing else."""
         for metrics in self.path.glob("metrics*.jsonl"):
-            metrics.unlink()
+            metrics.unlink(missing_ok=True)  # another process of the job may be at it, too
         self.record.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 

@@ -1,33 +1,40 @@
 """Trains one optimizer after another on the same batches and draws the comparison.
 
-Without --optimizer: AdamW, Muon and Shampoo, each in a process of its own. Every setting below can
-be changed; the values shown are those of the preset. `--optimizer shampoo --help` shows that
-optimizer's own settings, --matrices.*, in the place of AdamW's.
+Without --optimizer: AdamW, Muon and Shampoo, each in a process of its own. --seeds N trains one
+optimizer N times and applies the benchmark's acceptance rule. Every setting below can be changed;
+the values shown are those of the preset. `--optimizer shampoo --help` shows that optimizer's own
+settings, --matrices.*, in the place of AdamW's.
 """
 
 import argparse
-import contextlib
 import dataclasses
+import errno
+import math
 import os
 import signal
-import subprocess
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
 
-from data_pipeline import gpt2, prepare, sotu
+from data_pipeline import fineweb, gpt2, missing, prepare, shards_needed, sotu
+from data_pipeline.download import shard_bytes
 from data_pipeline.manifest import FILE_NAME
 from data_pipeline.tokenizer import GPT2_VOCAB_SIZE
+from nanogpt.children import run_child
 from nanogpt.comparison import compare
 from nanogpt.config import Config
+from nanogpt.metrics import read_records
 from nanogpt.presets import PRESETS, preset
 from nanogpt.run_folder import RunFolder
+from nanogpt.verdicts import verdict_line
 
 DEMO = ("adamw", "muon", "shampoo")
 PROGRAM = "python -m scripts.speedrun"
+# Losses that the acceptance rule is about, where a preset has one.
+TARGETS = {"track3": 3.28}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,12 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     options, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        if options.optimizer is not None:
+        if options.seeds is not None:
+            train_seeds(options, rest)
+        elif options.optimizer is not None:
             train(options, rest)
         else:
             train_all(options, rest)
     except (ValueError, FileExistsError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(
+            f"error: the disk is full ({error}): make room and repeat the command with --resume; "
+            "it goes on from the newest checkpoint."
+        )
     except KeyboardInterrupt:
         # Later, a stop request would have been obeyed between two steps.
         print("stopped before the first step", file=sys.stderr)
@@ -105,56 +121,144 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
             sys.exit(128 + stopped.signum)
         except distributed.JobFailedError as failed:
             sys.exit(f"error: {failed}")
+    if first:
+        print(results(options, [config]))
 
 
 def train_all(options: argparse.Namespace, rest: list[str]) -> None:
     """Trains the optimizers of `DEMO`, each in a process, so that each has its own peak memory."""
     from nanogpt.distributed import join_arguments
 
-    flags = process_flags(options)
-    if join_arguments(os.environ, flags, detect=options.distributed) is not None:
+    told = process_flags(options)
+    if join_arguments(os.environ, told, detect=options.distributed) is not None:
         raise ValueError("several processes train one optimizer at a time: name it by --optimizer.")
     group = read_config(options, DEMO[0], options.preset, rest)
-    configs = {
-        optimizer: read_config(
-            options, optimizer, optimizer, [*rest, "--name", f"{group.name}/{optimizer}"]
-        )
+    configs = [
+        read_config(options, optimizer, optimizer, [*rest, "--name", f"{group.name}/{optimizer}"])
         for optimizer in DEMO
-    }
-    folders = {optimizer: RunFolder(config) for optimizer, config in configs.items()}
-    if options.resume and not any(folder.holds_run() for folder in folders.values()):
-        folders[DEMO[0]].check(resume=True, overwrite=options.overwrite)
-    for folder in folders.values():
-        folder.check(resume=options.resume and folder.holds_run(), overwrite=options.overwrite)
-    prepare_data(group)
-    before = folders[DEMO[0]].changed()
-    for optimizer, folder in folders.items():
-        flags = ["--resume"] * (options.resume and folder.holds_run())
-        flags += ["--overwrite"] * options.overwrite
-        chosen = ["--preset", options.preset, "--optimizer", optimizer, *flags]
-        try:
-            run([*chosen, *rest, "--name", configs[optimizer].name])
-        finally:
-            # Whatever becomes of it, the first new run ends the old group: a later --resume must
-            # not take the old group's other runs for its own.
-            if options.overwrite and optimizer == DEMO[0] and folder.changed() != before:
-                for other in DEMO[1:]:
-                    folders[other].clear()
+    ]
+    train_group(options, rest, DEMO, configs)
     out = RunFolder(group).path
-    picture = compare([folder.path for folder in folders.values()], out)
+    picture = compare([RunFolder(config).path for config in configs], out)
     print((out / "comparison.md").read_text(encoding="utf-8"))
     print(f"picture: {picture}")
 
 
+def train_seeds(options: argparse.Namespace, rest: list[str]) -> None:
+    """Trains one optimizer from several initializations, on the same batches in the same order."""
+    if options.optimizer is None or options.seeds < 1:
+        raise ValueError(
+            f"seeds={options.seeds}: --seeds takes the number of runs, at least 1, of one "
+            "optimizer: name it by --optimizer."
+        )
+    group = read_config(options, options.optimizer, f"{options.preset}/{options.optimizer}", rest)
+    if group.seed:
+        raise ValueError(f"seed={group.seed}: --seeds sets the seeds 0, 1, ...: leave --seed out.")
+    configs = [
+        dataclasses.replace(group, name=f"{group.name}/seed-{seed}", seed=seed)
+        for seed in range(options.seeds)
+    ]
+    train_group(options, rest, [options.optimizer] * options.seeds, configs)
+    print(results(options, configs))
+
+
+def train_group(
+    options: argparse.Namespace,
+    rest: list[str],
+    optimizers: Sequence[str],
+    configs: Sequence[Config],
+) -> None:
+    """Trains several runs, each in a process; refuses before the first where one would be lost.
+
+    What is resumed is decided here, too. So every one of several processes of a job decides alike:
+    none gets past the start of its first run before all of them are there.
+    """
+    folders = [RunFolder(config) for config in configs]
+    going_on = [options.resume and folder.holds_run() for folder in folders]
+    if options.resume and not any(going_on):
+        folders[0].check(resume=True, overwrite=options.overwrite)
+    for folder, resume in zip(folders, going_on, strict=True):
+        folder.check(resume=resume, overwrite=options.overwrite)
+    before = folders[0].changed()
+    for optimizer, config, resume in zip(optimizers, configs, going_on, strict=True):
+        chosen = flags(options, optimizer=optimizer, resume=resume, seeds=None)
+        try:
+            run([*chosen, *rest, "--name", config.name, "--seed", str(config.seed)])
+        finally:
+            # Whatever becomes of it, the first new run ends the old group: a later --resume must
+            # not take the old group's other runs for its own.
+            first = config is configs[0]
+            if options.overwrite and first and folders[0].changed() != before:
+                for other in folders[1:]:
+                    other.clear()
+
+
+def flags(options: argparse.Namespace, **changed: object) -> list[str]:
+    """The command line that gives these options, some of them changed.
+
+    >>> flags(split_arguments(["--optimizer", "muon", "--resume"])[0], seeds=2, resume=False)
+    ['--preset', 'cpu', '--optimizer', 'muon', '--seeds', '2']
+    """
+    words = []
+    for name, value in (vars(options) | changed).items():
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs this script in another process; ends this one if that one fails or is stopped."""
+    run_child([sys.executable, "-m", "scripts.speedrun", *arguments])
+
+
+def results(options: argparse.Namespace, configs: Sequence[Config]) -> str:
+    """Final losses of finished runs, one line each, and what the acceptance rule says of them.
+
+    Args:
+        options: `target` is the loss of the rule; without one, that of the preset, if it has one.
+        configs: all runs of one setting.
+    """
+    lines, losses = [], []
+    for folder, config in ((RunFolder(config), config) for config in configs):
+        loss = read_records(folder.first_metrics)[-1]["loss"]
+        losses.append(math.nan if loss is None else loss)
+        lines.append(f"{config.name}: final loss {losses[-1]:.5f}, log {folder.record}")
+    target = options.target or TARGETS.get(options.preset)
+    if target is not None:
+        lines.append(verdict_line(losses, target))
+    elif len(losses) > 1:
+        mean, std = statistics.fmean(losses), statistics.stdev(losses)
+        lines.append(
+            f"mean {mean:.5f}, std {std:.5f}, n={len(losses)}; --target sets what to prove"
+        )
+    return "\n".join(lines)
+
+
 def prepare_data(config: Config) -> None:
-    """Brings the demo's own folder up to date: nothing is done where its manifest fits the run."""
+    """Brings a preset's own folder up to date; nothing is done where it fits the run already."""
     directory = config.data.directory
-    if directory != preset("cpu", DEMO[0]).data.directory:
-        return
-    if not os.path.exists(os.path.join(directory, FILE_NAME)):
-        print(f"preparing text in {directory}", flush=True)
-    tokenizer = gpt2(min(config.model.vocab_size, GPT2_VOCAB_SIZE))
-    prepare(sotu(), directory, tokenizer, val_tokens=config.data.val_tokens)
+    if directory == preset("track3", DEMO[0]).data.directory:
+        download(config)
+    elif directory == preset("cpu", DEMO[0]).data.directory:
+        if not os.path.exists(os.path.join(directory, FILE_NAME)):
+            print(f"preparing text in {directory}", flush=True)
+        tokenizer = gpt2(min(config.model.vocab_size, GPT2_VOCAB_SIZE))
+        prepare(sotu(), directory, tokenizer, val_tokens=config.data.val_tokens)
+
+
+def download(config: Config) -> None:
+    """Downloads the shards of FineWeb that the run reads and the folder does not hold."""
+    batch_tokens = config.data.batch_rows * config.model.sequence_length
+    shards = shards_needed(config.schedule.steps, batch_tokens)
+    names = missing(config.data.directory, shards)
+    if names:
+        print(
+            f"{config.schedule.steps} steps need {shards} training shards and one for validation: "
+            f"downloading {len(names)} of them, {len(names) * shard_bytes() / 1e9:.1f} GB, to "
+            f"{config.data.directory}",
+            flush=True,
+        )
+        fineweb(config.data.directory, shards)
 
 
 def warn_without_accelerator(name: str) -> None:
@@ -169,47 +273,6 @@ def warn_without_accelerator(name: str) -> None:
         )
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Runs this script in another process; ends this one if that one fails or is stopped."""
-    command = [sys.executable, "-m", "scripts.speedrun", *arguments]
-    with forwarded_signals() as forward:
-        # In a process group of its own, the child gets a Ctrl-C once, from us, and not twice.
-        forward.child = subprocess.Popen(command, process_group=0)
-        code = forward.child.wait()
-    if forward.signum is not None:
-        sys.exit(128 + forward.signum)
-    if code:
-        sys.exit(code if code > 0 else 128 - code)
-
-
-class Forward:
-    """Passes signals on to a child process, and remembers the last one."""
-
-    def __init__(self) -> None:
-        self.child: subprocess.Popen | None = None
-        self.signum: int | None = None
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler."""
-        self.signum = signum
-        if self.child is not None:
-            self.child.send_signal(signum)
-
-
-@contextlib.contextmanager
-def forwarded_signals() -> Iterator[Forward]:
-    """Gives SIGINT and SIGTERM to a child process while the block runs."""
-    forward = Forward()
-    previous = {
-        signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield forward
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-
 def _parser() -> argparse.ArgumentParser:
     """What chooses a run. No abbreviations: --opt could be meant for tyro."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
@@ -218,6 +281,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--optimizer", help=f"train this one alone (default: {', '.join(DEMO)}, one by one)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, help="train it so many times, from seeds 0, 1, ..., and judge them all"
+    )
+    parser.add_argument(
+        "--target", type=float, help="loss that the runs are to prove (nats; of track3: 3.28)"
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoints, bit for bit"

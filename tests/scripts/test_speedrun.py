@@ -1,6 +1,11 @@
 """The command: what it runs, what it refuses, and that Ctrl-C loses nothing."""
 
+import errno
+import functools
 import json
+import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +14,12 @@ import time
 import numpy as np
 import pytest
 
-from data_pipeline import Corpus, Document, read_manifest, write_shard
+from data_pipeline import Corpus, Document, download, read_manifest, write_shard
+from nanogpt.metrics import read_records
 from nanogpt.presets import preset
 from nanogpt.run_folder import RunFolder
 from nanogpt.settings import ShampooConfig
+from nanogpt.verdicts import verdict_line
 from scripts import speedrun
 
 SETTINGS = """
@@ -173,6 +180,84 @@ def demo_folder(tmp_path, monkeypatch):
     return prepare
 
 
+def test_seeds_of_one_optimizer_and_the_verdict(settings, children, capsys):
+    speedrun.main([*settings, "--optimizer", "muon", "--seeds", "2", "--target", "3.1"])
+    runs = []
+    for arguments in children:
+        options, rest = speedrun.split_arguments(arguments)
+        config = speedrun.read_config(options, options.optimizer, "x", rest)
+        runs.append((config.optimizer, config.name, config.seed, options.seeds))
+    assert runs == [("muon", f"cpu/muon/seed-{n}", n, None) for n in (0, 1)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("cpu/muon/seed-0: final loss 3.00000, log ")
+    assert lines[2].startswith("accepted: mean 3.00000, std 0.00000, n=2: (3.1 - mean)")
+
+
+def test_finished_seeds_are_kept_and_more_are_added(settings, children, tmp_path):
+    command = [*settings, "--optimizer", "muon", "--name", "mine", "--seeds"]
+    speedrun.main([*command, "1"])
+    with pytest.raises(SystemExit, match="mine/seed-0 already holds a run"):
+        speedrun.main([*command, "2"])
+    speedrun.main([*command, "2", "--resume"])
+    assert [chosen(arguments)[1:] for arguments in children] == [
+        ("mine/seed-0", False),
+        ("mine/seed-0", True),
+        ("mine/seed-1", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "2"], "seeds=2: .*name it by --optimizer"),
+        (["--optimizer", "muon", "--seeds", "0"], "seeds=0: .*at least 1"),
+        (["--optimizer", "muon", "--seeds", "2", "--seed", "5"], "seed=5: .*leave --seed out"),
+    ],
+)
+def test_impossible_numbers_of_seeds(settings, children, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        speedrun.main([*settings, *arguments])
+    assert children == []
+
+
+def test_a_loss_that_is_not_finite_proves_nothing(settings):
+    options, rest = speedrun.split_arguments([*settings, "--optimizer", "muon", "--target", "3"])
+    config = speedrun.read_config(options, "muon", "a", rest)
+    folder = RunFolder(config)
+    folder.path.mkdir(parents=True)
+    folder.metrics.write_text('{"kind": "end", "loss": null}\n')
+    assert "not accepted: mean nan" in speedrun.results(options, [config])
+
+
+def test_a_full_disk_is_said_in_one_line(settings, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(speedrun, "train", fail)
+    with pytest.raises(SystemExit, match="disk is full .* --resume"):
+        speedrun.main([*settings, "--optimizer", "muon"])
+
+
+def test_track3_downloads_the_shards_that_its_steps_take(tmp_path, monkeypatch, capsys):
+    """A folder stands in for the hub, with short shards."""
+    monkeypatch.setattr(download, "SHARD_TOKENS", 3000)
+    monkeypatch.chdir(tmp_path)
+    fetched = []
+
+    def fetch(*, filename, local_dir, **names):
+        fetched.append(filename)
+        write_shard(f"{local_dir}/{filename}", np.arange(3000, dtype=np.uint16))
+
+    monkeypatch.setattr(speedrun, "fineweb", functools.partial(download.fineweb, fetch=fetch))
+    config = preset("track3", "shampoo")
+    speedrun.prepare_data(config)
+    numbers = [f"fineweb_train_{n:06d}.bin" for n in range(1, 19)]
+    assert fetched == ["fineweb_val_000000.bin", *numbers]
+    assert "3375 steps need 18 training shards and one" in capsys.readouterr().out
+    speedrun.prepare_data(config)  # nothing is missing any more
+    assert len(fetched) == 19 and capsys.readouterr().out == ""
+
+
 def test_demo_text_is_prepared_only_in_its_own_folder(demo_folder, tmp_path, monkeypatch):
     scored = []
     monkeypatch.setattr(speedrun, "prepare", lambda *a, **k: scored.append((a[1], k)))
@@ -265,3 +350,60 @@ def test_ctrl_c_and_resume_in_real_processes(settings, tmp_path, monkeypatch):
     for options in (["--resume"], ["--name", "straight"]):
         subprocess.run([*command, "--optimizer", "adamw", *options], check=True)
     assert measured(metrics) == measured(tmp_path / "runs" / "straight" / "metrics.jsonl")
+
+
+# Lines of the published log of result #35, for the layout alone.
+PUBLISHED = """\
+step:0/3375 val_loss:10.82584 train_time:0.000s step_avg:nanms
+step:125/3375 val_loss:4.81815 train_time:52.990s step_avg:423.92ms
+step:3375/3375 val_loss:3.27675 train_time:1633.268s step_avg:478.74ms
+""".splitlines()
+
+
+def layout(line: str) -> str:
+    """A pattern of the lines that differ from this one in digits, not in numbers of decimals."""
+
+    def pattern(number: re.Match) -> str:
+        return r"\d+" + (rf"\.\d{{{len(number[2])}}}" if number[2] else "")
+
+    return re.sub(r"(\d+)\.?(\d+)?", pattern, line)
+
+
+def test_track3_from_shards_to_the_verdict(tmp_path):
+    """The benchmark's command, a tiny model: two seeds, their logs line by line, the verdict."""
+    random = np.random.default_rng(0)
+    for name, count in (("train_000001", 300), ("train_000002", 300), ("val_000000", 200)):
+        tokens = random.integers(0, 64, count).astype(np.uint16)
+        write_shard(tmp_path / f"fineweb_{name}.bin", tokens)
+    settings = f"""
+    --preset track3 --optimizer shampoo --seeds 2 --target 9
+    --model.vocab-size 64 --model.num-layers 1 --model.model-dim 16 --model.head-dim 8
+    --model.mlp-dim 32 --model.sequence-length 8 --data.batch-rows 8 --data.microbatch-rows 4
+    --data.val-tokens 128 --schedule.steps 5 --val-every 2 --val-every-final 1
+    --data.directory {tmp_path} --output.directory {tmp_path}/runs
+    """.split()
+    environment = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    command = [sys.executable, "-m", "scripts.speedrun", *settings]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    finals = []
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / "track3" / "shampoo" / f"seed-{seed}"
+        source, machine, lines = (folder / "record.txt").read_text().split(f"\n{'=' * 100}\n")
+        assert source.startswith("# ==== scripts/speedrun.py ====\n")
+        assert "with world_size 1\n" in machine and f'"seed": {seed},' in machine
+        assert [line.split("/")[0] for line in lines.splitlines()] == [
+            f"step:{step}" for step in (0, 2, 4, 5)
+        ]
+        for line, published in zip(lines.splitlines(), [*PUBLISHED, PUBLISHED[1]], strict=True):
+            assert re.fullmatch(layout(published), line), (line, layout(published))
+        assert f"step:0/5 val_loss:{math.log(64):.5f} train_time:0.000s" in lines
+        val = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] == "val"]
+        assert [f"{r['loss']:.5f}" for r in val] == re.findall(r"val_loss:(\S+)", lines)
+        finals.append(val[-1]["loss"])
+    assert finals[0] != finals[1]
+    assert done.stdout.splitlines()[-1] == verdict_line(finals, 9)
