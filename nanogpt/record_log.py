@@ -11,6 +11,7 @@ import math
 import pathlib
 import re
 import subprocess
+import sys
 
 import jax
 from jax.extend import backend
@@ -19,7 +20,7 @@ from nanogpt.config import Config
 from nanogpt.provenance import provenance
 
 RULE = "=" * 100
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _LINE = re.compile(r"step:(\d+)/\d+ val_loss:\S+ train_time:([\d.]+)s step_avg:\S+ms")
 
 
@@ -27,17 +28,22 @@ def source_text() -> str:
     """The code that trains, as one text.
 
     Returns:
-        scripts/speedrun.py, then every .py file of nanogpt, shampoo_jax and data_pipeline, by path;
-        each after a line "# ==== path ====".
+        The program that runs, if it is none of ours and so may hold an own optimizer;
+        scripts/speedrun.py; every .py file of nanogpt, shampoo_jax and data_pipeline, by path. Each
+        after a line "# ==== path ====".
     """
     files = [_ROOT / "scripts" / "speedrun.py"]
     for package in ("nanogpt", "shampoo_jax", "data_pipeline"):
         files += sorted((_ROOT / package).rglob("*.py"))
-    return "\n".join(
-        f"# ==== {path.relative_to(_ROOT).as_posix()} ====\n{path.read_text(encoding='utf-8')}"
+    texts = {
+        path.relative_to(_ROOT).as_posix(): path.read_text(encoding="utf-8")
         for path in files
         if path.exists()  # an installed package comes without scripts
-    )
+    }
+    program = pathlib.Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if program.suffix == ".py" and program.resolve() not in files:
+        texts = {program.name: program.read_text(encoding="utf-8")} | texts
+    return "\n".join(f"# ==== {name} ====\n{text}" for name, text in texts.items())
 
 
 def environment_text(config: Config) -> str:

@@ -28,6 +28,7 @@ from nanogpt.comparison import compare
 from nanogpt.config import Config
 from nanogpt.metrics import read_records
 from nanogpt.presets import PRESETS, preset
+from nanogpt.registry import PUBLISHED
 from nanogpt.run_folder import RunFolder
 from nanogpt.verdicts import verdict_line
 
@@ -224,6 +225,12 @@ def results(options: argparse.Namespace, configs: Sequence[Config]) -> str:
         losses.append(math.nan if loss is None else loss)
         lines.append(f"{config.name}: final loss {losses[-1]:.5f}, log {folder.record}")
     target = options.target or TARGETS.get(options.preset)
+    known = PUBLISHED.get(options.optimizer) if options.preset == "track3" else None
+    if known and known.same_model and known.expected_loss:
+        lines.append(
+            f"published: {known.expected_loss:.5f} after {known.expected_steps} steps, "
+            f"n={known.expected_runs} ({known.source})"
+        )
     if target is not None:
         lines.append(verdict_line(losses, target))
     elif len(losses) > 1:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
+import types
 
 import jax
 import pytest
@@ -44,9 +46,17 @@ def test_source_is_complete_and_in_order():
     ]
     packages = ("nanogpt", "shampoo_jax", "data_pipeline")
     files = [p for package in packages for p in sorted((root / package).rglob("*.py"))]
-    assert names == ["scripts/speedrun.py", *(f.relative_to(root).as_posix() for f in files)]
+    wanted = ["scripts/speedrun.py", *(f.relative_to(root).as_posix() for f in files)]
+    assert names[names.index("scripts/speedrun.py") :] == wanted
     assert (root / "shampoo_jax" / "blocks.py").read_text() in source_text()
     assert not [line for line in source_text().splitlines() if line.startswith("step:")]
+
+
+def test_source_begins_with_a_program_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("my_optimizer = 1\n")
+    program = types.SimpleNamespace(__file__=str(tmp_path / "mine.py"))
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    assert source_text().startswith("# ==== mine.py ====\nmy_optimizer = 1\n\n# ==== scripts/")
 
 
 @pytest.fixture

@@ -406,4 +406,7 @@ def test_track3_from_shards_to_the_verdict(tmp_path):
         assert [f"{r['loss']:.5f}" for r in val] == re.findall(r"val_loss:(\S+)", lines)
         finals.append(val[-1]["loss"])
     assert finals[0] != finals[1]
-    assert done.stdout.splitlines()[-1] == verdict_line(finals, 9)
+    assert done.stdout.splitlines()[-2:] == [
+        "published: 3.27666 after 3375 steps, n=2 (#35)",
+        verdict_line(finals, 9),
+    ]
