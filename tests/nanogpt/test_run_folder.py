@@ -19,6 +19,7 @@ def folder(tmp_path):
 def used(folder):
     (folder.checkpoints / "5").mkdir(parents=True)
     folder.metrics.write_text("{}\n")
+    folder.record.write_text("log")
     (folder.path / "notes.txt").write_text("mine")
     return folder
 
