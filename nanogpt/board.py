@@ -19,7 +19,7 @@ from nanogpt.settings import (
 )
 
 STEPS = 300
-TOKENS = 8 * 256  # in a batch
+TOKENS = 8 * 128  # in a batch
 AUXILIARY = AuxiliaryConfig(0.3, 0.01, 0.01)
 PLAIN = ScheduleConfig(STEPS)
 WARM = ScheduleConfig(STEPS, warmup_steps=20)

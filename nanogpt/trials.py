@@ -57,8 +57,9 @@ def run_trials(
 
     Returns:
         The records, in the order of the trials: "status" "finished" or "diverged", final "loss"
-        (None if not finite), "seed", "settings", "step_time_s" (median), the run's "start" and
-        "end" records, and "steps", "losses", "seconds" of its validations.
+        (None if not finite), "seed", "settings", "step_time_s" (median), "step_times_s" (means
+        between records of the training loss), the run's "start" and "end" records, and "steps",
+        "losses", "seconds" of its validations.
 
     Raises:
         ShardError: bad or too few data, before anything is trained.
@@ -123,6 +124,9 @@ def run_trial(trial: Trial) -> Record:
         "status": "diverged" if diverged else "finished",
         "loss": _finite(loss),
         "step_time_s": run.end["median_step_time_s"],
+        "step_times_s": [
+            r["step_time_s"] for r in read_records(folder.metrics) if r["kind"] == "train"
+        ],
         "start": run.start,
         "end": run.end,
         "steps": list(run.steps),

@@ -246,7 +246,7 @@ def prepare_data(config: Config) -> None:
     directory = config.data.directory
     if directory == preset("track3", DEMO[0]).data.directory:
         download(config)
-    elif directory == preset("cpu", DEMO[0]).data.directory:
+    elif directory in [preset(name, DEMO[0]).data.directory for name in ("cpu", "board")]:
         if not os.path.exists(os.path.join(directory, FILE_NAME)):
             print(f"preparing text in {directory}", flush=True)
         tokenizer = gpt2(min(config.model.vocab_size, GPT2_VOCAB_SIZE))

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         trials = make_trials(options, rest)
         path = pathlib.Path(trials[0].config.output.directory, options.name, "trials.jsonl")
-        for config in {trial.config.data: trial.config for trial in trials}.values():
+        configs = [trial.config for trial in trials]
+        for config in {(c.data, c.schedule.steps): c for c in configs}.values():
             speedrun.prepare_data(config)
         records = run_trials(trials, path, jobs=options.jobs)
     except (ValueError, FileExistsError, FileNotFoundError) as error:
