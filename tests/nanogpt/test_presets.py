@@ -42,6 +42,7 @@ def test_track3_is_the_benchmark():
     assert (config.model.dtype, config.model.embed_dtype) == ("bfloat16", "bfloat16")
 
 
+@pytest.mark.trap("S1", "S6")
 def test_record_35_has_no_threshold_and_no_blocks():
     """Refreshed every step, 3072 in one block, graft eps 1e-15, auxiliary groups not decayed."""
     config = preset("track3", "shampoo")

@@ -62,6 +62,7 @@ def test_zero_direction_or_magnitude_gives_zero():
         np.testing.assert_array_equal(new.update, 0.0)
 
 
+@pytest.mark.trap("S2")
 @pytest.mark.parametrize("kind", ["adam", "rmsprop", "adagrad", "sgd"])
 @pytest.mark.parametrize("eps", [0.0, 1e-15])
 def test_zero_gradients_give_zero_and_no_nan(kind, eps):

@@ -56,6 +56,7 @@ def run(tx, factors):
 STEPS = np.arange(1, 13, dtype=np.float32).reshape(12, 1, 1, 1)
 
 
+@pytest.mark.trap("S4")
 @pytest.mark.parametrize(
     ("every", "start", "refreshes"),
     [
