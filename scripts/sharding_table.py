@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -76,6 +77,34 @@ def exchanges(program: str) -> dict[str, tuple[int, int]]:
     return found
 
 
+def make_mesh(axes: Mapping[str, int]) -> jax.sharding.Mesh:
+    """A mesh of the first devices."""
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+
+
+def compile_update(
+    tx: optax.GradientTransformationExtraArgs, placement: shampoo_jax.Placement, params: Any
+) -> tuple[jax.stages.Compiled, Any]:
+    """Compiles the update of a transformation that has this placement.
+
+    Args:
+      tx: The transformation.
+      placement: On a mesh of devices that are there.
+      params: Shape structs.
+
+    Returns:
+      The program, and the state as shape structs with shardings.
+    """
+    mesh, spec = cast(jax.sharding.Mesh, placement.mesh), placement.parameter_spec
+    placed = jax.tree_util.tree_map_with_path(
+        lambda path, x: _struct(x, NamedSharding(mesh, spec(path, x))), params
+    )
+    shardings = shampoo_jax.state_shardings(tx, placed, mesh)
+    state = jax.tree.map(_struct, jax.eval_shape(tx.init, params), shardings)
+    return jax.jit(tx.update).lower(placed, state, placed).compile(), state
+
+
 def measure(layout: Layout, params: Any, **options: Any) -> dict[str, Any]:
     """Compiles one update and reads its exchanges, memory and state.
 
@@ -88,16 +117,9 @@ def measure(layout: Layout, params: Any, **options: Any) -> dict[str, Any]:
       A record of JSON types.
     """
     axes, owners, spec = layout
-    kinds = (AxisType.Auto,) * len(axes)
-    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
-    placement = shampoo_jax.Placement(mesh, owners, spec)
+    placement = shampoo_jax.Placement(make_mesh(axes), owners, spec)
     tx = shampoo_jax.shampoo(0.1, placement=placement, **options)
-    placed = jax.tree_util.tree_map_with_path(
-        lambda path, x: _struct(x, NamedSharding(mesh, spec(path, x))), params
-    )
-    shardings = shampoo_jax.state_shardings(tx, placed, mesh)
-    state = jax.tree.map(_struct, jax.eval_shape(tx.init, params), shardings)
-    compiled = jax.jit(tx.update).lower(placed, state, placed).compile()
+    compiled, state = compile_update(tx, placement, params)
     memory: Any = compiled.memory_analysis()
     leaves = jax.tree.leaves(state)
     report = shampoo_jax.explain(params, mesh=axes, owners=owners, parameter_spec=spec, **options)
