@@ -191,9 +191,9 @@ class Config:
     val_every: int = 125  # steps between validations while s < 0.9 * steps
     val_every_final: int = 25  # steps between validations afterwards
     mesh: str = ""  # devices, as in data=2,fsdp=4; -1: all that are left; empty: one device
-    # Sum gradients over devices once a step and leave each device its part, which halves what
-    # travels, rather than as the compiler chooses, for every microbatch; only where fsdp is 1.
-    scatter_gradients: bool = False
+    # Gradients are summed over devices once a step, each keeping its part, instead of whole for
+    # every microbatch; needs fsdp=1. None: where that is so.
+    scatter_gradients: bool | None = None
 
     def __post_init__(self):
         check(self, "at least 0", "seed")

@@ -147,10 +147,12 @@ def make_layout(config: Config) -> Layout | None:
             f"devices of mesh={config.mesh!r}: every device needs whole rows of every microbatch."
         )
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    if config.scatter_gradients and shape[1] > 1:
+    whole = shape[1] == 1
+    if config.scatter_gradients and not whole:
         raise ValueError(
             f"scatter_gradients=True with mesh={config.mesh!r}: it needs parameters that are whole "
             "on every device; set fsdp=1, or leave it out."
         )
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return Layout(mesh, config.scatter_gradients)
+    scatter = config.scatter_gradients
+    return Layout(mesh, whole and mesh.size > 1 if scatter is None else scatter)
