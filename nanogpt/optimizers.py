@@ -50,7 +50,7 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
     `scripts.speedrun.main` takes it by `--optimizer`.
 
     Args:
-        name: Not taken yet.
+        name: Not one of this package's; a name added before is replaced.
         direction: Function of (settings, placement) giving an Optax transformation of the summed
             gradients, without weight decay and learning rate. It may ignore the placement, which
             tells how state is split over a mesh. If its update takes `obj_fn`, it gets the summed
@@ -58,7 +58,7 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
         settings: Starting values; its class is `MatrixConfig` or one derived from it.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is one of this package's.
 
     Example:
         >>> register("sign", lambda settings, _: optax.scale_by_sign(), MatrixConfig(1e-3, 0.1))
@@ -67,7 +67,7 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
         0.001
         >>> del REGISTRY["sign"]
     """
-    if name in REGISTRY:
+    if name in DIRECTIONS:
         raise ValueError(f"name={name!r} is taken: choose another one.")
     REGISTRY[name] = Entry(type(settings), direction, settings)
 

@@ -64,9 +64,7 @@ def scale_by_psgd(
     def init(params: Any) -> PsgdState:
         for x in jax.tree.leaves(params):
             if x.ndim != 2:
-                raise ValueError(
-                    f"PSGD-Kron takes matrices, not shape {x.shape}: route it to AdamW."
-                )
+                raise ValueError(f"shape={x.shape}: PSGD-Kron takes matrices, route it to AdamW.")
         left = jax.tree.map(lambda p: jnp.zeros((p.shape[0],) * 2, jnp.float32), params)
         right = jax.tree.map(lambda p: jnp.zeros((p.shape[1],) * 2, jnp.float32), params)
         return PsgdState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), left, right)

@@ -102,6 +102,11 @@ def _orthonormal(matrix: Array) -> Array:
 Basis = EighBasis | QRBasis
 
 
+def reorders(basis: Basis) -> bool:
+    """Whether a refresh reports how it reordered the old columns."""
+    return isinstance(basis, QRBasis) and basis.sort == "before"
+
+
 def make_basis(basis: str | Basis | None, *, keep_order: bool = False) -> Basis:
     """A basis method by name: `"eigh"`, `"qr"` (Meta's), None for SOAP's sorted QR step.
 

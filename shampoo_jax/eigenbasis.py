@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.bases import Basis, EighBasis
+from shampoo_jax.bases import Basis, EighBasis, reorders
 from shampoo_jax.blocks import (
     Blocks,
     Part,
@@ -93,15 +93,16 @@ def eigenbasis(
         truncates nothing, None means `d * eps` of the dtype.
       first_moments: Names of state fields that are linear in the gradient; None means `mu` and
         `trace`, where there are any.
-      reorder: Whether the other leaves follow when columns are reordered by `QRBasis`.
+      reorder: Whether the other leaves follow when `QRBasis(sort="before")` reorders columns.
 
     Returns:
       A part; it reads `Blocks.matrices` as factors.
 
     Raises:
       ValueError: A schedule that makes no sense, `start` or `skip_first` beside the other
-        `refresh`; at init an inner transformation whose state does not have the blocks' shape
-        (factored second moments), or a given first moment that it does not have.
+        `refresh`, `reorder` with a basis that reports no order; at init an inner transformation
+        whose state does not have the blocks' shape (factored second moments), or a given first
+        moment that it does not have.
 
     Example:
       >>> import jax.numpy as jnp, optax, shampoo_jax
@@ -115,6 +116,11 @@ def eigenbasis(
     """
     _check_refresh(every, start, stagger, refresh, skip_first)
     basis = EighBasis() if basis is None else basis
+    if reorder and not reorders(basis):
+        raise ValueError(
+            f"reorder=True with basis={basis}, which does not tell how it orders columns: use "
+            "QRBasis(sort='before'), or set reorder=False."
+        )
     before = refresh == "before"
     first = (every if start is None else start) if before else 1 + skip_first
     tx = optax.with_extra_args_support(inner)

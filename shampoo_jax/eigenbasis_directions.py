@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import optax
 
-from shampoo_jax.bases import Basis, make_basis
+from shampoo_jax.bases import Basis, make_basis, reorders
 from shampoo_jax.dimension_numbers import DimensionOption
 from shampoo_jax.eigenbasis import eigenbasis
 from shampoo_jax.exponents import ExponentOption, resolve_exponents
@@ -42,7 +42,7 @@ def scale_by_soap(
     start: Any = None,
     refresh: Literal["before", "after"] = "after",
     skip_first: bool = True,
-    reorder: bool = True,
+    reorder: bool | None = None,
     rtol: float | None = 0.0,
     graft: str | optax.GradientTransformation | None = None,
     graft_b2: Any = None,
@@ -92,7 +92,8 @@ def scale_by_soap(
       start: First refresh; needs `refresh="before"`.
       refresh: Whether bases are refreshed before or after their use, see `eigenbasis`.
       skip_first: Whether the first step makes no update; needs `refresh="after"`.
-      reorder: Whether second moments follow when columns are sorted.
+      reorder: Whether second moments follow when columns are sorted; None: where the basis is the
+        authors'. Other bases do not tell the order.
       rtol: Truncation of null directions, see `eigenbasis`.
       graft: As in `scale_by_shampoo`.
       graft_b2: As in `scale_by_shampoo`.
@@ -122,13 +123,14 @@ def scale_by_soap(
     weighting: Any = {"bias_correction": bias_correction, "weighted": weighted}
     first_moment = filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype)
     second = scale_by_second_moment(b2, eps, exponent=exponent, **weighting)
+    method = make_basis(basis)
     direction = optax.chain(
         accumulate_factors(b2 if factor_b2 is None else factor_b2, exponents=resolved, **weighting),
         damp(factor_eps),
         eigenbasis(
             # A first moment inside is skipped with the rest; outside it can serve a graft.
             optax.chain(first_moment, second) if skip_first else second,
-            basis=make_basis(basis),
+            basis=method,
             exponents=resolved,
             every=every,
             start=start,
@@ -136,7 +138,7 @@ def scale_by_soap(
             refresh=refresh,
             skip_first=skip_first,
             rtol=rtol,
-            reorder=reorder,
+            reorder=reorders(method) if reorder is None else reorder,
         ),
     )
     outside = None if skip_first else first_moment

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanogpt.init import embedding_normal, linear_normal
+from nanogpt.init import embedding_normal, linear, linear_normal
 from nanogpt.model import GPT
 from nanogpt.train_step import model_structure, summed_loss
 from scripts.parity import golden
@@ -78,3 +78,29 @@ def test_r1_seed_changes_weights_but_not_the_first_loss():
     loss = jax.jit(lambda p: summed_loss(graphdef, p, batch)[1] / 32)
     for seed in (0, 1):
         assert f"{loss(draw(config, seed)):.5f}" == "10.82584"
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "kernel", "bias"),
+    [
+        ("record2", "qkv", 3**-0.5, 3**-0.5),
+        ("record2", "mlp_proj", 0.0, 0.0),
+        ("record2", "head", 0.0, 0.0),
+        ("record27", "fc", 1.5 * 3**-0.5, 3**-0.5),
+        ("record27", "mlp_proj", 3 * 3**-0.5, 0.0),
+        ("record27", "attn_proj", 1.25 * 3**-0.5, 0.0),
+        ("record27", "head", 0.0, 0.0),
+        ("record33", "fc", 1.5 * 3**-0.5, 3**-0.5),
+        ("record33", "mlp_proj", 3 * 3**-0.5, 3**-0.5),
+        ("record33", "head", 3**-0.5, 3**-0.5),
+    ],
+)
+def test_a3_starts_of_other_results(name, role, kernel, bias):
+    """Standard deviations times sqrt(fan_in); U(-1, 1) has 3^-0.5."""
+    keys = iter(jax.random.split(jax.random.key(0)))
+    drawn = linear(name, role, 400, 300, lambda: next(keys))
+    for value, expected in zip(drawn, (kernel, bias), strict=True):
+        np.testing.assert_allclose(value.std() * 20, expected, rtol=0.1, atol=0)
+    uniform = name != "record33" or role == "head"
+    if kernel:
+        assert (np.abs(drawn[0]).max() * 20 <= kernel * 3**0.5) == uniform

@@ -31,3 +31,14 @@ def test_schedule_is_traceable_and_without_cooldown_constant():
     config = ScheduleConfig(steps=10, cooldown=0.0)
     values = jax.jit(jax.vmap(learning_rate(0.5, config)))(jnp.arange(10))
     np.testing.assert_array_equal(values, np.full(10, 0.5, np.float32))
+
+
+def test_cooldowns_of_records_27_and_33():
+    """#27: (1 - s/3200)^1.25 in 3125 steps; #33: flat for half, then a line to 0.1."""
+    s = np.arange(3125)
+    config = ScheduleConfig(3125, cooldown=1.0, power=1.25, horizon=1.024)
+    np.testing.assert_allclose(eta(s, config), (1 - s / 3200) ** 1.25, rtol=1e-5)
+    s = np.arange(3400)
+    config = ScheduleConfig(3400, cooldown=0.5, final=0.1)
+    expected = 1 - 0.9 * np.maximum(0, s - 1700) / 1700
+    np.testing.assert_allclose(eta(s, config), expected, rtol=1e-5)

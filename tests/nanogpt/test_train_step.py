@@ -122,3 +122,25 @@ def test_initial_state_follows_the_seed():
         expected = jax.tree.map(lambda p: (p.shape, p.dtype), abstract_params(config.model))
         assert shapes == expected
     assert not np.array_equal(*tables)
+
+
+def test_optimizers_may_ask_for_the_loss_again():
+    """Over all microbatches, at any parameters, with gradient and Hessian products."""
+    config, graphdef, state = setup(1)
+
+    def update(gradients, state, params, obj_fn, **_):
+        moved = jax.tree.map(lambda p: 0.9 * p, params)
+        gradient, product = jax.jvp(jax.grad(obj_fn), (params,), (gradients,))
+        off = optax.tree.norm(optax.tree.sub(gradient, gradients)) / optax.tree.norm(gradients)
+        measured = obj_fn(moved), off, optax.tree.norm(product)
+        return optax.tree.zeros_like(gradients), measured
+
+    zeros = tuple(jnp.zeros(()) for _ in range(3))
+    asks = optax.GradientTransformationExtraArgs(lambda params: zeros, update)
+    before = TrainState(state.step, jax.tree.map(jnp.copy, state.params), zeros)
+    after, _ = make_train_step(graphdef, asks, config)(before, BATCH)
+    elsewhere, off, product = after.opt_state
+    moved = jax.tree.map(lambda p: 0.9 * p, state.params)
+    expected = make_eval_step(graphdef, config)(moved, BATCH)
+    np.testing.assert_allclose(elsewhere, expected, rtol=1e-5)
+    assert off < 1e-5 and product > 0 and jnp.isfinite(product)

@@ -131,3 +131,10 @@ def test_a_refused_basis_keeps_what_it_truncates():
     share = float(jnp.vdot(update / 1e30, kept / 1e30))
     assert abs(share) > 0.1
     np.testing.assert_allclose(update / 1e30, share * kept / 1e30, atol=1e-5)
+
+
+@pytest.mark.parametrize("basis", ["eigh", "qr"])
+def test_reorder_needs_a_basis_that_tells_the_order(basis):
+    with pytest.raises(ValueError, match="reorder=True with basis=.*sort='before'"):
+        sj.scale_by_soap(basis=basis, reorder=True)
+    sj.scale_by_soap(basis=basis)  # by default moments follow only where that is possible

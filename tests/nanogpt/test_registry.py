@@ -1,0 +1,146 @@
+"""Published recipes against the curves; and optimizers of a user's own."""
+
+import csv
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nanogpt import optimizers, presets
+from nanogpt.config import ScheduleConfig
+from nanogpt.optimizers import REGISTRY, build_optimizer, register
+from nanogpt.presets import PRESETS, preset
+from nanogpt.registry import PUBLISHED
+from nanogpt.settings import LionConfig, MatrixConfig
+
+CURVES = Path(__file__).parents[2] / "docs/curves"
+LOGGED = {  # of the others no curve is published
+    "adamw_record2": "t3_02_adamw_5625",
+    "adamh": "t3_04_adamh_4875",
+    "muon_track3": "t3_36_muon_tuned_3250",
+    "muon_record12": "t3_12_muon_3325",
+    "muon_mlp_decay": "t2_r08_2025-04-22_muon_5960",
+    "muonh": "t3_05_muonh_3325",
+    "shampoo": "t3_35_shampoo_pinv_3375",
+    "shampoo_record21": "t3_21_shampoo_4100",
+    "soap_h": "t3_27_soaph_3125",
+    "kl_soap_h": "t3_19_klsoaph_3125",
+    "psgd": "t3_33_psgd_3375",
+}
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_expected_results_are_those_of_the_curves(name):
+    published = PUBLISHED[name]
+    lines = (CURVES / f"{LOGGED[name]}.csv").read_text().splitlines()
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    at_end = [float(r["val_loss"]) for r in rows if int(r["step"]) == published.expected_steps]
+    assert len(at_end) == published.expected_runs
+    assert np.mean(at_end) == pytest.approx(published.expected_loss, abs=6e-6)
+    # What the log was made with, in the words of the file's head.
+    head = next(line for line in lines if line.startswith("# hyperparameters"))
+    rate = f"{published.recipe.matrices.learning_rate:g}".lstrip("0")
+    assert re.search(rf"lr\s?{re.escape(rate)}\b", head), (rate, head)
+
+
+def test_every_entry_says_where_it_comes_from_and_what_to_expect():
+    for name, published in PUBLISHED.items():
+        assert published.source, name
+        known = published.expected_steps, published.expected_loss, published.expected_runs
+        assert all(known) or not any(known), name
+        assert published.note or all(known), name
+        if published.expected_steps:
+            assert published.expected_steps <= published.recipe.schedule.steps, name
+    assert [name for name, p in PUBLISHED.items() if not p.inside_rules] == ["sophia"]
+
+
+def test_a_published_result_is_the_mean_of_the_runs_in_the_pull_requests():
+    runs = [3.27787, 3.27645, 3.27713, 3.27813]
+    assert PUBLISHED["shampoo_third"].expected_loss == pytest.approx(np.mean(runs), abs=1e-9)
+    assert PUBLISHED["shampoo_third"].recipe.matrices.exponent == 1 / 3
+
+
+def matrices_after_one_step(name, gradient):
+    """The kernels "mlp" and "attn" after one step of a track 3 recipe from ones."""
+    config = preset("track3", name)
+    params = {
+        "blocks": {
+            "0": {
+                "mlp": {"fc": {"kernel": jnp.ones((4, 8))}},
+                "attn": {"q": {"kernel": jnp.eye(4)}},
+            }
+        }
+    }
+    grads = jax.tree.map(lambda p: gradient * p, params)
+    tx = build_optimizer(config, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    block = optax.apply_updates(params, updates)["blocks"]["0"]
+    return block["mlp"]["fc"]["kernel"], block["attn"]["q"]["kernel"], config
+
+
+def test_twice_the_decay_on_mlps_alone():
+    """A zero gradient leaves the decay: lr 0.025 times 0.01, or times 0.02."""
+    mlp, attention, _ = matrices_after_one_step("muon_mlp_decay", 0.0)
+    np.testing.assert_allclose(mlp, 1 - 0.025 * 0.02, rtol=1e-6)
+    np.testing.assert_allclose(attention, (1 - 0.025 * 0.01) * np.eye(4), rtol=1e-6)
+
+
+def test_updates_of_fixed_norm_and_hyperballs_have_it():
+    """Pull request 327: |update| = lr sqrt(outputs); #27: |W| stays."""
+    mlp, attention, config = matrices_after_one_step("shampoo_third", 1.0)
+    rate, decay = config.matrices.learning_rate, config.matrices.weight_decay
+    start = np.ones((4, 8)) * (1 - rate * decay)
+    np.testing.assert_allclose(np.linalg.norm(mlp - start), rate * 8**0.5, rtol=1e-4)
+    mlp, attention, _ = matrices_after_one_step("adamh", 1.0)
+    np.testing.assert_allclose(np.linalg.norm(mlp), 32**0.5, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(attention), 2.0, rtol=1e-5)
+
+
+def test_matrices_may_cool_down_on_their_own():
+    """#27: (1 - s/3200)^1.25 at s = 800; the rest is flat until 60 % of 3125."""
+    config = preset("track3", "soap_h")
+    assert config.matrices_cooldown.horizon * config.schedule.steps == 3200
+    config = dataclasses.replace(config, optimizer="lion", matrices=LionConfig(0.01, 0.0))
+    w = {"blocks": {"0": {"mlp": {"fc": {"kernel": jnp.ones((2, 2))}}}}}
+    tx = build_optimizer(config, w)
+    at_800 = lambda x: jnp.full_like(x, 800) if x.dtype == jnp.int32 else x  # noqa: E731
+    state = jax.tree.map(at_800, tx.init(w))
+    updates, _ = tx.update(w, state, w)
+    step = updates["blocks"]["0"]["mlp"]["fc"]["kernel"]
+    np.testing.assert_allclose(step, -0.01 * 0.75**1.25, rtol=1e-5)
+
+
+def test_own_optimizers_have_every_preset_and_may_be_changed(monkeypatch):
+    monkeypatch.setattr(optimizers, "REGISTRY", dict(REGISTRY))
+    monkeypatch.setattr(presets, "REGISTRY", optimizers.REGISTRY)
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(MatrixConfig):
+        power: float = 0.5
+
+    def direction(settings, placement):
+        return optax.stateless_with_tree_map(
+            lambda g, _: jnp.sign(g) * jnp.abs(g) ** settings.power
+        )
+
+    register("own", direction, Own(0.5, 0.0))
+    register("own", direction, Own(0.25, 0.0))  # as when a notebook's cell runs again
+    for name in PRESETS:
+        config = preset(name, "own")
+        assert config.matrices == Own(0.25, 0.0)
+        assert config.auxiliary == preset(name, "adamw").auxiliary
+    config = dataclasses.replace(config, schedule=ScheduleConfig(10))
+    w = {"blocks": {"0": {"mlp": {"fc": {"kernel": jnp.full((2, 2), 4.0)}}}}}
+    tx = build_optimizer(config, w)
+    updates, _ = tx.update(w, tx.init(w), w)
+    np.testing.assert_allclose(jax.tree.leaves(updates)[0], -0.25 * 4.0**0.5)
+
+
+def test_a_name_of_the_board_is_taken():
+    with pytest.raises(ValueError, match="name='muon' is taken"):
+        register("muon", lambda settings, _: optax.identity(), MatrixConfig(0.1, 0.0))
