@@ -18,7 +18,7 @@ import optax.contrib
 
 import shampoo_jax
 from nanogpt.optimizers import REGISTRY
-from nanogpt.registry import NS12
+from nanogpt.recipes import NS12
 from nanogpt.settings import MuonConfig
 from shampoo_jax import registry
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nanogpt.config import ScheduleConfig
-from nanogpt.schedules import learning_rate
+from nanogpt.schedules import eta, learning_rate
 from scripts.parity import inputs
 from scripts.parity.measurement import misses
 
