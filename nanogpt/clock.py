@@ -12,6 +12,9 @@ class StepClock:
     rate at which steps leave the device, with no stall added by the measurement. After a pause
     `start` forgets the time since the last lap.
 
+    The benchmark's clock stops for validation, too. It runs on while the first step compiles; here
+    steps are compiled before. Fetching batches counts in both.
+
     Args:
         elapsed: seconds of training that an earlier process has already done.
         now: monotonic clock, in seconds.
