@@ -31,7 +31,8 @@ def read_curves(path: pathlib.Path, column: str = COLUMN) -> list[Curve]:
         One curve a run, called by the file's name and the run's number.
 
     Raises:
-        ValueError: a column is missing, or the file holds a mean and no runs; names the file.
+        ValueError: a column is missing, a row is not of numbers, or the file holds a mean and no
+            runs; names the file.
     """
     rows = _rows(path, column)
     if "run" not in rows[0]:
@@ -53,7 +54,7 @@ def read_reference(path: pathlib.Path, column: str = COLUMN) -> Curve:
         The curve, called by the file's name.
 
     Raises:
-        ValueError: a column is missing; names file and column.
+        ValueError: a column is missing or a row is not of numbers; names the file.
     """
     return mean_curve(_curves(path, _rows(path, column), column), _name(path))
 
@@ -127,7 +128,10 @@ def _rows(path: pathlib.Path, column: str) -> list[dict[str, str]]:
 def _curves(path: pathlib.Path, rows: list[dict[str, str]], column: str) -> list[Curve]:
     runs: dict[str, list[tuple[int, float, float]]] = {}
     for row in rows:
-        point = int(row["step"]), float(row[column]), float(row["train_time_s"] or math.nan)
+        try:
+            point = int(row["step"]), float(row[column]), float(row["train_time_s"] or math.nan)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds a row that is no validation: {row}.") from error
         runs.setdefault(row.get("run", ""), []).append(point)
     return [
         Curve(f"{_name(path)} {run}".strip(), *zip(*points, strict=True))

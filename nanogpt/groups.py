@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanogpt.comparison import Run, read_run
@@ -26,6 +26,9 @@ class Group:
         published: what was published for this setting, as in "3.2787 at 3250 (n=10)".
         timed: whether its times can be compared with the others', as those of one machine can.
         drawn: what pictures show; None: the mean of the runs.
+        reference: whether it is a published result, which pictures draw thinner.
+        config: the configuration of the first run, of a run of ours; see `nanogpt.config.Config`.
+        machine: where it ran.
         family: groups of one family share a colour and differ in dashes; empty: a family alone.
     """
 
@@ -36,6 +39,9 @@ class Group:
     published: str = ""
     timed: bool = True
     drawn: Curve | None = None
+    reference: bool = False
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    machine: str = ""
     family: str = ""
 
     @property
@@ -68,17 +74,17 @@ def read_groups(paths: Sequence[pathlib.Path], column: str = COLUMN) -> list[Gro
     """
     if not paths:
         raise ValueError("no runs: name folders of runs or CSV files of published ones.")
-    published, sets = [], {}
+    published = []
+    sets: dict[str, dict[pathlib.Path, Run]] = {}
     for path in paths:
         if path.is_file():
-            curves = read_curves(path, column)
-            published.append(Group(path.name.removesuffix(".csv"), curves))
+            name = path.name.removesuffix(".csv")
+            published.append(Group(name, read_curves(path, column), reference=True))
             continue
         for folder in run_folders(path):
             run = read_run(folder)
             sets.setdefault(_setting(run), {})[folder.resolve()] = run
-    own = [Group(label, [run.curve for run in runs]) for label, runs in _labelled(sets.values())]
-    return own + published
+    return _own([list(runs.values()) for runs in sets.values()]) + published
 
 
 def run_folders(path: pathlib.Path) -> list[pathlib.Path]:
@@ -100,11 +106,14 @@ def _setting(run: Run) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _labelled(sets: Any) -> list[tuple[str, list[Run]]]:
+def _own(sets: list[list[Run]]) -> list[Group]:
     """Calls sets of the same optimizer by the first run's name too."""
-    lists = [list(runs.values()) for runs in sets]
-    names = [runs[0].label for runs in lists]
-    return [
-        (f"{name} {runs[0].start['config']['name']}" if names.count(name) > 1 else name, runs)
-        for name, runs in zip(names, lists, strict=True)
-    ]
+    names = [runs[0].label for runs in sets]
+    groups = []
+    for name, runs in zip(names, sets, strict=True):
+        config, device = runs[0].start["config"], runs[0].start["device"]
+        label = f"{name} {config['name']}" if names.count(name) > 1 else name
+        machine = f"{device['count']} x {device['kind']}"
+        curves = [run.curve for run in runs]
+        groups.append(Group(label, curves, config=config, machine=machine))
+    return groups

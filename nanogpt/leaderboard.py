@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +16,12 @@ from nanogpt.plotting import COLOURS, GREY, STYLE, limits
 from nanogpt.tables import markdown, shown
 from nanogpt.verdicts import result_at
 
-PICTURE = "leaderboard.png"
 # Of a family's curves one after the other; after as many families as there are colours, too.
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (10, 2)))
 # What the final stretch shows of each curve.
 FINAL_STRETCH = 0.1
+# It ends at this multiple of the median length, lest one slow curve squeeze the others together.
+LONGEST = 1.3
 
 Columns = Mapping[str, Callable[[Group], str]]
 
@@ -75,15 +77,19 @@ def draw_board(
     *,
     target: float | None = None,
     title: str = "",
+    machine: str = "",
+    name: str = "leaderboard",
 ) -> pathlib.Path:
     """Draws the groups by step, by training time and by operations, and the end enlarged.
 
     Args:
         groups: at least one. Those that are not `timed`, or whose `flops_per_step` is None, are
             left out of the panel that needs it; a panel without curves is left out.
-        out_dir: folder of leaderboard.png; created if missing.
+        out_dir: folder of the picture; created if missing.
         target: loss drawn as a horizontal line.
         title: above the picture.
+        machine: named where times are drawn.
+        name: of the picture, name.png.
 
     Returns:
         Path of the picture.
@@ -95,8 +101,8 @@ def draw_board(
         raise ValueError("no groups to draw: a leaderboard needs at least one.")
     curves = [(group, group.curve) for group in groups if last_step(group) >= 0]
     low, high = limits([curve for _, curve in curves], [], _levels(target))
-    panels = [panel for panel in _panels(curves) if any(x is not None for x in panel[1])]
-    path = pathlib.Path(out_dir) / PICTURE
+    panels = [panel for panel in _panels(curves, machine) if any(x is not None for x in panel[1])]
+    path = pathlib.Path(out_dir) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         rows = math.ceil((len(panels) + 1) / 2)
@@ -121,7 +127,7 @@ Placed = Sequence[tuple[Group, Curve]]
 Positions = list[Sequence[float] | None]
 
 
-def _panels(curves: Placed) -> list[tuple[str, Positions]]:
+def _panels(curves: Placed, machine: str) -> list[tuple[str, Positions]]:
     """What each panel's horizontal axis is, and where every curve lies on it, None if nowhere."""
     by_step: Positions = [curve.steps for _, curve in curves]
     by_time: Positions = [
@@ -134,7 +140,7 @@ def _panels(curves: Placed) -> list[tuple[str, Positions]]:
     ]
     return [
         ("optimizer step", by_step),
-        ("training time (seconds)", by_time),
+        (f"training time{machine and f' on {machine}'} (seconds)", by_time),
         ("operations (FLOP)", by_flops),
     ]
 
@@ -144,7 +150,8 @@ def _draw(axes: Axes, curves: Placed, positions: Positions, target: float | None
     for (group, curve), x, (colour, dashes) in zip(curves, positions, styles, strict=True):
         if x is None:
             continue
-        style: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 1.8}
+        style: dict[str, Any] = {"color": colour, "linestyle": dashes}
+        style["linewidth"] = 1.4 if group.reference else 2.2
         axes.plot(x, curve.losses, label=group.label, **style)
         axes.plot(x[-1:], curve.losses[-1:], "o", color=colour, markersize=5)
     for level in _levels(target).values():
@@ -152,7 +159,7 @@ def _draw(axes: Axes, curves: Placed, positions: Positions, target: float | None
 
 
 def _draw_final_stretch(axes: Axes, curves: Placed, target: float | None) -> None:
-    """By step again, from where the first curve begins its last tenth."""
+    """By step again, from where the first curve begins its last tenth to where most have ended."""
     _draw(axes, curves, [curve.steps for _, curve in curves], target)
     late = [
         (step, loss)
@@ -164,8 +171,10 @@ def _draw_final_stretch(axes: Axes, curves: Placed, target: float | None) -> Non
         steps, losses = zip(*late, strict=True)
         levels = [*losses, *_levels(target).values()]
         margin = 0.05 * (max(levels) - min(levels)) or 0.05
-        axes.set(xlim=(min(steps), None), ylim=(min(levels) - margin, max(levels) + margin))
-    axes.set(xlabel="optimizer step, the last tenth of every curve")
+        ends = [curve.steps[-1] for _, curve in curves]
+        right = min(1.02 * max(ends), LONGEST * statistics.median(ends))
+        axes.set(xlim=(min(steps), right), ylim=(min(levels) - margin, max(levels) + margin))
+    axes.set(xlabel="optimizer step, the end enlarged")
 
 
 def _styles(groups: Sequence[Group]) -> list[tuple[str, Any]]:

@@ -62,6 +62,13 @@ def test_curve_without_a_column_is_named(tmp_path, text, read):
         read(tmp_path / "x.csv")
 
 
+@pytest.mark.parametrize("row", ["0,0,none,1,1", "0,0.5,3.0,1,1", "0"])
+def test_row_that_is_no_validation_is_shown(tmp_path, row):
+    (tmp_path / "x.csv").write_text(f"run,step,val_loss,train_time_s,val_ema_loss\n{row}\n")
+    with pytest.raises(ValueError, match=r"x\.csv holds a row that is no validation: .*'run': '0'"):
+        read_curves(tmp_path / "x.csv")
+
+
 @pytest.mark.parametrize(
     ("losses", "target", "expected"),
     [

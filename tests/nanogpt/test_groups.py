@@ -18,7 +18,11 @@ def write_run(folder, optimizer, seed, rate=0.1):
         "seed": seed,
         "output": {"directory": str(folder)},
     }
-    start = {"kind": "start", "config": config | {"matrices": {"learning_rate": rate}}}
+    start = {
+        "kind": "start",
+        "config": config | {"matrices": {"learning_rate": rate}},
+        "device": {"platform": "cpu", "kind": "abacus", "count": 2},
+    }
     validations = [
         {"kind": "val", "step": step, "loss": 5.0 - step / 10 + seed, "train_time_s": 0.5 * step}
         for step in (0, 10)
@@ -42,6 +46,7 @@ def test_runs_that_differ_in_the_seed_alone_make_a_set(runs):
     assert [run.losses for run in groups[0].runs] == [(5.0, 4.0), (6.0, 5.0)]
     assert groups[0].curve == ("AdamW", (0, 10), (5.5, 4.5), (0.0, 5.0))
     assert groups[0].seconds_per_step == 0.5
+    assert groups[0].machine == "2 x abacus" and groups[0].config["optimizer"] == "adamw"
 
 
 def test_other_settings_make_another_set_that_is_told_apart(runs):
@@ -61,6 +66,7 @@ def test_a_csv_file_is_a_set(runs, tmp_path):
     assert [group.label for group in groups] == ["AdamW", "Muon", "t3_x"]
     assert [run.losses for run in groups[-1].runs] == [(4.0,), (6.0,)]
     assert groups[-1].seconds_per_step is None
+    assert [group.reference for group in groups] == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -78,13 +78,35 @@ def test_panels_show_what_is_known(tmp_path, drawn):
         "optimizer step": [("AdamW", 20), ("Muon", 20)],
         "training time (seconds)": [("AdamW", 10.0)],
         "operations (FLOP)": [("Muon", 4e13)],
-        "optimizer step, the last tenth of every curve": [("AdamW", 20), ("Muon", 20)],
+        "optimizer step, the end enlarged": [("AdamW", 20), ("Muon", 20)],
     }
 
 
 def test_panels_without_curves_are_left_out(tmp_path, drawn):
     draw_board([ADAMW], tmp_path)
     assert len(drawn) == 3
+
+
+def test_one_slow_curve_does_not_squeeze_the_final_stretch(tmp_path, drawn):
+    curves = [
+        Curve(str(end), range(0, end + 1), [3.0] * (end + 1), [0.0] * (end + 1))
+        for end in (100, 100, 900)
+    ]
+    draw_board([Group(curve.label, [curve], timed=False) for curve in curves], tmp_path)
+    left, right = drawn[-1][0].get_xlim()
+    assert (left, right) == pytest.approx((90, 130))
+
+
+def test_references_are_drawn_thinner(tmp_path, monkeypatch):
+    widths, plot = {}, Axes.plot
+
+    def record(axes, *place, **style):
+        widths.setdefault(style.get("label"), style.get("linewidth"))
+        return plot(axes, *place, **style)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    draw_board([ADAMW, group("published", (6.0, 5.0, 4.0), reference=True)], tmp_path)
+    assert widths["published"] < widths["AdamW"]
 
 
 def test_families_share_a_colour_and_differ_in_dashes(tmp_path, drawn):
