@@ -12,14 +12,7 @@ from typing import Literal
 
 import tyro
 
-from nanogpt.settings import (  # noqa: F401
-    AdamWConfig,
-    Dtype,
-    MatrixConfig,
-    MuonConfig,
-    ShampooConfig,
-    check,
-)
+from nanogpt.settings import Dtype, MatrixConfig, check
 
 Init = Literal["benchmark", "record2", "record27", "record33"]
 

@@ -5,6 +5,7 @@ release of Optax may move: psgd-jax 0.2.9 and distributed-kron 2.0.0 no longer r
 optax 0.2.8, psgdax 0.1.1 does. Left out here: vectors, diagonal factors, schedules of the fit.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -76,16 +77,34 @@ def scale_by_psgd(
         corrected = optax.tree.bias_correction(mu, b1, count)
         key = jax.random.fold_in(jax.random.key(seed), count)
         leaves, structure = jax.tree.flatten(corrected)
-        factors = zip(jax.tree.leaves(state.left), jax.tree.leaves(state.right), strict=True)
-        new = [
-            _fit(m, *_start(m, *old), jax.random.fold_in(key, i), rate)
-            for i, (m, old) in enumerate(zip(leaves, factors, strict=True))
-        ]
-        done = [_apply(m, *pair) for m, pair in zip(leaves, new, strict=True)]
-        left, right = (structure.unflatten([pair[side] for pair in new]) for side in range(2))
-        return structure.unflatten(done), PsgdState(count, mu, left, right)
+        keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+        each = zip(
+            leaves, jax.tree.leaves(state.left), jax.tree.leaves(state.right), keys, strict=True
+        )
+        done, left, right = (structure.unflatten(part) for part in _by_shape(list(each), rate))
+        return done, PsgdState(count, mu, left, right)
 
     return optax.GradientTransformation(init, update)
+
+
+def _by_shape(each: list[tuple[Array, ...]], rate: float) -> list[list[Array]]:
+    """Updates, left and right factors; matrices of one shape together, so as to compile once."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (m, *_) in enumerate(each):
+        groups.setdefault(m.shape, []).append(i)
+    out: list[tuple[Array, ...]] = [()] * len(each)
+    for members in groups.values():
+        stacked = [jnp.stack(parts) for parts in zip(*(each[i] for i in members), strict=True)]
+        new = jax.vmap(functools.partial(_one, rate=rate))(*stacked)
+        for place, i in enumerate(members):
+            out[i] = tuple(x[place] for x in new)
+    return [list(part) for part in zip(*out, strict=True)]
+
+
+def _one(m: Array, left: Array, right: Array, key: Array, rate: float) -> tuple[Array, ...]:
+    """Update and both factors of one matrix."""
+    left, right = _fit(m, *_start(m, left, right), key, rate)
+    return _apply(m, left, right), left, right
 
 
 def _start(m: Array, left: Array, right: Array) -> tuple[Array, Array]:

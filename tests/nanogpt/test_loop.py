@@ -16,17 +16,16 @@ from jax.experimental.compilation_cache import compilation_cache
 from data_pipeline import ShardError, write_shard
 from nanogpt import loop, report
 from nanogpt.config import (
-    AdamWConfig,
     AuxiliaryConfig,
     Config,
     DataConfig,
     ModelConfig,
     OutputConfig,
     ScheduleConfig,
-    ShampooConfig,
 )
 from nanogpt.interrupt import Interrupted
 from nanogpt.loop import fit, validation_due
+from nanogpt.settings import AdamWConfig, ShampooConfig
 
 VOCAB, STEPS = 32, 10
 

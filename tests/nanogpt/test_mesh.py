@@ -12,19 +12,18 @@ import pytest
 
 from data_pipeline import write_shard
 from nanogpt.config import (
-    AdamWConfig,
     AuxiliaryConfig,
     Config,
     DataConfig,
     ModelConfig,
     OutputConfig,
     ScheduleConfig,
-    ShampooConfig,
 )
 from nanogpt.loop import fit
 from nanogpt.mesh import make_layout
 from nanogpt.metrics import read_records
 from nanogpt.optimizers import build_optimizer
+from nanogpt.settings import AdamWConfig, ShampooConfig
 from nanogpt.train_step import abstract_params, init_state, make_train_step
 
 

@@ -5,13 +5,13 @@ import pytest
 
 from data_pipeline import write_shard
 from nanogpt.config import (
-    AdamWConfig,
     AuxiliaryConfig,
     Config,
     DataConfig,
     ModelConfig,
     ScheduleConfig,
 )
+from nanogpt.settings import AdamWConfig
 from scripts.record_gradients import Wanted, parse, read_gradients, record, write
 from tests.oracles.gradients import recorded_gradients
 
