@@ -89,6 +89,19 @@ def constant_rate(optimizer, **changes):
     return dataclasses.replace(base, matrices=matrices, schedule=ScheduleConfig(5, cooldown=0.0))
 
 
+@pytest.mark.trap("A18")
+def test_a18_eps_is_added_to_the_root_of_the_corrected_moment():
+    """On gradients as small as eps, which those that were recorded are not."""
+    gradients = np.random.default_rng(2).normal(size=(3, 4, 6)).astype(np.float32) * 1e-8
+    config = constant_rate("adamw", weight_decay=0.0, b1=0.9, b2=0.8, eps=1e-8)
+    first, second, expected = 0.0, 0.0, []
+    for t, g in enumerate(gradients.astype(np.float64), start=1):
+        first, second = 0.9 * first + 0.1 * g, 0.8 * second + 0.2 * g * g
+        root = np.sqrt(second / (1 - 0.8**t))
+        expected.append(-first / (1 - 0.9**t) / (root + 1e-8))
+    np.testing.assert_allclose(updates_of(config, gradients), expected, atol=2e-6)
+
+
 @pytest.mark.trap("S3", "S4", "S6")
 def test_s4_until_its_first_refresh_shampoo_is_the_adam_that_sizes_it():
     """Roots every 3 steps are first made at step 3; always the size is Adam's, bias-corrected.
