@@ -141,6 +141,35 @@ def test_own_optimizers_have_every_preset_and_may_be_changed(monkeypatch):
     np.testing.assert_allclose(jax.tree.leaves(updates)[0], -0.25 * 4.0**0.5)
 
 
+def test_a_group_asks_for_the_loss_at_its_own_parameters(monkeypatch):
+    """Its gradient there is the group's; the other parameters stay as they are."""
+    monkeypatch.setattr(optimizers, "REGISTRY", dict(REGISTRY))
+
+    def direction(settings, placement):
+        def update(updates, state, params, obj_fn, **_):
+            return jax.grad(obj_fn)(params), state
+
+        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+    register("asks", direction, MatrixConfig(1.0, 0.0))
+    config = dataclasses.replace(
+        preset("board", "adamw"),
+        optimizer="asks",
+        matrices=MatrixConfig(1.0, 0.0),
+        schedule=ScheduleConfig(10),
+    )
+    w, head = jnp.array([[2.0, 3.0]]), jnp.array([[5.0]])
+    params = {"blocks": {"0": {"mlp": {"fc": {"kernel": w}}}}, "head": {"kernel": head}}
+
+    def loss(p):
+        return jnp.sum(p["blocks"]["0"]["mlp"]["fc"]["kernel"] ** 2) * jnp.sum(p["head"]["kernel"])
+
+    tx = build_optimizer(config, params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params, obj_fn=loss)
+    np.testing.assert_allclose(updates["blocks"]["0"]["mlp"]["fc"]["kernel"], -2 * w * 5.0)
+
+
 def test_a_name_of_the_board_is_taken():
     with pytest.raises(ValueError, match="name='muon' is taken"):
         register("muon", lambda settings, _: optax.identity(), MatrixConfig(0.1, 0.0))
