@@ -1,8 +1,10 @@
-"""What the compiled update exchanges and holds on a mesh: python -m scripts.sharding_table.
+"""What a mesh costs and changes: python -m scripts.sharding_table [--equality | --compile].
 
-Compiles `shampoo`'s whole update, momentum and AdamW included, for eight devices made of one CPU,
-once per layout of the parameters, and reads kind, number and bytes of the exchanges out of the
-optimized program. Nothing is executed. Writes docs/sharding.json and docs/sharding.md.
+Without an option it compiles `shampoo`'s whole update, momentum and AdamW included, for eight
+devices made of one CPU, once per layout of the parameters, and reads kind, number and bytes of the
+exchanges out of the optimized program; nothing is executed. `--equality` runs every solver on every
+layout in float64 against one device, `--compile` times compilation at 124M and 1.3B parameters.
+Each writes its part of docs/sharding.json and all of docs/sharding.md.
 """
 
 import argparse
@@ -10,13 +12,19 @@ import json
 import math
 import os
 import pathlib
+import platform
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    flags = (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    # Fewer threads than devices can starve XLA's pool; LAPACK's own would slow it a hundred times.
+    defaults = {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "NPROC": "32"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
 import jax
 import jax.numpy as jnp
@@ -26,37 +34,18 @@ from jax.sharding import PartitionSpec as P
 
 import shampoo_jax
 from scripts.compile_size import gpt2_matrices
+from scripts.sharding_equality import CUT, LAYOUTS, Layout, compare, equality, gapped
+from scripts.sharding_page import page_of
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 KINDS = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
 BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "f64": 8, "s64": 8}
 
 
-def rows(axis: str) -> Callable[..., P]:
-    """Everything but scalars split along its first dimension."""
-    return lambda path, leaf: P(axis) if leaf.ndim else P()
-
-
-def two_dimensional(path: Any, leaf: Any) -> P:
-    """Matrices split along both dimensions."""
-    return P("fsdp", "tensor") if leaf.ndim == 2 else rows("fsdp")(path, leaf)
-
-
-# Layout -> mesh shape by axis, owners, layout of the parameters.
-Layout = tuple[dict[str, int], str | tuple[str, ...], Callable[..., P]]
-LAYOUTS: dict[str, Layout] = {
-    "replicated": ({"data": 8}, "data", lambda path, leaf: P()),
-    "rows": ({"fsdp": 8}, "fsdp", rows("fsdp")),
-    "rows and columns": ({"fsdp": 4, "tensor": 2}, ("fsdp", "tensor"), two_dimensional),
-    "replicas of rows": ({"replica": 2, "fsdp": 4}, ("replica", "fsdp"), rows("fsdp")),
-    "a group of owners": ({"replica": 2, "data": 4}, "data", lambda path, leaf: P()),
-}
-
-
-def gpt2_shapes(layers: int, width: int) -> dict[str, Any]:
-    """Hidden matrices of a GPT-2, an embedding, and a norm per layer."""
+def gpt2_shapes(layers: int, width: int, rows: int | None = None) -> dict[str, Any]:
+    """Hidden matrices of a GPT-2, an embedding of so many rows (8 widths), a norm per layer."""
     norms = {f"norm{i}": jax.ShapeDtypeStruct((width,), jnp.float32) for i in range(layers)}
-    embedding = {"embed": jax.ShapeDtypeStruct((8 * width, width), jnp.float32)}
+    embedding = {"embed": jax.ShapeDtypeStruct((rows or 8 * width, width), jnp.float32)}
     return gpt2_matrices(layers, width) | embedding | norms
 
 
@@ -83,10 +72,10 @@ def make_mesh(axes: Mapping[str, int]) -> jax.sharding.Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
 
 
-def compile_update(
+def lower_update(
     tx: optax.GradientTransformationExtraArgs, placement: shampoo_jax.Placement, params: Any
-) -> tuple[jax.stages.Compiled, Any]:
-    """Compiles the update of a transformation that has this placement.
+) -> tuple[jax.stages.Lowered, Any]:
+    """Lowers the update of a transformation that has this placement, from shapes alone.
 
     Args:
       tx: The transformation.
@@ -94,7 +83,7 @@ def compile_update(
       params: Shape structs.
 
     Returns:
-      The program, and the state as shape structs with shardings.
+      The lowered program, and the state as shape structs with shardings.
     """
     mesh, spec = cast(jax.sharding.Mesh, placement.mesh), placement.parameter_spec
     placed = jax.tree_util.tree_map_with_path(
@@ -102,7 +91,21 @@ def compile_update(
     )
     shardings = shampoo_jax.state_shardings(tx, placed, mesh)
     state = jax.tree.map(_struct, jax.eval_shape(tx.init, params), shardings)
-    return jax.jit(tx.update).lower(placed, state, placed).compile(), state
+    return jax.jit(tx.update).lower(placed, state, placed), state
+
+
+def compile_update(
+    tx: optax.GradientTransformationExtraArgs, placement: shampoo_jax.Placement, params: Any
+) -> tuple[jax.stages.Compiled, Any]:
+    """`lower_update`, compiled."""
+    lowered, state = lower_update(tx, placement, params)
+    return lowered.compile(), state
+
+
+def placement_on(layout: Layout) -> shampoo_jax.Placement:
+    """The placement that one of `LAYOUTS` describes."""
+    axes, owners, spec = layout
+    return shampoo_jax.Placement(make_mesh(axes), owners, spec)
 
 
 def measure(layout: Layout, params: Any, **options: Any) -> dict[str, Any]:
@@ -117,19 +120,18 @@ def measure(layout: Layout, params: Any, **options: Any) -> dict[str, Any]:
       A record of JSON types.
     """
     axes, owners, spec = layout
-    placement = shampoo_jax.Placement(make_mesh(axes), owners, spec)
+    placement = placement_on(layout)
     tx = shampoo_jax.shampoo(0.1, placement=placement, **options)
     compiled, state = compile_update(tx, placement, params)
-    memory: Any = compiled.memory_analysis()
     leaves = jax.tree.leaves(state)
     report = shampoo_jax.explain(params, mesh=axes, owners=owners, parameter_spec=spec, **options)
     assert report.on_mesh is not None
     return {
         "exchanges": exchanges(compiled.as_text() or ""),
         "planned": report.on_mesh.exchanges,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "parameter_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)),
-        "state_bytes": sum(x.size * x.dtype.itemsize for x in leaves),
+        "temporary_bytes": _temporary(compiled),
+        "parameter_bytes": _bytes(params),
+        "state_bytes": _bytes(state),
         "state_bytes_per_device": sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves
         ),
@@ -137,26 +139,59 @@ def measure(layout: Layout, params: Any, **options: Any) -> dict[str, Any]:
     }
 
 
+def working_memory(layout: Layout, matrices: Any) -> dict[str, int]:
+    """Temporary bytes of the way of matrices to owners and back, and of a whole direction.
+
+    Args:
+      layout: One of `LAYOUTS`.
+      matrices: Shape structs.
+    """
+    placement = placement_on(layout)
+    parts = {
+        "moves": shampoo_jax.blocked(optax.identity(), placement=placement),
+        "direction": shampoo_jax.scale_by_shampoo(placement=placement),
+    }
+    return {k: _temporary(compile_update(tx, placement, matrices)[0]) for k, tx in parts.items()}
+
+
+def compile_seconds(layout: Layout, params: Any, **options: Any) -> dict[str, Any]:
+    """Times tracing and compiling one update of `shampoo`; nothing is allocated.
+
+    Args:
+      layout: One of `LAYOUTS`.
+      params: Shape structs.
+      **options: Of `shampoo`.
+
+    Returns:
+      A record of JSON types; `cpu_s` is the process's time, on all its threads.
+    """
+    begin = time.perf_counter()
+    placement = placement_on(layout)
+    tx = shampoo_jax.shampoo(0.1, placement=placement, **options)
+    lowered, _ = lower_update(tx, placement, params)
+    traced, cpu = time.perf_counter(), time.process_time()
+    compiled = lowered.compile()
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "trace_s": round(traced - begin, 1),
+        "compile_s": round(time.perf_counter() - traced, 1),
+        "cpu_s": round(time.process_time() - cpu, 1),
+        "program_kb": len(compiled.as_text() or "") // 1000,
+        "temporary_bytes": _temporary(compiled),
+        "exchanges": exchanges(compiled.as_text() or ""),
+    }
+
+
+def _temporary(compiled: Any) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def _struct(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def table(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown, one line a layout."""
-    lines = [
-        "| layout | exchanges: count, bytes of results per device | planned bytes "
-        "| temporary memory | state per device | of all |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, r in records.items():
-        found = ", ".join(f"{n} {kind} {b:,}" for kind, (n, b) in r["exchanges"].items())
-        planned = ", ".join(f"{kind} {b:,}" for kind, (_, b) in r["planned"].items())
-        share = r["state_bytes_per_device"] / r["state_bytes"]
-        lines.append(
-            f"| {name} | {found} | {planned} | {r['temporary_bytes']:,} | "
-            f"{r['state_bytes_per_device']:,} | {share:.4f} |"
-        )
-    return "\n".join(lines)
 
 
 def decomposed_on_gpu(devices: int, params: Any) -> list[str]:
@@ -179,30 +214,46 @@ def decomposed_on_gpu(devices: int, params: Any) -> list[str]:
     return sorted(set(calls))
 
 
-PAGE = """# What a mesh costs
+def _table(layers: int, width: int) -> Iterator[dict[str, Any]]:
+    params, matrices = gpt2_shapes(layers, width), gpt2_matrices(layers, width)
+    variants: dict[str, dict[str, Any]] = {
+        "Without momentum": {"weight_decay": 0.1},
+        "With momentum": {"weight_decay": 0.1, "momentum": 0.9},
+    }
+    chosen = list(LAYOUTS)[:6]  # the others need stacked parameters
+    records = {
+        title: {name: measure(LAYOUTS[name], params, **options) for name in chosen}
+        for title, options in variants.items()
+    }
+    yield {
+        "layers": layers,
+        "width": width,
+        "layouts": records,
+        "matrix_bytes": _bytes(matrices),
+        "working_memory": {name: working_memory(LAYOUTS[name], matrices) for name in chosen},
+        "eigh_operands_on_8_gpus": decomposed_on_gpu(8, matrices),
+    }
 
-Written by `python -m scripts.sharding_table`: `shampoo`'s whole update (blocks, decay, AdamW on the
-rest, with and without momentum) compiled for eight devices made of one CPU, not executed.
-Parameters: {layers} layers of a GPT-2 of width {width}, an embedding of {rows} x {width} and a
-norm a layer, float32, {parameters:,} bytes.
 
-* **Exchanges** are counted in the optimized program. Bytes are those of their results on one
-  device; of n devices, each sends and receives (n - 1)/n of that. The all-reduce is the test for
-  finite gradients.
-* **Planned** is what `explain(..., mesh=...)` predicts from shapes alone. It is exact for
-  all-gathers; of all-to-alls the compiler makes fewer and somewhat larger ones, up to 13 % here,
-  and for two-dimensional layouts it adds permutations.
-* **State per device** has equalled the prediction of `explain` to the byte in every line.
-* Momentum is a tree of parameters: on a layout with replicas its update is gathered once more.
+def _equality() -> Iterator[dict[str, Any]]:
+    errors: dict[str, dict[str, float]] = {}
+    for name, worst in equality():
+        errors[name] = worst
+        yield {"equality": errors}
+    narrow: dict[str, dict[str, float]] = {}
+    for name, worst in compare(("replicated", "rows", "rows and columns"), CUT, gapped):
+        narrow[name] = worst
+        yield {"equality_float32": narrow}
 
-{tables}
 
-## The decomposition is the owner's alone
-
-The same update lowered for GPUs, on {devices} owners: the batched `eigh` gets {operands}:
-one eighth of 8 factors for each side of fc and proj, and of 16 for q, k, v and o. On CPU a loop
-takes these one at a time.
-"""
+def _compile() -> Iterator[dict[str, Any]]:
+    models = {"124M": gpt2_shapes(12, 768, 50304), "1.3B": gpt2_shapes(24, 2048, 50304)}
+    found: dict[str, Any] = {}
+    for model, params in models.items():
+        for layout in ("replicated", "rows"):
+            record = compile_seconds(LAYOUTS[layout], params, weight_decay=0.1)
+            found[f"{model}, {layout}"] = record
+            yield {"compile": found}
 
 
 def main() -> None:
@@ -210,31 +261,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--equality", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS)
     args = parser.parse_args()
-    params = gpt2_shapes(args.layers, args.width)
-    variants: dict[str, dict[str, Any]] = {
-        "Without momentum": {"weight_decay": 0.1},
-        "With momentum": {"weight_decay": 0.1, "momentum": 0.9},
-    }
-    records = {
-        title: {name: measure(layout, params, **options) for name, layout in LAYOUTS.items()}
-        for title, options in variants.items()
-    }
-    operands = decomposed_on_gpu(8, gpt2_matrices(args.layers, args.width))
-    results = {"jax": jax.__version__, "layouts": records, "eigh_operands_on_8_gpus": operands}
-    page = PAGE.format(
-        layers=args.layers,
-        width=args.width,
-        rows=8 * args.width,
-        parameters=sum(x.size * 4 for x in jax.tree.leaves(params)),
-        tables="\n\n".join(f"## {title}\n\n{table(r)}" for title, r in records.items()),
-        devices=8,
-        operands=", ".join(operands),
-    )
-    (args.out / "sharding.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "sharding.md").write_text(page)
-    print(page)
+    path = args.out / "sharding.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    table = _table(args.layers, args.width)
+    parts = _equality() if args.equality else _compile() if args.compile else table
+    for part in parts:  # a long run that is cut keeps what it has
+        results |= part | {"jax": jax.__version__, "python": platform.python_version()}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        (args.out / "sharding.md").write_text(page_of(results))
+    print(page_of(results))
 
 
 if __name__ == "__main__":

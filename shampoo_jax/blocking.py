@@ -47,7 +47,8 @@ def split(
     pieces: dict[str, list[Array]] = {}
     for x, leaf in zip(leaves, plan, strict=True):
         x = x if layout is None else layout.enter(x, leaf)
-        x = x.transpose(leaf.permutation).reshape(leaf.batch, *leaf.merged)
+        x = x.transpose(leaf.permutation)
+        x = x.reshape(leaf.batch, *leaf.merged) if layout is None else layout.merge(x, leaf)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         for cell, piece in zip(leaf.cells, _cut(x, leaf, layout), strict=True):
             piece = piece.swapaxes(1, 2) if cell.transposed else piece
@@ -94,7 +95,8 @@ def join(
         x = _assemble(pieces, leaf, layout) if pieces else jnp.zeros(leaf.shape, dtype)
         permuted = [leaf.shape[a] for a in leaf.permutation]
         inverse = sorted(range(len(permuted)), key=leaf.permutation.__getitem__)
-        x = x.reshape(permuted).transpose(inverse)
+        x = x.reshape(permuted) if layout is None else layout.unmerge(x, leaf)
+        x = x.transpose(inverse)
         leaves.append(x if layout is None else layout.enter(x, leaf))
     return leaves
 

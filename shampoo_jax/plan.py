@@ -171,3 +171,25 @@ def count_blocks(plan: Sequence[LeafPlan]) -> dict[str, int]:
         for cell in leaf.cells:
             counts[cell.key] = counts.get(cell.key, 0) + leaf.batch
     return counts
+
+
+def leading_axes(leaf: LeafPlan) -> list[int | None]:
+    """The most significant axis of a leaf in each of its merged dimensions, None where all are 1.
+
+    >>> [leaf] = make_plan(np.ones((4, 3, 7)), block_size=None, merge=2, canonical=False)
+    >>> leaf.merged, leading_axes(leaf)
+    ((4, 21), [0, 1])
+    """
+    axes = list(leaf.permutation)
+    covered = 1
+    while axes and covered < leaf.batch:
+        covered *= leaf.shape[axes.pop(0)]
+    leading: list[int | None] = []
+    for d in leaf.merged:
+        size, first = 1, None
+        while axes and (size < d or (leaf.shape[axes[0]] == 1 and not leading)):
+            axis = axes.pop(0)
+            size *= leaf.shape[axis]
+            first = axis if first is None and leaf.shape[axis] > 1 else first
+        leading.append(first)
+    return leading

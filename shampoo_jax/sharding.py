@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from shampoo_jax.blocks import is_placeholder
 from shampoo_jax.exponents import Exponents, default_exponents
 from shampoo_jax.paths import KeyPath, parameter_of, stack_of
-from shampoo_jax.plan import LeafPlan, count_blocks
+from shampoo_jax.plan import LeafPlan, count_blocks, leading_axes
 from shampoo_jax.precision import check_dtype
 from shampoo_jax.slots import Slots, balanced, in_turn
 
@@ -108,6 +108,13 @@ class Placement:
         if self.gradient_spec is None:
             return self
         return dataclasses.replace(self, parameter_spec=self.gradient_spec, gradient_spec=None)
+
+    def reshape(self, x: Array, shape: Sequence[int], spec: Spec) -> Array:
+        """A reshape whose result has this layout on Explicit meshes, where none may be implied."""
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return x.reshape(shape)
+        sharding = NamedSharding(self.mesh, PartitionSpec(*(e or None for e in spec)))
+        return jax.lax.reshape(x, shape, out_sharding=sharding)
 
     def spec_of(self, path: KeyPath, leaf: Any) -> Spec:
         """The layout of a parameter, one entry a dimension."""
@@ -245,9 +252,10 @@ class StackLayout:
 
     def merged(self, leaf: LeafPlan) -> Spec:
         """Layout of `(batch, *merged)` as the leaf's own implies it, lost axes on the batch."""
-        groups = _group_specs(leaf, self.own[leaf.name])
+        own = self.own[leaf.name]
+        groups: list[Axes] = [() if a is None else own[a] for a in leading_axes(leaf)]
         held = {a for e in groups for a in e}
-        return (tuple(a for e in self.own[leaf.name] for a in e if a not in held), *groups)
+        return (tuple(a for e in own for a in e if a not in held), *groups)
 
     def _divides(self, axes: Axes, sizes: set[int]) -> bool:
         return not any(d % self.placement.size(axes) for d in sizes)
@@ -278,6 +286,16 @@ class StackLayout:
     def enter(self, x: Array, leaf: LeafPlan) -> Array:
         """A leaf in its own layout."""
         return self.placement.put(x, self.own[leaf.name])
+
+    def merge(self, x: Array, leaf: LeafPlan) -> Array:
+        """A permuted leaf as `(batch, *merged)`."""
+        return self.placement.reshape(x, (leaf.batch, *leaf.merged), self.merged(leaf))
+
+    def unmerge(self, x: Array, leaf: LeafPlan) -> Array:
+        """The way back."""
+        shape = [leaf.shape[a] for a in leaf.permutation]
+        spec = tuple(self.own[leaf.name][a] for a in leaf.permutation)
+        return self.placement.reshape(x, shape, spec)
 
     def cut(self, x: Array, leaf: LeafPlan, axis: int) -> Array:
         """A merged leaf or a strip of it, `(batch, *merged)`, whole along the axis cut next."""
@@ -385,25 +403,6 @@ class StackLayout:
             # Scalars of the state are equal everywhere by construction, which no type shows.
             check_vma=False,
         )(stacks, indices, real, weights, state)
-
-
-def _group_specs(leaf: LeafPlan, own: Spec) -> list[Axes]:
-    """Layout of each merged dimension: that of its most significant axis."""
-    sizes = [leaf.shape[a] for a in leaf.permutation]
-    axes = [own[a] for a in leaf.permutation]
-    covered = 1
-    while sizes and covered < leaf.batch:
-        covered *= sizes.pop(0)
-        axes.pop(0)
-    groups: list[Axes] = []
-    for d in leaf.merged:
-        size, first = 1, None
-        while sizes and (size < d or (sizes[0] == 1 and not groups)):
-            n, entry = sizes.pop(0), axes.pop(0)
-            size *= n
-            first = entry if first is None and n > 1 else first
-        groups.append(first or ())
-    return groups
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:

@@ -27,18 +27,38 @@ def test_a_device_decomposes_its_own_blocks():
     assert st.decomposed_on_gpu(8, params) == ["1x16x16", "1x64x64", "2x16x16"]
 
 
-def test_a_page_is_written(tmp_path, monkeypatch, capsys):
+def test_compile_time_is_told():
+    found = st.compile_seconds(st.LAYOUTS["replicated"], st.gpt2_shapes(1, 16, 32))
+    assert found["parameters"] == 12 * 16 * 16 + 32 * 16 + 16
+    assert found["compile_s"] > 0 and set(found["exchanges"]) == {"all-gather", "all-reduce"}
+
+
+def test_parts_of_the_page_are_written_one_after_the_other(tmp_path, monkeypatch, capsys):
     record = dict(
         exchanges={"all-gather": (2, 4096)},
         planned={"all-gather": (2, 4096)},
         temporary_bytes=10,
+        parameter_bytes=20,
         state_bytes=800,
         state_bytes_per_device=100,
     )
+    timed = dict(record, trace_s=1.0, compile_s=2.0, cpu_s=3.0, program_kb=4)
     monkeypatch.setattr(st, "measure", lambda *args, **options: record)
+    monkeypatch.setattr(st, "working_memory", lambda *args: {"moves": 1024, "direction": 2048})
     monkeypatch.setattr(st, "decomposed_on_gpu", lambda *args: ["2x8x8"])
-    monkeypatch.setattr(sys, "argv", ["sharding_table", "--out", str(tmp_path)])
-    st.main()
-    line = "| rows | 2 all-gather 4,096 | all-gather 4,096 | 10 | 100 | 0.1250 |"
-    assert line in (tmp_path / "sharding.md").read_text()
-    assert json.loads((tmp_path / "sharding.json").read_text())["eigh_operands_on_8_gpus"]
+    monkeypatch.setattr(st, "compile_seconds", lambda *args, **options: timed)
+    monkeypatch.setattr(st, "equality", lambda: iter([("rows", {"eigh": 2e-15})]))
+    monkeypatch.setattr(st, "compare", lambda *args: iter([("rows", {"eigh": 3e-7})]))
+    for option in ([], ["--equality"], ["--compile"]):
+        monkeypatch.setattr(sys, "argv", ["sharding_table", "--out", str(tmp_path), *option])
+        st.main()
+    page = (tmp_path / "sharding.md").read_text()
+    for line in (
+        "| rows | 2 all-gather 4,096 | 2 all-gather 4,096 | 10 | 100 | 0.1250 |",
+        "| rows | 2e-15 |",
+        "| rows | 3e-07 |",
+        "| 1.3B, rows | 1.0 | 2.0 | 3.0 | 4 | 0 | 2 all-gather 4,096 |",
+    ):
+        assert line in page
+    results = json.loads((tmp_path / "sharding.json").read_text())
+    assert results["eigh_operands_on_8_gpus"] and results["equality"] and results["compile"]
