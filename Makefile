@@ -14,10 +14,10 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun test lint format types golden clean
+.PHONY: help venv speedrun leaderboard test lint format types golden clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## Create .venv with everything installed (EXTRAS=cuda12 adds JAX for NVIDIA GPUs)
 
@@ -36,6 +36,9 @@ $(STAMP):
 
 speedrun: venv  ## Train a small GPT with AdamW, Muon and Shampoo, draw the comparison (ARGS=--resume goes on)
 	@$(BIN)/python -m scripts.speedrun $(ARGS)
+
+leaderboard: venv  ## Tune and train every optimizer at one small size, write the board (ARGS=--quick: minutes)
+	@$(BIN)/python -m scripts.leaderboard $(ARGS)
 
 test: venv  ## Run the test suite (PYTEST_ARGS="-k blocks" chooses tests)
 	@$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
