@@ -25,6 +25,7 @@ from nanogpt.groups import Group
 from nanogpt.leaderboard import board_table, draw_board
 from nanogpt.presets import preset
 from nanogpt.tables import markdown
+from nanogpt.verdicts import result_at
 from scripts import speedrun
 from scripts.sweep import at_least_one, exit_on_signal
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 RATE = "matrices.learning_rate"
 TUNING_SEED = 100
+UNCOUNTED = ("kl_shampoo", "kl_soap", "psgd", "sophia")  # `nanogpt.flops` has no formula
 
 
 class Plan(NamedTuple):
@@ -195,16 +197,20 @@ def make_group(name: str, timed: "Record", finals: "Sequence[Record]") -> Group:
         timed: record of `time_trial`; the fastest of its quarters counts, after the first step.
         finals: records of the final runs of all entries.
     """
+    from nanogpt.flops import step_flops
     from nanogpt.trials import as_run
 
+    optimizer = BOARD[name].optimizer
     time = min(timed["step_times_s"][1:])
     runs = [as_run(record, name) for record in finals if record["settings"]["entry"] == name]
+    config = runs[0].start["config"]
     return Group(
         name,
         [run.curve._replace(seconds=[step * time for step in run.steps]) for run in runs],
         step_time_s=time,
-        config=runs[0].start["config"],
-        family=BOARD[name].optimizer.split("_")[0],
+        flops_per_step=None if optimizer in UNCOUNTED else step_flops(config),
+        config=config,
+        family="other" if optimizer in ("psgd", "sophia") else optimizer.split("_")[0],
     )
 
 
@@ -239,6 +245,7 @@ def write_board(
         "# The scaled-down board",
         setup(groups[0].config, start),
         board_table(groups, target=target, extra=rate),
+        *noise(groups),
         "![validation loss](board.png)",
         READING,
         "## Rates of the matrices",
@@ -248,6 +255,21 @@ def write_board(
     page = "\n\n".join(parts) + "\n"
     (folder / "board.md").write_text(page, encoding="utf-8")
     return page
+
+
+def noise(groups: Sequence[Group]) -> list[str]:
+    """Returns a sentence on what seeds alone do to the means; none where there is one seed."""
+    results = [result_at(group.runs, group.runs[0].steps[-1]) for group in groups]
+    variances = [r.std**2 for r in results if math.isfinite(r.std)]
+    if not variances:
+        return []
+    std = math.sqrt(math.fsum(variances) / len(variances))
+    error = std * math.sqrt(2 / results[0].n)
+    sentence = (
+        f"Pooled over the entries the std is {std:.4f}, so a difference of two means has a "
+        f"standard error of {error:.4f}: neighbours within twice that are not told apart."
+    )
+    return [textwrap.fill(sentence, width=100)]
 
 
 def setup(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
@@ -271,12 +293,13 @@ def setup(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
 
 READING = """\
 n runs, each with a seed of its own for weights and order of the data; std is between them. Only the
-rate of the matrices was tuned, not decay, momentum or the rates of embedding, head and vectors,
-which all entries share. All losses, also those that chose the rates, are on the same validation
-text. Step time: the fastest of three means over 20 steps (--quick: 15), in a run of its own on all
-cores. Sophia takes a second pass through the batch every tenth step, and its step time includes it.
-At this size decompositions weigh far more in a step than at the benchmark's, and 300 steps say
-little about 3,000."""
+rate of the matrices was tuned; not decay, momentum or the schedule, nor the rates of embedding,
+head and vectors, which all entries share and which were once chosen with Muon (docs/demo.md). All
+losses, also those that chose the rates, are on the same validation text. Step time: the fastest of
+four means over 20 steps (--quick: 15), in a run of its own on all cores. Sophia takes a second pass
+through the batch every tenth step. Operations are counted by formula (`nanogpt/flops.py`); KL
+methods, PSGD and Sophia have none. At this size decompositions weigh far more in a step than at the
+benchmark's, and 300 steps say little about 3,000."""
 RULE = """\
 Same rule for every entry, one seed, none of the final ones: the preset's rate times 1/2, 1 and 2;
 as long as the best is the lowest or the highest tried, the next one beyond it, up to 6 runs. In

@@ -9,6 +9,7 @@ import pytest
 
 from data_pipeline import write_shard
 from nanogpt.board import BOARD
+from nanogpt.flops import step_flops
 from nanogpt.groups import Group
 from nanogpt.metrics import read_records
 from nanogpt.presets import preset
@@ -76,7 +77,7 @@ def made_up(name: str, seed: int, losses: list[float]) -> dict:
     config = {
         "seed": seed, "optimizer": name, "model": dataclasses.asdict(preset("board", name).model),
         "data": dataclasses.asdict(preset("board", name).data), "schedule": {"steps": 100},
-        "matrices": {"learning_rate": 0.125},
+        "matrices": {"learning_rate": 0.125, "ns_steps": 5},
     }  # fmt: skip
     start = {
         "config": config, "versions": {"jax": "9"}, "device": {"kind": "abacus"},
@@ -95,12 +96,18 @@ def test_page_of_made_up_runs(tmp_path):
     ]  # fmt: skip
     timed = {"step_times_s": [9.0, 0.5, 0.25, 0.75]}
     groups = [leaderboard.make_group(name, timed, finals) for name in ("muon", "adamw")]
+    muon_flops = step_flops(finals[2]["start"]["config"])
     assert groups[0].runs[0].seconds == [0.0, 12.5, 25.0]
     page = leaderboard.write_board(tmp_path, groups, {"muon": {0: 1.0}}, finals[0]["start"])
     muon = next(line for line in page.splitlines() if line.startswith("| muon | 2"))
     # Mean 3.25; AdamW's 3.75 lies a third of the way from 4.0 at 50 to 3.25 at 100.
     cells = [cell.strip() for cell in muon.split("|")[1:-1]]
-    assert cells == ["muon", "2", "100", "3.2500", "0.3536", "67", "250", "0.125"]
+    flops = f"{muon_flops * 1e-12:.4g}"
+    assert cells == ["muon", "2", "100", "3.2500", "0.3536", "67", "250", flops, "0.125"]
+    # Both std are sqrt(2 * .25^2); a difference of means of two has that error, too.
+    assert "the std is 0.3536, so a difference of two means has a standard error of 0.3536" in (
+        page.replace("\n", " ")
+    )
     assert "bigram model has a loss of 3.750" in page and "abacus" in page
     assert (tmp_path / "board.png").stat().st_size > 10_000
     assert (tmp_path / "board.md").read_text() == page
