@@ -16,9 +16,10 @@ from shampoo_jax.exponents import Exponents
 from shampoo_jax.hyperparameters import check_static
 from shampoo_jax.paths import KeyPath, name_of
 from shampoo_jax.plan import LeafPlan, count_blocks, make_plan
-from shampoo_jax.sharding import Placement, StackLayout
+from shampoo_jax.sharding import Placement
 from shampoo_jax.skipping import drop_missing, fill_missing, missing_paths, where_blocks
 from shampoo_jax.slots import Slots, in_turn
+from shampoo_jax.stack_layout import StackLayout
 
 Array = jax.Array
 

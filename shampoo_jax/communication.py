@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from shampoo_jax.exponents import Exponents
 from shampoo_jax.plan import LeafPlan, count_blocks
-from shampoo_jax.sharding import Axes, Placement, Spec, StackLayout
+from shampoo_jax.sharding import Axes, Placement, Spec
+from shampoo_jax.stack_layout import StackLayout
 
 Leg = tuple[Spec, Spec, tuple[int, ...], int]  # before, after, shape, bytes of an element
 

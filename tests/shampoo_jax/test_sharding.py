@@ -114,3 +114,10 @@ def test_missing_gradients_on_explicit_axes():
         tx = sj.shampoo(0.1, placement=placement)
         updates, _ = jax.jit(tx.update)({"a": None, "b": far["b"]}, jax.jit(tx.init)(far), far)
     assert updates["a"] is None and jnp.isfinite(updates["b"]).all()
+
+
+def test_what_not_all_owners_divide_is_split_over_some():
+    placement = placement_of("rows and columns")  # 4 x 2 owners
+    assert placement.split_further((6, 12), ((), ())) == ((), ("fsdp",))
+    assert placement.split_further((6, 16), ((), ())) == ((), ("fsdp", "tensor"))
+    assert placement.split_further((3, 5), ((), ())) == ((), ())

@@ -1,0 +1,216 @@
+"""The way of blocks between the layout of their parameters and their owners on a mesh."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from shampoo_jax.exponents import Exponents, default_exponents
+from shampoo_jax.paths import KeyPath, stack_of
+from shampoo_jax.plan import LeafPlan, count_blocks, leading_axes
+from shampoo_jax.sharding import Axes, Placement, Spec, axes_of
+from shampoo_jax.slots import Slots, balanced, in_turn
+
+Array = jax.Array
+
+
+class StackLayout:
+    """The way of every leaf of one plan to the owners of its blocks, and back.
+
+    Every change of layout is pinned on both ends: left to itself the partitioner replicates what it
+    concatenates.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        tree: Any,
+        plan: Sequence[LeafPlan],
+        exponents: Exponents | None = None,
+    ) -> None:
+        self.placement = placement
+        paths = jax.tree_util.tree_leaves_with_path(tree)
+        self.own = {p.name: placement.spec_of(*x) for p, x in zip(plan, paths, strict=True)}
+        self.cuts = {p.name: self._cut_specs(p) for p in plan}
+        self.stacks = self._stack_specs(plan)
+        # Gradients may come in another layout than that in which updates go.
+        self.incoming = self
+        if placement.gradient_spec is not None:
+            self.incoming = StackLayout(placement.incoming, tree, plan, exponents)
+        self.slots = self.incoming.slots = self._slots(plan, exponents or default_exponents)
+
+    def _cut_specs(self, leaf: LeafPlan) -> list[Spec]:
+        """Layouts of `(batch, *merged)`, then of its strips: whole along what is cut next."""
+        loose, *rest = self.merged(leaf)
+        spec: list[Axes] = [(), *rest]
+        sizes = [{d} for d in (leaf.batch, *leaf.merged)]
+        specs = []
+        for k in range(1, len(sizes)):
+            pieces = {c.size[k - 1] for c in leaf.cells}
+            if pieces != sizes[k]:
+                loose, spec[k] = (*loose, *spec[k]), ()
+            others = [j for j in range(1, len(sizes)) if j != k or pieces == sizes[k]]
+            home = next((j for j in others if self._divides((*spec[j], *loose), sizes[j])), None)
+            if home is not None:
+                spec[home], loose = (*spec[home], *loose), ()
+            specs.append(tuple(spec))
+            sizes[k] = pieces
+        return specs
+
+    def merged(self, leaf: LeafPlan) -> Spec:
+        """Layout of `(batch, *merged)` as the leaf's own implies it, lost axes on the batch."""
+        own = self.own[leaf.name]
+        groups: list[Axes] = [() if a is None else own[a] for a in leading_axes(leaf)]
+        held = {a for e in groups for a in e}
+        return (tuple(a for e in own for a in e if a not in held), *groups)
+
+    def _divides(self, axes: Axes, sizes: set[int]) -> bool:
+        return not any(d % self.placement.size(axes) for d in sizes)
+
+    def _stack_specs(self, plan: Sequence[LeafPlan]) -> dict[str, Spec]:
+        """Most common layout of the blocks of each stack."""
+        votes: dict[str, Counter[Spec]] = {}
+        for leaf in plan:
+            lead, *rest = self.cuts[leaf.name][-1]
+            for cell in leaf.cells:
+                spec = (lead, *(reversed(rest) if cell.transposed else rest))
+                votes.setdefault(cell.key, Counter())[spec] += leaf.batch
+        return {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
+
+    def _slots(self, plan: Sequence[LeafPlan], exponents: Exponents) -> Slots:
+        """Slots of all stacks; those whose blocks are split before they travel stay in turn."""
+        counts, owners = count_blocks(plan), self.placement.count
+        if self.placement.stack_multiple is not None:
+            return in_turn(counts, owners, self.placement.stack_multiple)
+        shapes = {c.key: c.stored for leaf in plan for c in leaf.cells}
+        costs = {
+            key: sum(d**3 for d, e in zip(shape, exponents(shape), strict=True) if e)
+            for key, shape in shapes.items()
+        }
+        leads = {k: (s[0], self.incoming.stacks[k][0]) for k, s in self.stacks.items()}
+        return balanced(counts, costs, owners, fixed=[k for k, lead in leads.items() if any(lead)])
+
+    def enter(self, x: Array, leaf: LeafPlan) -> Array:
+        """A leaf in its own layout."""
+        return self.placement.put(x, self.own[leaf.name])
+
+    def merge(self, x: Array, leaf: LeafPlan) -> Array:
+        """A permuted leaf as `(batch, *merged)`."""
+        return self.placement.reshape(x, (leaf.batch, *leaf.merged), self.merged(leaf))
+
+    def unmerge(self, x: Array, leaf: LeafPlan) -> Array:
+        """The way back."""
+        shape = [leaf.shape[a] for a in leaf.permutation]
+        spec = tuple(self.own[leaf.name][a] for a in leaf.permutation)
+        return self.placement.reshape(x, shape, spec)
+
+    def cut(self, x: Array, leaf: LeafPlan, axis: int) -> Array:
+        """A merged leaf or a strip of it, `(batch, *merged)`, whole along the axis cut next."""
+        return self.placement.put(x, self.cuts[leaf.name][axis])
+
+    def piece(self, x: Array, key: str) -> Array:
+        """A piece in the layout that its stack is concatenated in."""
+        return self.placement.put(x, self.stacks[key])
+
+    def route(self, key: str) -> list[Spec]:
+        """Layouts from the concatenated stack to its owners, one mesh axis moved at a time."""
+        spec = self.stacks[key]
+        used = [a for e in spec[1:] for a in e]
+        owners = self.placement.owner_axes
+        moves = [a for a in used if a in owners] + [a for a in owners if a not in used]
+        route = [spec]
+        for axis in moves:
+            lead, *rest = route[-1]
+            rest = [tuple(a for a in e if a != axis) for e in rest]
+            route.append(((*lead, axis), *rest))
+        if any(route[-1][1:]):
+            route.append((route[-1][0], *[()] * (len(spec) - 1)))
+        return route
+
+    def owner_spec(self, key: str) -> PartitionSpec:
+        """Layout of everything that has one entry a block."""
+        return PartitionSpec(self.route(key)[-1][0])
+
+    def to_owners(self, x: Array, key: str) -> Array:
+        """A concatenated stack in its slots, at its owners; zero blocks stay zero in all parts."""
+        n, order = len(x), self.slots.order[key]
+        if len(order) > n:
+            x = jnp.pad(x, ((0, len(order) - n), *[(0, 0)] * (x.ndim - 1)))
+            x = x if (order[:n] >= 0).all() else x[np.where(order < 0, n, order)]
+        return self._travel(x, self.route(key))
+
+    def from_owners(self, x: Array, key: str) -> Array:
+        """The way back, its first entries the blocks."""
+        x = self._travel(x, self.route(key)[::-1])
+        (places,) = np.nonzero(self.slots.order[key] >= 0)
+        return x if len(places) == places[-1] + 1 else x[places]
+
+    def _travel(self, x: Array, route: Sequence[Spec]) -> Array:
+        narrow = self.placement.communication_dtype
+        dtype = x.dtype
+        # The narrow value is pinned before it travels, or the wide one would.
+        x = x if narrow is None else x.astype(narrow)
+        for spec in route:
+            x = self.placement.put(x, spec)
+        return x.astype(dtype)
+
+    def state_specs(self, state: Any, lengths: dict[str, int]) -> Any:
+        """Layout of every leaf of a state: blocks at their owners, all else replicated."""
+        stacks = {(jax.tree_util.DictKey(key),): n for key, n in lengths.items()}
+
+        def spec(path: KeyPath, leaf: Any) -> PartitionSpec:
+            stack = stack_of(path, stacks)
+            if stack is None or jnp.shape(leaf)[:1] != (stacks[stack],):
+                return PartitionSpec()
+            return self.owner_spec(stack[0].key)
+
+        return jax.tree_util.tree_map_with_path(spec, state)
+
+    def pin_stacks(self, stacks: dict[str, Any]) -> dict[str, Array]:
+        """Arrays `[N]` by stack at their owners."""
+        return {
+            key: self.placement.put(jnp.asarray(x), self.route(key)[-1][:1])
+            for key, x in stacks.items()
+        }
+
+    def pin_state(self, state: Any, lengths: dict[str, int]) -> Any:
+        """The state at its owners."""
+        specs = self.state_specs(state, lengths)
+
+        def pin(x: Array, spec: PartitionSpec) -> Array:
+            lead = tuple(axes_of(e) for e in spec)
+            return self.placement.put(jnp.asarray(x), (*lead, *[()] * (jnp.ndim(x) - len(lead))))
+
+        return jax.tree.map(pin, state, specs)
+
+    def run(
+        self,
+        update: Callable[..., Any],
+        stacks: dict[str, Array],
+        weights: dict[str, Array] | None,
+        state: Any,
+    ) -> tuple[dict[str, Array], Any]:
+        """`update(stacks, indices, real, weights, state)`, every owner on its own blocks."""
+        at_owner = {key: self.owner_spec(key) for key in stacks}
+        specs = self.state_specs(state, {key: len(x) for key, x in stacks.items()})
+        indices = self.pin_stacks(self.slots.index)
+        holds = {key: self.slots.holds(key) for key in stacks}
+        real = self.pin_stacks({key: x for key, x in holds.items() if x is not None})
+        return jax.shard_map(
+            update,
+            mesh=self.placement.mesh,
+            in_specs=(
+                at_owner,
+                at_owner,
+                {key: at_owner[key] for key in real},
+                None if weights is None else at_owner,
+                specs,
+            ),
+            out_specs=(at_owner, specs),
+            # Scalars of the state are equal everywhere by construction, which no type shows.
+            check_vma=False,
+        )(stacks, indices, real, weights, state)
