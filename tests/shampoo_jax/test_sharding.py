@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shampoo_jax as sj
@@ -117,7 +117,8 @@ def test_missing_gradients_on_explicit_axes():
 
 
 def test_what_not_all_owners_divide_is_split_over_some():
-    placement = placement_of("rows and columns")  # 4 x 2 owners
+    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
+    placement = sj.Placement(mesh, ("fsdp", "tensor"))
     assert placement.split_further((6, 12), ((), ())) == ((), ("fsdp",))
     assert placement.split_further((6, 16), ((), ())) == ((), ("fsdp", "tensor"))
     assert placement.split_further((3, 5), ((), ())) == ((), ())
