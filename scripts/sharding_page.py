@@ -66,8 +66,10 @@ COMPILE = """
 ## Time to compile
 
 `python -m scripts.sharding_table --compile`: one update of `shampoo` from shapes, nothing is
-allocated. 124M is 12 layers of width 768, 1.3B is 24 layers of width 2048, both with an embedding
-of 50304 rows and the default blocks of 1024. CPU seconds are of all threads of the process.
+allocated; the machine was shared with other work, so that only CPU seconds, of all threads of the
+process, can be compared. 124M is 12 layers of width 768, 1.3B is 24 layers of width 2048, both with an embedding
+of 50304 rows and the default blocks of 1024: at width 2048 every matrix is cut into several, whose
+edges are split over devices in the layout by rows. There the program is five times as large.
 """
 
 
