@@ -54,7 +54,8 @@ ones of at most 10. SOAP and the KL ones take the square blocks: of a factor wit
 rounding chooses part of the basis in which they work. They and the staggered ones refresh a third
 of the blocks at each step.
 Each entry is the largest difference of any update of any step from one device without a mesh,
-relative to the largest entry of that parameter's update, in float64.
+relative to the largest entry of that parameter's update, in float64. (This run had XLA_FLAGS set to
+`--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1`, to compile faster.)
 """
 
 FLOAT32 = """
@@ -66,10 +67,11 @@ COMPILE = """
 ## Time to compile
 
 `python -m scripts.sharding_table --compile`: one update of `shampoo` from shapes, nothing is
-allocated; the machine was shared with other work, so that only CPU seconds, of all threads of the
-process, can be compared. 124M is 12 layers of width 768, 1.3B is 24 layers of width 2048, both with an embedding
-of 50304 rows and the default blocks of 1024: at width 2048 every matrix is cut into several, whose
-edges are split over devices in the layout by rows. There the program is five times as large.
+allocated. The machine was shared with other work, so that only CPU seconds, of all threads of the
+process, can be compared. 124M is 12 layers of width 768, 1.3B is 24 layers of width 2048, both with
+an embedding of 50304 rows and the default blocks of 1024: at width 2048 every matrix is cut into
+several, whose edges are split over devices in the layout by rows. There the program is five times
+as large, and the permutations are not in the plan.
 """
 
 
