@@ -1,5 +1,9 @@
 """The port of PSGD-Kron: one step against numpy, and what it is to converge to."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +84,23 @@ def test_zero_gradients_give_zero_and_leave_the_start_open():
 def test_only_matrices():
     with pytest.raises(ValueError, match=r"shape=\(3,\): PSGD-Kron takes matrices"):
         scale_by_psgd().init(jnp.ones(3))
+
+
+HANG = """
+import jax, jax.numpy as jnp
+from nanogpt.psgd import scale_by_psgd
+
+shapes = [(64, 64), (64, 256), (256, 64)]
+params = {f"{s}{i}": jax.random.normal(jax.random.key(i), s) for s in shapes for i in range(4)}
+tx = scale_by_psgd()
+state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
+for _ in range(60):
+    updates, state = jax.block_until_ready(step(params, state))
+"""
+
+
+def test_stacks_of_several_shapes_do_not_wait_for_each_other():
+    # In batches they did, at about every second start, with XLA's own number of threads.
+    cleared = ("NPROC", "XLA_FLAGS")
+    environment = {k: v for k, v in os.environ.items() if k not in cleared}
+    subprocess.run([sys.executable, "-c", HANG], env=environment, timeout=120, check=True)
