@@ -156,6 +156,12 @@ def published_group(entry: Published, curves: pathlib.Path) -> Group:
     Raises:
         FileNotFoundError: its CSV file is missing.
     """
+    for name in filter(None, (entry.file, entry.drawn)):
+        if not (curves / f"{name}.csv").is_file():
+            raise FileNotFoundError(
+                f"{curves / name}.csv does not exist: --curves must be the folder of the published "
+                f"curves, {CURVES} at the root of the repository."
+            )
     drawn = read_curves(curves / f"{entry.drawn}.csv")[0] if entry.drawn else None
     return Group(
         entry.label,

@@ -63,5 +63,7 @@ def test_runs_of_ours_stand_beside_them(write, tmp_path):
 
 def test_missing_curves_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["track3_board", "--curves", str(tmp_path)])
-    with pytest.raises(SystemExit, match="error: .*t3_01_muon_3600.csv"):
+    with pytest.raises(
+        SystemExit, match=r"error: .*t3_01_muon_3600.csv does not exist: --curves must"
+    ):
         track3_board.main()
