@@ -46,11 +46,13 @@ def split(
       Stacks `[N, *block]` by block key, in float32 or the leaves' wider dtype.
     """
     pieces: dict[str, list[Array]] = {}
+    wide: dict[str, Any] = {}
     for x, leaf in zip(leaves, plan, strict=True):
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide |= {c.key: jnp.promote_types(x.dtype, wide.get(c.key, x.dtype)) for c in leaf.cells}
         x = x if layout is None else layout.enter(x, leaf)
         x = x.transpose(leaf.permutation)
         x = x.reshape(leaf.batch, *leaf.merged) if layout is None else layout.merge(x, leaf)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         for cell, piece in zip(leaf.cells, _cut(x, leaf, layout), strict=True):
             piece = piece.swapaxes(1, 2) if cell.transposed else piece
             piece = piece if layout is None else layout.piece(piece, cell.key)
@@ -61,7 +63,7 @@ def split(
     }
     if layout is None:
         return stacks
-    return {key: layout.to_owners(x, key) for key, x in stacks.items()}
+    return {key: layout.to_owners(x, key).astype(wide[key]) for key, x in stacks.items()}
 
 
 def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
@@ -91,14 +93,15 @@ def join(
         for cell in leaf.cells:
             begin = offset[cell.key]
             offset[cell.key] = begin + leaf.batch
-            piece = stacks[cell.key][begin : begin + leaf.batch].astype(dtype)
+            piece = stacks[cell.key][begin : begin + leaf.batch]
+            piece = piece.astype(dtype) if layout is None else layout.leaving(piece, dtype)
             pieces.append(piece.swapaxes(1, 2) if cell.transposed else piece)
         x = _assemble(pieces, leaf, layout) if pieces else jnp.zeros(leaf.shape, dtype)
         permuted = [leaf.shape[a] for a in leaf.permutation]
         inverse = sorted(range(len(permuted)), key=leaf.permutation.__getitem__)
         x = x.reshape(permuted) if layout is None else layout.unmerge(x, leaf)
         x = x.transpose(inverse)
-        leaves.append(x if layout is None else layout.enter(x, leaf))
+        leaves.append(x if layout is None else layout.leave(x, leaf).astype(dtype))
     return leaves
 
 

@@ -83,12 +83,13 @@ def stack_moves(
     Returns:
       Moves in, moves out.
     """
-    wide = [jnp.promote_types(d, jnp.float32).itemsize for d in dtypes]
+    narrow = layout.placement.communication_dtype
+    sizes = [jnp.dtype(narrow or jnp.promote_types(d, jnp.float32)).itemsize for d in dtypes]
 
     def moves(layout: StackLayout, back: bool) -> list[Move]:
         return [
             move
-            for before, after, shape, itemsize in _all_legs(layout, plan, wide)
+            for before, after, shape, itemsize in _all_legs(layout, plan, sizes)
             for ends in [(after, before) if back else (before, after)]
             for move in change_layout(layout.placement, *ends, shape, itemsize)
         ]
@@ -102,8 +103,7 @@ def _all_legs(
     """Changes of layout of all leaves, then of all stacks."""
     for leaf, itemsize in zip(plan, itemsizes, strict=True):
         yield from _legs(layout, leaf, itemsize)
-    narrow = layout.placement.communication_dtype
-    itemsize = max(itemsizes, default=4) if narrow is None else jnp.dtype(narrow).itemsize
+    itemsize = max(itemsizes, default=4)
     shapes = {c.key: c.stored for leaf in plan for c in leaf.cells}
     for key, slots in layout.slots.order.items():
         route = layout.route(key)

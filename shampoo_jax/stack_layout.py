@@ -94,9 +94,20 @@ class StackLayout:
         leads = {k: (s[0], self.incoming.stacks[k][0]) for k, s in self.stacks.items()}
         return balanced(counts, costs, owners, fixed=[k for k, lead in leads.items() if any(lead)])
 
-    def enter(self, x: Array, leaf: LeafPlan) -> Array:
+    def leave(self, x: Array, leaf: LeafPlan) -> Array:
         """A leaf in its own layout."""
         return self.placement.put(x, self.own[leaf.name])
+
+    def enter(self, x: Array, leaf: LeafPlan) -> Array:
+        """A leaf in its own layout, rounded to what travels."""
+        narrow = self.placement.communication_dtype
+        x = self.leave(x, leaf)
+        # The narrow value is pinned as well, or the wide one would travel.
+        return x if narrow is None else self.leave(x.astype(narrow), leaf)
+
+    def leaving(self, x: Array, dtype: Any) -> Array:
+        """A block of an update in the dtype that it travels in to its leaf of another."""
+        return x.astype(self.placement.communication_dtype or dtype)
 
     def merge(self, x: Array, leaf: LeafPlan) -> Array:
         """A permuted leaf as `(batch, *merged)`."""
@@ -144,19 +155,16 @@ class StackLayout:
         return self._travel(x, self.route(key))
 
     def from_owners(self, x: Array, key: str) -> Array:
-        """The way back, its first entries the blocks."""
-        x = self._travel(x, self.route(key)[::-1])
+        """The way back, its first entries the blocks, rounded to what travels."""
+        narrow = self.placement.communication_dtype
+        x = self._travel(x if narrow is None else x.astype(narrow), self.route(key)[::-1])
         (places,) = np.nonzero(self.slots.order[key] >= 0)
         return x if len(places) == places[-1] + 1 else x[places]
 
     def _travel(self, x: Array, route: Sequence[Spec]) -> Array:
-        narrow = self.placement.communication_dtype
-        dtype = x.dtype
-        # The narrow value is pinned before it travels, or the wide one would.
-        x = x if narrow is None else x.astype(narrow)
         for spec in route:
             x = self.placement.put(x, spec)
-        return x.astype(dtype)
+        return x
 
     def state_specs(self, state: Any, lengths: dict[str, int]) -> Any:
         """Layout of every leaf of a state: blocks at their owners, all else replicated."""
