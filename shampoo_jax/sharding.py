@@ -35,7 +35,8 @@ class Placement:
     """Blocks are split over some axes of a mesh and replicated over the others.
 
     Attributes:
-      mesh: The mesh of the training step, its axes Auto or Explicit.
+      mesh: The mesh of the training step, its axes Auto or Explicit. `optax.inject_hyperparams`
+        needs Auto ones: jax refuses its arrays inside of `shard_map` on Explicit ones.
       owners: Mesh axes over which blocks and their state are split.
       parameter_spec: Function of (path, leaf) giving the `PartitionSpec` of a parameter, of its
         gradient and of its update.
