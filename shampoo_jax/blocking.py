@@ -70,11 +70,19 @@ def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
     """The cells of a merged leaf `(batch, *merged)`, cut dimension by dimension, in their order."""
     pieces = [x] if leaf.cells else []  # an empty leaf has none
     for axis in range(len(leaf.merged)):
-        if layout is not None:
-            pieces = [layout.cut(p, leaf, axis) for p in pieces]
+        # Pinned on both sides, or the partitioner cuts in the layout that comes next.
+        pin = functools.partial(_pin, layout, leaf, axis)
         edges = sorted({(c.start[axis], c.start[axis] + c.size[axis]) for c in leaf.cells})
-        pieces = [jax.lax.slice_in_dim(p, *edge, axis=axis + 1) for p in pieces for edge in edges]
+        pieces = [
+            pin(jax.lax.slice_in_dim(whole, *edge, axis=axis + 1))
+            for whole in map(pin, pieces)
+            for edge in edges
+        ]
     return pieces
+
+
+def _pin(layout: StackLayout | None, leaf: LeafPlan, axis: int, x: Array) -> Array:
+    return x if layout is None else layout.cut(x, leaf, axis)
 
 
 def join(
@@ -94,7 +102,10 @@ def join(
             begin = offset[cell.key]
             offset[cell.key] = begin + leaf.batch
             piece = stacks[cell.key][begin : begin + leaf.batch]
-            piece = piece.astype(dtype) if layout is None else layout.leaving(piece, dtype)
+            if layout is None:
+                piece = piece.astype(dtype)
+            else:
+                piece = layout.piece(layout.leaving(piece, dtype), cell.key)
             pieces.append(piece.swapaxes(1, 2) if cell.transposed else piece)
         x = _assemble(pieces, leaf, layout) if pieces else jnp.zeros(leaf.shape, dtype)
         permuted = [leaf.shape[a] for a in leaf.permutation]
@@ -109,10 +120,10 @@ def _assemble(pieces: list[Array], leaf: LeafPlan, layout: StackLayout | None) -
     """Concatenates cells dimension by dimension, the last one first."""
     for axis in reversed(range(len(leaf.merged))):
         per_row = len({cell.start[axis] for cell in leaf.cells})
-        if layout is not None:
-            pieces = [layout.cut(p, leaf, axis) for p in pieces]
+        pin = functools.partial(_pin, layout, leaf, axis)
+        pieces = list(map(pin, pieces))
         pieces = [
-            jnp.concatenate(pieces[i : i + per_row], axis + 1)
+            pin(jnp.concatenate(pieces[i : i + per_row], axis + 1))
             for i in range(0, len(pieces), per_row)
         ]
     return pieces[0]

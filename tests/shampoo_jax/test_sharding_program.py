@@ -98,3 +98,11 @@ def test_bfloat16_travels_as_bfloat16(layout, tmp_path):
     (path,) = tmp_path.glob("*after_spmd-partitioning*.txt")
     moved = re.findall(rf"= (\w+)\[.*? (?:{st.KINDS})\(", path.read_text())
     assert moved and set(moved) == {"bf16"}
+
+
+def test_cuts_across_a_split_dimension_are_made_where_it_is_whole():
+    def small_blocks(placement):
+        return sj.blocked(optax.identity(), block_size=8, placement=placement)
+
+    text = lowered("rows", small_blocks, {"w": (32, 16)}).compile().as_text()
+    assert set(st.exchanges(text)) == {"all-to-all"}  # no permutation of single rows
