@@ -20,9 +20,9 @@ and without momentum) compiled, not executed. Parameters: {layers} layers of a G
 * **Exchanges** are counted in the optimized program. Bytes are those of their results on one
   device; of n devices, each sends and receives (n - 1)/n of that. The all-reduce is the test for
   finite gradients.
-* **Planned** is what `explain(..., mesh=...)` predicts from shapes alone. It is exact for
-  all-gathers; of all-to-alls the compiler makes fewer and somewhat larger ones, up to 13 % here,
-  and for the layout by rows and columns it adds permutations.
+* **Planned** is what `explain(..., mesh=...)` predicts from shapes alone. It is what the
+  compiler does, number and bytes, but for 8 permutations that it adds in the layout by rows and
+  columns, where blocks of a transposed matrix join a stack.
 * **State per device** has equalled the prediction of `explain` to the byte in every line.
 * Momentum is a tree of parameters: on a layout with replicas its update is gathered once more.
 """
@@ -71,7 +71,7 @@ allocated. The machine was shared with other work, so that only CPU seconds, of 
 process, can be compared. 124M is 12 layers of width 768, 1.3B is 24 layers of width 2048, both with
 an embedding of 50304 rows and the default blocks of 1024: at width 2048 every matrix is cut into
 several, whose edges are split over devices in the layout by rows. There the program is five times
-as large, and the permutations are not in the plan.
+as large.
 """
 
 

@@ -14,12 +14,7 @@ def test_the_plan_is_what_the_compiler_does(layout):
     assert found["state_bytes_per_device"] == found["planned_state_bytes_per_device"]
     exchanges, planned = found["exchanges"], found["planned"]
     assert exchanges.pop("all-reduce")[1] < 64  # of flags alone
-    assert exchanges.keys() == planned.keys()
-    for kind, (count, size) in planned.items():
-        if kind == "all-gather":
-            assert exchanges[kind] == (count, size)
-        else:
-            assert exchanges[kind][1] == pytest.approx(size, rel=0.3)
+    assert exchanges == planned
 
 
 def test_a_device_decomposes_its_own_blocks():
