@@ -82,7 +82,8 @@ def explain(
     Raises:
       TypeError: An option that the optimizer does not have, an optimizer without blocks or one
         that is built already.
-      ValueError: Options that the optimizer refuses, complex parameters.
+      ValueError: Options that the optimizer refuses, complex parameters, a mesh whose sizes are
+        not whole numbers of at least 1, `owners` or `parameter_spec` without `mesh`.
 
     Example:
       >>> import jax, jax.numpy as jnp, shampoo_jax
@@ -102,8 +103,9 @@ def explain(
         )
     signature = inspect.signature(optimizer)
     if mesh is not None:
-        sizes = AbstractMesh(tuple(mesh.values()), tuple(mesh))
-        options["placement"] = Placement(sizes, owners or tuple(mesh), parameter_spec)
+        options["placement"] = _planned(mesh, owners, parameter_spec)
+    elif owners is not None or parameter_spec is not replicated:
+        raise ValueError("owners and parameter_spec say nothing without mesh: give mesh={axis: n}.")
     if options.get("placement") is not None:
         options["placement"] = abstract(options["placement"])
     if "learning_rate" in signature.parameters:
@@ -248,6 +250,17 @@ def _refresh(chosen: Mapping[str, Any], sides: Mapping[Side, int], dtype: Any) -
         "fallback_batches": sum(cost.fallback for cost in costs.values()),
         "largest_factor": max((side.size for side in sides), default=0),
     }
+
+
+def _planned(mesh: Any, owners: Any, parameter_spec: Callable[..., Any]) -> Placement:
+    """A placement on a mesh of sizes alone."""
+    sizes = tuple(mesh.values()) if isinstance(mesh, Mapping) else ()
+    if not sizes or not all(isinstance(n, (int, np.integer)) and n > 0 for n in sizes):
+        raise ValueError(
+            f"mesh={mesh!r} must give the size of each axis, at least 1: {{'data': 64, 'fsdp': 4}}."
+        )
+    abstract_mesh = AbstractMesh(sizes, tuple(mesh))
+    return Placement(abstract_mesh, tuple(mesh) if owners is None else owners, parameter_spec)
 
 
 def _on_mesh(

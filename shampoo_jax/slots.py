@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -22,11 +22,13 @@ class Slots:
       order: By stack the block in each slot, `int[N]`, -1 for a zero block. Blocks keep their
         order, and within a run they come first.
       skips: Whether nothing is computed for zero blocks.
+      runs: By stack the run of each owner, `int[owners]`; the i-th has the i-th of other stacks.
     """
 
     owners: int
     order: dict[str, np.ndarray]
     skips: bool = False
+    runs: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def index(self) -> dict[str, np.ndarray]:
@@ -54,6 +56,7 @@ class Slots:
             key: ((order >= 0) | (not self.skips)).reshape(self.owners, -1).sum(1)
             for key, order in self.order.items()
         }
+        counts = {key: n[self.runs.get(key, slice(None))] for key, n in counts.items()}
         return [{key: int(n[i]) for key, n in counts.items()} for i in range(self.owners)]
 
     def spread(self, key: str, values: np.ndarray, fill: int) -> np.ndarray:
@@ -76,7 +79,10 @@ def in_turn(counts: Mapping[str, int], owners: int = 1, multiple: int = 1) -> Sl
 
 
 def balanced(
-    counts: Mapping[str, int], costs: Mapping[str, float], owners: int, fixed: Collection[str] = ()
+    counts: Mapping[str, int],
+    costs: Mapping[str, float],
+    owners: int,
+    runs: Mapping[str, np.ndarray] | None = None,
 ) -> Slots:
     """Blocks spread over owners so that zero blocks of one stack meet more blocks of another.
 
@@ -87,7 +93,7 @@ def balanced(
       counts: Blocks by stack.
       costs: Of one block of each, in any unit.
       owners: Number of owners.
-      fixed: Stacks that stay `in_turn`, since they cannot be reordered locally.
+      runs: As in `Slots`.
 
     Returns:
       The slots, of stacks as long as those of `in_turn`.
@@ -97,16 +103,17 @@ def balanced(
     ([0, -1], [0, -1, 1, 2])
     """
     plain = in_turn(counts, owners, owners)
-    free = [key for key in counts if key not in fixed]
-    sizes, prices = [counts[k] for k in free], [costs[k] for k in free]
-    lengths = [len(plain.order[k]) for k in free]
-    shares = greedy(prices, sizes, owners, lengths)
-    equal = sum(c * n / owners for c, n in zip(prices, lengths, strict=True))
+    lengths = {key: len(order) for key, order in plain.order.items()}
+    prices = [costs[key] for key in counts]
+    shares = greedy(prices, list(counts.values()), owners, list(lengths.values()))
+    equal = sum(costs[key] * n / owners for key, n in lengths.items())
     if equal <= WORTH * makespan(prices, shares):
         return plain
-    order = dict(plain.order)
-    for key, share in zip(free, shares, strict=True):
-        runs = np.full((owners, len(order[key]) // owners), -1)
-        runs[np.arange(runs.shape[1]) < np.asarray(share)[:, None]] = np.arange(counts[key])
-        order[key] = runs.ravel()
-    return Slots(owners, order, skips=True)
+    runs, order = runs or {}, {}
+    for (key, n), share in zip(counts.items(), shares, strict=True):
+        by_run = np.empty_like(share)
+        by_run[runs.get(key, slice(None))] = share
+        slots = np.full((owners, lengths[key] // owners), -1)
+        slots[np.arange(slots.shape[1]) < by_run[:, None]] = np.arange(n)
+        order[key] = slots.ravel()
+    return Slots(owners, order, skips=True, runs=runs)

@@ -82,7 +82,7 @@ class StackLayout:
         return {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
 
     def _slots(self, plan: Sequence[LeafPlan], exponents: Exponents) -> Slots:
-        """Slots of all stacks; those whose blocks are split before they travel stay in turn."""
+        """Slots of all stacks."""
         counts, owners = count_blocks(plan), self.placement.count
         if self.placement.stack_multiple is not None:
             return in_turn(counts, owners, self.placement.stack_multiple)
@@ -91,8 +91,13 @@ class StackLayout:
             key: sum(d**3 for d, e in zip(shape, exponents(shape), strict=True) if e)
             for key, shape in shapes.items()
         }
-        leads = {k: (s[0], self.incoming.stacks[k][0]) for k, s in self.stacks.items()}
-        return balanced(counts, costs, owners, fixed=[k for k, lead in leads.items() if any(lead)])
+        return balanced(counts, costs, owners, {key: self._runs(key) for key in counts})
+
+    def _runs(self, key: str) -> np.ndarray:
+        """The run of each owner, `int[owners]`: stacks differ in the order of their owner axes."""
+        (axes, *_), owners = self.route(key)[-1], self.placement.owner_axes
+        runs = np.arange(self.placement.count).reshape([self.placement.size((a,)) for a in axes])
+        return runs.transpose([axes.index(a) for a in owners]).ravel()
 
     def leave(self, x: Array, leaf: LeafPlan) -> Array:
         """A leaf in its own layout."""
@@ -111,7 +116,10 @@ class StackLayout:
 
     def merge(self, x: Array, leaf: LeafPlan) -> Array:
         """A permuted leaf as `(batch, *merged)`."""
-        return self.placement.reshape(x, (leaf.batch, *leaf.merged), self.merged(leaf))
+        spec = self.merged(leaf)
+        if not self._divides(spec[0], {leaf.batch}):  # lost axes need not fit there
+            spec = self.cuts[leaf.name][0]
+        return self.placement.reshape(x, (leaf.batch, *leaf.merged), spec)
 
     def unmerge(self, x: Array, leaf: LeafPlan) -> Array:
         """The way back."""

@@ -116,6 +116,42 @@ def test_missing_gradients_on_explicit_axes():
     assert updates["a"] is None and jnp.isfinite(updates["b"]).all()
 
 
+def test_merged_dimensions_split_inside_on_explicit_axes():
+    def spec(path, leaf):
+        return P(None, None, "fsdp")
+
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 8, 4)), jnp.float32)
+    whole, _ = update_of(sj.scale_by_shampoo(), {"kernel": kernel})
+    with jax.set_mesh(mesh):
+        tx = sj.scale_by_shampoo(placement=sj.Placement(mesh, ("data", "fsdp"), spec))
+        split = {"kernel": jax.device_put(kernel, NamedSharding(mesh, spec((), kernel)))}
+        updates, _ = update_of(tx, split)
+    assert updates["kernel"].sharding.spec[2] == "fsdp"
+    np.testing.assert_allclose(updates["kernel"], whole["kernel"], rtol=1e-5)
+
+
+def update_of(tx, grads):
+    return jax.jit(tx.update)(grads, jax.jit(tx.init)(grads), grads)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (dict(mesh={}), "mesh={} must give the size"),
+        (dict(mesh={"data": 0}), "at least 1"),
+        (dict(mesh={"data": "8"}), "'data': '8'.* must give the size"),
+        (dict(mesh="data=8"), "mesh='data=8' must give"),
+        (dict(mesh={"data": 8}, owners=()), r"owners=\(\) must name"),
+        (dict(owners="data"), "without mesh"),
+        (dict(parameter_spec=rows), "without mesh"),
+    ],
+)
+def test_meshes_that_cannot_be_explained(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        sj.explain({"w": jnp.ones((16, 8))}, **options)
+
+
 def test_what_not_all_owners_divide_is_split_over_some():
     mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
     placement = sj.Placement(mesh, ("fsdp", "tensor"))

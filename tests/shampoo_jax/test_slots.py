@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from shampoo_jax.balance import greedy, makespan
+from shampoo_jax.plan import make_plan
 from shampoo_jax.refresh import refresh_slots
+from shampoo_jax.sharding import Placement
 from shampoo_jax.slots import balanced, in_turn
+from shampoo_jax.stack_layout import StackLayout
 
 STACKS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=4)
 
@@ -60,6 +65,26 @@ def test_little_waiting_changes_nothing():
     slots = balanced({"a": 95}, {"a": 1.0}, 8)
     assert not slots.skips and slots.holds("a") is None
     assert slots.order["a"].tolist() == [*range(95), -1]
+
+
+def test_zero_blocks_meet_other_blocks_on_the_devices_themselves():
+    """Stacks of split and of whole parameters have their owner axes in different orders."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+    shapes = {f"split{i}": (16, 8) for i in range(5)} | {f"whole{i}": (14, 8) for i in range(3)}
+    params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    placement = Placement(
+        mesh, ("data", "fsdp"), lambda path, x: P() if x.shape[0] % 4 else P("fsdp")
+    )
+    plan = make_plan(params, block_size=None, merge=2, canonical=True)
+    layout = StackLayout(placement, params, plan)
+    assert layout.owner_spec("16x8") != layout.owner_spec("14x8")
+    held: dict = {}
+    for key, order in layout.slots.order.items():
+        sharding = NamedSharding(mesh, layout.owner_spec(key))
+        for device, (run,) in sharding.devices_indices_map(order.shape).items():
+            held.setdefault(device.id, {})[key] = int((order[run] >= 0).sum())
+    assert all(sum(share.values()) == 1 for share in held.values())
+    assert list(held.values()) == layout.slots.computed()
 
 
 def test_slots_without_a_block_are_not_computed():
