@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from shampoo_jax.blocks import Blocks, Part, blocks_part, is_placeholder, map_blocks, where_block
@@ -130,12 +129,26 @@ def skip_nonfinite_steps(
     Returns:
       The optimizer with its state inside `optax.ApplyIfFiniteState`.
     """
-    guarded = optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
+    tx = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> optax.ApplyIfFiniteState:
+        in_a_row, total = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return optax.ApplyIfFiniteState(in_a_row, jnp.array(True), total, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return guarded.update(jax.tree.map(overflow_to_inf, updates), state, params, **extra)
+        usable = [jnp.isfinite(overflow_to_inf(g)).all() for g in jax.tree.leaves(updates)]
+        ok = jnp.stack(usable).all() if usable else jnp.array(True)
+        # The branch gets the gradients themselves: as checked they would be copied for it.
+        new, inner_state = jax.lax.cond(
+            ok,
+            lambda: tx.update(updates, state.inner_state, params, **extra),
+            lambda: (jax.tree.map(jnp.zeros_like, updates), state.inner_state),
+        )
+        in_a_row = jnp.where(ok, 0, optax.safe_increment(state.notfinite_count))
+        total = jnp.where(ok, state.total_notfinite, optax.safe_increment(state.total_notfinite))
+        return new, optax.ApplyIfFiniteState(in_a_row, ok, total, inner_state)
 
-    return optax.GradientTransformationExtraArgs(guarded.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class SkipNonfiniteState(NamedTuple):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shampoo_jax as sj
+from shampoo_jax.skipping import skip_nonfinite_steps
 
 rng = np.random.default_rng(0)
 
@@ -182,6 +183,14 @@ def test_one_bad_gradient_skips_the_whole_step(name, bad):
     # As if the steps had not been.
     expected, _ = run(tx, [GRADIENTS[0], *GRADIENTS[2:]])
     assert_equal(updates[3:], expected[1:])
+
+
+def test_the_check_of_a_step_copies_no_gradient():
+    gradient = jax.ShapeDtypeStruct((1 << 16,), jnp.float32)
+    tx = skip_nonfinite_steps(optax.sgd(0.1))
+    state = jax.eval_shape(tx.init, gradient)
+    step = jax.jit(tx.update).lower(gradient, state).compile()
+    assert step.memory_analysis().temp_size_in_bytes < 4 * gradient.size / 2
 
 
 def test_propagate_is_the_bare_optimizer():
