@@ -39,8 +39,10 @@ class StackLayout:
         self.stacks = self._stack_specs(plan)
         # Gradients may come in another layout than that in which updates go.
         self.incoming = self
+        self.ends: dict[str, Axes] = {}  # order of owner axes, where it is another layout's
         if placement.gradient_spec is not None:
             self.incoming = StackLayout(placement.incoming, tree, plan, exponents)
+            self.incoming.ends = {key: self.route(key)[-1][0] for key in self.stacks}
         self.slots = self.incoming.slots = self._slots(plan, exponents or default_exponents)
 
     def _cut_specs(self, leaf: LeafPlan) -> list[Spec]:
@@ -59,7 +61,7 @@ class StackLayout:
                 spec[home], loose = (*spec[home], *loose), ()
             specs.append(tuple(spec))
             sizes[k] = pieces
-        return specs
+        return specs or [tuple(spec)]  # blocks that are scalars are not cut
 
     def merged(self, leaf: LeafPlan) -> Spec:
         """Layout of `(batch, *merged)` as the leaf's own implies it, lost axes on the batch."""
@@ -138,7 +140,7 @@ class StackLayout:
     def route(self, key: str) -> list[Spec]:
         """Layouts from the concatenated stack to its owners, one mesh axis moved at a time."""
         spec = self.stacks[key]
-        used = [a for e in spec[1:] for a in e]
+        used = [a for e in spec[1:] for a in reversed(e)]  # a major axis first would permute
         owners = self.placement.owner_axes
         moves = [a for a in used if a in owners] + [a for a in owners if a not in used]
         route = [spec]
@@ -146,9 +148,8 @@ class StackLayout:
             lead, *rest = route[-1]
             rest = [tuple(a for a in e if a != axis) for e in rest]
             route.append(((*lead, axis), *rest))
-        if any(route[-1][1:]):
-            route.append((route[-1][0], *[()] * (len(spec) - 1)))
-        return route
+        end = (self.ends.get(key, route[-1][0]), *[()] * (len(spec) - 1))
+        return route if end == route[-1] else [*route, end]
 
     def owner_spec(self, key: str) -> PartitionSpec:
         """Layout of everything that has one entry a block."""

@@ -131,6 +131,32 @@ def test_merged_dimensions_split_inside_on_explicit_axes():
     np.testing.assert_allclose(updates["kernel"], whole["kernel"], rtol=1e-5)
 
 
+def test_gradients_and_parameters_split_in_another_order_on_explicit_axes():
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
+    placement = sj.Placement(
+        mesh,
+        ("data", "fsdp"),
+        lambda path, leaf: P("fsdp"),
+        gradient_spec=lambda path, leaf: P(("data", "fsdp")),
+    )
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
+    tx = sj.blocked(optax.identity(), block_size=4, placement=placement)
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(w, NamedSharding(mesh, P("fsdp")))}
+        grads = {"w": jax.device_put(w, NamedSharding(mesh, P(("data", "fsdp"))))}
+        updates, _ = jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
+    np.testing.assert_array_equal(updates["w"], w)
+
+
+def test_unmerged_scalars_have_a_layout():
+    mesh = jax.make_mesh((8,), ("data",))
+    placement = sj.Placement(mesh, "data")
+    updates, _ = update_of(
+        sj.blocked(optax.identity(), merge=None, placement=placement), {"scale": jnp.array(3.0)}
+    )
+    assert updates["scale"] == 3
+
+
 def update_of(tx, grads):
     return jax.jit(tx.update)(grads, jax.jit(tx.init)(grads), grads)
 

@@ -106,3 +106,13 @@ def test_cuts_across_a_split_dimension_are_made_where_it_is_whole():
 
     text = lowered("rows", small_blocks, {"w": (32, 16)}).compile().as_text()
     assert set(st.exchanges(text)) == {"all-to-all"}  # no permutation of single rows
+
+
+def test_rows_split_over_two_axes_move_the_minor_one_first():
+    mesh = jax.make_mesh((2, 4), ("replica", "fsdp"))
+    spec = P(("replica", "fsdp"))
+    tx = only_moves(sj.Placement(mesh, ("replica", "fsdp"), lambda path, leaf: spec))
+    split = NamedSharding(mesh, spec)
+    params = {k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=split) for k, s in SHAPES.items()}
+    step = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params))
+    assert set(st.exchanges(step.compile().as_text())) == {"all-to-all"}  # no permutation
