@@ -99,6 +99,13 @@ def check_line(settings: "ScheduleConfig | CooldownConfig") -> None:
         raise ValueError(f"horizon={settings.horizon!r}: must be at least 1 and finite.")
 
 
+def check_warmup(settings: "ScheduleConfig | WarmCooldownConfig") -> None:
+    """Refuses an impossible warmup, by name."""
+    check(settings, "at least 0", "warmup_steps")
+    if settings.warmup_from is not None:
+        check(settings, "at least 0 and finite", "warmup_from")
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """Learning-rate multiplier eta(s) of update s = 0..steps-1, common to all groups."""
@@ -113,10 +120,8 @@ class ScheduleConfig:
 
     def __post_init__(self):
         check(self, "at least 1", "steps")
-        check(self, "at least 0", "warmup_steps")
+        check_warmup(self)
         check_line(self)
-        if self.warmup_from is not None:
-            check(self, "at least 0 and finite", "warmup_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +135,18 @@ class CooldownConfig:
 
     def __post_init__(self):
         check_line(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmCooldownConfig(CooldownConfig):
+    """A cooldown of the block matrices' own, after a warmup of their own; steps are the run's."""
+
+    warmup_steps: int = 0  # eta is capped by (s + 1) / warmup_steps
+    warmup_from: float | None = None  # learning rate of the first update; replaces the cap's rule
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_warmup(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,12 @@ NS5_VARYING: dict[str, Any] = {
         (2.8366, -3.0525, 1.2012),
     ),
 }
+TOKENS = 524288  # of a batch: 2^19, so the scale of a sum is exact
 AUXILIARY_OLD = AuxiliaryConfig(0.3, 1 / 320, 0.01)  # until #35
+MEAN_EPS = 1e-10 * TOKENS  # where a script's loss is the mean: its eps on the scale of our sums
+AUXILIARY_MEAN = dataclasses.replace(AUXILIARY_OLD, eps=MEAN_EPS)
 AUXILIARY_TUNED = AuxiliaryConfig(0.7, 0.004, 0.015, weight_decay=0.001)  # since #36
+AUXILIARY_ADAMW = dataclasses.replace(AUXILIARY_TUNED, weight_decay=0.002)  # pull request 353
 
 
 class Recipe(NamedTuple):

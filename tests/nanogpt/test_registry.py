@@ -101,18 +101,51 @@ def test_updates_of_fixed_norm_and_hyperballs_have_it():
     np.testing.assert_allclose(np.linalg.norm(attention), 2.0, rtol=1e-5)
 
 
-def test_matrices_may_cool_down_on_their_own():
-    """#27: (1 - s/3200)^1.25 at s = 800; the rest is flat until 60 % of 3125."""
-    config = preset("track3", "soap_h")
-    assert config.matrices_cooldown.horizon * config.schedule.steps == 3200
+def multipliers_at(name, count):
+    """Eta of block matrices and of the head at an update, read from steps of Lion and Adam."""
+    config = preset("track3", name)
     config = dataclasses.replace(config, optimizer="lion", matrices=LionConfig(0.01, 0.0))
-    w = {"blocks": {"0": {"mlp": {"fc": {"kernel": jnp.ones((2, 2))}}}}}
+    ones = jnp.ones((2, 2))
+    w = {"blocks": {"0": {"mlp": {"fc": {"kernel": ones}}}}, "head": {"kernel": ones}}
     tx = build_optimizer(config, w)
-    at_800 = lambda x: jnp.full_like(x, 800) if x.dtype == jnp.int32 else x  # noqa: E731
-    state = jax.tree.map(at_800, tx.init(w))
-    updates, _ = tx.update(w, state, w)
-    step = updates["blocks"]["0"]["mlp"]["fc"]["kernel"]
-    np.testing.assert_allclose(step, -0.01 * 0.75**1.25, rtol=1e-5)
+    later = lambda x: jnp.full_like(x, count) if x.dtype == jnp.int32 else x  # noqa: E731
+    updates, _ = tx.update(w, jax.tree.map(later, tx.init(w)), w)
+    # Moments that start here, but are corrected as if for `count` updates.
+    first = 0.2 / (1 - 0.8 ** (count + 1)) * ((1 - 0.95 ** (count + 1)) / 0.05) ** 0.5
+    head = updates["head"]["kernel"][0, 0] / first / config.auxiliary.head_learning_rate
+    return -updates["blocks"]["0"]["mlp"]["fc"]["kernel"][0, 0] / 0.01, -head
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "matrices", "head"),
+    [
+        # #27: (1 - s/3200)^1.25; the rest is flat until 60 % of 3125, then falls to 0.
+        ("soap_h", 800, 0.75**1.25, 1.0),
+        ("soap_h", 2500, (700 / 3200) ** 1.25, 0.5),
+        # #4: s/250, then 1 - s/4875; the rest has no warmup, and falls over the last 40 %.
+        ("adamh", 0, 0.0, 1.0),
+        ("adamh", 125, 0.5, 1.0),
+        ("adamh", 1950, 0.6, 1.0),
+        ("adamh", 3900, 0.2, 0.5),
+    ],
+)
+def test_matrices_have_schedules_of_their_own(name, count, matrices, head):
+    np.testing.assert_allclose(multipliers_at(name, count), (matrices, head), rtol=1e-4)
+
+
+def test_eps_of_scripts_with_a_mean_loss_are_on_the_scale_of_sums():
+    """#33 and the medium track add 1e-10 to gradients that are 2^19 times smaller than ours."""
+    means = [name for name, p in PUBLISHED.items() if p.recipe.auxiliary.eps != 1e-10]
+    assert means == ["muon_mlp_decay", "psgd"]
+    assert {PUBLISHED[name].recipe.auxiliary.eps for name in means} == {1e-10 * 2**19}
+    assert PUBLISHED["adamh"].recipe.matrices.eps == 1e-8
+
+
+def test_lion_is_set_by_the_rule_of_its_paper():
+    lion, adamw = (PUBLISHED[name].recipe for name in ("lion", "adamw"))
+    assert lion.matrices.learning_rate == pytest.approx(adamw.matrices.learning_rate / 10)
+    assert lion.matrices.weight_decay == 10 * adamw.matrices.weight_decay
+    assert (lion.schedule, lion.auxiliary) == (adamw.schedule, adamw.auxiliary)
 
 
 def test_own_optimizers_have_every_preset_and_may_be_changed(monkeypatch):
