@@ -19,6 +19,7 @@ from shampoo_jax.plan import LeafPlan, count_blocks, make_plan
 from shampoo_jax.sharding import Placement
 from shampoo_jax.skipping import drop_missing, fill_missing, missing_paths, where_blocks
 from shampoo_jax.slots import Slots, in_turn
+from shampoo_jax.splitting import join, split
 from shampoo_jax.stack_layout import StackLayout
 
 Array = jax.Array
@@ -30,103 +31,6 @@ class BlockedState(NamedTuple):
     fingerprints: Any  # uint32[leaves, 4], checksums of names, shapes and layouts
     leaves: Any  # per stack int32[N], the leaf, a row of fingerprints, each block was cut from
     inner: Any  # state of the inner transformation, keyed by stack
-
-
-def split(
-    leaves: Sequence[Array], plan: Sequence[LeafPlan], layout: StackLayout | None = None
-) -> dict[str, Array]:
-    """Cuts arrays into blocks and stacks equal shapes, in the order of leaves, cells and batch.
-
-    Args:
-      leaves: One array per entry of `plan`.
-      plan: Layout from `make_plan`.
-      layout: The way of the blocks to their owners on a mesh, where there is one.
-
-    Returns:
-      Stacks `[N, *block]` by block key, in float32 or the leaves' wider dtype.
-    """
-    pieces: dict[str, list[Array]] = {}
-    wide: dict[str, Any] = {}
-    for x, leaf in zip(leaves, plan, strict=True):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        wide |= {c.key: jnp.promote_types(x.dtype, wide.get(c.key, x.dtype)) for c in leaf.cells}
-        x = x if layout is None else layout.enter(x, leaf)
-        x = x.transpose(leaf.permutation)
-        x = x.reshape(leaf.batch, *leaf.merged) if layout is None else layout.merge(x, leaf)
-        for cell, piece in zip(leaf.cells, _cut(x, leaf, layout), strict=True):
-            piece = piece.swapaxes(1, 2) if cell.transposed else piece
-            piece = piece if layout is None else layout.piece(piece, cell.key)
-            pieces.setdefault(cell.key, []).append(piece)
-    stacks = {
-        key: jnp.concatenate([p.astype(jnp.result_type(*parts)) for p in parts])
-        for key, parts in pieces.items()
-    }
-    if layout is None:
-        return stacks
-    return {key: layout.to_owners(x, key).astype(wide[key]) for key, x in stacks.items()}
-
-
-def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
-    """The cells of a merged leaf `(batch, *merged)`, cut dimension by dimension, in their order."""
-    pieces = [x] if leaf.cells else []  # an empty leaf has none
-    for axis in range(len(leaf.merged)):
-        # Pinned on both sides, or the partitioner cuts in the layout that comes next.
-        pin = functools.partial(_pin, layout, leaf, axis)
-        edges = sorted({(c.start[axis], c.start[axis] + c.size[axis]) for c in leaf.cells})
-        pieces = [
-            pin(jax.lax.slice_in_dim(whole, *edge, axis=axis + 1))
-            for whole in map(pin, pieces)
-            for edge in edges
-        ]
-    return pieces
-
-
-def _pin(layout: StackLayout | None, leaf: LeafPlan, axis: int, x: Array) -> Array:
-    return x if layout is None else layout.cut(x, leaf, axis)
-
-
-def join(
-    stacks: dict[str, Array],
-    plan: Sequence[LeafPlan],
-    dtypes: Sequence[Any],
-    layout: StackLayout | None = None,
-) -> list[Array]:
-    """Inverse of `split`: the leaves, cast to `dtypes`."""
-    if layout is not None:
-        stacks = {key: layout.from_owners(x, key) for key, x in stacks.items()}
-    offset = dict.fromkeys(stacks, 0)
-    leaves = []
-    for leaf, dtype in zip(plan, dtypes, strict=True):
-        pieces = []
-        for cell in leaf.cells:
-            begin = offset[cell.key]
-            offset[cell.key] = begin + leaf.batch
-            piece = stacks[cell.key][begin : begin + leaf.batch]
-            if layout is None:
-                piece = piece.astype(dtype)
-            else:
-                piece = layout.piece(layout.leaving(piece, dtype), cell.key)
-            pieces.append(piece.swapaxes(1, 2) if cell.transposed else piece)
-        x = _assemble(pieces, leaf, layout) if pieces else jnp.zeros(leaf.shape, dtype)
-        permuted = [leaf.shape[a] for a in leaf.permutation]
-        inverse = sorted(range(len(permuted)), key=leaf.permutation.__getitem__)
-        x = x.reshape(permuted) if layout is None else layout.unmerge(x, leaf)
-        x = x.transpose(inverse)
-        leaves.append(x if layout is None else layout.leave(x, leaf).astype(dtype))
-    return leaves
-
-
-def _assemble(pieces: list[Array], leaf: LeafPlan, layout: StackLayout | None) -> Array:
-    """Concatenates cells dimension by dimension, the last one first."""
-    for axis in reversed(range(len(leaf.merged))):
-        per_row = len({cell.start[axis] for cell in leaf.cells})
-        pin = functools.partial(_pin, layout, leaf, axis)
-        pieces = list(map(pin, pieces))
-        pieces = [
-            pin(jnp.concatenate(pieces[i : i + per_row], axis + 1))
-            for i in range(0, len(pieces), per_row)
-        ]
-    return pieces[0]
 
 
 def blocked(

@@ -13,9 +13,10 @@ from jax.sharding import AbstractMesh, AxisType
 from shampoo_jax.exponents import Exponents
 from shampoo_jax.plan import LeafPlan, count_blocks
 from shampoo_jax.sharding import Axes, Placement, Spec
+from shampoo_jax.splitting import buckets_of
 from shampoo_jax.stack_layout import StackLayout
 
-Leg = tuple[Spec, Spec, tuple[int, ...], int]  # before, after, shape, bytes of an element
+Leg = tuple[Spec, Spec, tuple[int, ...], Any]  # before, after, shape, dtype
 
 
 class Move(NamedTuple):
@@ -78,49 +79,53 @@ def stack_moves(
     Args:
       layout: Of the plan.
       plan: From `make_plan`.
-      dtypes: Of the gradients, one a leaf; stacks are float32 or wider.
+      dtypes: Of gradients and updates, one a leaf; stacks are float32 or wider.
 
     Returns:
       Moves in, moves out.
     """
-    narrow = layout.placement.communication_dtype
-    sizes = [jnp.dtype(narrow or jnp.promote_types(d, jnp.float32)).itemsize for d in dtypes]
-
-    def moves(layout: StackLayout, back: bool) -> list[Move]:
-        return [
-            move
-            for before, after, shape, itemsize in _all_legs(layout, plan, sizes)
-            for ends in [(after, before) if back else (before, after)]
-            for move in change_layout(layout.placement, *ends, shape, itemsize)
-        ]
-
-    return moves(layout.incoming, False), moves(layout, True)
+    wide = [jnp.promote_types(d, jnp.float32) for d in dtypes]
+    there = [
+        move
+        for before, after, shape, dtype in _all_legs(layout.incoming, plan, wide)
+        for move in change_layout(layout.placement, before, after, shape, dtype.itemsize)
+    ]
+    back = [
+        move
+        for before, after, shape, dtype in _all_legs(layout, plan, dtypes)
+        for move in change_layout(layout.placement, after, before, shape, dtype.itemsize)
+    ]
+    return there, back
 
 
 def _all_legs(
-    layout: StackLayout, plan: Sequence[LeafPlan], itemsizes: Sequence[int]
+    layout: StackLayout, plan: Sequence[LeafPlan], dtypes: Sequence[Any]
 ) -> Iterator[Leg]:
-    """Changes of layout of all leaves, then of all stacks."""
-    for leaf, itemsize in zip(plan, itemsizes, strict=True):
-        yield from _legs(layout, leaf, itemsize)
-    itemsize = max(itemsizes, default=4)
+    """Changes of layout of all leaves, in these dtypes, then of all stacks."""
+    narrow = layout.placement.communication_dtype
+    for members, whole in buckets_of(plan, dtypes, layout):
+        yield from _legs(layout, whole, jnp.dtype(narrow or dtypes[members[0]]))
+    dtype = jnp.dtype(narrow or jnp.result_type(jnp.float32, *dtypes))
     shapes = {c.key: c.stored for leaf in plan for c in leaf.cells}
     for key, slots in layout.slots.order.items():
         route = layout.route(key)
         for before, after in zip(route, route[1:], strict=False):
-            yield before, after, (len(slots), *shapes[key]), itemsize
+            yield before, after, (len(slots), *shapes[key]), dtype
 
 
-def _legs(layout: StackLayout, leaf: LeafPlan, itemsize: int) -> Iterator[Leg]:
+def _legs(layout: StackLayout, leaf: LeafPlan, dtype: Any) -> Iterator[Leg]:
     """Changes of layout of a leaf until its blocks are concatenated."""
     specs = [layout.merged(leaf), *layout.cuts[leaf.name]]
     for axis, (before, after) in enumerate(zip(specs, specs[1:], strict=False)):
         for _, size in {(c.start[:axis], c.size[:axis]) for c in leaf.cells}:
-            yield before, after, (leaf.batch, *size, *leaf.merged[axis:]), itemsize
-    lead, *rest = specs[-1]
+            yield before, after, (leaf.batch, *size, *leaf.merged[axis:]), dtype
     for cell in leaf.cells:
-        before = (lead, *(reversed(rest) if cell.transposed else rest))
-        yield before, layout.stacks[cell.key], (leaf.batch, *cell.stored), itemsize
+        yield (
+            layout.stored(leaf, cell),
+            layout.stacks[cell.key],
+            (leaf.batch, *cell.stored),
+            dtype,
+        )
 
 
 def elementwise_moves(placement: Placement, tree: Any) -> list[Move]:

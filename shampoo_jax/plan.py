@@ -173,6 +173,19 @@ def count_blocks(plan: Sequence[LeafPlan]) -> dict[str, int]:
     return counts
 
 
+def positions(plan: Sequence[LeafPlan]) -> list[list[range]]:
+    """By leaf and cell, which blocks of their stack they are."""
+    counts: dict[str, int] = {}
+    found: list[list[range]] = []
+    for leaf in plan:
+        found.append([])
+        for cell in leaf.cells:
+            begin = counts.get(cell.key, 0)
+            counts[cell.key] = begin + leaf.batch
+            found[-1].append(range(begin, begin + leaf.batch))
+    return found
+
+
 def leading_axes(leaf: LeafPlan) -> list[int | None]:
     """The most significant axis of a leaf in each of its merged dimensions, None where all are 1.
 

@@ -1,7 +1,7 @@
 """The way of blocks between the layout of their parameters and their owners on a mesh."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from shampoo_jax.exponents import Exponents, default_exponents
 from shampoo_jax.paths import KeyPath, stack_of
-from shampoo_jax.plan import LeafPlan, count_blocks, leading_axes
+from shampoo_jax.plan import Cell, LeafPlan, count_blocks, leading_axes
 from shampoo_jax.sharding import Axes, Placement, Spec, axes_of
 from shampoo_jax.slots import Slots, balanced, in_turn
 
@@ -35,6 +35,7 @@ class StackLayout:
         self.placement = placement
         paths = jax.tree_util.tree_leaves_with_path(tree)
         self.own = {p.name: placement.spec_of(*x) for p, x in zip(plan, paths, strict=True)}
+        self.starts = {p.name: self._start_spec(p) for p in plan}
         self.cuts = {p.name: self._cut_specs(p) for p in plan}
         self.stacks = self._stack_specs(plan)
         # Gradients may come in another layout than that in which updates go.
@@ -65,6 +66,9 @@ class StackLayout:
 
     def merged(self, leaf: LeafPlan) -> Spec:
         """Layout of `(batch, *merged)` as the leaf's own implies it, lost axes on the batch."""
+        return self.starts[leaf.name]
+
+    def _start_spec(self, leaf: LeafPlan) -> Spec:
         own = self.own[leaf.name]
         groups: list[Axes] = [() if a is None else own[a] for a in leading_axes(leaf)]
         held = {a for e in groups for a in e}
@@ -77,11 +81,29 @@ class StackLayout:
         """Most common layout of the blocks of each stack."""
         votes: dict[str, Counter[Spec]] = {}
         for leaf in plan:
-            lead, *rest = self.cuts[leaf.name][-1]
             for cell in leaf.cells:
-                spec = (lead, *(reversed(rest) if cell.transposed else rest))
-                votes.setdefault(cell.key, Counter())[spec] += leaf.batch
+                votes.setdefault(cell.key, Counter())[self.stored(leaf, cell)] += leaf.batch
         return {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
+
+    def stored(self, leaf: LeafPlan, cell: Cell) -> Spec:
+        """Layout of a cell when it has been cut and turned."""
+        lead, *rest = self.cuts[leaf.name][-1]
+        return (lead, *(reversed(rest) if cell.transposed else rest))
+
+    def shared(self, leaf: LeafPlan, dtype: Any) -> Hashable | None:
+        """What leaves have in common that can be exchanged as one before they are stacked.
+
+        Args:
+          leaf: Of the plan.
+          dtype: What it travels in.
+
+        Returns:
+          None if it is not exchanged before, or is split along the axis where leaves would meet.
+        """
+        start = self.merged(leaf)
+        stays = {start, *self.cuts[leaf.name]} == {start}
+        stays = stays and all(self.stored(leaf, c) == self.stacks[c.key] for c in leaf.cells)
+        return None if stays or start[0] else (start, jnp.dtype(dtype))
 
     def _slots(self, plan: Sequence[LeafPlan], exponents: Exponents) -> Slots:
         """Slots of all stacks."""
@@ -129,6 +151,10 @@ class StackLayout:
         spec = tuple(self.own[leaf.name][a] for a in leaf.permutation)
         return self.placement.reshape(x, shape, spec)
 
+    def loose(self, x: Array, leaf: LeafPlan) -> Array:
+        """Merged leaves, `(batch, *merged)`, as they come."""
+        return self.placement.put(x, self.merged(leaf))
+
     def cut(self, x: Array, leaf: LeafPlan, axis: int) -> Array:
         """A merged leaf or a strip of it, `(batch, *merged)`, whole along the axis cut next."""
         return self.placement.put(x, self.cuts[leaf.name][axis])
@@ -155,20 +181,30 @@ class StackLayout:
         """Layout of everything that has one entry a block."""
         return PartitionSpec(self.route(key)[-1][0])
 
-    def to_owners(self, x: Array, key: str) -> Array:
-        """A concatenated stack in its slots, at its owners; zero blocks stay zero in all parts."""
-        n, order = len(x), self.slots.order[key]
-        if len(order) > n:
-            x = jnp.pad(x, ((0, len(order) - n), *[(0, 0)] * (x.ndim - 1)))
-            x = x if (order[:n] >= 0).all() else x[np.where(order < 0, n, order)]
-        return self._travel(x, self.route(key))
+    def to_owners(self, x: Array, key: str, order: Sequence[int]) -> Array:
+        """A concatenated stack in its slots, at its owners; zero blocks stay zero in all parts.
 
-    def from_owners(self, x: Array, key: str) -> Array:
+        Args:
+          x: Blocks `[n, *block]`, pinned.
+          key: Of the stack.
+          order: Place of each block in the order of the plan.
+
+        Returns:
+          The stack `[N, *block]`.
+        """
+        n, slots = len(x), self.slots.order[key]
+        if len(slots) > n:
+            x = jnp.pad(x, ((0, len(slots) - n), *[(0, 0)] * (x.ndim - 1)))
+        return self._travel(
+            _take(x, np.where(slots < 0, n, np.argsort(order)[slots])), self.route(key)
+        )
+
+    def from_owners(self, x: Array, key: str, order: Sequence[int]) -> Array:
         """The way back, its first entries the blocks, rounded to what travels."""
         narrow = self.placement.communication_dtype
         x = self._travel(x if narrow is None else x.astype(narrow), self.route(key)[::-1])
         (places,) = np.nonzero(self.slots.order[key] >= 0)
-        return x if len(places) == places[-1] + 1 else x[places]
+        return _take(x, places[np.asarray(order)])
 
     def _travel(self, x: Array, route: Sequence[Spec]) -> Array:
         for spec in route:
@@ -231,3 +267,8 @@ class StackLayout:
             # Scalars of the state are equal everywhere by construction, which no type shows.
             check_vma=False,
         )(stacks, indices, real, weights, state)
+
+
+def _take(x: Array, places: np.ndarray) -> Array:
+    """`x[places]`, or all of `x` where that is how it begins."""
+    return x if (places == np.arange(len(places))).all() else x[places]

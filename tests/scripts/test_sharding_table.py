@@ -13,7 +13,7 @@ def test_the_plan_is_what_the_compiler_does(layout):
     found = st.measure(st.LAYOUTS[layout], st.gpt2_shapes(2, 16), momentum=0.9)
     assert found["state_bytes_per_device"] == found["planned_state_bytes_per_device"]
     exchanges, planned = found["exchanges"], found["planned"]
-    assert exchanges.pop("all-reduce")[1] < 64  # of flags alone
+    assert exchanges.pop("all-reduce", (0, 0))[1] < 64  # of flags alone
     assert exchanges == planned
 
 
@@ -25,7 +25,7 @@ def test_a_device_decomposes_its_own_blocks():
 def test_compile_time_is_told():
     found = st.compile_seconds(st.LAYOUTS["replicated"], st.gpt2_shapes(1, 16, 32))
     assert found["parameters"] == 12 * 16 * 16 + 32 * 16 + 16
-    assert found["compile_s"] > 0 and set(found["exchanges"]) == {"all-gather", "all-reduce"}
+    assert found["compile_s"] > 0 and set(found["exchanges"]) == {"all-gather"}
 
 
 def test_parts_of_the_page_are_written_one_after_the_other(tmp_path, monkeypatch, capsys):

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shampoo_jax.blocking import blocked, join, split
+from shampoo_jax.blocking import blocked
 from shampoo_jax.blocks import Blocks, from_gradients, norms, on_gradients, on_updates
 from shampoo_jax.factors import accumulate_factors
 from shampoo_jax.filtering import filter_gradient
 from shampoo_jax.grafting import graft, scale_by_second_moment
 from shampoo_jax.plan import DimensionNumbers, make_plan
 from shampoo_jax.roots import invert_roots, precondition
+from shampoo_jax.splitting import join, split
 
 DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
