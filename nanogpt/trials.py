@@ -1,5 +1,7 @@
 """Runs that differ in a few settings, and one JSONL file of what came out of them."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -47,7 +49,8 @@ def run_trials(
 
     A trial is known by all of its settings and its data, not by its name. One that was stopped
     starts again. A run whose loss is not finite at the end, or above that of its first validation,
-    is recorded as "diverged". Checkpoints of finished trials are deleted; their metrics stay.
+    is recorded as "diverged". Checkpoints of finished trials are deleted; their metrics stay. While
+    another process trains for the same file, this one waits.
 
     Args:
         trials: the runs; equal ones are trained once.
@@ -68,22 +71,37 @@ def run_trials(
     """
     identities = _identities(trials)
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = {record["identity"]: record for record in read_trials(path)}
-    missing = {
-        identity: trial
+    with _alone(path, say):
+        known = {record["identity"]: record for record in read_trials(path)}
+        missing = {
+            identity: trial
+            for identity, trial in zip(identities, trials, strict=True)
+            if identity not in known
+        }
+        with contextlib.closing(MetricsWriter(path)) as writer:
+            done = _train(list(missing.values()), jobs)
+            for count, (index, record) in enumerate(done, start=1):
+                identity = list(missing)[index]
+                writer.write("trial", identity=identity, **record)
+                known[identity] = record
+                say(f"trial {count} of {len(missing)}, {record['name']}: {describe(record)}")
+    # One run can be two trials, as of a default and of the same number on an axis.
+    return [
+        known[identity] | {"settings": trial.settings}
         for identity, trial in zip(identities, trials, strict=True)
-        if identity not in known
-    }
-    writer = MetricsWriter(path)
-    try:
-        for count, (index, record) in enumerate(_train(list(missing.values()), jobs), start=1):
-            identity = list(missing)[index]
-            writer.write("trial", identity=identity, **record)
-            known[identity] = record
-            say(f"trial {count} of {len(missing)}, {record['name']}: {describe(record)}")
-    finally:
-        writer.close()
-    return [known[identity] for identity in identities]
+    ]
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps other processes from the same trials: they would train them in the same folders."""
+    with open(f"{path}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that writes {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read_trials(path: pathlib.Path) -> list[Record]:

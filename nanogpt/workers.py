@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -13,7 +14,7 @@ def in_processes(
     """Applies a function to every item, in `jobs` fresh processes that take one after another.
 
     Every process gets an equal share of the cores, so that they do not take turns on all of them.
-    Whatever ends the iteration early also ends the processes.
+    Whatever ends the iteration early also ends the processes, SIGKILL of this one included.
 
     Args:
         function: Of a module, so that another process finds it; items and results can be pickled.
@@ -76,9 +77,18 @@ def _serve(
 ) -> None:
     """Answers items with results until the other side is gone."""
     os.environ.update(environment)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             item = connection.recv()
         except EOFError:
             return
         connection.send(function(item))
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is gone: what it works on may be started anew by then."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

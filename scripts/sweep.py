@@ -72,17 +72,19 @@ def make_trials(options: argparse.Namespace, rest: list[str]) -> "list[Trial]":
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{name} is given {names.count(name)} times: one axis a setting.")
+        if name.partition(".")[0] in ("name", "output"):
+            raise ValueError(f"--grid {name}: decides no number, so all its trials would be one.")
     chosen = points(dict(lists), dict(ranges), options.runs, options.search_seed)
     trials = []
     for optimizer in options.optimizers:
-        base = speedrun.read_config(options, optimizer, optimizer, rest)
+        base = _read_config(options, optimizer, rest)
         for point in chosen:
-            settings = {name: _scaled(base, name, value) for name, value in point.items()}
-            flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
-            config = speedrun.read_config(options, optimizer, optimizer, [*rest, *flags])
-            label = ",".join([optimizer, *(f"{name}={v}" for name, v in settings.items())])
+            values = {name: _scaled(base, name, value) for name, value in point.items()}
+            flags = [word for name, value in values.items() for word in _flag(name, value)]
+            config = _read_config(options, optimizer, [*rest, *flags])
+            label = ",".join([optimizer, *(f"{name}={v}" for name, v in values.items())])
             folder = f"{options.name}/{label.replace('/', '_')}"
-            settings = {"optimizer": optimizer, **settings}
+            settings = {"optimizer": optimizer, **{name: _value(config, name) for name in values}}
             trials.append(Trial(settings, dataclasses.replace(config, name=folder)))
     return trials
 
@@ -111,20 +113,42 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def _read_config(options: argparse.Namespace, optimizer: str, settings: list[str]) -> Config:
+    """The preset's run with these settings; says whose they are if it has none of that name."""
+    try:
+        return speedrun.read_config(options, optimizer, optimizer, settings)
+    except SystemExit:
+        print(f"error: in the trials of optimizer {optimizer!r}, see above", file=sys.stderr)
+        raise
+
+
 def _scaled(base: Config, name: str, value: str) -> str:
-    """The value; x2 becomes the preset's value times 2."""
+    """The value; x2 becomes the preset's value times 2, and stays whole where that is."""
     if not value.startswith("x"):
         return value
     try:
-        before: Any = base
-        for field in name.replace("-", "_").split("."):
-            before = getattr(before, field)
-        return repr(float(before) * float(value[1:]))
+        before = _value(base, name)
+        product = float(before) * float(value[1:])
     except (AttributeError, TypeError, ValueError):
         raise ValueError(
             f"--grid {name}={value}: {name} must be a number of the optimizer "
             f"{base.optimizer!r}, and what follows x a factor."
         ) from None
+    return repr(int(product) if isinstance(before, int) and product.is_integer() else product)
+
+
+def _value(config: Config, name: str) -> Any:
+    found: Any = config
+    for field in name.replace("-", "_").split("."):
+        found = getattr(found, field)
+    return found
+
+
+def _flag(name: str, value: str) -> list[str]:
+    """Words of the command line; True and False are --name and --no-name there."""
+    section, dot, field = name.rpartition(".")
+    switches = {"True": [f"--{name}"], "False": [f"--{section}{dot}no-{field}"]}
+    return switches.get(value, [f"--{name}", value])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,6 +2,8 @@
 
 import operator
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -22,3 +24,19 @@ def test_cores_are_shared():
 def test_a_dead_process_is_reported():
     with pytest.raises(RuntimeError, match="item 0 ended with exit code 1"):
         list(in_processes(operator.index, ["x"], jobs=1))  # a TypeError
+
+
+KILLED = """
+import os, signal, time
+from nanogpt.workers import in_processes
+
+results = in_processes(time.sleep, [0, 600], jobs=2)
+next(results)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_nobody_outlives_a_killed_parent():
+    # Returns when the last process that holds the output is gone.
+    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode < 0

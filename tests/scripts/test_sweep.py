@@ -30,7 +30,7 @@ def test_every_optimizer_gets_its_own_rates():
         ("adamw", 0.002), ("adamw", 0.004), ("muon", 0.02), ("muon", 0.04)
     ]  # fmt: skip
     assert {t.config.schedule.steps for t in made} == {7}
-    assert made[0].settings == {"optimizer": "adamw", "matrices.learning_rate": "0.002"}
+    assert made[0].settings == {"optimizer": "adamw", "matrices.learning_rate": 0.002}
     assert made[0].config.name == "sweep/adamw,matrices.learning_rate=0.002"
 
 
@@ -42,6 +42,11 @@ def test_any_setting_can_be_an_axis():
     assert len({t.config.matrices.b2 for t in made}) == 4
     assert all(0.8 <= t.config.matrices.b2 <= 0.9 for t in made)
     assert all(t.config.matrices.cutoff == "positive" for t in made)
+    switch = ["--grid", "matrices.hyperball=True,False", "--matrices.weight-decay", "0"]
+    made = trials("--optimizers", "adamw", *switch)
+    assert [t.config.matrices.hyperball for t in made] == [True, False]
+    made = trials("--optimizers", "soap", "--preset", "board", "--grid", "matrices.every=x1,x3")
+    assert [t.config.matrices.every for t in made] == [5, 15]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,9 @@ def test_any_setting_can_be_an_axis():
         (["--grid", "seed=1", "--grid", "seed=2"], "seed is given 2 times"),
         (["--grid", "matrices.rate=x2"], "matrices.rate must be a number"),
         (["--grid", "matrices.learning_rate=-1"], "learning_rate=-1.0: must be positive"),
+        (["--grid", "name=a,b"], "--grid name: decides no number"),
+        (["--grid", "matrices.ns-steps=3"], "in the trials of optimizer 'adamw'"),
+        (["--grid", "matrices.b1=0.5,low"], "could not convert string to float: 'low'"),
         (["--optimizers", "sgd"], "optimizer='sgd' is unknown"),
         (["--jobs", "0"], "--jobs: 0 must be a whole number, at least 1"),
         (["--runs", "0"], "--runs: 0 must be"),
@@ -104,11 +112,15 @@ def test_a_real_sweep_is_kept_and_widened(tiny_data, tmp_path, monkeypatch, caps
     assert not list(tmp_path.rglob("checkpoints"))
     capsys.readouterr()
     path.write_text(first + '{"kind": "tri')  # a crash cut the next record short
-    wider = ["--grid", "matrices.learning_rate=x1,x0.5,1e30", "--jobs", "2"]
+    wider = ["--grid", "matrices.learning_rate=x1,x0.5,0.0040,1e30", "--jobs", "2"]
     sweep.main([*common, *wider])
     assert path.read_text().startswith(first)
     (added,) = read_records(path)[2:]
     assert (added["status"], added["loss"]) == ("diverged", None)
     printed = capsys.readouterr().out
-    assert "trial 1 of 1" in printed and "| 1e30 | diverged |" in printed
-    assert printed.count("| adamw |") == 3
+    assert "trial 1 of 1" in printed and "| 1e+30 | diverged |" in printed
+    assert printed.count("| adamw |") == 4
+    # What is trained is shown by the axis of the sweep at hand, also where that is another one.
+    sweep.main([*common, "--grid", "matrices.b1=0.9"])
+    printed = capsys.readouterr().out
+    assert "| optimizer | matrices.b1 |" in printed and "| adamw | 0.9 |" in printed
