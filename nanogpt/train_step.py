@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation, each a single jitted function."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -156,7 +157,7 @@ def make_train_step(
         total, grads = gradients(state.params, batch)
         tokens = batch["targets"].size
         norm = optax.tree.norm(grads)
-        objective = _objective(graphdef, batch, config, layout)
+        objective = _objective(batch, config, layout)
         updates, opt_state = update(grads, state.opt_state, state.params, obj_fn=objective)
         done = (optax.apply_updates(state.params, updates), opt_state)
         # A NaN that entered a moment or a factor would stay there for ever.
@@ -174,14 +175,17 @@ def make_train_step(
 
 
 def _objective(
-    graphdef: nnx.GraphDef, batch: Batch, config: Config, layout: Layout | None
+    batch: Batch, config: Config, layout: Layout | None
 ) -> Callable[[optax.Params], jax.Array]:
     """The summed loss as a function of the parameters, for optimizers that evaluate it again.
 
-    Differentiating it holds the activations of one microbatch at a time.
+    Differentiating it holds the activations of one microbatch at a time. It may be differentiated
+    twice, as Sophia does, so attention is XLA's: cuDNN's has a first derivative only.
     """
 
     def objective(params: optax.Params) -> jax.Array:
+        graphdef = model_structure(dataclasses.replace(config.model, attention="xla"))
+
         @jax.checkpoint
         def loss(piece: Batch) -> jax.Array:
             return summed_loss(graphdef, params, piece)[0]

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from nanogpt.config import ScheduleConfig
+from nanogpt.optimizers import build_optimizer
 from nanogpt.presets import preset
 from nanogpt.train_step import (
     TrainState,
@@ -144,3 +145,34 @@ def test_optimizers_may_ask_for_the_loss_again():
     expected = make_eval_step(graphdef, config)(moved, BATCH)
     np.testing.assert_allclose(elsewhere, expected, rtol=1e-5)
     assert off < 1e-5 and product > 0 and jnp.isfinite(product)
+
+
+@pytest.mark.parametrize("optimizer, used", [("adamw", {"cudnn"}), ("sophia", {"cudnn", "xla"})])
+def test_the_second_pass_has_attention_with_two_derivatives(optimizer, used, monkeypatch):
+    """A stand-in for cuDNN's, whose derivative cannot be differentiated either."""
+    asked = set()
+
+    @jax.custom_vjp
+    def once(x):
+        return x
+
+    def backward(_, cotangent):
+        shape = jax.ShapeDtypeStruct(cotangent.shape, cotangent.dtype)
+        return (jax.pure_callback(lambda x: x, shape, cotangent),)
+
+    once.defvjp(lambda x: (x, None), backward)
+
+    def attention(q, k, v, *, implementation, **_):
+        asked.add(implementation)
+        return once(q * k * v) if implementation == "cudnn" else q * k * v
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    config = preset("board", optimizer)
+    model = golden.model_config(golden.read_json(Z["config"]), attention="cudnn")
+    data = dataclasses.replace(config.data, batch_rows=4, microbatch_rows=4)
+    config = dataclasses.replace(config, model=model, data=data)
+    params = abstract_params(model)
+    tx = build_optimizer(config, params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.eval_shape(tx.init, params))
+    jax.eval_shape(make_train_step(model_structure(model), tx, config), state, BATCH)
+    assert asked == used
