@@ -40,10 +40,7 @@ def split(
             piece = piece if layout is None else layout.piece(piece, cell.key)
             pieces.setdefault(cell.key, []).append(piece)
             wide[cell.key] = jnp.promote_types(dtype, wide.get(cell.key, dtype))
-    stacks = {
-        key: jnp.concatenate([p.astype(jnp.result_type(*parts)) for p in parts])
-        for key, parts in pieces.items()
-    }
+    stacks = {key: jnp.concatenate(parts) for key, parts in pieces.items()}
     if layout is None:
         return stacks
     order = block_order(buckets, plan)
