@@ -19,12 +19,14 @@ and without momentum) compiled, not executed. Parameters: {layers} layers of a G
 
 * **Exchanges** are counted in the optimized program. Bytes are those of their results on one
   device; of n devices, each sends and receives (n - 1)/n of that. The all-reduce is the test for
-  finite gradients.
+  finite gradients, where a device has but a part of them.
+* Matrices that are cut alike are exchanged as one array: more layers are not more exchanges.
 * **Planned** is what `explain(..., mesh=...)` predicts from shapes alone. It is what the
-  compiler does, number and bytes, but for 8 permutations that it adds in the layout by rows and
-  columns, where blocks of a transposed matrix join a stack.
+  compiler does, number and bytes, but for the permutations that it adds where blocks of a
+  transposed matrix, split over two axes of the mesh, join a stack.
 * **State per device** has equalled the prediction of `explain` to the byte in every line.
-* Momentum is a tree of parameters: on a layout with replicas its update is gathered once more.
+* Momentum is a tree of parameters, split over the owners whatever the layout: updates come to it
+  split and are gathered after it, parameter by parameter.
 """
 
 MEMORY = """
@@ -32,8 +34,8 @@ MEMORY = """
 
 In copies of the whole update of the matrices, {matrices:,} bytes, of which a device with replicated
 parameters has to hold one: of the way to the owners and back alone; of the direction, working
-memory of the solver on the owner's blocks included; and of the optimizer without momentum, whose
-rule for non-finite gradients keeps old and new state side by side.
+memory of the solver on the owner's blocks included; and of the optimizer without momentum. At this
+width the solver's memory is as large as the update; the last table has models of true size.
 """
 
 GPU = """
@@ -70,8 +72,9 @@ COMPILE = """
 allocated. The machine was shared with other work, so that only CPU seconds, of all threads of the
 process, can be compared. 124M is 12 layers of width 768, 1.3B is 24 layers of width 2048, both with
 an embedding of 50304 rows and the default blocks of 1024: at width 2048 every matrix is cut into
-several, whose edges are split over devices in the layout by rows. There the program is five times
-as large.
+several, whose edges are split over devices in the layout by rows. Temporary memory is given in
+copies of the whole update too. With replicated parameters of 1.3B it is two, since XLA:CPU cuts an
+owner's blocks out of the stack of all anew for each use, and so keeps that stack.
 """
 
 
@@ -148,12 +151,13 @@ def compile_table(records: Mapping[str, Mapping[str, Any]]) -> str:
     """One line a model and layout."""
     lines = [
         "| model, layout | trace, s | compile, s | compile, CPU s | program, kB "
-        "| temporary memory, MB | exchanges |",
-        "|---|---|---|---|---|---|---|",
+        "| temporary memory, MB | in copies | exchanges |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, r in records.items():
+        copies = r["temporary_bytes"] / (4 * r["parameters"])  # float32
         lines.append(
             f"| {name} | {r['trace_s']} | {r['compile_s']} | {r['cpu_s']} | {r['program_kb']:,} | "
-            f"{r['temporary_bytes'] / 1e6:,.0f} | {_exchanges(r['exchanges'])} |"
+            f"{r['temporary_bytes'] / 1e6:,.0f} | {copies:.2f} | {_exchanges(r['exchanges'])} |"
         )
     return "\n".join(lines)

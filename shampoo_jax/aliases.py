@@ -37,7 +37,10 @@ def _alias(scale_by: Optimizer) -> Callable[[Optimizer], Optimizer]:
             around = {name: options.pop(name) for name in list(options) if name in outer}
             if around.get("nonfinite") == "skip_blocks":
                 options["nonfinite"] = "skip_blocks"
-            direction = scale_by(**options, placement=around.get("placement"))
+            placement = around.get("placement")
+            if placement is not None and around.get("momentum") is not None:
+                placement = placement.split_out  # or updates would be gathered for it and after it
+            direction = scale_by(**options, placement=placement)
             return complete(direction, learning_rate, **around)
 
         build.__signature__ = signature  # type: ignore[attr-defined]

@@ -187,7 +187,7 @@ def on_mesh(
     plan: Sequence[LeafPlan],
     state: Any,
     matrices: Any,
-    elementwise: Any,
+    elementwise: Sequence[Move],
     block_flops: Mapping[str, float],
     exponents: Exponents,
 ) -> OnMesh:
@@ -198,14 +198,14 @@ def on_mesh(
       plan: Of the preconditioned parameters.
       state: From `jax.eval_shape` with an `abstract` placement.
       matrices: The preconditioned parameters, or their shapes.
-      elementwise: Trees that go through `Placement.elementwise`.
+      elementwise: What `elementwise_moves` gives for the other parts of the optimizer.
       block_flops: FLOPs to refresh the roots of one block of each stack.
       exponents: Of the optimizer.
     """
     dtypes = [x.dtype for x in jax.tree.leaves(matrices)]
     layout = StackLayout(placement, matrices, plan, exponents)
     there, back = stack_moves(layout, plan, dtypes)
-    back += [move for tree in elementwise for move in elementwise_moves(placement, tree)]
+    back += elementwise
     exchanges: dict[str, tuple[int, int]] = {}
     for kind, result, _ in [*there, *back]:
         count, total = exchanges.get(kind, (0, 0))

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from shampoo_jax.aliases import shampoo
 from shampoo_jax.bases import make_basis
-from shampoo_jax.communication import OnMesh, abstract, on_mesh
+from shampoo_jax.communication import OnMesh, abstract, elementwise_moves, on_mesh
 from shampoo_jax.costs import Cost, basis_cost, root_cost
 from shampoo_jax.exponents import (
     Exponents,
@@ -274,10 +274,12 @@ def _on_mesh(
     for side in _sides(plan, chosen, factored):
         block_flops[side.key] += _cost(chosen, side, _factor_dtype(state)).flops * side.size**3
     matrices, others = trees
-    elementwise = [others] if "adamw_b1" in chosen else []
-    elementwise += [matrices] if chosen.get("momentum") is not None else []
+    moves = elementwise_moves(placement, others) if "adamw_b1" in chosen else []
+    if chosen.get("momentum") is not None:
+        moves += elementwise_moves(placement, matrices)
+        placement = placement.split_out
     exponents = _uncut(chosen) or default_exponents
-    return on_mesh(placement, plan, state, matrices, elementwise, block_flops, exponents)
+    return on_mesh(placement, plan, state, matrices, moves, block_flops, exponents)
 
 
 def _cost(chosen: Mapping[str, Any], side: Side, dtype: Any) -> Cost:

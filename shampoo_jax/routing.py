@@ -141,7 +141,7 @@ def complete(
     split = placement.elementwise if placement is not None else lambda tx: tx
     before, after = decay_parts(weight_decay_kind, weight_decay, learning_rate, peak_lr, mask)
     if momentum is not None:
-        after = [*after, split(momentum_part(momentum, dampening, nesterov))]
+        after = [split(optax.chain(*after, momentum_part(momentum, dampening, nesterov)))]
     matrices = optax.chain(*before, direction, *after, optax.scale_by_learning_rate(learning_rate))
     others = optax.adamw(
         learning_rate if adamw_learning_rate is None else adamw_learning_rate,

@@ -106,6 +106,18 @@ class Placement:
             return self
         return dataclasses.replace(self, parameter_spec=self.gradient_spec, gradient_spec=None)
 
+    @property
+    def split_out(self) -> "Placement":
+        """The placement of a direction whose updates stay as `elementwise` splits them."""
+
+        def spec(path: KeyPath, leaf: Any) -> PartitionSpec:
+            split = self.split_further(np.shape(leaf), self.spec_of(path, leaf))
+            return PartitionSpec(*(e or None for e in split))
+
+        return dataclasses.replace(
+            self, parameter_spec=spec, gradient_spec=self.incoming.parameter_spec
+        )
+
     def reshape(self, x: Array, shape: Sequence[int], spec: Spec) -> Array:
         """A reshape whose result has this layout on Explicit meshes, where none may be implied."""
         if AxisType.Explicit not in self.mesh.axis_types:

@@ -15,6 +15,8 @@ def test_the_plan_is_what_the_compiler_does(layout):
     exchanges, planned = found["exchanges"], found["planned"]
     assert exchanges.pop("all-reduce", (0, 0))[1] < 64  # of flags alone
     assert exchanges == planned
+    # The update is gathered once, though momentum comes after the way back of blocks.
+    assert exchanges.get("all-gather", (0, 0))[1] <= found["parameter_bytes"]
 
 
 def test_a_device_decomposes_its_own_blocks():
