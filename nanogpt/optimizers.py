@@ -6,6 +6,7 @@ a batch, so every eps is on that scale.
 
 import dataclasses
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -16,6 +17,7 @@ import optax
 import shampoo_jax
 from nanogpt.config import Config
 from nanogpt.directions import DIRECTIONS, Direction, adam
+from nanogpt.registry import PUBLISHED
 from nanogpt.schedules import learning_rate
 from nanogpt.settings import MatrixConfig, MuonConfig
 
@@ -50,7 +52,8 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
     `scripts.speedrun.main` takes it by `--optimizer`.
 
     Args:
-        name: Not one of this package's; a name added before is replaced.
+        name: Letters, digits, ".", "_" and "-"; not one of this package's, recipes included. A name
+            added before is replaced.
         direction: Function of (settings, placement) giving an Optax transformation of the summed
             gradients, without weight decay and learning rate. It may ignore the placement, which
             tells how state is split over a mesh. If its update takes `obj_fn`, it gets the summed
@@ -58,7 +61,7 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
         settings: Starting values; its class is `MatrixConfig` or one derived from it.
 
     Raises:
-        ValueError: the name is one of this package's.
+        ValueError: a bad or taken name, a direction of other arguments, settings of another class.
 
     Example:
         >>> register("sign", lambda settings, _: optax.scale_by_sign(), MatrixConfig(1e-3, 0.1))
@@ -67,9 +70,28 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
         0.001
         >>> del REGISTRY["sign"]
     """
-    if name in DIRECTIONS:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"name={name!r}: must be of letters, digits, '.', '_' and '-'.")
+    if name in DIRECTIONS or name in PUBLISHED:
         raise ValueError(f"name={name!r} is taken: choose another one.")
+    if not isinstance(settings, MatrixConfig):
+        raise ValueError(
+            f"settings={settings!r}: must be a MatrixConfig, as MatrixConfig(1e-3, 0.1), or of a "
+            "class derived from it."
+        )
+    try:
+        inspect.signature(direction).bind(settings, None)
+    except TypeError:
+        raise ValueError(
+            f"direction={direction!r}: must be a function of (settings, placement) that returns an "
+            "Optax transformation."
+        ) from None
     REGISTRY[name] = Entry(type(settings), direction, settings)
+
+
+def is_own(name: str) -> bool:
+    """Tells whether an optimizer was added by `register`: other processes do not know it."""
+    return name in REGISTRY and REGISTRY[name].defaults is not None
 
 
 def build_optimizer(
@@ -90,14 +112,18 @@ def build_optimizer(
         function of all parameters; only directions that ask for it need it.
 
     Raises:
-        ValueError: Unknown optimizer, settings of another optimizer, or a parameter that does not
-            match exactly one rule of `ROUTES`.
+        ValueError: Unknown optimizer, settings of another optimizer, a direction that is none, or a
+            parameter that does not match exactly one rule of `ROUTES`.
     """
-    entry = _entry(config)
-    matrices, aux = config.matrices, config.auxiliary
-
+    direction = _entry(config).direction(config.matrices, placement)
+    if not (hasattr(direction, "init") and hasattr(direction, "update")):
+        raise ValueError(
+            f"optimizer={config.optimizer!r}: its direction is {direction!r}, no Optax "
+            "transformation."
+        )
+    aux = config.auxiliary
     transforms = {
-        "matrices": optax.chain(entry.direction(matrices, placement), *_descent(config)),
+        "matrices": optax.chain(direction, *_descent(config)),
         **{
             name: _adamw(config, peak, placement)
             for name, peak in (

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nanogpt.board import BOARD
 from nanogpt.groups import Group
 from nanogpt.leaderboard import board_table, draw_board
+from nanogpt.optimizers import is_own
 from nanogpt.presets import preset
 from nanogpt.tables import markdown
 from nanogpt.verdicts import result_at
@@ -56,6 +57,7 @@ QUICK = Plan("board-quick", 60, (), 0, (0,), 60)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     options = _parser().parse_args(arguments)
+    entries = list(dict.fromkeys(options.entries))
     plan = QUICK if options.quick else FULL
     folder = pathlib.Path("runs", plan.name)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in scripts.speedrun
@@ -63,12 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Seeds share their programs.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((folder / "compiled").absolute()))
     signal.signal(signal.SIGTERM, exit_on_signal)
-    # These import jax, which must see the environment.
+    import jax
+
     from nanogpt.interrupt import Interrupted
 
+    # It read the environment when it was imported; the runs that measure times are in this process.
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+
     try:
-        speedrun.prepare_data(preset("board", options.entries[0]))
-        board = run_board(options.entries, plan, folder, options.jobs)
+        configs = [preset("board", name) for name in entries]
+        speedrun.prepare_data(configs[0])
+        board = run_board(entries, plan, folder, options.jobs)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except (Interrupted, KeyboardInterrupt) as stopped:
@@ -200,7 +207,7 @@ def make_group(name: str, timed: "Record", finals: "Sequence[Record]") -> Group:
     from nanogpt.flops import step_flops
     from nanogpt.trials import as_run
 
-    optimizer = BOARD[name].optimizer
+    optimizer = preset("board", name).optimizer
     time = min(timed["step_times_s"][1:])
     runs = [as_run(record, name) for record in finals if record["settings"]["entry"] == name]
     config = runs[0].start["config"]
@@ -208,7 +215,7 @@ def make_group(name: str, timed: "Record", finals: "Sequence[Record]") -> Group:
         name,
         [run.curve._replace(seconds=[step * time for step in run.steps]) for run in runs],
         step_time_s=time,
-        flops_per_step=None if optimizer in UNCOUNTED else step_flops(config),
+        flops_per_step=None if optimizer in UNCOUNTED or is_own(name) else step_flops(config),
         config=config,
         family="other" if optimizer in ("psgd", "sophia") else optimizer.split("_")[0],
     )
@@ -311,7 +318,7 @@ def tuning_table(tuned: Mapping[str, Mapping[int, float]]) -> str:
     """Returns every entry's rates and losses in Markdown."""
     rows = []
     for name, losses in tuned.items():
-        chosen, rate = best(losses), BOARD[name].matrices.learning_rate
+        chosen, rate = best(losses), preset("board", name).matrices.learning_rate
         cells = []
         for power in sorted(losses):
             loss = f"{losses[power]:.4f}" if math.isfinite(losses[power]) else "diverged"
@@ -328,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="no tuning, one seed, 60 steps")
     parser.add_argument(
-        "--entries", nargs="+", choices=BOARD, default=list(BOARD), help="default: all"
+        "--entries", nargs="+", default=list(BOARD), metavar="ENTRY", help="default: all"
     )
     parser.add_argument(
         "--jobs",

@@ -27,6 +27,7 @@ from nanogpt.children import run_child
 from nanogpt.comparison import compare
 from nanogpt.config import Config
 from nanogpt.metrics import read_records
+from nanogpt.optimizers import is_own
 from nanogpt.presets import PRESETS, preset
 from nanogpt.registry import PUBLISHED
 from nanogpt.run_folder import RunFolder
@@ -171,6 +172,8 @@ def train_group(
 ) -> None:
     """Trains several runs, each in a process; refuses before the first where one would be lost.
 
+    Those of an optimizer of one's own are trained in this process: another would not know it.
+
     What is resumed is decided here, too. So every one of several processes of a job decides alike:
     none gets past the start of its first run before all of them are there.
     """
@@ -184,7 +187,8 @@ def train_group(
     for optimizer, config, resume in zip(optimizers, configs, going_on, strict=True):
         chosen = flags(options, optimizer=optimizer, resume=resume, seeds=None)
         try:
-            run([*chosen, *rest, "--name", config.name, "--seed", str(config.seed)])
+            words = [*chosen, *rest, "--name", config.name, "--seed", str(config.seed)]
+            main(words) if is_own(optimizer) else run(words)
         finally:
             # Whatever becomes of it, the first new run ends the old group: a later --resume must
             # not take the old group's other runs for its own.

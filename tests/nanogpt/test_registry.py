@@ -203,6 +203,33 @@ def test_a_group_asks_for_the_loss_at_its_own_parameters(monkeypatch):
     np.testing.assert_allclose(updates["blocks"]["0"]["mlp"]["fc"]["kernel"], -2 * w * 5.0)
 
 
-def test_a_name_of_the_board_is_taken():
-    with pytest.raises(ValueError, match="name='muon' is taken"):
-        register("muon", lambda settings, _: optax.identity(), MatrixConfig(0.1, 0.0))
+def sign(settings, placement):
+    return optax.scale_by_sign()
+
+
+@pytest.mark.parametrize(
+    ("name", "direction", "settings", "message"),
+    [
+        ("muon", sign, MatrixConfig(0.1, 0.0), "name='muon' is taken"),
+        ("soap_h", sign, MatrixConfig(0.1, 0.0), "name='soap_h' is taken"),
+        ("a/b", sign, MatrixConfig(0.1, 0.0), "name='a/b': must be of letters"),
+        ("own", optax.scale_by_sign(), MatrixConfig(0.1, 0.0), "must be a function of"),
+        ("own", lambda settings: sign(settings, None), MatrixConfig(0.1, 0.0), "of .settings, pl"),
+        ("own", sign, {"learning_rate": 0.1}, "settings={'learning_rate': 0.1}: must be a Mat"),
+        ("own", sign, MatrixConfig, "must be a MatrixConfig, as"),
+    ],
+)
+def test_what_is_no_optimizer_is_not_registered(name, direction, settings, message):
+    with pytest.raises(ValueError, match=message):
+        register(name, direction, settings)
+    assert "own" not in REGISTRY
+
+
+def test_a_direction_that_returns_something_else_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(optimizers, "REGISTRY", dict(REGISTRY))
+    register("own", lambda settings, placement: 3, MatrixConfig(0.1, 0.0))
+    config = dataclasses.replace(
+        preset("board", "adamw"), optimizer="own", matrices=MatrixConfig(0.1, 0.0)
+    )
+    with pytest.raises(ValueError, match="optimizer='own': its direction is 3"):
+        build_optimizer(config, {})

@@ -5,14 +5,18 @@ import math
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from data_pipeline import write_shard
+from nanogpt import optimizers, presets
 from nanogpt.board import BOARD
 from nanogpt.flops import step_flops
 from nanogpt.groups import Group
 from nanogpt.metrics import read_records
+from nanogpt.optimizers import register
 from nanogpt.presets import preset
+from nanogpt.settings import MatrixConfig
 from scripts import leaderboard
 from scripts.leaderboard import FULL, QUICK, RATE, TUNING_SEED, Plan
 
@@ -165,3 +169,24 @@ def test_a_stopped_board_goes_on(tiny_preset, capsys):
     again = read_records(folder / "board.jsonl")
     assert [(r["name"], r["loss"]) for r in again] == [(r["name"], r["loss"]) for r in records]
     assert "| adamw | 1 | 4 |" in page and "| lion | 1 | **0.001: " in page
+
+
+def test_an_optimizer_of_ones_own_has_a_row(tiny_preset, monkeypatch, capsys):
+    """Named twice, it is trained once; times are the CPU's, where no variable says otherwise."""
+    monkeypatch.setattr(optimizers, "REGISTRY", dict(optimizers.REGISTRY))
+    monkeypatch.setattr(presets, "REGISTRY", optimizers.REGISTRY)
+    register("own", lambda settings, _: optax.scale_by_sign(), MatrixConfig(0.002, 0.1))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tiny_preset / "compiled"))
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    try:
+        leaderboard.main(["--quick", "--entries", "own", "own", "--jobs", "1"])
+        assert jax.config.jax_platforms == "cpu"
+    finally:
+        jax.config.update("jax_platforms", before)
+    printed = capsys.readouterr().out
+    assert "| own | 1 | 60 |" in printed and printed.count("| own |") == 1
+    with pytest.raises(SystemExit, match="error: optimizer='nobody' is unknown"):
+        leaderboard.main(["--quick", "--entries", "own", "nobody"])

@@ -12,13 +12,16 @@ import sys
 import time
 
 import numpy as np
+import optax
 import pytest
 
 from data_pipeline import Corpus, Document, download, read_manifest, write_shard
+from nanogpt import optimizers, presets
 from nanogpt.metrics import read_records
+from nanogpt.optimizers import register
 from nanogpt.presets import preset
 from nanogpt.run_folder import RunFolder
-from nanogpt.settings import ShampooConfig
+from nanogpt.settings import MatrixConfig, ShampooConfig
 from nanogpt.verdicts import verdict_line
 from scripts import speedrun
 
@@ -283,6 +286,16 @@ def test_demo_folder_always_fits_the_run(demo_folder, tmp_path, capsys):
     demo_folder("--model.vocab-size", "300")
     assert made() == (300, 64)
     assert capsys.readouterr().out == ""
+
+
+def test_seeds_of_an_optimizer_of_ones_own(settings, tmp_path, monkeypatch, capsys):
+    """Trained in this process, the only one that knows it."""
+    monkeypatch.setattr(optimizers, "REGISTRY", dict(optimizers.REGISTRY))
+    monkeypatch.setattr(presets, "REGISTRY", optimizers.REGISTRY)
+    register("own", lambda settings, _: optax.scale_by_sign(), MatrixConfig(0.002, 0.1))
+    short = ["--schedule.steps", "2", "--optimizer", "own", "--seeds", "2"]
+    speedrun.main([*settings, *short])
+    assert re.search(r"mean \d.\d+, std 0.\d+, n=2", capsys.readouterr().out)
 
 
 def test_overwriting_the_first_run_of_a_group_clears_the_others(
