@@ -41,7 +41,7 @@ leaderboard: venv  ## Tune and train every optimizer at one small size, write th
 	@$(BIN)/python -m scripts.leaderboard $(ARGS)
 
 test: venv  ## Run the test suite (PYTEST_ARGS="-k blocks" chooses tests)
-	@$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: venv  ## Check style
 	@$(BIN)/ruff check .
