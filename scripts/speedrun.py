@@ -123,7 +123,7 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
             sys.exit(128 + stopped.signum)
         except distributed.JobFailedError as failed:
             sys.exit(f"error: {failed}")
-    if first:
+    if first and not options.one_of_seeds:
         print(results(options, [config]))
 
 
@@ -185,7 +185,8 @@ def train_group(
         folder.check(resume=resume, overwrite=options.overwrite)
     before = folders[0].changed()
     for optimizer, config, resume in zip(optimizers, configs, going_on, strict=True):
-        chosen = flags(options, optimizer=optimizer, resume=resume, seeds=None)
+        of_seeds = {"seeds": None, "one_of_seeds": options.seeds is not None}
+        chosen = flags(options, optimizer=optimizer, resume=resume, **of_seeds)
         try:
             words = [*chosen, *rest, "--name", config.name, "--seed", str(config.seed)]
             main(words) if is_own(optimizer) else run(words)
@@ -296,6 +297,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=int, help="train it so many times, from seeds 0, 1, ..., and judge them all"
     )
+    # For the runs that --seeds starts: one run's verdict would be taken for that of them all.
+    parser.add_argument("--one-of-seeds", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--target", type=float, help="loss that the runs are to prove (nats; of track3: 3.28)"
     )

@@ -423,3 +423,4 @@ def test_track3_from_shards_to_the_verdict(tmp_path):
         "published: 3.27666 after 3375 steps, n=2 (#35)",
         verdict_line(finals, 9),
     ]
+    assert done.stdout.count("accepted") == 1  # not for each seed by itself
