@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from shampoo_jax.buckets import Bucket, block_order, make_buckets
-from shampoo_jax.plan import LeafPlan
+from shampoo_jax.plan import Cell, LeafPlan
 from shampoo_jax.stack_layout import StackLayout
 
 Array = jax.Array
@@ -35,7 +35,7 @@ def split(
     for members, whole in buckets:
         x = _bundle([_merge(leaves[i], plan[i], layout) for i in members], whole, layout)
         dtype = dtypes[members[0]]
-        for cell, piece in zip(whole.cells, _cut(x, whole, layout), strict=True):
+        for (cell, _), piece in zip(_cuts(whole, layout), _cut(x, whole, layout), strict=True):
             piece = piece.swapaxes(1, 2) if cell.transposed else piece
             piece = piece if layout is None else layout.piece(piece, cell.key)
             pieces.setdefault(cell.key, []).append(piece)
@@ -73,8 +73,23 @@ def _bundle(leaves: list[Array], whole: LeafPlan, layout: StackLayout | None) ->
     return layout.loose(jnp.concatenate([layout.loose(x, whole) for x in leaves]), whole)
 
 
+def _tiled(leaf: LeafPlan, layout: StackLayout | None) -> bool:
+    """Whether all cells can be cut at once: equal ones, of a leaf that every device has whole."""
+    equal = len({cell.size for cell in leaf.cells}) == 1 < len(leaf.cells)
+    return equal and (layout is None or not any(layout.merged(leaf)))
+
+
+def _cuts(leaf: LeafPlan, layout: StackLayout | None) -> list[tuple[Cell, int]]:
+    """The cells that are cut one by one, or one for all of them, and blocks of each."""
+    if _tiled(leaf, layout):
+        return [(leaf.cells[0], len(leaf.cells) * leaf.batch)]
+    return [(cell, leaf.batch) for cell in leaf.cells]
+
+
 def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
     """The cells of a merged leaf `(batch, *merged)`, cut dimension by dimension, in their order."""
+    if _tiled(leaf, layout):
+        return [_tile(x, leaf)]
     pieces = [x] if leaf.cells else []  # an empty leaf has none
     for axis in range(len(leaf.merged)):
         # Pinned on both sides, or the partitioner cuts in the layout that comes next.
@@ -86,6 +101,24 @@ def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
             for edge in edges
         ]
     return pieces
+
+
+def _tile(x: Array, leaf: LeafPlan) -> Array:
+    """All cells of a merged leaf: one operation to compile, however many they are."""
+    size = leaf.cells[0].size
+    grid = [n for d, s in zip(leaf.merged, size, strict=True) for n in (d // s, s)]
+    outer, inner = range(1, len(grid), 2), range(2, len(grid) + 1, 2)
+    return x.reshape(-1, *grid).transpose(*outer, 0, *inner).reshape(-1, *size)
+
+
+def _untile(x: Array, leaf: LeafPlan) -> Array:
+    """The way back from `_tile`."""
+    size = leaf.cells[0].size
+    counts = [d // s for d, s in zip(leaf.merged, size, strict=True)]
+    batch = len(size)  # its place
+    grid = [a for k in range(batch) for a in (k, batch + 1 + k)]
+    x = x.reshape(*counts, leaf.batch, *size).transpose(batch, *grid)
+    return x.reshape(leaf.batch, *leaf.merged)
 
 
 def _pin(layout: StackLayout | None, leaf: LeafPlan, axis: int, x: Array) -> Array:
@@ -107,10 +140,10 @@ def join(
     leaves: dict[int, Array] = {}
     for members, whole in buckets:
         dtype, pieces = dtypes[members[0]], []
-        for cell in whole.cells:
+        for cell, count in _cuts(whole, layout):
             begin = offset[cell.key]
-            offset[cell.key] = begin + whole.batch
-            piece = stacks[cell.key][begin : begin + whole.batch]
+            offset[cell.key] = begin + count
+            piece = stacks[cell.key][begin : begin + count]
             if layout is None:
                 piece = piece.astype(dtype)
             else:
@@ -126,6 +159,8 @@ def _assemble(pieces: list[Array], leaf: LeafPlan, layout: StackLayout | None, d
     """Concatenates cells dimension by dimension, the last one first."""
     if not pieces:
         return jnp.zeros((leaf.batch, *leaf.merged), dtype)
+    if _tiled(leaf, layout):
+        return _untile(pieces[0], leaf)
     for axis in reversed(range(len(leaf.merged))):
         per_row = len({cell.start[axis] for cell in leaf.cells})
         pin = functools.partial(_pin, layout, leaf, axis)
