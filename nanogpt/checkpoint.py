@@ -97,6 +97,23 @@ class Checkpoints:
             )
         return restored["state"], float(meta["meta"]["train_time_s"])
 
+    def check_config(self, saved: Meta) -> None:
+        """Refuses to go on with a run of other settings.
+
+        Args:
+            saved: that run's config, as JSON gives it back.
+
+        Raises:
+            ValueError: names the first setting that differs.
+        """
+        difference = first_difference(saved, self._meta["config"])
+        if difference is not None:
+            name, before, now = difference
+            raise ValueError(
+                f"cannot resume from {self.directory}: it was saved with {name}={before!r}, this "
+                f"run has {name}={now!r}. Set {name} back, or start a new run under another name."
+            )
+
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
         self._manager.wait_until_finished()
@@ -106,13 +123,7 @@ class Checkpoints:
         self._manager.close()
 
     def _check(self, saved: Meta, state: Any) -> None:
-        difference = first_difference(saved["config"], self._meta["config"])
-        if difference is not None:
-            name, before, now = difference
-            raise ValueError(
-                f"cannot resume from {self.directory}: it was saved with {name}={before!r}, this "
-                f"run has {name}={now!r}. Set {name} back, or start a new run under another name."
-            )
+        self.check_config(saved["config"])
         if saved["data_fingerprint"] != self._meta["data_fingerprint"]:
             raise ValueError(
                 f"cannot resume from {self.directory}: the shards in data.directory="

@@ -60,7 +60,8 @@ def start(
         "process_id": process_id,
     }
     arguments = join_arguments(os.environ, flags, detect=detect)
-    if arguments is not None:
+    # A program of several runs asks before each.
+    if arguments is not None and not jax.distributed.is_initialized():
         jax.distributed.initialize(**arguments)
     return jax.process_index()
 

@@ -64,7 +64,7 @@ def fit(
     ):
         if resume:
             run.open_checkpoints()
-        if not run.finished():
+        if not (resume and run.finished()):
             with agreed("compiling and making the run's folder"):
                 run.compile()
                 if not resume:
@@ -128,9 +128,14 @@ class _Run:
             self.clock = StepClock(seconds)
 
     def finished(self) -> bool:
-        """Tells whether an earlier process has done everything."""
-        done = self.saved == self.config.schedule.steps
-        return done and read_records(self.folder.first_metrics)[-1]["kind"] == "end"
+        """Tells whether an earlier process has done everything; that outlives its checkpoints."""
+        metrics = self.folder.first_metrics
+        records = read_records(metrics) if metrics.exists() else []
+        if not records or records[-1]["kind"] != "end":
+            return False
+        if self.saved is None:
+            self.checkpoints.check_config(records[0]["config"])
+        return self.saved in (None, self.config.schedule.steps)
 
     def train(self, report: Report) -> None:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,6 +55,16 @@ NODE = {**SLURM, "SLURM_GPUS_ON_NODE": "3"}
 )
 def test_environment_and_flags_say_whether_to_join(environment, flags, arguments):
     assert join_arguments(environment, flags) == arguments
+
+
+def test_several_runs_of_one_process_join_once(monkeypatch):
+    """As those of --seeds with an optimizer of one's own."""
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: bool(joined))
+    for _ in range(2):
+        assert distributed.start("host:1234", 2, 0) == 0
+    assert len(joined) == 1
 
 
 def test_jax_can_be_told_to_ask():

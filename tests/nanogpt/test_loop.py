@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 
 import jax
@@ -25,6 +26,7 @@ from nanogpt.config import (
 )
 from nanogpt.interrupt import Interrupted
 from nanogpt.loop import fit, validation_due
+from nanogpt.run_folder import RunFolder
 from nanogpt.settings import AdamWConfig, ShampooConfig
 
 VOCAB, STEPS = 32, 10
@@ -284,6 +286,18 @@ def test_finished_run_is_left_alone(whole):
     before = records(whole)
     assert fit(whole, resume=True) == before[-1]
     assert records(whole) == before
+
+
+def test_finished_run_whose_checkpoints_were_deleted_is_left_alone(shards, tmp_path):
+    """They are large, and --seeds 8 --resume goes through the runs that there are."""
+    config = tiny(shards, tmp_path, schedule=ScheduleConfig(2))
+    fit(config)
+    before = records(config)
+    shutil.rmtree(RunFolder(config).checkpoints)
+    assert fit(config, resume=True) == before[-1]
+    with pytest.raises(ValueError, match="with seed=3, this run has seed=1"):
+        fit(dataclasses.replace(config, seed=1), resume=True)
+    assert records(config) == before
 
 
 def test_existing_run_is_not_overwritten(whole):
