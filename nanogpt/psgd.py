@@ -39,7 +39,7 @@ def scale_by_psgd(
 
     and the update is `Ql^T Ql M Qr^T Qr`. In expectation this whitens: it ends where
     `Ql^T Ql` is proportional to `(M M^T)^(-1/2)`, if M varies on one side only. Updates have
-    entries of size 1, whatever the scale of the gradients.
+    entries of about 1 to 3, whatever the scale of the gradients.
 
     Sources: Li 2018 (arXiv:1512.04202), Pooladzandi and Li 2024 (arXiv:2402.11858); rates as in
     modded-nanogpt track 3, result 33. The spectral norm is a lower bound: one product with the

@@ -205,7 +205,7 @@ PUBLISHED: dict[str, Published] = {
         ),
         "arXiv:2409.11321",
         same_model=False,
-        note="The paper's settings; never published for this benchmark.",
+        note="The settings of the paper's code; never published for this benchmark.",
     ),
     "soap_h": Published(
         Recipe(

@@ -47,10 +47,11 @@ def run_trials(
 ) -> list[Record]:
     """Trains what the file does not hold yet, and appends a record a trial.
 
-    A trial is known by all of its settings and its data, not by its name. One that was stopped
-    starts again. A run whose loss is not finite at the end, or above that of its first validation,
-    is recorded as "diverged". Checkpoints of finished trials are deleted; their metrics stay. While
-    another process trains for the same file, this one waits.
+    A trial is known by all of its settings and its data, not by its name. One that was stopped goes
+    on from its checkpoint, if it left one, else it starts again. A run whose loss is not finite at
+    the end, or above that of its first validation, is recorded as "diverged". Checkpoints of
+    finished trials are deleted; their metrics stay. While another process trains for the same file,
+    this one waits.
 
     Args:
         trials: the runs; equal ones are trained once.
@@ -129,7 +130,7 @@ def describe(record: Record) -> str:
 def run_trial(trial: Trial) -> Record:
     """Trains one trial in this process and returns its record; see `run_trials`."""
     folder = RunFolder(trial.config)
-    fit(trial.config, overwrite=True, console=rich.console.Console(quiet=True))
+    _fit(trial.config, folder)
     shutil.rmtree(folder.checkpoints)
     jax.clear_caches()  # programs of this trial, which no other one uses
     run = read_run(folder.path)
@@ -151,6 +152,19 @@ def run_trial(trial: Trial) -> Record:
         "losses": [_finite(value) for value in run.losses],
         "seconds": list(run.seconds),
     }
+
+
+def _fit(config: Config, folder: RunFolder) -> None:
+    """Goes on with a run that was stopped, or trains anew where it had other settings or data."""
+    console = rich.console.Console(quiet=True)
+    if folder.checkpoints.exists() and any(folder.checkpoints.iterdir()):
+        try:
+            fit(config, resume=True, console=console)
+        except (ValueError, FileNotFoundError):
+            pass
+        else:
+            return
+    fit(config, overwrite=True, console=console)
 
 
 def as_run(record: Record, label: str) -> Run:

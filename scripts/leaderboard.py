@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except (Interrupted, KeyboardInterrupt) as stopped:
-        print("stopped; the same command goes on with the next run", file=sys.stderr)
+        print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
     print(f"{board}\nwritten to {folder}")
 

@@ -6,8 +6,8 @@
 A value such as x2 is the preset's times 2. Without --random, every combination of the grid is a
 trial, or --runs of them; with it, --runs draws, and the combinations of the grid take turns. Every
 optimizer gets the same number of trials. What is finished is kept, so that a sweep can be stopped
-and started again, or widened. runs/NAME/trials.jsonl holds a record a trial; one whose loss
-diverged is recorded as such.
+and started again, or widened; a trial that was stopped goes on from its checkpoint.
+runs/NAME/trials.jsonl holds a record a trial; one whose loss diverged is recorded as such.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from nanogpt.config import Config
 from nanogpt.presets import PRESETS
 from nanogpt.search_space import parse_list, parse_range, points
+from nanogpt.tables import shown
 from scripts import speedrun
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileExistsError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except (Interrupted, KeyboardInterrupt) as stopped:
-        print("stopped; the same command goes on with the next trial", file=sys.stderr)
+        print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
     print(f"{table(records)}\n\nrecords: {path}")
 
@@ -96,8 +97,8 @@ def table(records: "Sequence[Record]") -> str:
     rows = [head, ["-"] * len(columns) + ["-:"] * 2]
     for record in sorted(records, key=lambda record: (record["loss"] is None, record["loss"])):
         loss = "diverged" if record["status"] == "diverged" else f"{record['loss']:.4f}"
-        shown = [str(record["settings"].get(name, "")) for name in columns]
-        rows.append([*shown, loss, f"{1e3 * record['step_time_s']:.0f}"])
+        values = [str(record["settings"].get(name, "")) for name in columns]
+        rows.append([*values, loss, shown(record["step_time_s"], ".0f", 1e3)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

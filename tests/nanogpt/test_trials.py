@@ -1,9 +1,15 @@
 """Trials: one file, one writer. What they record is tested with the sweep."""
 
+import dataclasses
 import fcntl
 import threading
 
-from nanogpt.trials import run_trials
+import pytest
+
+from nanogpt import trials
+from nanogpt.presets import preset
+from nanogpt.run_folder import RunFolder
+from nanogpt.trials import Trial, run_trial, run_trials
 
 
 def test_a_second_process_waits_for_the_file(tmp_path):
@@ -19,3 +25,33 @@ def test_a_second_process_waits_for_the_file(tmp_path):
         assert second.is_alive()
     second.join(30)
     assert not second.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "fits", "asked"),
+    [
+        (False, True, ["overwrite"]),
+        (True, True, ["resume"]),
+        (True, False, ["resume", "overwrite"]),
+    ],
+)
+def test_a_stopped_trial_goes_on_if_its_settings_fit(
+    checkpoint, fits, asked, tmp_path, monkeypatch
+):
+    config = preset("board", "adamw")
+    output = dataclasses.replace(config.output, directory=str(tmp_path))
+    folder = RunFolder(dataclasses.replace(config, output=output))
+    folder.checkpoints.mkdir(parents=True)
+    if checkpoint:
+        (folder.checkpoints / "5").mkdir()
+    calls = []
+
+    def fit(config, *, resume=False, overwrite=False, console):
+        calls.append("resume" * resume + "overwrite" * overwrite)
+        if resume and not fits:
+            raise ValueError("it was saved with seed=1")
+
+    monkeypatch.setattr(trials, "fit", fit)
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl"):  # this fit writes none
+        run_trial(Trial({}, dataclasses.replace(config, output=output)))
+    assert calls == asked
