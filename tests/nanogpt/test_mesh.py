@@ -58,13 +58,26 @@ def losses(config):
     return [r["loss"] for r in read_records(folder / "metrics.jsonl") if "loss" in r]
 
 
-@pytest.mark.parametrize("matrices", [None, AdamWConfig(0.01, 0.1)], ids=["shampoo", "adamw"])
-def test_a_mesh_changes_no_loss(shards, tmp_path, matrices):
-    alone = losses(config_of(shards, tmp_path / "alone", "", matrices))
-    meshed = losses(config_of(shards, tmp_path / "meshed", "data=2,fsdp=-1", matrices))
+@pytest.fixture(scope="module")
+def scattered(shards, tmp_path_factory):
+    """A run on eight replicas, and its losses."""
+    config = config_of(shards, tmp_path_factory.mktemp("scattered"), "data=8")
+    return config, losses(config)
+
+
+def test_a_mesh_changes_no_loss(shards, tmp_path, scattered):
+    alone = losses(config_of(shards, tmp_path / "alone", ""))
+    meshed = losses(config_of(shards, tmp_path / "meshed", "data=2,fsdp=-1"))
     np.testing.assert_allclose(meshed, alone, rtol=2e-5)
-    scattered = losses(config_of(shards, tmp_path / "scattered", "data=8", matrices))
-    np.testing.assert_allclose(scattered, alone, rtol=2e-5)
+    np.testing.assert_allclose(scattered[1], alone, rtol=2e-5)
+
+
+def test_a_mesh_changes_no_loss_of_an_optimizer_without_placement(shards, tmp_path):
+    """It knows nothing of the mesh: one with both axes stands for all."""
+    adamw = AdamWConfig(0.01, 0.1)
+    alone = losses(config_of(shards, tmp_path / "alone", "", adamw))
+    meshed = losses(config_of(shards, tmp_path / "meshed", "data=2,fsdp=-1", adamw))
+    np.testing.assert_allclose(meshed, alone, rtol=2e-5)
 
 
 def summing(config):
@@ -109,10 +122,8 @@ def test_split_parameters_have_no_scattered_gradients(shards, tmp_path):
         make_layout(dataclasses.replace(config, mesh=""))
 
 
-def test_another_number_of_devices_is_refused_by_name(shards, tmp_path):
-    config = config_of(shards, tmp_path, "data=8")
-    fit(config)
-    again = dataclasses.replace(config, mesh="")
+def test_another_number_of_devices_is_refused_by_name(scattered):
+    again = dataclasses.replace(scattered[0], mesh="")
     with pytest.raises(ValueError, match=r"mesh='': .* mesh='data=8', .* as many devices"):
         fit(again, resume=True)
 

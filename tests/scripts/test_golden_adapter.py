@@ -271,11 +271,12 @@ def test_a_refused_file_is_named_and_fails(tmp_path, capsys, number, key, change
     assert f"REFUSED {path}: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (2, 1, 3, 2), (0, 3)])
-def test_orders_and_none_gradients(shape):
+def test_orders_and_none_gradients():
+    shapes = [(), (3,), (2, 3, 4), (2, 1, 3, 2), (0, 3)]
     with jax.enable_x64(True):
         tx = golden_adapter.optimizer(other("60"))
-        params = {"w": jnp.ones(shape), "left": jnp.ones(3)}
-        updates, _ = tx.update({"w": jnp.ones(shape), "left": None}, tx.init(params), params)
-        assert updates["left"] is None and updates["w"].shape == shape
-        assert np.isfinite(updates["w"]).all()
+        params = {"w": [jnp.ones(shape) for shape in shapes], "left": jnp.ones(3)}
+        gradients = {**params, "left": None}
+        updates, _ = jax.jit(tx.update)(gradients, jax.jit(tx.init)(params), params)
+        assert updates["left"] is None and [u.shape for u in updates["w"]] == shapes
+        assert all(np.isfinite(u).all() for u in updates["w"])

@@ -361,7 +361,7 @@ def test_ctrl_c_and_resume_in_real_processes(settings, tmp_path, monkeypatch):
     assert "stopped by SIGINT after" in message and "--resume" in message
     assert 4 <= len(measured(metrics)) < 400
     for options in (["--resume"], ["--name", "straight"]):
-        subprocess.run([*command, "--optimizer", "adamw", *options], check=True)
+        speedrun.main([*settings, "--optimizer", "adamw", *options])
     assert measured(metrics) == measured(tmp_path / "runs" / "straight" / "metrics.jsonl")
 
 

@@ -171,8 +171,15 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("name", ["a", "v"])
+@functools.cache
+def without_the_second_step():
+    return run(shampoo(), [GRADIENTS[0], *GRADIENTS[2:]])[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("a", "nan"), ("a", "overflow"), ("v", "inf"), ("v", "all"), ("v", "overflow")],
+)
 def test_one_bad_gradient_skips_the_whole_step(name, bad):
     tx = shampoo()
     spoiled = {**GRADIENTS[1], name: BAD[bad](GRADIENTS[1][name])}
@@ -181,8 +188,7 @@ def test_one_bad_gradient_skips_the_whole_step(name, bad):
     assert int(states[3].total_notfinite) == 2
     assert_equal(states[3].inner_state, states[1].inner_state)
     # As if the steps had not been.
-    expected, _ = run(tx, [GRADIENTS[0], *GRADIENTS[2:]])
-    assert_equal(updates[3:], expected[1:])
+    assert_equal(updates[3:], without_the_second_step()[1:])
 
 
 def test_the_check_of_a_step_copies_no_gradient():
@@ -199,8 +205,13 @@ def test_propagate_is_the_bare_optimizer():
     assert jnp.isnan(updates[0]["a"]).any() and jnp.isfinite(updates[0]["b"]).all()
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("optimizer", ["scale_by_shampoo", "scale_by_soap", "scale_by_kl_shampoo"])
+@pytest.mark.parametrize(
+    ("optimizer", "bad"),
+    [
+        *(("scale_by_shampoo", "nan"), ("scale_by_soap", "inf"), ("scale_by_kl_shampoo", "all")),
+        *((f"scale_by_{name}", "overflow") for name in ("shampoo", "soap", "kl_shampoo")),
+    ],
+)
 def test_only_the_blocks_that_are_affected_are_skipped(optimizer, bad):
     """A matrix of four blocks with one bad entry, beside a good one: bit for bit, without jit."""
     tx = getattr(sj, optimizer)(block_size=2, nonfinite="skip_blocks", every=2)
