@@ -12,6 +12,7 @@ runs/NAME/trials.jsonl holds a record a trial; one whose loss diverged is record
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import pathlib
 import signal
@@ -84,7 +85,7 @@ def make_trials(options: argparse.Namespace, rest: list[str]) -> "list[Trial]":
             flags = [word for name, value in values.items() for word in _flag(name, value)]
             config = _read_config(options, optimizer, [*rest, *flags])
             label = ",".join([optimizer, *(f"{name}={v}" for name, v in values.items())])
-            folder = f"{options.name}/{label.replace('/', '_')}"
+            folder = f"{options.name}/{_file_name(label)}"
             settings = {"optimizer": optimizer, **{name: _value(config, name) for name in values}}
             trials.append(Trial(settings, dataclasses.replace(config, name=folder)))
     return trials
@@ -121,6 +122,12 @@ def _read_config(options: argparse.Namespace, optimizer: str, settings: list[str
     except SystemExit:
         print(f"error: in the trials of optimizer {optimizer!r}, see above", file=sys.stderr)
         raise
+
+
+def _file_name(label: str) -> str:
+    """The label as far as file systems take one; all do up to 255 bytes."""
+    digest = hashlib.sha256(label.encode()).hexdigest()[:12]
+    return (label if len(label) <= 200 else f"{label[:180]}-{digest}").replace("/", "_")
 
 
 def _scaled(base: Config, name: str, value: str) -> str:

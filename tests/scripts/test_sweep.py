@@ -49,6 +49,15 @@ def test_any_setting_can_be_an_axis():
     assert [t.config.matrices.every for t in made] == [5, 15]
 
 
+def test_many_axes_have_names_that_fit():
+    fields = ["learning_rate", "weight_decay", "b1", "b2", "eps"]
+    axes = [f"matrices.{name}" for name in fields] + [f"auxiliary.{n}" for n in ("b1", "b2", "eps")]
+    ranges = [word for name in axes for word in ("--random", f"{name}=log:1e-3:1e-1")]
+    made = trials("--optimizers", "adamw", *ranges, "--runs", "2")
+    names = [trial.config.name.partition("/")[2] for trial in made]
+    assert len(set(names)) == 2 and all(len(name) <= 255 for name in names)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
