@@ -1,6 +1,7 @@
 """Curves of validation losses, and the published ones that are read from CSV files."""
 
 import csv
+import itertools
 import math
 import pathlib
 import statistics
@@ -31,8 +32,8 @@ def read_curves(path: pathlib.Path, column: str = COLUMN) -> list[Curve]:
         One curve a run, called by the file's name and the run's number.
 
     Raises:
-        ValueError: a column is missing, a row is not of numbers, or the file holds a mean and no
-            runs; names the file.
+        ValueError: a column is missing, a row is not of numbers, a run has a step twice, or the
+            file holds a mean and no runs; names the file.
     """
     rows = _rows(path, column)
     if "run" not in rows[0]:
@@ -54,7 +55,8 @@ def read_reference(path: pathlib.Path, column: str = COLUMN) -> Curve:
         The curve, called by the file's name.
 
     Raises:
-        ValueError: a column is missing or a row is not of numbers; names the file.
+        ValueError: a column is missing, a row is not of numbers, or a run has a step twice; names
+            the file.
     """
     return mean_curve(_curves(path, _rows(path, column), column), _name(path))
 
@@ -116,8 +118,11 @@ def step_time(curves: Sequence[Curve]) -> float:
 
 
 def _rows(path: pathlib.Path, column: str) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: a curve is a CSV file.") from error
+    rows = list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
     needed = ("step", column, "train_time_s")
     for name in needed:
         if not rows or name not in rows[0]:
@@ -133,6 +138,14 @@ def _curves(path: pathlib.Path, rows: list[dict[str, str]], column: str) -> list
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} holds a row that is no validation: {row}.") from error
         runs.setdefault(row.get("run", ""), []).append(point)
+    for run, points in runs.items():
+        points.sort(key=lambda point: point[0])
+        for (step, *_), (after, *_) in itertools.pairwise(points):
+            if step == after:
+                raise ValueError(
+                    f"{path} has step {step} of run {run!r} twice: give every run a number of its "
+                    "own in column 'run'."
+                )
     return [
         Curve(f"{_name(path)} {run}".strip(), *zip(*points, strict=True))
         for run, points in runs.items()

@@ -70,7 +70,8 @@ def read_groups(paths: Sequence[pathlib.Path], column: str = COLUMN) -> list[Gro
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without runs.
-        ValueError: no path, a file that is no curve, or a run that has no validation yet.
+        ValueError: no path, a file that is no curve, a run that has no validation yet, or two of
+            one setting and seed.
     """
     if not paths:
         raise ValueError("no runs: name folders of runs or CSV files of published ones.")
@@ -84,6 +85,8 @@ def read_groups(paths: Sequence[pathlib.Path], column: str = COLUMN) -> list[Gro
         for folder in run_folders(path):
             run = read_run(folder)
             sets.setdefault(_setting(run), {})[folder.resolve()] = run
+    for runs in sets.values():
+        _refuse_repeats(runs)
     return _own([list(runs.values()) for runs in sets.values()]) + published
 
 
@@ -104,6 +107,18 @@ def run_folders(path: pathlib.Path) -> list[pathlib.Path]:
 def _setting(run: Run) -> str:
     config = {key: value for key, value in run.start["config"].items() if key not in FREE}
     return json.dumps(config, sort_keys=True)
+
+
+def _refuse_repeats(runs: Mapping[pathlib.Path, Run]) -> None:
+    """Every run counts as an independent one, which a repeated seed is not."""
+    by_seed: dict[int, pathlib.Path] = {}
+    for folder, run in runs.items():
+        first = by_seed.setdefault(run.start["config"]["seed"], folder)
+        if first != folder:
+            raise ValueError(
+                f"{first} and {folder} are runs of the same setting and seed: they would count "
+                "twice. Name the folders to count."
+            )
 
 
 def _own(sets: list[list[Run]]) -> list[Group]:

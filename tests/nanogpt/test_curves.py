@@ -94,3 +94,25 @@ def test_step_time_is_the_median_over_intervals():
 def test_mean_of_runs_that_share_nothing_is_empty():
     runs = [Curve("a", (0,), (1.0,), (0.0,)), Curve("b", (1,), (1.0,), (0.0,))]
     assert mean_curve(runs, "ab") == ("ab", (), (), ())
+
+
+def test_rows_in_any_order_and_a_byte_order_mark(raw):
+    head, *rows = RAW.splitlines()[1:]
+    raw.write_text("\ufeff" + "\n".join([head, *sorted(rows, reverse=True)]), encoding="utf-8")
+    assert sorted(curve[:3] for curve in read_curves(raw)) == [
+        ("t3_x 0", (0, 125, 250), (10.0, 5.0, 4.0)),
+        ("t3_x 1", (0, 125), (11.0, 6.0)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RAW.replace("\n1,", "\n0,").encode(), r"t3_x\.csv has step 0 of run '0' twice"),
+        (b"\xff\xfe\x00", r"t3_x\.csv is no text"),
+    ],
+)
+def test_what_would_be_misread_is_refused(raw, text, message):
+    raw.write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        read_curves(raw)

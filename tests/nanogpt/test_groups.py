@@ -59,6 +59,14 @@ def test_a_run_that_is_named_twice_counts_once(runs):
     assert len(read_groups([runs / "adamw" / "seed0", runs / "adamw"])[0].runs) == 2
 
 
+def test_a_repeated_seed_is_no_second_run(runs):
+    """As that of a run of its own beside those of --seeds, below it."""
+    write_run(runs / "adamw" / "seed0" / "seed-0", "adamw", 0)
+    with pytest.raises(ValueError, match="adamw/seed0 and .*seed-0 are runs of the same setting"):
+        read_groups([runs])
+    assert len(read_groups([runs / "adamw" / "seed0" / "seed-0"])) == 1
+
+
 def test_a_csv_file_is_a_set(runs, tmp_path):
     path = tmp_path / "t3_x.csv"
     path.write_text(CSV)
