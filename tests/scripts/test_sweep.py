@@ -51,7 +51,11 @@ def test_any_setting_can_be_an_axis():
 
 def test_many_axes_have_names_that_fit():
     fields = ["learning_rate", "weight_decay", "b1", "b2", "eps"]
-    axes = [f"matrices.{name}" for name in fields] + [f"auxiliary.{n}" for n in ("b1", "b2", "eps")]
+    axes = (
+        [f"matrices.{name}" for name in fields]
+        + [f"auxiliary.{n}" for n in ("b1", "b2", "eps")]
+        + ["schedule.final"]
+    )
     ranges = [word for name in axes for word in ("--random", f"{name}=log:1e-3:1e-1")]
     made = trials("--optimizers", "adamw", *ranges, "--runs", "2")
     names = [trial.config.name.partition("/")[2] for trial in made]
