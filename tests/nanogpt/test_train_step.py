@@ -8,7 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from nanogpt import train_step
 from nanogpt.config import ScheduleConfig
+from nanogpt.loss import pairwise_sum
 from nanogpt.optimizers import build_optimizer
 from nanogpt.presets import preset
 from nanogpt.train_step import (
@@ -104,9 +106,18 @@ def test_a_gradient_that_is_not_finite_enters_no_state():
 
 
 @pytest.mark.trap("A17")
-def test_a17_evaluation_sums_the_losses():
+def test_a17_evaluation_sums_the_losses(monkeypatch):
     config, graphdef, state = setup(2)
+    sizes = []  # of what is summed in pairs: too little here to tell by the result
+
+    def spy(x):
+        sizes.append(x.size)
+        return pairwise_sum(x)
+
+    monkeypatch.setattr(train_step, "pairwise_sum", spy)
     total = make_eval_step(graphdef, config)(state.params, BATCH)
+    rows, length = BATCH["targets"].shape
+    assert sizes == [2 * length, rows // 2]
     assert total.dtype == jnp.float32
     np.testing.assert_allclose(total, Z["loss_sum"], rtol=5e-7)
 
