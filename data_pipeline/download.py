@@ -107,15 +107,15 @@ def fineweb(
         path.unlink(missing_ok=True)
         try:
             fetch(repo_id=REPOSITORY, filename=name, repo_type="dataset", local_dir=str(directory))
-        except OSError as error:
+        except Exception as error:  # a connection that breaks half way is no OSError
             remedy = (
                 "make room there"
-                if error.errno == errno.ENOSPC
+                if getattr(error, "errno", None) == errno.ENOSPC
                 else "see whether this machine reaches huggingface.co, or copy the file there"
             )
             raise ShardError(
-                f"{path}: its download from {REPOSITORY} failed ({error}); {remedy}, then repeat "
-                "the command: complete files are kept."
+                f"{path}: its download from {REPOSITORY} failed ({type(error).__name__}: "
+                f"{error}); {remedy}, then repeat the command: complete files are kept."
             ) from error
         if damage := _damage(path):
             raise ShardError(

@@ -91,7 +91,11 @@ def test_refuses_a_disk_that_is_too_small_before_the_first_download(tmp_path, mo
 
 @pytest.mark.parametrize(
     ("error", "remedy"),
-    [(OSError(errno.ENOSPC, "full"), "make room there"), (ConnectionError("no"), "huggingface.co")],
+    [
+        (OSError(errno.ENOSPC, "full"), "make room there"),
+        (ConnectionError("no"), "huggingface.co"),
+        (RuntimeError("timed out"), "RuntimeError: timed out.*huggingface.co"),  # as httpx raises
+    ],
 )
 def test_a_failed_download_says_what_to_do(tmp_path, error, remedy):
     def fail(**settings):
