@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def run_trials(
     Raises:
         ShardError: bad or too few data, before anything is trained.
         Interrupted: a signal stopped the trial in this process.
-        RuntimeError: a process died.
+        RuntimeError: trials failed, after all others were trained; or a process died.
     """
     identities = _identities(trials)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +84,17 @@ def run_trials(
             done = _train(list(missing.values()), jobs)
             for count, (index, record) in enumerate(done, start=1):
                 identity = list(missing)[index]
+                if record is None:
+                    continue
                 writer.write("trial", identity=identity, **record)
                 known[identity] = record
                 say(f"trial {count} of {len(missing)}, {record['name']}: {describe(record)}")
+    failed = [trial.config.name for identity, trial in missing.items() if identity not in known]
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(missing)} trials failed, see above: {', '.join(failed)}. The "
+            "others are kept; the same command tries these again."
+        )
     # One run can be two trials, as of a default and of the same number on an axis.
     return [
         known[identity] | {"settings": trial.settings}
@@ -174,16 +183,28 @@ def as_run(record: Record, label: str) -> Run:
     return Run(label, record["start"], record["end"], steps, tuple(losses), seconds)
 
 
-def _train(trials: list[Trial], jobs: int) -> Iterator[tuple[int, Record]]:
+def _train(trials: list[Trial], jobs: int) -> Iterator[tuple[int, Record | None]]:
     if jobs == 1:
-        return ((index, run_trial(trial)) for index, trial in enumerate(trials))
+        return ((index, _run_or_tell(trial)) for index, trial in enumerate(trials))
     return in_processes(_run_or_exit, trials, jobs)
 
 
-def _run_or_exit(trial: Trial) -> Record:
-    """`run_trial` in a process that has nobody to tell of a signal."""
+def _run_or_tell(trial: Trial) -> Record | None:
+    """`run_trial`; None if it fails, as for want of memory: the others need not."""
     try:
         return run_trial(trial)
+    except Interrupted:
+        raise
+    except Exception:
+        print(f"{trial.config.name} failed:", file=sys.stderr)
+        traceback.print_exc()
+        return None
+
+
+def _run_or_exit(trial: Trial) -> Record | None:
+    """The same in a process that has nobody to tell of a signal."""
+    try:
+        return _run_or_tell(trial)
     except Interrupted as stopped:
         sys.exit(128 + stopped.signum)
 

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         configs = [preset("board", name) for name in entries]
         speedrun.prepare_data(configs[0])
         board = run_board(entries, plan, folder, options.jobs)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         print("stopped; the same command goes on from here", file=sys.stderr)

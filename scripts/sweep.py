@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for config in {(c.data, c.schedule.steps): c for c in configs}.values():
             speedrun.prepare_data(config)
         records = run_trials(trials, path, jobs=options.jobs)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
+    except (ValueError, FileExistsError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -52,6 +52,24 @@ def test_a_stopped_trial_goes_on_if_its_settings_fit(
             raise ValueError("it was saved with seed=1")
 
     monkeypatch.setattr(trials, "fit", fit)
-    with pytest.raises(FileNotFoundError, match="metrics.jsonl"):  # this fit writes none
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):  # this fit writes none
         run_trial(Trial({}, dataclasses.replace(config, output=output)))
     assert calls == asked
+
+
+def test_one_trial_that_fails_does_not_keep_the_others_from_training(tmp_path, monkeypatch, capsys):
+    base = preset("board", "adamw")
+    made = [Trial({"seed": s}, dataclasses.replace(base, name=f"run-{s}", seed=s)) for s in (0, 1)]
+
+    def run(trial):
+        if trial.config.seed == 0:
+            raise MemoryError("no room for 8192 x 8192")
+        return {"name": trial.config.name, "loss": 3.0, "status": "finished"}
+
+    monkeypatch.setattr(trials, "run_trial", run)
+    monkeypatch.setattr(trials, "_identities", lambda made: [t.config.name for t in made])
+    path = tmp_path / "trials.jsonl"
+    with pytest.raises(RuntimeError, match="1 of 2 trials failed, see above: run-0"):
+        run_trials(made, path)
+    assert "no room for 8192" in capsys.readouterr().err
+    assert [record["name"] for record in trials.read_trials(path)] == ["run-1"]
