@@ -73,8 +73,7 @@ allocated. The machine was shared with other work, so that only CPU seconds, of 
 process, can be compared. 124M is 12 layers of width 768, 1.3B is 24 layers of width 2048, both with
 an embedding of 50304 rows and the default blocks of 1024: at width 2048 every matrix is cut into
 several, whose edges are split over devices in the layout by rows. Temporary memory is given in
-copies of the whole update too. With replicated parameters of 1.3B it is two, since XLA:CPU cuts an
-owner's blocks out of the stack of all anew for each use, and so keeps that stack.
+copies of the whole update too, of which a device with replicated parameters has to hold one.
 """
 
 

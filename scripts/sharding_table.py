@@ -250,7 +250,7 @@ def _compile() -> Iterator[dict[str, Any]]:
     models = {"124M": gpt2_shapes(12, 768, 50304), "1.3B": gpt2_shapes(24, 2048, 50304)}
     found: dict[str, Any] = {}
     for model, params in models.items():
-        for layout in ("replicated", "rows"):
+        for layout in ("replicated", "rows", "a group of owners"):
             record = compile_seconds(LAYOUTS[layout], params, weight_decay=0.1)
             found[f"{model}, {layout}"] = record
             yield {"compile": found}
