@@ -315,6 +315,7 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="draw scaling.png")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS)
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     record = args.out / "scaling.json"
     if args.validate:
         record.write_text(json.dumps(validate(), indent=1) + "\n")

@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS)
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "sharding.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     table = _table(args.layers, args.width)
