@@ -6,6 +6,7 @@ must complain of exactly the offence.
 """
 
 import ast
+import functools
 import io
 import sys
 import tokenize
@@ -52,11 +53,15 @@ FLOORS = {"matrix": 0, "aliases": 2, "presets": 2, "explanation": 2, "__init__":
 PARTS = 1
 
 
+# Rules only read; each of them reads every file.
+parsed = functools.cache(ast.parse)
+
+
 def sources(root: Path, *packages: str) -> Iterator[tuple[str, ast.Module]]:
     """Yields (path relative to root, parsed module) of every Python file in the packages."""
     for package in packages:
         for path in sorted((root / package).rglob("*.py")):
-            yield path.relative_to(root).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+            yield path.relative_to(root).as_posix(), parsed(path.read_text(encoding="utf-8"))
 
 
 def imports(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:

@@ -139,8 +139,13 @@ def test_state_is_arrays_of_a_fixed_structure(name):
     assert described(jax.eval_shape(steps, state, True)) == described(state)
 
 
-@pytest.mark.parametrize("params", ["float32", "bfloat16", "float16"])
-@everyone
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        *((name, params) for name in FACTORIES for params in ("float32", "bfloat16")),
+        *((name, "float16") for name in ("scale_by_shampoo", "shampoo", *OTHERS)),
+    ],
+)
 def test_updates_have_the_dtype_of_gradients_and_states_at_least_float32(name, params):
     tx = FACTORIES[name]()
     weights = jax.tree.map(lambda p: p.astype(params), PARAMS)
