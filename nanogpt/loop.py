@@ -47,7 +47,8 @@ def fit(
         ShardError: bad shards, or fewer tokens than the run needs.
         FileExistsError: the folder holds a run, and neither resume nor overwrite is given.
         FileNotFoundError: resume, and the folder holds no run, or one without metrics.jsonl.
-        ValueError: resume, and the saved run had other settings or data.
+        ValueError: resume, and the saved run had other settings or data; or another process is at
+            the same run.
         Interrupted: a signal stopped the run; its state is saved.
         JobFailedError: with several processes, instead of the others where one cannot start.
     """
@@ -56,9 +57,11 @@ def fit(
         data, folder = open_data(config), RunFolder(config, jax.process_index())
         folder.check(resume=resume, overwrite=overwrite)
         layout = make_layout(config)
+        folder.lock()
     if jax.process_index():
         console = rich.console.Console(quiet=True)
     with (
+        contextlib.closing(folder),
         stop_request() as stop,
         contextlib.closing(_Run(config, data, folder, layout, stop)) as run,
     ):

@@ -1,5 +1,7 @@
 """The folder of a run: what lies where, and the rule that no run is overwritten by accident."""
 
+import fcntl
+import os
 import pathlib
 import shutil
 
@@ -21,6 +23,7 @@ class RunFolder:
         self.record = self.path / "record.txt"  # of the first process, see `nanogpt.record_log`
         self._first = process == 0
         self.checkpoints = self.path / "checkpoints"
+        self._lock: int | None = None  # file descriptor
 
     def holds_run(self) -> bool:
         """Returns whether an earlier run left anything here."""
@@ -67,6 +70,39 @@ class RunFolder:
         if overwrite:
             self.clear()
         self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+
+    def lock(self) -> None:
+        """Keeps other processes from this run until `close`, if the folder is there.
+
+        A run may outlive the terminal or the parent process that it was started from; another one
+        in the same folder would cut its records and delete its checkpoints. File systems without
+        locks give no protection.
+
+        Raises:
+            ValueError: another process is at it.
+        """
+        if not self._first or self._lock is not None or not self.path.exists():
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(folder)
+            raise ValueError(
+                f"{self.path}: another process is training this run: wait until it has ended, or "
+                "stop it, then repeat the command."
+            ) from error
+        except OSError:
+            os.close(folder)
+            return
+        self._lock = folder
+
+    def close(self) -> None:
+        """Gives up the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def clear(self) -> None:
         """Deletes the run that lies here, and nothing else."""

@@ -1,5 +1,6 @@
 """The loop: what it records, and that a run cut anywhere ends as if it had never been cut."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -298,6 +299,15 @@ def test_finished_run_whose_checkpoints_were_deleted_is_left_alone(shards, tmp_p
     with pytest.raises(ValueError, match="with seed=3, this run has seed=1"):
         fit(dataclasses.replace(config, seed=1), resume=True)
     assert records(config) == before
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}])
+def test_a_run_that_another_process_is_at_is_left_alone(whole, how):
+    before, other = records(whole), RunFolder(whole)
+    other.lock()
+    with contextlib.closing(other), pytest.raises(ValueError, match="another process is training"):
+        fit(whole, **how)
+    assert records(whole) == before
 
 
 def test_existing_run_is_not_overwritten(whole):

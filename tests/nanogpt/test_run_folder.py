@@ -1,5 +1,6 @@
 """Runs are not overwritten by accident."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -66,3 +67,19 @@ def test_checkpoints_without_their_metrics_are_not_resumed(used, content):
     with pytest.raises(FileNotFoundError, match="metrics.jsonl is missing or empty.*--overwrite"):
         used.check(resume=True, overwrite=False)
     used.check(resume=False, overwrite=True)
+
+
+def test_one_process_at_a_time(used):
+    """A run may outlive the terminal that it was started from, and is then resumed beside it."""
+    other, fresh = copy.copy(used), copy.copy(used)
+    fresh.path = used.path / "none"
+    used.lock()
+    used.lock()
+    fresh.lock()  # there is nothing to protect yet
+    with pytest.raises(ValueError, match="a/b: another process is training this run: wait"):
+        other.lock()
+    used.close()
+    other.claim(resume=False, overwrite=True)
+    with pytest.raises(ValueError, match="another process"):
+        used.lock()
+    other.close()

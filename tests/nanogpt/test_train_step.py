@@ -122,6 +122,7 @@ def test_a17_evaluation_sums_the_losses(monkeypatch):
     np.testing.assert_allclose(total, Z["loss_sum"], rtol=5e-7)
 
 
+@pytest.mark.trap("R1")
 def test_initial_state_follows_the_seed():
     config, _, _ = setup(4)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1))
