@@ -18,8 +18,9 @@ ALL = [(name, optimizer) for name, (recipes, _) in PRESETS.items() for optimizer
 @pytest.mark.parametrize("name, optimizer", ALL)
 def test_every_preset_builds(name, optimizer):
     config = preset(name, optimizer)
-    two_layers = dataclasses.replace(config.model, num_layers=2)  # more are more of the same
-    config = dataclasses.replace(config, model=two_layers)
+    if (name, optimizer) != ("track3", "shampoo"):  # further layers are more of the same
+        model = dataclasses.replace(config.model, num_layers=2)
+        config = dataclasses.replace(config, model=model)
     params = abstract_params(config.model)
     tx = build_optimizer(config, params)
     state = jax.eval_shape(tx.init, params)
