@@ -7,8 +7,8 @@ name make a set.
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -32,6 +32,12 @@ COMMON = "8 x H100"  # machine of the results whose times are drawn
 BASELINE = "#36 Muon, tuned"
 BENCHMARK = preset("track3", "muon_track3")
 SHAPES = block_shapes(BENCHMARK.model)
+# What the rules fix; of another vocabulary or data set the validation loss is another quantity.
+FIXED = (
+    *("model.vocab_size", "model.num_layers", "model.model_dim", "model.head_dim", "model.mlp_dim"),
+    *("model.sequence_length", "data.mode", "data.batch_rows", "data.val_tokens"),
+)
+_BENCHMARK = dataclasses.asdict(BENCHMARK)
 MODEL = model_flops(BENCHMARK.model, BENCHMARK.data.batch_rows * BENCHMARK.model.sequence_length)
 MUON = muon_flops(SHAPES, 12)  # the first results may have iterated less often
 SOAP = soap_flops(SHAPES, 1)
@@ -138,7 +144,20 @@ def main() -> None:
 
 
 def own_groups(runs: Sequence[pathlib.Path]) -> list[Group]:
-    """Reads runs of ours; their times are drawn if they ran on the common machine."""
+    """Reads runs of ours; their times are drawn if they ran on the common machine.
+
+    Raises:
+        ValueError: runs of another model, batch or validation, whose losses mean something else.
+    """
+    groups = read_groups(runs)
+    for group in groups:
+        for path in FIXED:
+            found, wanted = (_setting(config, path) for config in (group.config, _BENCHMARK))
+            if found != wanted:
+                raise ValueError(
+                    f"{group.config['name']} has {path}={found!r}, the benchmark {wanted!r}: name "
+                    "full-size runs of preset track3 only."
+                )
     return [
         dataclasses.replace(
             group,
@@ -146,8 +165,13 @@ def own_groups(runs: Sequence[pathlib.Path]) -> list[Group]:
             flops_per_step=step_flops(group.config),
             timed=group.machine.startswith("8 x ") and "H100" in group.machine,
         )
-        for group in read_groups(runs)
+        for group in groups
     ]
+
+
+def _setting(config: Mapping[str, Any], path: str) -> Any:
+    part, name = path.split(".")
+    return config[part][name]
 
 
 def published_group(entry: Published, curves: pathlib.Path) -> Group:

@@ -61,6 +61,16 @@ def test_runs_of_ours_stand_beside_them(write, tmp_path):
     assert group.timed and not group.reference
 
 
+def test_runs_of_another_size_do_not_stand_beside_them(tmp_path):
+    """A smaller model's loss on other text may well be below 3.28."""
+    start = {"kind": "start", "config": dataclasses.asdict(preset("board", "adamw"))}
+    start["device"] = {"platform": "cpu", "kind": "abacus", "count": 1}
+    end = {"kind": "val", "step": 1, "loss": 3.0, "train_time_s": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(end)}\n")
+    with pytest.raises(ValueError, match=r"board-adamw has model\.vocab_size=1024, the benchmark"):
+        track3_board.own_groups([tmp_path])
+
+
 def test_missing_curves_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["track3_board", "--curves", str(tmp_path)])
     with pytest.raises(
