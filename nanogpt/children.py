@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
+from nanogpt.interrupt import stop_signals
+
 
 def run_child(command: Sequence[str]) -> None:
     """Runs a command to its end; ends this process, too, if that one fails or is stopped.
@@ -42,11 +44,9 @@ class _Forward:
 
 @contextlib.contextmanager
 def _forwarded_signals() -> Iterator[_Forward]:
-    """Gives SIGINT and SIGTERM to a child process while the block runs."""
+    """Gives the signals that ask to stop to a child process while the block runs."""
     forward = _Forward()
-    previous = {
-        signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {signum: signal.signal(signum, forward) for signum in stop_signals()}
     try:
         yield forward
     finally:

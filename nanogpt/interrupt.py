@@ -1,4 +1,4 @@
-"""Stopping on request: Ctrl-C and SIGTERM end a run between two steps, not inside one."""
+"""Stopping on request: signals end a run between two steps, with a checkpoint, not inside one."""
 
 import contextlib
 import signal
@@ -24,20 +24,32 @@ class Interrupted(Exception):
         self.step = step
 
 
+def stop_signals() -> list[int]:
+    """Returns the signals that ask to stop: SIGINT, SIGTERM and, except under nohup, SIGHUP.
+
+    SIGHUP is what a closed terminal or a lost connection sends.
+    """
+    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hung_up]
+
+
 class StopRequest:
-    """Remembers the first signal asking to stop; the second one acts as if nobody listened."""
+    """Remembers the first signal asking to stop; the second one acts as if nobody listened.
+
+    Not so SIGHUP, which a shell and the system may both send.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Takes over SIGINT and SIGTERM."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        """Takes over the signals that ask to stop."""
+        for signum in stop_signals():
             self._previous[signum] = signal.signal(signum, self._remember)
 
     def restore(self) -> None:
-        """Gives both signals back to whoever had them."""
+        """Gives the signals back to whoever had them."""
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous.clear()
@@ -45,12 +57,14 @@ class StopRequest:
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         # A second Ctrl-C must be able to kill a run that hangs.
-        self.restore()
+        for other in (signal.SIGINT, signal.SIGTERM):
+            if other in self._previous:
+                signal.signal(other, self._previous.pop(other))
 
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Listens for SIGINT and SIGTERM while the block runs; main thread only.
+    """Listens for signals that ask to stop while the block runs; main thread only.
 
     Yields:
         An object whose `signum` is None until a signal arrives.

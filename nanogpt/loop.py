@@ -32,7 +32,7 @@ def fit(
 ) -> dict[str, Any]:
     """Trains one model and leaves metrics.jsonl, record.txt and a checkpoint in its run folder.
 
-    SIGINT and SIGTERM stop it after the current step, with a checkpoint. Main thread only.
+    SIGINT, SIGTERM and SIGHUP stop it after the current step, with a checkpoint. Main thread only.
 
     Args:
         config: everything that decides the run's numbers.

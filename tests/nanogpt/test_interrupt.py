@@ -29,6 +29,23 @@ def test_second_ctrl_c_acts_at_once():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_closed_terminal_may_say_so_twice_and_nohup_is_heeded():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which would end this process
+        with stop_request() as request:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+            assert request.signum == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stop_request() as request:
+            signal.raise_signal(signal.SIGHUP)
+            assert request.signum is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_handlers_come_back_after_an_error():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError), stop_request():
