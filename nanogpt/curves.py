@@ -88,7 +88,7 @@ def mean_curve(curves: Sequence[Curve], label: str) -> Curve:
 def steps_to_reach(curve: Curve, target: float) -> float | None:
     """Returns the updates after which the validation loss first is `target`, None if never.
 
-    Linear interpolation between validations.
+    Linear interpolation between validations, none after one whose loss is not finite.
 
     >>> steps_to_reach(Curve("a", [0, 10], [6.0, 4.0], [0.0, 1.0]), 4.5)
     7.5
@@ -100,7 +100,7 @@ def steps_to_reach(curve: Curve, target: float) -> float | None:
                 return float(step)
             fraction = (before[1] - target) / (before[1] - loss)
             return before[0] + fraction * (step - before[0])
-        before = (step, loss)
+        before = (step, loss) if math.isfinite(loss) else None
     return None
 
 

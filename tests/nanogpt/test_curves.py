@@ -78,6 +78,7 @@ def test_row_that_is_no_validation_is_shown(tmp_path, row):
         ((6.0, 5.0, 4.5, 4.0), 7.0, 0.0),
         ((6.0, 4.0, 5.0, 4.0), 4.5, 7.5),  # the first time counts
         ((6.0, math.nan, math.nan, math.nan), 4.5, None),  # diverged
+        ((6.0, math.nan, 4.0, 3.0), 4.5, 20.0),
     ],
 )
 def test_steps_to_reach(losses, target, expected):
