@@ -83,7 +83,8 @@ def explain(
       TypeError: An option that the optimizer does not have, an optimizer without blocks or one
         that is built already.
       ValueError: Options that the optimizer refuses, complex parameters, a mesh whose sizes are
-        not whole numbers of at least 1, `owners` or `parameter_spec` without `mesh`.
+        not whole numbers of at least 1, `mesh` and `placement` together, `owners` or
+        `parameter_spec` without `mesh`.
 
     Example:
       >>> import jax, jax.numpy as jnp, shampoo_jax
@@ -103,7 +104,7 @@ def explain(
         )
     signature = inspect.signature(optimizer)
     if mesh is not None:
-        options["placement"] = _planned(mesh, owners, parameter_spec)
+        options["placement"] = _planned(mesh, owners, parameter_spec, options.get("placement"))
     elif owners is not None or parameter_spec is not replicated:
         raise ValueError("owners and parameter_spec say nothing without mesh: give mesh={axis: n}.")
     if options.get("placement") is not None:
@@ -252,8 +253,12 @@ def _refresh(chosen: Mapping[str, Any], sides: Mapping[Side, int], dtype: Any) -
     }
 
 
-def _planned(mesh: Any, owners: Any, parameter_spec: Callable[..., Any]) -> Placement:
-    """A placement on a mesh of sizes alone."""
+def _planned(
+    mesh: Any, owners: Any, parameter_spec: Callable[..., Any], other: Placement | None
+) -> Placement:
+    """A placement on a mesh of sizes alone, where no other one is given."""
+    if other is not None:
+        raise ValueError("mesh and placement both name a mesh to plan for: drop one of them.")
     sizes = tuple(mesh.values()) if isinstance(mesh, Mapping) else ()
     if not sizes or not all(isinstance(n, (int, np.integer)) and n > 0 for n in sizes):
         raise ValueError(

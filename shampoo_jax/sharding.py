@@ -76,6 +76,12 @@ class Placement:
                 f"owners along {axes}."
             )
         check_dtype("communication_dtype", self.communication_dtype)
+        for name, rule in (("parameter", self.parameter_spec), ("gradient", self.gradient_spec)):
+            if not callable(rule) and (rule is not None or name == "parameter"):
+                raise ValueError(
+                    f"{name}_spec={rule!r} must be a function of (path, leaf) that gives a "
+                    "PartitionSpec: lambda path, leaf: PartitionSpec('data')."
+                )
 
     @property
     def owner_axes(self) -> Axes:
@@ -224,7 +230,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
 
     Args:
       tx: Any Optax transformation, one with a `placement` and wrappers around it say.
-      params: Parameters, or their shapes with shardings, as `jax.eval_shape` gives them.
+      params: Parameters, or their shapes with shardings. `jax.eval_shape` gives these on Explicit
+        axes only; on Auto ones set `sharding` of each `jax.ShapeDtypeStruct`.
       mesh: The mesh of the training step.
 
     Returns:

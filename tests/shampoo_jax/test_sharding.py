@@ -89,6 +89,9 @@ def test_shardings_of_a_state_of_nnx():
         (dict(owners="data", stack_multiple=12), "multiple of the 8 owners"),
         (dict(owners="data", stack_multiple=0), "multiple of the 8 owners"),
         (dict(owners="data", communication_dtype=jnp.int8), "communication_dtype=int8"),
+        (dict(owners="data", parameter_spec=P("data")), "parameter_spec=.*must be a function"),
+        (dict(owners="data", parameter_spec=None), "parameter_spec=None must be a function"),
+        (dict(owners="data", gradient_spec=P("data")), "gradient_spec=.*must be a function"),
     ],
 )
 def test_what_cannot_be_placed_is_refused(options, complaint):
@@ -170,6 +173,10 @@ def update_of(tx, grads):
         (dict(mesh="data=8"), "mesh='data=8' must give"),
         (dict(mesh={"data": 8}, owners=()), r"owners=\(\) must name"),
         (dict(owners="data"), "without mesh"),
+        (
+            dict(mesh={"x": 2}, placement=sj.Placement(AbstractMesh((2,), ("x",)), "x")),
+            "drop one of them",
+        ),
         (dict(parameter_spec=rows), "without mesh"),
     ],
 )
