@@ -39,7 +39,7 @@ def test_parts_of_the_page_are_written_one_after_the_other(tmp_path, monkeypatch
         state_bytes=800,
         state_bytes_per_device=100,
     )
-    timed = dict(record, trace_s=1.0, compile_s=2.0, cpu_s=3.0, program_kb=4)
+    timed = dict(record, parameters=5, trace_s=1.0, compile_s=2.0, cpu_s=3.0, program_kb=4)
     monkeypatch.setattr(st, "measure", lambda *args, **options: record)
     monkeypatch.setattr(st, "working_memory", lambda *args: {"moves": 1024, "direction": 2048})
     monkeypatch.setattr(st, "decomposed_on_gpu", lambda *args: ["2x8x8"])
