@@ -54,7 +54,7 @@ def test_parts_of_the_page_are_written_one_after_the_other(tmp_path, monkeypatch
         "| rows | 2 all-gather 4,096 | 2 all-gather 4,096 | 10 | 100 | 0.1250 |",
         "| rows | 2e-15 |",
         "| rows | 3e-07 |",
-        "| 1.3B, rows | 1.0 | 2.0 | 3.0 | 4 | 0 | 2 all-gather 4,096 |",
+        "| 1.3B, rows | 1.0 | 2.0 | 3.0 | 4 | 0 | 0.50 | 2 all-gather 4,096 |",
     ):
         assert line in page
     results = json.loads((tmp_path / "sharding.json").read_text())
