@@ -7,7 +7,7 @@ older emitters of fused loops where jaxlib still has them, it takes half. `make 
 with a plain environment run the programs as users compile them.
 
 Tracing makes many small objects that live briefly, and each collection calls back into jax: without
-rarer ones an eighth of the suite's time is spent collecting.
+rarer ones a twentieth to an eighth of the suite's time is spent collecting.
 """
 
 import gc
