@@ -1,6 +1,7 @@
 """What a placement makes each device exchange, hold and compute, from shapes alone."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -115,10 +116,11 @@ def _all_legs(
 
 def _legs(layout: StackLayout, leaf: LeafPlan, dtype: Any) -> Iterator[Leg]:
     """Changes of layout of a leaf until its blocks are concatenated."""
-    specs = [layout.merged(leaf), *layout.cuts[leaf.name]]
-    for axis, (before, after) in enumerate(zip(specs, specs[1:], strict=False)):
+    for axis, end in enumerate(layout.cuts[leaf.name][: len(leaf.merged)]):
+        way = [*layout.before(leaf, axis), end]
         for _, size in {(c.start[:axis], c.size[:axis]) for c in leaf.cells}:
-            yield before, after, (leaf.batch, *size, *leaf.merged[axis:]), dtype
+            for before, after in itertools.pairwise(way):
+                yield before, after, (leaf.batch, *size, *leaf.merged[axis:]), dtype
     for cell in leaf.cells:
         yield (
             layout.stored(leaf, cell),

@@ -97,7 +97,7 @@ def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
         edges = sorted({(c.start[axis], c.start[axis] + c.size[axis]) for c in leaf.cells})
         pieces = [
             pin(jax.lax.slice_in_dim(whole, *edge, axis=axis + 1))
-            for whole in map(pin, pieces)
+            for whole in (x if layout is None else layout.open(x, leaf, axis) for x in pieces)
             for edge in edges
         ]
     return pieces
@@ -160,15 +160,16 @@ def _assemble(pieces: list[Array], leaf: LeafPlan, layout: StackLayout | None, d
     if not pieces:
         return jnp.zeros((leaf.batch, *leaf.merged), dtype)
     if _tiled(leaf, layout):
-        return _untile(pieces[0], leaf)
+        return _untile(_pin(layout, leaf, -1, pieces[0]), leaf)
     for axis in reversed(range(len(leaf.merged))):
         per_row = len({cell.start[axis] for cell in leaf.cells})
         pin = functools.partial(_pin, layout, leaf, axis)
         pieces = list(map(pin, pieces))
         pieces = [
-            pin(jnp.concatenate(pieces[i : i + per_row], axis + 1))
+            jnp.concatenate(pieces[i : i + per_row], axis + 1)
             for i in range(0, len(pieces), per_row)
         ]
+        pieces = pieces if layout is None else [layout.close(x, leaf, axis) for x in pieces]
     return pieces[0]
 
 

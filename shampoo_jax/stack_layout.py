@@ -155,6 +155,19 @@ class StackLayout:
         """Merged leaves, `(batch, *merged)`, as they come."""
         return self.placement.put(x, self.merged(leaf))
 
+    def before(self, leaf: LeafPlan, axis: int) -> list[Spec]:
+        """Layouts from which, and on the way by which, what is cut along an axis comes."""
+        specs = [self.merged(leaf), *self.cuts[leaf.name]]
+        return [specs[axis], *_between(specs[axis], specs[axis + 1])]
+
+    def open(self, x: Array, leaf: LeafPlan, axis: int) -> Array:
+        """A merged leaf or a strip of it on its way to be cut along an axis."""
+        return self.cut(self._travel(x, self.before(leaf, axis)[1:]), leaf, axis)
+
+    def close(self, x: Array, leaf: LeafPlan, axis: int) -> Array:
+        """The way back."""
+        return self._travel(self.cut(x, leaf, axis), self.before(leaf, axis)[:0:-1])
+
     def cut(self, x: Array, leaf: LeafPlan, axis: int) -> Array:
         """A merged leaf or a strip of it, `(batch, *merged)`, whole along the axis cut next."""
         return self.placement.put(x, self.cuts[leaf.name][axis])
@@ -272,3 +285,25 @@ class StackLayout:
 def _take(x: Array, places: np.ndarray) -> Array:
     """`x[places]`, or all of `x` where that is how it begins."""
     return x if (places == np.arange(len(places))).all() else x[places]
+
+
+def _between(before: Spec, after: Spec) -> list[Spec]:
+    """Layouts between two, so that axes of one dimension move at a time.
+
+    The partitioner would replicate what changes along several.
+
+    >>> _between((("e",), ("f",), ("t",)), ((), (), ("t", "e", "f")))
+    [((), ('f',), ('t', 'e'))]
+    """
+    home = {a: (k, i) for k, axes in enumerate(after) for i, a in enumerate(axes)}
+    groups: dict[tuple[int, int], list[str]] = {}
+    for j, axes in enumerate(before):
+        for a in axes:
+            if a in home and home[a][0] != j:
+                groups.setdefault((j, home[a][0]), []).append(a)
+    spec, found = list(before), []
+    for (j, k), group in sorted(groups.items(), key=lambda item: home[item[1][0]])[:-1]:
+        spec[j] = tuple(a for a in spec[j] if a not in group)
+        spec[k] = (*spec[k], *group)
+        found.append(tuple(spec))
+    return found

@@ -116,3 +116,19 @@ def test_rows_split_over_two_axes_move_the_minor_one_first():
     params = {k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=split) for k, s in SHAPES.items()}
     step = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params))
     assert set(st.exchanges(step.compile().as_text())) == {"all-to-all"}  # no permutation
+
+
+def test_experts_split_on_three_axes_are_cut_without_replication(capfd):
+    mesh = jax.make_mesh((2, 2, 2), ("expert", "fsdp", "tensor"))
+    spec = P("expert", "fsdp", "tensor")
+    placement = sj.Placement(mesh, ("expert", "fsdp", "tensor"), lambda path, leaf: spec)
+    options = {"dimension_numbers": sj.batch_axes({"w": 0}), "block_size": 8}
+    tx = sj.blocked(optax.identity(), placement=placement, **options)
+    shape, sharding = jax.ShapeDtypeStruct((4, 16, 16), jnp.float32), NamedSharding(mesh, spec)
+    split = {
+        "w": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
+    }
+    step = jax.jit(tx.update).lower(split, jax.eval_shape(tx.init, split)).compile()
+    assert "rematerialization" not in capfd.readouterr().err
+    planned = sj.explain({"w": shape}, sj.scale_by_shampoo, placement=placement, **options)
+    assert st.exchanges(step.as_text()) == planned.on_mesh.exchanges

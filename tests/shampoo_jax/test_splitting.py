@@ -69,3 +69,18 @@ def test_more_layers_are_not_more_exchanges():
     few, many = exchanges(1), exchanges(4)
     assert {k: n for k, (n, _) in few.items()} == {k: n for k, (n, _) in many.items()}
     assert many["all-to-all"][1] > 3 * few["all-to-all"][1]
+
+
+def test_a_whole_leaf_shares_a_stack_with_a_split_one_on_explicit_axes():
+    def spec(path, leaf):
+        return P(None, "data") if leaf.shape[1] == 8 else P()
+
+    tree = {"split": jnp.ones((64, 8)), "whole": jnp.arange(256.0).reshape(16, 16)}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    plan = make_plan(tree, block_size=8, merge=2, canonical=False)
+    layout = StackLayout(Placement(mesh, "data", spec), tree, plan)
+    leaves = jax.tree.leaves(tree)
+    with jax.set_mesh(mesh):
+        back = jax.jit(lambda x: join(split(x, plan, layout), plan, [jnp.float32] * 2, layout))
+        for new, old in zip(back(leaves), leaves, strict=True):
+            np.testing.assert_array_equal(new, old)
