@@ -124,7 +124,7 @@ def test_experts_split_on_three_axes_are_cut_without_replication(capfd):
     placement = sj.Placement(mesh, ("expert", "fsdp", "tensor"), lambda path, leaf: spec)
     options = {"dimension_numbers": sj.batch_axes({"w": 0}), "block_size": 8}
     tx = sj.blocked(optax.identity(), placement=placement, **options)
-    shape, sharding = jax.ShapeDtypeStruct((4, 16, 16), jnp.float32), NamedSharding(mesh, spec)
+    shape = jax.ShapeDtypeStruct((4, 16, 16), jnp.float32)
     split = {
         "w": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
     }
