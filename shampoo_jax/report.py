@@ -122,9 +122,11 @@ def _device(mesh: OnMesh) -> list[str]:
     exchanges = ", ".join(
         f"{n} {kind} {_scaled(b, 'B')}" for kind, (n, b) in mesh.exchanges.items()
     )
+    # Filling is gathered like any block: with few blocks, most of what a device receives is zeros.
+    advice = ", name fewer mesh axes as `owners`" if mesh.padding > 0.5 else ""
     return [
         f"one device of     {mesh.devices}, blocks split over {mesh.owners}",
-        f"blocks            {blocks}; {mesh.padding:.1%} filling",
+        f"blocks            {blocks}; {mesh.padding:.1%} filling{advice}",
         f"optimizer state   {_scaled(mesh.state_bytes, 'B')}",
         f"refresh           {_scaled(mesh.refresh_flops, 'FLOP')} on the busiest owner, "
         f"the others wait {mesh.waiting:.1%} of the time",

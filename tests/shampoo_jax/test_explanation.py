@@ -297,3 +297,10 @@ def test_the_program_holds_as_many_eigh_calls_as_explained(layers):
 def test_the_unstacked_comparison_holds_one_eigh_call_per_factor():
     params = gpt2_matrices(1, 8)
     assert measure(one_root_per_factor(params), params)["eigh_calls"] == 12
+
+
+def test_more_owners_than_blocks_are_advised_against():
+    params = {f"w{i}": jax.ShapeDtypeStruct((16, 16), jnp.float32) for i in range(8)}
+    advice = "75.0% filling, name fewer mesh axes as `owners`"
+    assert advice in str(explain(params, mesh={"data": 4, "fsdp": 8}))
+    assert "owners`" not in str(explain(params, mesh={"data": 4, "fsdp": 8}, owners="fsdp"))
