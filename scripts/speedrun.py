@@ -285,6 +285,14 @@ def warn_without_accelerator(name: str) -> None:
         )
 
 
+def _loss(text: str) -> float:
+    """A loss that runs can prove."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no loss: give a positive number of nats.")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     """What chooses a run. No abbreviations: --opt could be meant for tyro."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
@@ -300,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     # For the runs that --seeds starts: one run's verdict would be taken for that of them all.
     parser.add_argument("--one-of-seeds", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--target", type=float, help="loss that the runs are to prove (nats; of track3: 3.28)"
+        "--target", type=_loss, help="loss that the runs are to prove (nats; of track3: 3.28)"
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoints, bit for bit"

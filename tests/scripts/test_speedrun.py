@@ -424,3 +424,10 @@ def test_track3_from_shards_to_the_verdict(tmp_path):
         verdict_line(finals, 9),
     ]
     assert done.stdout.count("accepted") == 1  # not for each seed by itself
+
+
+@pytest.mark.parametrize("target", ["nan", "0", "inf"])
+def test_a_target_that_nothing_proves(target, capsys):
+    with pytest.raises(SystemExit):
+        speedrun.split_arguments(["--target", target])
+    assert f"--target: {target} is no loss" in capsys.readouterr().err
