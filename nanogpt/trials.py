@@ -190,12 +190,13 @@ def _train(trials: list[Trial], jobs: int) -> Iterator[tuple[int, Record | None]
 
 
 def _run_or_tell(trial: Trial) -> Record | None:
-    """`run_trial`; None if it fails, as for want of memory: the others need not."""
+    """`run_trial`; None if its settings or their size fail: the others need not.
+
+    `run_trials` raises when all others are done.
+    """
     try:
         return run_trial(trial)
-    except Interrupted:
-        raise
-    except Exception:
+    except (RuntimeError, ValueError, MemoryError):  # XLA's errors are RuntimeErrors
         print(f"{trial.config.name} failed:", file=sys.stderr)
         traceback.print_exc()
         return None

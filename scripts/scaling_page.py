@@ -84,7 +84,8 @@ VM of 2 cores. Each entry is predicted / compiled, of one device.
 """
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
     head = list(head)
     lines = [head, ["---"] * len(head), *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -100,7 +101,7 @@ def _predictions(found: Found) -> str:
             times = [f"{1e3 * p[part]:.3g}" for part in parts]
             sizes = [f"{p[k] / 1e9:.3g}" for k in ("state_bytes", "memory")]
             rows.append([model, str(n), *times, *sizes, f"{p['waiting']:.0%}"])
-    return _table(
+    return table(
         [
             *("model", "devices", "statistics, ms", "application, ms", "roots, ms", "state, ms"),
             *("communication, ms", "forward and backward, ms", "state, GB", "memory, GB"),
@@ -116,7 +117,7 @@ def _balances(balances: Found) -> str:
         for model, by_count in balances.items()
         for n, b in by_count.items()
     ]
-    return _table(["model", "owners", "equal counts", "greedy", "bound"], rows)
+    return table(["model", "owners", "equal counts", "greedy", "bound"], rows)
 
 
 def _validation(record: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
@@ -126,7 +127,7 @@ def _validation(record: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
         pairs = [each[part] for each in record.values()]
         cells = [f"{a:.4g} / {b:.4g}" + (f" = {a / b:.2f}" if b else "") for a, b in pairs]
         rows.append([part, *cells])
-    return _table(["part", *(f"{n} devices" if n != "1" else "1 device" for n in record)], rows)
+    return table(["part", *(f"{n} devices" if n != "1" else "1 device" for n in record)], rows)
 
 
 def page(
@@ -147,7 +148,7 @@ def page(
       models: `Model` by name.
       efficiency: Assumed share of peak.
     """
-    rates = _table(
+    rates = table(
         [
             *("device", "float32", "first of a root", "rest", "bfloat16, TFLOP/s"),
             *("memory", "near", "far, GB/s", "near means", "source"),
@@ -163,7 +164,7 @@ def page(
             for name, r in devices.items()
         ],
     )
-    sizes = _table(
+    sizes = table(
         ["model", "layers", "width", "hidden", "keys", "feed-forward", "vocabulary", "source"],
         [
             [

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from scripts.scaling_page import table
+
 HEAD = """# What a mesh costs and changes
 
 Every figure is from docs/sharding.json, which `python -m scripts.sharding_table` writes; the
@@ -107,30 +109,30 @@ def page_of(results: Mapping[str, Any]) -> str:
 
 def exchange_table(records: Mapping[str, Mapping[str, Any]]) -> str:
     """One line a layout."""
-    lines = [
-        "| layout | exchanges: count, bytes of results per device | planned bytes "
-        "| temporary memory | state per device | of all |",
-        "|---|---|---|---|---|---|",
+    head = "layout; exchanges: count, bytes of results per device; planned bytes; temporary memory"
+    rows = [
+        [
+            name,
+            _exchanges(r["exchanges"]),
+            _exchanges(r["planned"]),
+            f"{r['temporary_bytes']:,}",
+            f"{r['state_bytes_per_device']:,}",
+            f"{r['state_bytes_per_device'] / r['state_bytes']:.4f}",
+        ]
+        for name, r in records.items()
     ]
-    for name, r in records.items():
-        share = r["state_bytes_per_device"] / r["state_bytes"]
-        lines.append(
-            f"| {name} | {_exchanges(r['exchanges'])} | {_exchanges(r['planned'])} | "
-            f"{r['temporary_bytes']:,} | "
-            f"{r['state_bytes_per_device']:,} | {share:.4f} |"
-        )
-    return "\n".join(lines)
+    return table([*head.split("; "), "state per device", "of all"], rows)
 
 
 def memory_table(results: Mapping[str, Any]) -> str:
     """One line a layout, in copies of the update of the matrices."""
-    lines = ["| layout | the way alone | direction | optimizer |", "|---|---|---|---|"]
+    rows = []
     whole = next(iter(results["layouts"].values()))
     for name, found in results["working_memory"].items():
         sizes = [found["moves"], found["direction"], whole[name]["temporary_bytes"]]
         cells = [f"{x / results['matrix_bytes']:.2f}" for x in sizes]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return table(["layout", "the way alone", "direction", "optimizer"], rows)
 
 
 def _exchanges(found: Mapping[str, tuple[int, int]]) -> str:
@@ -140,23 +142,22 @@ def _exchanges(found: Mapping[str, tuple[int, int]]) -> str:
 def error_table(errors: Mapping[str, Mapping[str, float]]) -> str:
     """One line a mesh, one column an optimizer."""
     names = list(next(iter(errors.values())))
-    lines = [f"| mesh | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for mesh, row in errors.items():
-        lines.append(f"| {mesh} | {' | '.join(f'{row[n]:.0e}' for n in names)} |")
-    return "\n".join(lines)
+    rows = [[mesh, *(f"{row[n]:.0e}" for n in names)] for mesh, row in errors.items()]
+    return table(["mesh", *names], rows)
 
 
 def compile_table(records: Mapping[str, Mapping[str, Any]]) -> str:
     """One line a model and layout."""
-    lines = [
-        "| model, layout | trace, s | compile, s | compile, CPU s | program, kB "
-        "| temporary memory, MB | in copies | exchanges |",
-        "|---|---|---|---|---|---|---|---|",
+    head = "model, layout; trace, s; compile, s; compile, CPU s; program, kB; temporary memory, MB"
+    rows = [
+        [
+            name,
+            *(str(r[key]) for key in ("trace_s", "compile_s", "cpu_s")),
+            f"{r['program_kb']:,}",
+            f"{r['temporary_bytes'] / 1e6:,.0f}",
+            f"{r['temporary_bytes'] / (4 * r['parameters']):.2f}",  # float32
+            _exchanges(r["exchanges"]),
+        ]
+        for name, r in records.items()
     ]
-    for name, r in records.items():
-        copies = r["temporary_bytes"] / (4 * r["parameters"])  # float32
-        lines.append(
-            f"| {name} | {r['trace_s']} | {r['compile_s']} | {r['cpu_s']} | {r['program_kb']:,} | "
-            f"{r['temporary_bytes'] / 1e6:,.0f} | {copies:.2f} | {_exchanges(r['exchanges'])} |"
-        )
-    return "\n".join(lines)
+    return table([*head.split("; "), "in copies", "exchanges"], rows)

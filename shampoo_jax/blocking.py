@@ -80,18 +80,14 @@ def blocked(
       ((6, 4), -1.0)
     """
     check_static(locals())
-    for name, value in (("block_size", block_size), ("merge", merge)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1, or None for no limit.")
-    rule = resolve_dimension_numbers(dimension_numbers)
+    _check_limits(block_size=block_size, merge=merge)
     tx = optax.with_extra_args_support(inner)
-
     plan_of = functools.partial(
         make_plan,
         block_size=block_size,
         merge=merge,
         canonical=canonical,
-        dimension_numbers=rule,
+        dimension_numbers=resolve_dimension_numbers(dimension_numbers),
         exponents=exponents,
     )
 
@@ -134,6 +130,12 @@ def blocked(
         return drop_missing(new, missing), state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_limits(**limits: int | None) -> None:
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1, or None for no limit.")
 
 
 def _arrays(updates: Any, params: Any, missing: frozenset[KeyPath]) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ from shampoo_jax.exponents import Exponents, default_exponents, per_factor
 from shampoo_jax.matrix import eigh
 from shampoo_jax.options import is_off
 from shampoo_jax.paths import KeyPath, stack_of
-from shampoo_jax.refresh import check_schedule, refresh_due, refresh_slots, staggered
+from shampoo_jax.refresh import check_schedule, refresh_slots, scheduled
 from shampoo_jax.roots import apply_matrices, identity_roots, no_failures
 
 Array = jax.Array
@@ -139,18 +139,16 @@ def eigenbasis(
     def update(blocks: Any, old: EigenbasisState, params: Any) -> tuple[Any, Any]:
         count = optax.safe_increment(old.count)
         is_first = count == 1
-        method = basis if before else EighBasis(descending=True)
-        due = is_first if not before else _always(every, first) or refresh_due(count, every, first)
         move = functools.partial(
             _move, blocks, every=every, rtol=rtol, first_moments=names, reorder=reorder
         )
         state = old._replace(count=count)
-        if before and stagger and every != 1:
-            state = staggered(
-                lambda turn, s: move(s, turn, method=basis), count, every, first, state
-            )
+        if before:
+            renew = lambda turn, s: move(s, turn, method=basis)  # noqa: E731
+            state = scheduled(renew, count, every, first, stagger, state)
         else:
-            state = _when(due, functools.partial(move, method=method), state)
+            begin = functools.partial(move, method=EighBasis(descending=True))
+            state = _when(is_first, begin, state)
         new, used = _use(tx, blocks, state, params)
         if skip_first:
             new, used = _skip(is_first, new, used, state)
@@ -275,10 +273,8 @@ def _rotate_back(done: Blocks, original: Blocks, bases: Matrices) -> Blocks:
     )
 
 
-def _when(condition: Array | bool, f: Any, operand: Any) -> Any:
-    """`f(operand)` if the condition holds, else the operand; no branch where it is known now."""
-    if condition is True:
-        return f(operand)
+def _when(condition: Array, f: Any, operand: Any) -> Any:
+    """`f(operand)` if the condition holds, else the operand."""
     return jax.lax.cond(condition, f, lambda same: same, operand)
 
 
@@ -294,10 +290,6 @@ def _report(b: Blocks, old: Matrices, new: Matrices, failures: Array, ready: Arr
     return dataclasses.replace(
         b, ready=ready, figures={**b.figures, **figures, "failures": failures}
     )
-
-
-def _always(every: Any, first: Any) -> bool:
-    return isinstance(every, int) and isinstance(first, int) and every == first == 1
 
 
 def _keep_all(p: Blocks, exponents: Exponents) -> Matrices:

@@ -33,6 +33,35 @@ def check_schedule(every: Any, start: Any, stagger: bool = False) -> None:
         )
 
 
+def scheduled(
+    refresh: Callable[[Array | None, T], T],
+    count: Array,
+    every: Any,
+    start: Any,
+    stagger: bool,
+    state: T,
+) -> T:
+    """Runs a refresh where it is due; without a branch where it always is.
+
+    Args:
+      refresh: Function of (turn, state), see `staggered`; turn None refreshes all slots.
+      count: Step, 1-based.
+      every: Steps between refreshes.
+      start: First step that refreshes.
+      stagger: Whether each step refreshes a share.
+      state: What `refresh` changes.
+
+    Returns:
+      The new state.
+    """
+    if isinstance(every, int) and isinstance(start, int) and every == start == 1:
+        return refresh(None, state)
+    if stagger and every != 1:
+        return staggered(refresh, count, every, start, state)
+    due = refresh_due(count, every, start)
+    return jax.lax.cond(due, lambda s: refresh(None, s), lambda same: same, state)
+
+
 def staggered(
     refresh: Callable[[Array, T], T], count: Array, every: Any, start: int | Array, state: T
 ) -> T:

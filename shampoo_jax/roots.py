@@ -12,7 +12,7 @@ from shampoo_jax.blocks import Blocks, Part, blocks_part, map_blocks, where_bloc
 from shampoo_jax.exponents import Exponents, default_exponents, per_factor
 from shampoo_jax.options import check_options
 from shampoo_jax.precision import check_dtype
-from shampoo_jax.refresh import check_schedule, in_chunks, refresh_due, refresh_slots, staggered
+from shampoo_jax.refresh import check_schedule, in_chunks, refresh_slots, scheduled
 from shampoo_jax.solvers import Solver, TruncatedEigh, identities
 
 Array = jax.Array
@@ -91,7 +91,7 @@ def invert_roots(
             map_blocks(no_failures, params),
         )
 
-    def refresh(blocks: Any, old: InvertRootsState, turn: Array | None = None) -> InvertRootsState:
+    def refresh(blocks: Any, turn: Array | None, old: InvertRootsState) -> InvertRootsState:
         def stack(b: Blocks, *old: Any) -> tuple[Any, Any, Array]:
             def renew(old: Any, factors: Any) -> tuple[Any, Any, Array]:
                 return _refresh(factors, solve, exponents(b.shape), chunk, old)
@@ -106,28 +106,26 @@ def invert_roots(
         del params
         count = optax.safe_increment(state.count)
         state = state._replace(count=count)
-        if isinstance(every, int) and every == 1 and first == 1:
-            state = refresh(blocks, state)
-        elif stagger and every != 1:
-            renew = lambda turn, s: refresh(blocks, s, turn)  # noqa: E731
-            state = staggered(renew, count, every, first, state)
-        else:
-            due = refresh_due(count, every, first)
-            state = jax.lax.cond(due, lambda s: refresh(blocks, s), lambda same: same, state)
-
-        def report(b: Blocks, roots: Any, carried: Any, failures: Array) -> Blocks:
-            own = [solve.figures(c) for c, r in zip(carried, roots, strict=True) if r is not None]
-            total: Any = {name: sum(each[name] for each in own) for name in (own[0] if own else ())}
-            return dataclasses.replace(
-                b,
-                matrices=tuple(None if r is None else r.astype(b.update.dtype) for r in roots),
-                ready=count >= first,
-                figures={**b.figures, **report_factors(b), **total, "failures": failures},
-            )
-
+        renew = functools.partial(refresh, blocks)
+        state = scheduled(renew, count, every, first, stagger, state)
+        report = functools.partial(_report, solve, count >= first)
         return map_blocks(report, blocks, *state[1:]), state
 
     return blocks_part(init, update)
+
+
+def _report(
+    solve: Solver, ready: Array, b: Blocks, roots: Any, carried: Any, failures: Array
+) -> Blocks:
+    """Hands the roots on, with figures for a monitor."""
+    own = [solve.figures(c) for c, r in zip(carried, roots, strict=True) if r is not None]
+    total: Any = {name: sum(each[name] for each in own) for name in (own[0] if own else ())}
+    return dataclasses.replace(
+        b,
+        matrices=tuple(None if r is None else r.astype(b.update.dtype) for r in roots),
+        ready=ready,
+        figures={**b.figures, **report_factors(b), **total, "failures": failures},
+    )
 
 
 def _check_exponents(solve: Solver, block: tuple[int, ...], exponents: Exponents) -> None:
