@@ -124,12 +124,18 @@ def blocked(
         if absent:
             present = _present_blocks(filled, absent, plan, layout)
             inner_state = where_blocks(present, inner_state, state.inner)
-        leaves, structure = jax.tree.flatten(filled)
-        joined = join(stacks, plan, [x.dtype for x in leaves], layout)
-        new = jax.tree.unflatten(structure, joined)
+        new = _joined(stacks, plan, filled, layout)
         return drop_missing(new, missing), state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _joined(
+    stacks: dict[str, Array], plan: Sequence[LeafPlan], like: Any, layout: StackLayout | None
+) -> Any:
+    """The tree whose blocks these are, in the dtypes of another."""
+    leaves, structure = jax.tree.flatten(like)
+    return structure.unflatten(join(stacks, plan, [x.dtype for x in leaves], layout))
 
 
 def _check_limits(**limits: int | None) -> None:
