@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from scripts import golden_adapter, replay_golden
-from shampoo_jax import filtering, grafting, roots
+from shampoo_jax import filtering, grafting, refresh
 
 FILES = {
     path.stem[:2]: path
@@ -106,7 +106,7 @@ def one_step_late(base, count, dtype):
 @pytest.mark.parametrize(
     ("number", "names", "module", "name", "wrong"),
     [
-        ("13", "mat", roots, "refresh_due", every_interval_only),
+        ("13", "mat", refresh, "refresh_due", every_interval_only),
         ("15", "low", grafting, "norms", one_norm_for_the_stack),
         ("05", "mat", filtering, "power", one_step_late),
     ],
