@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from nanogpt.config import Config
-from shampoo_jax.checkpoints import slots_of
+from shampoo_jax.inspect.checkpoints import slots_of
 
 Meta = dict[str, Any]
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nanogpt.config import ModelConfig
-from shampoo_jax.costs import EIGH, PRODUCT, QR
+from shampoo_jax.solvers.costs import EIGH, PRODUCT, QR
 
 Shapes = Iterable[tuple[int, int]]
 

@@ -30,7 +30,7 @@ from scripts.benchmarking.fidelity import solver_root, synthetic_gradients, upda
 from scripts.benchmarking.gradients import coloured_factors
 from scripts.benchmarking.timing import Times, time_calls
 from scripts.record_gradients import read_gradients
-from shampoo_jax.registry import make_solver
+from shampoo_jax.solvers.registry import make_solver
 
 RECORDED = pathlib.Path(__file__).parents[1] / "tests" / "golden" / "gradients" / "gpt_d128.npz"
 

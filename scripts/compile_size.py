@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax import scale_by_shampoo
-from shampoo_jax.explanation import explain
+from shampoo_jax.inspect.explanation import explain
 
 # What XLA calls for a symmetric eigendecomposition: LAPACK on CPU, cuSolver on GPU.
 EIGH_CALL = re.compile(r'custom_call_target="[^"]*syev')

@@ -13,8 +13,8 @@ import optax
 
 import shampoo_jax as sj
 from scripts import golden_format
-from shampoo_jax.blocks import blocks_part, map_blocks
-from shampoo_jax.exponents import given_exponents
+from shampoo_jax.blocks.blocks import blocks_part, map_blocks
+from shampoo_jax.blocks.exponents import given_exponents
 from shampoo_jax.matrix import newton, orthogonalize
 
 Config = dict[str, Any]

@@ -32,7 +32,7 @@ from scripts.golden_format import (
     one_of,
 )
 from shampoo_jax.matrix import eigh, newton, orthogonalize, qr
-from shampoo_jax.registry import make_solver
+from shampoo_jax.solvers.registry import make_solver
 
 Array = jax.Array
 Case = dict[str, Any]

@@ -3,56 +3,56 @@
 Everything public is exported here; modules below are free to change.
 """
 
-from shampoo_jax import presets
-from shampoo_jax.aliases import kl_shampoo, kl_soap, one_sided_shampoo, shampoo, soap
-from shampoo_jax.averaging import averaging, eval_params
-from shampoo_jax.bases import CarriedBasis, EighBasis, QRBasis
-from shampoo_jax.blocking import blocked
-from shampoo_jax.blocks import Blocks, from_gradients, on_gradients, on_updates
-from shampoo_jax.checkpoints import check_state, state_to_tree, tree_to_state
-from shampoo_jax.dimension_numbers import (
+from shampoo_jax.base.hyperparameters import inject_hyperparams
+from shampoo_jax.blocks.blocks import Blocks, from_gradients, on_gradients, on_updates
+from shampoo_jax.blocks.dimension_numbers import (
     DimensionNumbers,
     batch_axes,
     default_dimension_numbers,
 )
-from shampoo_jax.directions import scale_by_one_sided_shampoo, scale_by_shampoo
-from shampoo_jax.eigenbasis import eigenbasis, in_eigenbasis
-from shampoo_jax.eigenbasis_directions import (
+from shampoo_jax.blocks.exponents import resolve_exponents
+from shampoo_jax.directions.eigenbasis import (
     scale_by_kl_shampoo,
     scale_by_kl_soap,
     scale_by_soap,
 )
-from shampoo_jax.explanation import Report, explain, state_bytes
-from shampoo_jax.exponents import resolve_exponents
-from shampoo_jax.factors import accumulate_factors, damp, normalize_by_trace
-from shampoo_jax.filtering import filter_gradient
-from shampoo_jax.grafting import graft, scale_by_second_moment
-from shampoo_jax.hyperball import hyperball, keep_norm, scale_to_norm
-from shampoo_jax.hyperparameters import inject_hyperparams
-from shampoo_jax.kl import kl_eigenbasis
-from shampoo_jax.kl_factors import accumulate_kl_factors
+from shampoo_jax.directions.shampoo import scale_by_one_sided_shampoo, scale_by_shampoo
+from shampoo_jax.inspect.checkpoints import check_state, state_to_tree, tree_to_state
+from shampoo_jax.inspect.explanation import Report, explain, state_bytes
 from shampoo_jax.matrix.polynomial import PrecisionPolicy
-from shampoo_jax.momentum import momentum
-from shampoo_jax.monitoring import monitor_spectrum, read_monitor
-from shampoo_jax.polynomial_solver import Auto, Polynomial
-from shampoo_jax.registry import register_solver
-from shampoo_jax.roots import invert_roots, precondition
-from shampoo_jax.routing import complete, is_hidden_matrix
-from shampoo_jax.sharding import Placement, state_shardings
-from shampoo_jax.skipping import (
-    accept_missing,
-    check_finite,
-    skip_nonfinite_blocks,
-    skip_nonfinite_parameters,
-)
-from shampoo_jax.solvers import (
+from shampoo_jax.optimizers import presets
+from shampoo_jax.optimizers.aliases import kl_shampoo, kl_soap, one_sided_shampoo, shampoo, soap
+from shampoo_jax.optimizers.averaging import averaging, eval_params
+from shampoo_jax.optimizers.hyperball import hyperball, keep_norm, scale_to_norm
+from shampoo_jax.optimizers.momentum import momentum
+from shampoo_jax.optimizers.routing import complete, is_hidden_matrix
+from shampoo_jax.optimizers.weight_decay import add_scheduled_weight_decay, decay_parts
+from shampoo_jax.parts.eigenbasis import eigenbasis, in_eigenbasis
+from shampoo_jax.parts.factors import accumulate_factors, damp, normalize_by_trace
+from shampoo_jax.parts.filtering import filter_gradient
+from shampoo_jax.parts.grafting import graft, scale_by_second_moment
+from shampoo_jax.parts.kl_eigenbasis import kl_eigenbasis
+from shampoo_jax.parts.kl_factors import accumulate_kl_factors
+from shampoo_jax.parts.monitoring import monitor_spectrum, read_monitor
+from shampoo_jax.parts.roots import invert_roots, precondition
+from shampoo_jax.solvers.bases import CarriedBasis, EighBasis, QRBasis
+from shampoo_jax.solvers.polynomial import Auto, Polynomial
+from shampoo_jax.solvers.registry import register_solver
+from shampoo_jax.solvers.solver import (
     CoupledNewton,
     HigherOrderNewton,
     ShiftedEigh,
     Solver,
     TruncatedEigh,
 )
-from shampoo_jax.weight_decay import add_scheduled_weight_decay, decay_parts
+from shampoo_jax.stacks.blocked import blocked
+from shampoo_jax.stacks.guard import (
+    accept_missing,
+    check_finite,
+    skip_nonfinite_blocks,
+    skip_nonfinite_parameters,
+)
+from shampoo_jax.stacks.placement import Placement, state_shardings
 
 __all__ = [
     "Auto",

@@ -48,9 +48,11 @@ ALLOWED = {
 # Documented, in spite of its name.
 PUBLIC = {"os._exit"}
 
-# Within shampoo_jax, from the ground up; a module that is not named here is a part.
-FLOORS = {"matrix": 0, "aliases": 2, "presets": 2, "explanation": 2, "__init__": 3}
-PARTS = 1
+# The rooms of shampoo_jax, from the ground up. A room imports itself and those before it.
+ROOMS = (
+    *("base", "matrix", "blocks", "solvers", "stacks", "parts", "directions", "optimizers"),
+    *("inspect", "__init__"),
+)
 
 
 # Rules only read; each of them reads every file.
@@ -89,23 +91,25 @@ def import_directions(root: Path) -> list[str]:
 
 
 def floors(root: Path) -> list[str]:
-    """Inside shampoo_jax: __init__ -> aliases, presets -> parts -> matrix."""
-
-    def floor(module: str) -> int:
-        return FLOORS.get(module, PARTS)
-
+    """Inside shampoo_jax imports go down: from a room to itself or to one below it."""
     complaints = []
     for path, tree in sources(root, "shampoo_jax"):
         here = path.removesuffix(".py").split("/")[1]
+        if here not in ROOMS:
+            complaints.append(
+                f"{path}:1: {here} is no room; put the module into one of {', '.join(ROOMS[:-1])}"
+            )
+            continue
         for line, name in imports(path, tree):
             top, *rest = name.split(".")
             there = rest[0] if rest else "__init__"
-            if top != "shampoo_jax" or floor(there) <= floor(here):
+            if top != "shampoo_jax" or there not in ROOMS:
                 continue
-            complaints.append(
-                f"{path}:{line}: {here} may not import {name!r}, which stands above it; "
-                "move the shared part down"
-            )
+            if ROOMS.index(there) > ROOMS.index(here):
+                complaints.append(
+                    f"{path}:{line}: {here} may not import {name!r}, which stands above it; "
+                    "move the shared part down"
+                )
     return complaints
 
 
@@ -230,8 +234,8 @@ OFFENCES: list[tuple[Rule, dict[str, str], str]] = [
     ),
     (
         import_directions,
-        {"shampoo_jax/blocks.py": "def f():\n    from flax import nnx\n"},
-        "shampoo_jax/blocks.py:2: shampoo_jax may not import 'flax.nnx'",
+        {"shampoo_jax/blocks/plan.py": "def f():\n    from flax import nnx\n"},
+        "shampoo_jax/blocks/plan.py:2: shampoo_jax may not import 'flax.nnx'",
     ),
     (
         import_directions,
@@ -250,27 +254,32 @@ OFFENCES: list[tuple[Rule, dict[str, str], str]] = [
     ),
     (
         floors,
-        {"shampoo_jax/roots.py": "from . import aliases\n"},
-        "shampoo_jax/roots.py:1: roots may not import 'shampoo_jax.aliases'",
+        {"shampoo_jax/parts/roots.py": "from ..optimizers import aliases\n"},
+        "shampoo_jax/parts/roots.py:1: parts may not import 'shampoo_jax.optimizers.aliases'",
     ),
     (
         floors,
-        {"shampoo_jax/aliases.py": "import shampoo_jax\n"},
-        "shampoo_jax/aliases.py:1: aliases may not import 'shampoo_jax'",
+        {"shampoo_jax/optimizers/aliases.py": "import shampoo_jax\n"},
+        "shampoo_jax/optimizers/aliases.py:1: optimizers may not import 'shampoo_jax'",
+    ),
+    (
+        floors,
+        {"shampoo_jax/tools.py": "import jax\n"},
+        "shampoo_jax/tools.py:1: tools is no room",
     ),
     (
         cycles,
         {
-            "shampoo_jax/blocks.py": "from shampoo_jax.roots import f\n",
-            "shampoo_jax/roots.py": "from shampoo_jax import blocks\n",
+            "shampoo_jax/blocks/plan.py": "from shampoo_jax.blocks.blocks import f\n",
+            "shampoo_jax/blocks/blocks.py": "from shampoo_jax.blocks import plan\n",
         },
-        "shampoo_jax/blocks.py:1: import cycle "
-        "shampoo_jax.blocks -> shampoo_jax.roots -> shampoo_jax.blocks",
+        "shampoo_jax/blocks/blocks.py:1: import cycle shampoo_jax.blocks.blocks -> "
+        "shampoo_jax.blocks.plan -> shampoo_jax.blocks.blocks",
     ),
     (
         public_api_only,
-        {"shampoo_jax/blocks.py": "from optax._src import base\n"},
-        "shampoo_jax/blocks.py:1: 'optax._src.base' is private",
+        {"shampoo_jax/blocks/plan.py": "from optax._src import base\n"},
+        "shampoo_jax/blocks/plan.py:1: 'optax._src.base' is private",
     ),
     (
         public_api_only,
@@ -313,9 +322,9 @@ def test_what_is_allowed_is_not_reported(tmp_path):
     write(
         tmp_path,
         {
-            "shampoo_jax/__init__.py": "from shampoo_jax.aliases import shampoo\n",
-            "shampoo_jax/aliases.py": "import optax\n\nfrom shampoo_jax import roots\n",
-            "shampoo_jax/roots.py": "from functools import partial\n\nfrom .matrix import eigh\n",
+            "shampoo_jax/__init__.py": "from shampoo_jax.parts.roots import f\n",
+            "shampoo_jax/optimizers/aliases.py": "import optax\n\nfrom shampoo_jax.parts import roots\n",
+            "shampoo_jax/parts/roots.py": "from functools import partial\n\nfrom ..matrix import eigh\n",
             "shampoo_jax/matrix/eigh.py": "import jax\n\nv = jax.__version__\n",
             "nanogpt/loop.py": DOCUMENTED_FUNCTION,
             "scripts/run.py": "from nanogpt import loop\n\nstate = loop.f(1)._replace(x=2)\n",

@@ -20,7 +20,7 @@ import shampoo_jax
 from nanogpt.optimizers import REGISTRY
 from nanogpt.recipes import NS12
 from nanogpt.settings import MuonConfig
-from shampoo_jax import registry
+from shampoo_jax.solvers import registry
 
 NEVER = 2**30  # interval of a refresh that no benchmark reaches
 PARTS = ("rest", "statistics", "apply", "roots")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from scripts import golden_adapter, replay_golden
-from shampoo_jax import filtering, grafting, refresh
+from shampoo_jax.parts import filtering, grafting, refresh
 
 FILES = {
     path.stem[:2]: path

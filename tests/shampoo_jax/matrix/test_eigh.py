@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shampoo_jax.bases import EighBasis
 from shampoo_jax.matrix import eigh
-from shampoo_jax.solvers import ShiftedEigh, TruncatedEigh
+from shampoo_jax.solvers.bases import EighBasis
+from shampoo_jax.solvers.solver import ShiftedEigh, TruncatedEigh
 
 truncated_root = jax.jit(eigh.truncated_root, static_argnames=("exponent", "rtol", "atol"))
 shifted_root = jax.jit(eigh.shifted_root, static_argnames=("exponent", "eps", "before"))

@@ -1,0 +1,1 @@
+"""Blocks, and how parameters are read and cut into them."""

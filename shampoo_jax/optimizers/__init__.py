@@ -1,0 +1,1 @@
+"""Complete optimizers: decay, momentum, routing, averaging and settings around directions."""

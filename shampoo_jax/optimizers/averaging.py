@@ -1,0 +1,205 @@
+"""Iterate averaging: train between a fast iterate and its average, evaluate the average."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shampoo_jax.base.options import check_range, is_number
+from shampoo_jax.base.paths import nodes_of
+from shampoo_jax.base.precision import cast_like, widen
+from shampoo_jax.optimizers.weight_decay import Scalar, ScalarOrSchedule, value_at
+from shampoo_jax.stacks.guard import accept_missing, skip_nonfinite_steps
+
+Array = jax.Array
+
+KINDS = ("primal", "schedule_free")
+
+
+class AveragingState(NamedTuple):
+    """State of `averaging`."""
+
+    count: Array  # int32[], steps taken
+    train_coeff: Array  # float32[], read again by `eval_params`
+    weight_sum: Array  # float32[], sum of lr^lr_power so far; 0 where kind is primal
+    z: Any  # the fast iterate, shaped like the parameters, float32 or wider
+    inner: Any
+    decay: Any
+
+
+def averaging(
+    inner: optax.GradientTransformation,
+    kind: str = "primal",
+    *,
+    learning_rate: ScalarOrSchedule,
+    train_coeff: Scalar = 0.8,
+    eval_coeff: Scalar | None = None,
+    lr_power: Scalar | None = None,
+    decay: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets `inner` drive a fast iterate `z`; gradients are taken near the average `x` of its path.
+
+    With `U` the complete update of `inner` (learning rate and sign included), one step is
+
+      `z = (1 - lr * alpha) z + U`
+      `x = c x + (1 - c) z`
+      `y = train_coeff x + (1 - train_coeff) z`
+
+    The parameters that the caller holds, differentiates at and updates are `y`; `x` is what to
+    evaluate, see `eval_params`; only `z` is stored. All three start at the same point. Kinds:
+
+      `"primal"`: `c = eval_coeff`, an exponential average (Generalized Primal Averaging,
+        arXiv:2512.17131);
+      `"schedule_free"`: `c = 1 - lr(t)^p / sum_{i<=t} lr(i)^p`, the average of all iterates
+        weighted by the learning rate (Defazio et al. 2024, arXiv:2405.15682).
+
+    As in the reference, decay acts on `z`, and `x` is recovered from `y` and the decayed `z`.
+    `optax.contrib.schedule_free` weights by the largest learning rate so far instead and leaves
+    decay to the wrapped optimizer, which applies it at `y`; decay inside `inner` does that here.
+
+    A step with any non-finite gradient is skipped as a whole, see `skip_nonfinite_steps`, whatever
+    `inner` would do with it: `y`, `z`, the decay and all counts stay, so `inner` and the average
+    agree on the step of a schedule. `check_finite` reads how many were skipped. A gradient that is
+    None leaves its parameter, its `z` and their state alone, see `accept_missing`.
+
+    Args:
+      inner: Optimizer or chain that ends in the learning rate, without momentum: averaging takes
+        its place.
+      kind: `"primal"` or `"schedule_free"`.
+      learning_rate: The one that `inner` applies: number, array or schedule of the step, counted
+        from 0. It weights the average and scales decay.
+      train_coeff: Share of `x` in `y`, in (0, 1]. It has to stay constant: `x` is computed from it.
+      eval_coeff: `c` of primal averaging, in [0, 1); None means 0.9.
+      lr_power: `p` of schedule-free averaging, not negative; None means 2.
+      decay: Transformation that adds `alpha * params`, such as `optax.add_decayed_weights(0.1)` or
+        the `after` of `decay_parts`; it is shown `z`.
+
+    Returns:
+      A transformation that needs `params`. Updates keep the dtype of the incoming ones. The state
+      is an `AveragingState` inside `optax.ApplyIfFiniteState`; it holds `z` in float32 or wider,
+      since steps of a small learning rate vanish in bfloat16; the average profits from it in full
+      only where parameters are float32 as well.
+
+    Raises:
+      ValueError: An unknown kind, an option out of range or of the other kind, missing params.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from shampoo_jax.optimizers.averaging import averaging, eval_params
+      >>> tx = averaging(optax.sgd(0.5), "schedule_free", learning_rate=0.5)
+      >>> params = jnp.array(1.0)
+      >>> state = tx.init(params)
+      >>> for _ in range(20):
+      ...     updates, state = tx.update(params, state, params)  # gradient of params^2 / 2
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(abs(eval_params(state, params)) < 0.1)
+      True
+    """
+    _check_options(kind, train_coeff, eval_coeff, lr_power)
+    inner = optax.with_extra_args_support(inner)
+    decay = optax.with_extra_args_support(optax.identity() if decay is None else decay)
+    coeff = 0.9 if eval_coeff is None else eval_coeff
+    power = 2.0 if lr_power is None else lr_power
+
+    def init_fn(params: Any) -> AveragingState:
+        # A copy even of float32 parameters: state and parameters may both be donated.
+        z = jax.tree.map(lambda p: jnp.array(p, copy=True), widen(params))
+        return AveragingState(
+            jnp.zeros([], jnp.int32),
+            jnp.asarray(train_coeff, jnp.float32),
+            jnp.zeros([], jnp.float32),
+            z,
+            inner.init(params),
+            decay.init(z),
+        )
+
+    def update_fn(
+        updates: Any, state: AveragingState, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("averaging needs the parameters: call update(updates, state, params).")
+        lr = jnp.asarray(value_at(learning_rate, state.count), jnp.float32)
+        c, weight_sum = jnp.asarray(coeff, jnp.float32), state.weight_sum
+        if kind == "schedule_free":
+            weight_sum = weight_sum + lr**power
+            # While a warm-up has been at 0, nothing has moved and any weight will do.
+            c = 1 - lr**power / jnp.where(weight_sum > 0, weight_sum, 1.0)
+        mix = jnp.asarray(train_coeff, jnp.float32)
+
+        step, inner_state = inner.update(updates, state.inner, params, **extra)
+        step = widen(step)
+        zeros = jax.tree.map(jnp.zeros_like, state.z)
+        alpha_z, decay_state = decay.update(zeros, state.decay, state.z, **extra)
+        z = jax.tree.map(lambda z, a: z - lr * a, state.z, alpha_z)
+        # The difference of new and old y, written so that small steps are not lost in large y.
+        moved = jax.tree.map(
+            lambda u, z, y: (1 - mix * c) * u + (1 - c) * (z - y), step, z, widen(params)
+        )
+        z = jax.tree.map(jnp.add, z, step)
+        state = AveragingState(
+            optax.safe_increment(state.count), mix, weight_sum, z, inner_state, decay_state
+        )
+        return cast_like(moved, updates), state
+
+    tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return accept_missing(skip_nonfinite_steps(tx))
+
+
+def eval_params(state: Any, params: Any) -> Any:
+    """The average to evaluate, `x`, from the trained parameters `y`, which stay as they are.
+
+    `x = y + (1 - 1 / train_coeff) (z - y)`.
+
+    Args:
+      state: Any optimizer state with an `AveragingState` in it, however deep; several of them may
+        share the parameters, as `optax.partition` lets them.
+      params: The trained parameters.
+
+    Returns:
+      A tree like `params`, same dtypes. Parameters that are not averaged are returned unchanged.
+
+    Raises:
+      ValueError: `state` holds no `AveragingState`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = averaging(optax.sgd(1.0), learning_rate=1.0, train_coeff=0.5, eval_coeff=0.75)
+      >>> params = jnp.array(0.0)
+      >>> updates, state = tx.update(jnp.array(-8.0), tx.init(params), params)  # z = 8
+      >>> params = optax.apply_updates(params, updates)
+      >>> float(params), float(eval_params(state, params))  # x = z / 4, y = (x + z) / 2
+      (5.0, 2.0)
+    """
+    states = nodes_of(AveragingState, state)
+    if not states:
+        raise ValueError(
+            f"eval_params found no AveragingState in a state of type {type(state).__name__}: pass "
+            "the state of an optimizer that is wrapped in averaging()."
+        )
+    for _, found in states:
+        params = _average(found, params)
+    return params
+
+
+def _average(state: AveragingState, params: Any) -> Any:
+    def one(z: Any, y: Any) -> Any:
+        if isinstance(z, optax.MaskedNode):
+            return y
+        return cast_like(widen(y) + (1 - 1 / state.train_coeff) * (z - widen(y)), y)
+
+    return jax.tree.map(one, state.z, params, is_leaf=lambda z: isinstance(z, optax.MaskedNode))
+
+
+def _check_options(kind: str, train_coeff: Any, eval_coeff: Any, lr_power: Any) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"averaging kind={kind!r} is unknown: choose from {', '.join(KINDS)}.")
+    if kind == "primal" and lr_power is not None:
+        raise ValueError(f"lr_power={lr_power} is an option of kind='schedule_free': leave it out.")
+    if kind == "schedule_free" and eval_coeff is not None:
+        raise ValueError(f"eval_coeff={eval_coeff} is an option of kind='primal': leave it out.")
+    if is_number(train_coeff) and not 0 < train_coeff <= 1:
+        raise ValueError(f"train_coeff={train_coeff} must lie in (0, 1].")
+    if is_number(lr_power) and not lr_power >= 0:
+        raise ValueError(f"lr_power={lr_power} must not be negative.")
+    check_range("eval_coeff", eval_coeff)

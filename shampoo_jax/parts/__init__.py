@@ -1,0 +1,1 @@
+"""Transformations of stacks: statistics, roots, preconditioning, grafts, monitors."""

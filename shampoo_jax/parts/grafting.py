@@ -1,0 +1,178 @@
+"""Grafting: the direction of one transformation with the magnitude of another, block by block."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shampoo_jax.base.options import check_range
+from shampoo_jax.blocks.blocks import Blocks, Part, blocks_part, from_gradients, map_blocks, norms
+from shampoo_jax.parts.factors import factor_correction
+
+Array = jax.Array
+
+
+class GraftState(NamedTuple):
+    """State of `graft`."""
+
+    magnitude: Any
+    direction: Any
+
+
+class ScaleBySecondMomentState(NamedTuple):
+    """State of `scale_by_second_moment`."""
+
+    count: Array  # int32[], steps taken
+    nu: Any  # one [N, *block] a stack
+
+
+def graft(magnitude: optax.GradientTransformation, direction: optax.GradientTransformation) -> Part:
+    """Gives each block the direction of one part and the Frobenius norm of another.
+
+    `update = D * |A|_F / |D|_F` per block, with `D` and `A` the updates of `direction` and
+    `magnitude` on the same input; 0 where `D` is 0. While the direction's preconditioner is not
+    ready the update is `A`. Source: Agarwal et al. 2020, "Disentangling adaptive gradient methods".
+
+    Args:
+      magnitude: Part of `Blocks`, such as `scale_by_second_moment`; a stock Optax transformation is
+        lifted by `from_gradients` first.
+      direction: Part of `Blocks`.
+
+    Returns:
+      A part whose state holds both states.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = graft(from_gradients(optax.identity()), from_gradients(optax.scale_by_sign()))
+      >>> grads = jnp.array([[1.0, -7.0], [5.0, 5.0]])  # of norm 10; its signs have norm 2
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates.tolist()
+      [[5.0, -5.0], [5.0, 5.0]]
+    """
+    magnitude = optax.with_extra_args_support(magnitude)
+    direction = optax.with_extra_args_support(direction)
+
+    def init(params: Any) -> GraftState:
+        return GraftState(magnitude.init(params), direction.init(params))
+
+    def update(blocks: Any, state: GraftState, params: Any) -> tuple[Any, Any]:
+        sized, magnitude_state = magnitude.update(blocks, state.magnitude, params)
+        directed, direction_state = direction.update(blocks, state.direction, params)
+        return map_blocks(_graft, directed, sized), GraftState(magnitude_state, direction_state)
+
+    return blocks_part(init, update)
+
+
+def _graft(direction: Blocks, magnitude: Blocks) -> Blocks:
+    d, a = direction.update, magnitude.update
+    size, length = norms(a), norms(d)
+    ratio = jnp.where(length > 0, size / jnp.where(length > 0, length, 1.0), 0.0)
+    grafted = d * ratio.reshape(-1, *[1] * (d.ndim - 1))
+    return dataclasses.replace(
+        direction,
+        update=jnp.where(direction.ready, grafted, a),
+        figures={**direction.figures, "graft_ratio": ratio},
+    )
+
+
+def scale_by_second_moment(
+    b2: float | Array = 0.9,
+    eps: float | Array = 1e-15,
+    *,
+    exponent: float | Callable[[int], float] = 0.5,
+    bias_correction: bool = True,
+    weighted: bool = True,
+) -> Part:
+    """Divides the update by the root of a moving average of the squared raw gradient.
+
+    `nu = b2 * nu + w * G^2`, `update = update / ((nu / (1 - b2^t))^e + eps)` with
+    `w = 1 - b2` and `e = 1/2`.
+    Unlike `optax.scale_by_adam` it divides what earlier parts made of the gradient but squares the
+    gradient itself. With correction this is Adam's magnitude, without RMSProp's, with `b2 = 1`
+    (a sum, uncorrected) AdaGrad's.
+
+    Args:
+      b2: Decay in [0, 1].
+      eps: Added to the root; on the scale of the gradients.
+      exponent: e, any positive number, or a function of the block order giving it.
+      bias_correction: Whether to divide `nu` by `1 - b2^t`.
+      weighted: Whether `w = 1 - b2`; False adds squares with weight 1, uncorrected.
+
+    Returns:
+      A part. Its state holds one stack `nu` per stack of blocks.
+
+    Raises:
+      ValueError: `b2` outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_second_moment(b2=0.5)
+      >>> updates, state = tx.update(jnp.array([4.0, -9.0]), tx.init(jnp.zeros(2)))
+      >>> updates.tolist()  # as Adam's first step
+      [1.0, -1.0]
+    """
+    check_range("b2", b2, closed=True)
+
+    def init(params: Any) -> ScaleBySecondMomentState:
+        nu = map_blocks(lambda p: jnp.zeros_like(p.update), params)
+        return ScaleBySecondMomentState(jnp.zeros([], jnp.int32), nu)
+
+    def update(blocks: Any, state: ScaleBySecondMomentState, params: Any) -> tuple[Any, Any]:
+        del params
+        count = optax.safe_increment(state.count)
+        weight = jnp.where(jnp.asarray(b2) == 1, 1.0, 1 - b2) if weighted else 1.0
+        nu = map_blocks(
+            lambda b, n: (b2 * n + weight * b.gradient**2).astype(n.dtype), blocks, state.nu
+        )
+
+        def divide(b: Blocks, n: Array) -> Blocks:
+            n = n / factor_correction(b2, count, n.dtype, bias_correction and weighted)
+            e = exponent(b.order) if callable(exponent) else exponent
+            root = (jnp.sqrt(n) if e == 0.5 else n**e) + eps
+            # 0/0 where a gradient has been zero so far and eps is 0 or underflows.
+            quotient = jnp.where(root > 0, b.update / jnp.where(root > 0, root, 1.0), 0.0)
+            return dataclasses.replace(b, update=quotient.astype(b.update.dtype))
+
+        return map_blocks(divide, blocks, nu), ScaleBySecondMomentState(count, nu)
+
+    return blocks_part(init, update)
+
+
+def make_magnitude(
+    graft: str | optax.GradientTransformation | None, b2: Any, eps: Any
+) -> optax.GradientTransformation | None:
+    """The magnitude of a name, or any Optax transformation lifted onto the raw gradient.
+
+    Args:
+      graft: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"`, None for no grafting, a part of `Blocks`,
+        or a stock transformation, which then sees raw gradients.
+      b2: Decay of the second moment of adam and rmsprop.
+      eps: Added to its root.
+
+    Returns:
+      A part, or None.
+
+    Raises:
+      ValueError: An unknown name.
+    """
+    if graft is None:
+        return None
+    if isinstance(graft, Part):
+        return graft
+    if not isinstance(graft, str):
+        return from_gradients(graft)
+    kinds = {
+        "adam": lambda: scale_by_second_moment(b2, eps),
+        "rmsprop": lambda: scale_by_second_moment(b2, eps, bias_correction=False),
+        "adagrad": lambda: scale_by_second_moment(1.0, eps),
+        "sgd": optax.identity,
+    }
+    if graft not in kinds:
+        raise ValueError(
+            f"graft={graft!r} is unknown: choose from {sorted(kinds)}, None, or pass an Optax "
+            "transformation."
+        )
+    return kinds[graft]()

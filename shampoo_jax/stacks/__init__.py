@@ -1,0 +1,1 @@
+"""From parameter trees to stacks of equal blocks at their owners, and back."""

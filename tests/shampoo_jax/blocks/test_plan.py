@@ -1,0 +1,192 @@
+"""Merging, blocking and axis naming against tables measured on the reference."""
+
+import collections
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shampoo_jax.blocks.exponents import smaller_side
+from shampoo_jax.blocks.plan import DimensionNumbers, block_key, make_plan, merge_dimensions
+
+TWOS = (2, 2, 2, 2, 2, 2)
+
+
+def plan(shapes, dtype=jnp.float32, **options):
+    """Plan of a tree (or one tuple) of shapes."""
+    options = {"block_size": None, "merge": None, "canonical": False} | options
+    tree = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+    return make_plan(tree, **options)
+
+
+def sizes(leaf):
+    return [cell.size for cell in leaf.cells]
+
+
+@pytest.mark.parametrize(
+    ("shape", "merge", "block_size", "merged"),
+    [
+        ((), 1, 1024, (1,)),
+        ((1, 1), 1, 1024, (1,)),
+        ((1, 1), 2, 1024, (1,)),
+        ((1, 6, 1), 2, 8, (6,)),
+        ((1, 3, 1, 4), 3, 8, (3, 4)),
+        ((), None, 1024, ()),
+        ((1, 1), None, 1024, (1, 1)),
+        ((5,), 2, 1024, (5,)),
+        ((7, 4), 1, 1024, (28,)),
+        ((7, 4), 1, 28, (28,)),
+        ((7, 4), 1, 27, (7, 4)),
+        ((7, 4), 2, 1024, (7, 4)),
+        ((12, 20), 1, 100, (12, 20)),
+        ((3, 4, 5), 1, 1024, (60,)),
+        ((3, 4, 5), 1, 20, (3, 20)),
+        ((3, 4, 5), 2, 1024, (3, 20)),
+        ((3, 4, 5), 3, 1024, (3, 4, 5)),
+        ((3, 4, 5), None, 1024, (3, 4, 5)),
+        ((3, 1, 20), 2, 1024, (3, 20)),
+        ((2, 3, 4, 5), 1, 20, (6, 20)),
+        ((2, 3, 4, 5), 1, 8, (6, 4, 5)),
+        ((2, 3, 4, 5), 2, 1024, (2, 60)),
+        ((2, 3, 4, 5), 3, 1024, (2, 3, 20)),
+        ((64, 3, 7, 7), 1, 1024, (64, 147)),
+        ((32, 3, 64, 64), 1, 8192, (96, 4096)),
+        (TWOS, 1, 8, (8, 8)),
+        (TWOS, 4, 8, (2, 2, 2, 8)),
+        (TWOS, 1, None, (64,)),
+        ((768, 3072), 1, 1024, (768, 3072)),
+        ((50257, 768), 1, 1024, (50257, 768)),
+        ((3, 0, 5), 1, 1024, (3, 0, 5)),
+    ],
+)
+def test_merging(shape, merge, block_size, merged):
+    assert merge_dimensions(shape, merge, block_size) == merged
+    assert plan(shape, merge=merge, block_size=block_size)[0].merged == merged
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "blocks"),
+    [
+        ((12, 20), 8, [(8, 8), (8, 8), (8, 4), (4, 8), (4, 8), (4, 4)]),
+        ((5,), 2, [(2,), (2,), (1,)]),
+        ((3, 4, 5), 3, [(3, 3, 3), (3, 3, 2), (3, 1, 3), (3, 1, 2)]),
+        ((3, 4, 5), None, [(3, 4, 5)]),
+        ((), 4, [()]),
+        ((4, 0), 4, []),
+        ((9, 4), 9, [(9, 4)]),
+    ],
+)
+def test_blocks(shape, block_size, blocks):
+    (leaf,) = plan(shape, block_size=block_size)
+    assert sizes(leaf) == blocks
+    assert [cell.key for cell in leaf.cells] == [block_key(size) for size in blocks]
+
+
+def test_blocks_of_an_embedding():
+    (leaf,) = plan((50257, 768), block_size=1024, canonical=True)
+    assert len(leaf.cells) == 50
+    assert sizes(leaf)[-1] == (81, 768)
+    keys = [cell.key for cell in leaf.cells]
+    assert keys == ["1024x768"] * 49 + ["768x81"]
+    assert [cell.transposed for cell in leaf.cells] == [False] * 49 + [True]
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole", "uncut"),
+    [
+        ((3072, 768), {"1024x768": 3}, {"3072x768": 1}),
+        ((768, 3072), {"1024x768": 3}, {"3072x768": 1}),
+        ((768, 768), {"768x768": 1}, {"768x768": 1}),
+        ((50304, 768), {"1024x768": 49, "768x128": 1}, {"50304x768": 1}),
+        ((2048, 4096), {"1024x1024": 8}, {"4096x1024": 2}),
+        (
+            (2500, 2500),
+            {"1024x1024": 4, "1024x452": 4, "452x452": 1},
+            {"2500x1024": 2, "2500x452": 1},
+        ),
+    ],
+)
+def test_no_block_is_padded_and_a_side_without_factor_is_not_cut(shape, whole, uncut):
+    for exponents, blocks in ((None, whole), (smaller_side, uncut)):
+        (leaf,) = plan(shape, block_size=1024, canonical=True, exponents=exponents)
+        assert collections.Counter(cell.key for cell in leaf.cells) == blocks
+        assert sum(math.prod(cell.size) for cell in leaf.cells) == math.prod(shape)
+
+
+def test_boxes_tile_the_parameter():
+    (leaf,) = plan((11, 7, 4), block_size=3)
+    covered = np.zeros((11, 7, 4), int)
+    for cell in leaf.cells:
+        covered[tuple(slice(s, s + n) for s, n in zip(cell.start, cell.size, strict=True))] += 1
+    assert (covered == 1).all()
+
+
+def test_canonical_orientation_gives_a_matrix_and_its_transpose_one_stack():
+    tree = {"tall": (6, 4), "wide": (4, 6), "cube": (2, 3, 4), "vector": (4,)}
+    canonical = plan(tree, canonical=True)
+    assert [leaf.cells[0].key for leaf in canonical] == ["2x3x4", "6x4", "4", "6x4"]
+    as_is = plan(tree)
+    assert [leaf.cells[0].key for leaf in as_is] == ["2x3x4", "6x4", "4", "4x6"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dimensions", "batch", "slices", "merged"),
+    [
+        ((8, 2, 3), ((0,), (1, 2)), (), 1, (8, 6)),  # attention in: d x (heads, head_dim)
+        ((2, 3, 8), ((0, 1), (2,)), (), 1, (6, 8)),  # attention out
+        ((3, 3, 4, 5), ((3,), (0, 1, 2)), (), 1, (5, 36)),  # convolution: out x rest
+        ((12, 8, 6), ((1,), (2,)), (0,), 12, (8, 6)),  # scanned layers
+        ((2, 8, 3, 6), ((1,), (3,)), (0, 2), 6, (8, 6)),  # two batch axes, one in the middle
+        ((7, 4), (), (0, 1), 28, ()),  # every entry alone
+        ((0, 8, 6), ((1,), (2,)), (0,), 0, (8, 6)),  # no experts
+    ],
+)
+def test_dimension_numbers(shape, dimensions, batch, slices, merged):
+    numbers = DimensionNumbers(dimensions, batch)
+    # They are final: nothing is merged after them.
+    (leaf,) = plan(shape, dimension_numbers=lambda path, x: numbers, merge=1, block_size=1024)
+    assert (leaf.batch, leaf.merged) == (slices, merged)
+    assert leaf.permutation == (*batch, *(a for group in dimensions for a in group))
+    assert sizes(leaf) == ([merged] if slices else [])
+
+
+def test_dimension_numbers_see_path_and_leaf_and_may_decline():
+    seen = []
+
+    def rule(path, leaf):
+        seen.append((jax.tree_util.keystr(path), leaf.shape))
+        return DimensionNumbers(((0, 1), (2,))) if leaf.ndim == 3 else None
+
+    tree = {"a": [(2, 3, 4), (3, 4)], "b": (1, 5)}
+    leaves = plan(tree, dimension_numbers=rule, merge=1, block_size=12)
+    assert seen == [("['a'][0]", (2, 3, 4)), ("['a'][1]", (3, 4)), ("['b']", (1, 5))]
+    assert [leaf.merged for leaf in leaves] == [(6, 4), (12,), (5,)]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        DimensionNumbers(((0,), (1,))),  # an axis left out
+        DimensionNumbers(((0,), (1, 2)), (0,)),  # an axis named twice
+        DimensionNumbers(((0,), (1, 3))),  # no such axis
+    ],
+)
+def test_dimension_numbers_that_do_not_fit_are_refused(numbers):
+    with pytest.raises(ValueError, match=r"\['w'\].*\(2, 3, 4\).*exactly once"):
+        plan({"w": (2, 3, 4)}, dimension_numbers=lambda path, x: numbers)
+
+
+def test_complex_parameters_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"\['w'\] is complex.*split_real_and_imaginary"):
+        plan({"w": (2, 2)}, dtype=jnp.complex64)
+
+
+def test_plan_of_arrays_and_of_shapes_agree():
+    options = {"block_size": 4, "merge": 2, "canonical": True, "dimension_numbers": None}
+    arrays = {"a": np.ones((5, 6), np.float32), "b": (jnp.ones(3, jnp.bfloat16), jnp.ones(()))}
+    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, arrays))
+    assert make_plan(arrays, **options) == make_plan(shapes, **options)

@@ -1,0 +1,306 @@
+"""What `explain` says, against counting by hand and against what is built and compiled."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scripts.compile_size import gpt2_matrices, measure, one_root_per_factor
+from shampoo_jax import (
+    CarriedBasis,
+    DimensionNumbers,
+    EighBasis,
+    Polynomial,
+    QRBasis,
+    scale_by_shampoo,
+)
+from shampoo_jax.inspect.explanation import explain, state_bytes
+from shampoo_jax.matrix.polynomial import FULL, polynomial_root
+from shampoo_jax.optimizers.aliases import kl_shampoo, one_sided_shampoo, shampoo, soap
+from shampoo_jax.solvers.costs import root_cost
+
+
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+PARAMS = {
+    "layers": {
+        str(i): {"w": struct(6, 4), "fc": struct(4, 10), "bias": struct(4)} for i in range(3)
+    },
+    "embed": {"embedding": struct(50, 4)},
+}
+
+
+def row(report, name):
+    return next(r for r in report.rows if r.name == name)
+
+
+def test_routing_blocks_and_factors_of_each_parameter():
+    report = explain(PARAMS, block_size=6)
+    assert [r.name for r in report.rows if not r.preconditioned] == [
+        "embed/embedding",
+        *(f"layers/{i}/bias" for i in range(3)),
+    ]
+    fc = row(report, "layers/1/fc")  # 4x10 is cut into 4x6 and 4x4, and 4x6 stored as 6x4
+    assert fc.merged == (4, 10)
+    assert dict(fc.blocks) == {(6, 4): 1, (4, 4): 1}
+    assert dict(fc.factors) == {6: 1, 4: 3}
+    assert report.largest_factor == 6
+    assert report.root_batches == 4  # two sides of 6x4, two of 4x4
+
+
+def test_with_the_smaller_side_alone_the_other_one_is_whole():
+    report = explain(PARAMS, one_sided_shampoo, side="smaller", block_size=6)
+    fc = row(report, "layers/1/fc")
+    assert (dict(fc.blocks), dict(fc.factors)) == ({(10, 4): 1}, {4: 1})
+    assert report.statistics_flops == 3 * 2 * (6 * 4 + 10 * 4) * 4
+
+
+def test_flops_are_the_sums_of_the_stated_formulas():
+    report = explain(PARAMS, block_size=6)
+    # Per layer: w is one 6x4 block, fc one 6x4 and one 4x4.
+    edges = 3 * [6, 4, 6, 4, 4, 4]
+    assert report.refresh_flops == sum(11 * d**3 for d in edges)
+    rng = np.random.default_rng(0)
+    flops = 0
+    for shape in 3 * [(6, 4), (6, 4), (4, 4)]:
+        g = rng.normal(size=shape)
+        for x in (g, g.T):
+            flops += 2 * x.shape[0] * x.shape[1] * (x @ x.T).shape[1]
+    assert report.statistics_flops == report.apply_flops == flops
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"graft": None}, {"momentum": 0.9}, {"exponents": {2: {0: 0.5, 1: 0.0}}}]
+)
+def test_state_bytes_are_those_of_the_built_state(options):
+    params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), PARAMS)
+    state = shampoo(0.1, block_size=6, **options).init(params)
+    report = explain(params, block_size=6, **options)
+    assert sum(report.state_bytes.values()) == sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_state_bytes_by_kind():
+    found = explain(PARAMS, block_size=6).state_bytes
+    weights, factors = 4 * 3 * (24 + 40), 4 * 3 * (2 * 36 + 4 * 16)
+    assert found["first moment"] == found["second moment"] == weights
+    assert found["factors"] == found["roots"] == factors
+    assert found["adam"] == 2 * 4 * (200 + 3 * 4) + 4  # and a count
+
+
+def test_comparison_with_adamw_and_muon():
+    report = explain(PARAMS)
+    matrices, others, count = 3 * (24 + 40), 200 + 3 * 4, 4
+    assert report.adamw_bytes == 2 * 4 * (matrices + others) + count
+    assert report.muon_bytes == 4 * matrices + 2 * 4 * others + count
+    assert explain(PARAMS["layers"]["0"]["w"]).muon_bytes == 4 * 24  # without AdamW no count
+
+
+def test_state_bytes_of_any_transformation_in_its_own_dtype():
+    params = {"w": struct(3, 5, dtype=jnp.bfloat16)}
+    assert state_bytes(optax.sgd(0.1, momentum=0.9), params) == 2 * 15
+    assert state_bytes(optax.sgd(0.1), params) == 0
+
+
+def test_a_bare_direction_preconditions_everything():
+    report = explain(PARAMS, scale_by_shampoo, block_size=None)
+    assert all(r.preconditioned for r in report.rows)
+    assert dict(row(report, "layers/0/bias").factors) == {4: 1}
+
+
+def test_a_rule_and_dimension_numbers_are_followed():
+    params = {"q": struct(2, 8, 4, 2), "head": struct(8, 8)}
+    numbers = DimensionNumbers(dimensions=((1,), (2, 3)), batch=(0,))
+    report = explain(
+        params,
+        preconditioned=lambda path, leaf: path[0].key == "q",
+        dimension_numbers=lambda path, leaf: numbers,
+    )
+    q = row(report, "q")
+    assert (q.batch, q.merged) == (2, (8, 8))
+    assert dict(q.blocks) == {(8, 8): 2} and dict(q.factors) == {8: 4}
+    assert not row(report, "head").preconditioned
+    assert report.statistics_flops == 2 * 2 * 64 * (8 + 8)  # two slices
+    assert "2 of 8x8  2 of 8x8  4 of 8" in str(report)
+
+
+def test_sizes_are_in_powers_of_a_thousand():
+    report = explain({"scale": struct()})
+    kilo = dataclasses.replace(report, state_bytes={"adam": 1010})
+    assert "1.01 kB (adam 1.01 kB)" in str(kilo)
+    assert "scalar" in str(report)
+
+
+def test_whitening_by_all_other_sides_is_counted_with_the_statistics():
+    options = dict(merge=None, dimension_numbers=None, statistics="kl")
+    report = explain({"w": struct(4, 3, 2)}, scale_by_shampoo, **options)
+    # For each side, products with two roots, then the contraction.
+    whitening = sum(2 * 24 * (a + b) for a, b in ((3, 2), (4, 2), (4, 3)))
+    assert report.statistics_flops == 2 * 24 * (4 + 3 + 2) + whitening
+    assert report.apply_flops == 2 * 24 * (4 + 3 + 2)
+
+
+def test_a_dimension_with_exponent_zero_has_no_factor():
+    report = explain({"w": struct(6, 4)}, exponents={2: {0: 0.5, 1: 0.0}})
+    assert dict(row(report, "w").factors) == {6: 1}
+    assert report.root_batches == 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "batches", "factors"),
+    [(soap, 2, {6: 1, 4: 1}), (kl_shampoo, 2, {6: 1, 4: 1}), (one_sided_shampoo, 1, {6: 1})],
+)
+def test_every_alias_is_read_from_the_state_it_builds(optimizer, batches, factors):
+    report = explain({"w": struct(4, 6)}, optimizer)
+    assert report.root_batches == batches
+    assert dict(row(report, "w").factors) == factors
+    squares = sum(4 * d * d * n for d, n in factors.items())
+    assert report.state_bytes["factors"] == squares
+    eigenvalues = 4 * (4 + 6) if optimizer is kl_shampoo else 0
+    assert report.state_bytes["roots"] == squares + eigenvalues
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "multiple", "method"),
+    [
+        (shampoo, {}, 11, "eigh, 11 d^3"),
+        (shampoo, {"solver": "coupled_newton"}, 8, "Newton iterations, 8 d^3 per factor and iter"),
+        (shampoo, {"solver": CarriedBasis(EighBasis(0.1))}, 11, "eigh at most, 11 d^3"),
+        (soap, {}, 6 + 8 / 3, "1 QR step, 8.67 d^3"),
+        (soap, {"basis": "eigh"}, 9, "eigh, 9 d^3"),
+        (soap, {"basis": QRBasis(2)}, 12 + 2 * 8 / 3, "2 QR steps, 17.3 d^3"),
+        (kl_shampoo, {}, 4 + 8 / 3, "1 QR step, 6.67 d^3"),
+    ],
+)
+def test_a_refresh_is_named_and_counted_by_its_method(optimizer, options, multiple, method):
+    report = explain({"w": struct(6, 4)}, optimizer, **options)
+    np.testing.assert_allclose(report.refresh_flops, multiple * (6**3 + 4**3))
+    assert f" by {method}" in str(report)
+    once = 2 * 24 * (6 + 4)
+    assert report.apply_flops == (1 if optimizer is shampoo else 3) * once
+    assert report.statistics_flops == (2 if optimizer is kl_shampoo else 1) * once
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 64), (2, 64), (3, 256), (4, 256), (5, 64), (8, 64)])
+@pytest.mark.parametrize("semantics", ["cut", "clip"])
+def test_products_of_a_root_are_those_of_the_program(p, d, semantics):
+    """All products in what is traced; thin ones are those of the checks."""
+    factor = struct(d, d)
+    solve = functools.partial(polynomial_root, semantics=semantics, precision=FULL)
+    text = str(jax.make_jaxpr(lambda a: solve(a, 1 / p)[0])(factor))
+    cost = root_cost(Polynomial(semantics=semantics), d, jnp.float32, 1 / p)
+    found = re.findall(rf"f32\[{d},{d}\] = dot_general", text)
+    assert cost.flops == 2 * len(found)
+    assert cost.method == f"{len(found)} products" and cost.fallback
+
+
+def test_flops_and_memory_of_polynomials_are_those_that_xla_finds():
+    report = explain(
+        {"w": struct(3, 256, 256)},
+        scale_by_shampoo,
+        solver="polynomial",
+        dimension_numbers=lambda path, leaf: DimensionNumbers(((1,), (2,)), batch=(0,)),
+    )
+    compiled = jax.jit(lambda a: polynomial_root(a, 0.25, precision=FULL))
+    compiled = compiled.lower(struct(3, 256, 256)).compile()
+    flops, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    np.testing.assert_allclose(report.refresh_flops, 2 * flops["flops"], rtol=0.03)
+    assert memory is not None
+    np.testing.assert_allclose(report.working_bytes, memory.temp_size_in_bytes, rtol=0.01)
+    assert (report.root_batches, report.fallback_batches) == (2, 2)
+    assert "2 (block shapes x sides), 2 by eigh as fallback" in str(report)
+
+
+def test_auto_names_what_it_resolves_to(monkeypatch):
+    params = {"w": struct(768, 64)}
+    assert "by eigh (auto on cpu), 11 d^3" in str(explain(params, solver="auto"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    report = explain(params, solver="auto")
+    assert "27 products (auto on gpu), 54 d^3 per factor of 768" in report.refresh_method
+    assert "eigh (auto on gpu), 11 d^3 per factor of 64" in report.refresh_method
+    assert report.refresh_flops == 54 * 768**3 + 11 * 64**3 and report.fallback_batches == 1
+
+
+def test_a_staggered_refresh_costs_a_share_of_each_stack():
+    params = {str(i): {"w": struct(6, 6), "v": struct(4, 4)} for i in range(7)}
+    del params["0"]["v"]
+    options = dict(every=3, mu_dtype=jnp.bfloat16, root_dtype=jnp.bfloat16)
+    at_once = explain(params, scale_by_shampoo, **options)
+    assert at_once.staggered_flops == at_once.refresh_flops == 2 * 11 * (7 * 6**3 + 6 * 4**3)
+    assert at_once.working_bytes == 7 * 5 * 36 * 4
+    assert "per factor, every 3 steps" in str(at_once)
+    report = explain(params, scale_by_shampoo, stagger=True, **options)
+    assert report.staggered_flops == 2 * 11 * (3 * 6**3 + 2 * 4**3)
+    assert report.working_bytes == 3 * 5 * 36 * 4
+    assert f"{report.staggered_flops / 1e3:.3g} kFLOP of it each step" in str(report)
+    assert explain(params, scale_by_shampoo, chunk=2, **options).working_bytes == 2 * 5 * 36 * 4
+    longer = explain(params, scale_by_shampoo, stagger=True, every=14)
+    assert longer.staggered_flops * 14 == longer.refresh_flops
+    dtypes = ("first moment", "factors", "roots")
+    assert [report.dtypes[kind] for kind in dtypes] == ["bfloat16", "float32", "bfloat16"]
+    assert "roots 1.39 kB in bfloat16" in str(report) and "factors 2.78 kB," in str(report)
+
+
+def test_what_a_solver_carries_counts_as_roots():
+    report = explain({"w": struct(6, 4)}, solver=CarriedBasis())
+    assert report.state_bytes["roots"] == 2 * report.state_bytes["factors"]
+    counts = explain({"w": struct(6, 4)}, solver="polynomial").state_bytes["roots"]
+    assert counts == report.state_bytes["factors"] + 2 * 4  # two counts of fallbacks
+
+
+def test_a_function_without_blocks_is_refused():
+    with pytest.raises(TypeError, match="block_size"):
+        explain(PARAMS, optax.scale_by_adam)
+
+
+def test_the_table_folds_layers_and_names_each_choice():
+    text = str(explain(PARAMS, block_size=6))
+    lines = [line.split() for line in text.splitlines()]
+    assert ["layers/*/bias", "3", "4", "adamw", "-", "-", "-"] in lines
+    folded = next(line for line in text.splitlines() if line.startswith("layers/*/fc"))
+    assert "1 of 6x4, 1 of 4x4" in folded and "3 of 4" in folded
+    assert "root batches      4" in text
+
+
+def test_none_and_empty_parameters_are_no_obstacle():
+    report = explain({"w": None, "e": struct(0, 3)})
+    assert [r.name for r in report.rows] == ["e"]
+    assert report.root_batches == report.refresh_flops == report.largest_factor == 0
+
+
+def test_an_unknown_option_and_a_refused_one_raise():
+    with pytest.raises(TypeError, match="blocksize"):
+        explain(PARAMS, blocksize=4)
+    with pytest.raises(ValueError, match="eps"):
+        explain(PARAMS, eps=1e-12)
+    with pytest.raises(TypeError, match="adam has no option block_size.* give it shampoo"):
+        explain(PARAMS, optax.adam, learning_rate=0.1)
+    with pytest.raises(TypeError, match=r"function that makes the optimizer.*explain\(params, "):
+        explain(PARAMS, shampoo(0.1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_the_program_holds_as_many_eigh_calls_as_explained(layers):
+    params = gpt2_matrices(layers, 32)
+    report = explain(params, scale_by_shampoo)
+    measured = measure(scale_by_shampoo(), params)
+    print(f"{layers} layers: {measured}")
+    assert measured["eigh_calls"] == report.root_batches == 4
+
+
+def test_the_unstacked_comparison_holds_one_eigh_call_per_factor():
+    params = gpt2_matrices(1, 8)
+    assert measure(one_root_per_factor(params), params)["eigh_calls"] == 12
+
+
+def test_more_owners_than_blocks_are_advised_against():
+    params = {f"w{i}": jax.ShapeDtypeStruct((16, 16), jnp.float32) for i in range(8)}
+    advice = "75.0% filling, name fewer mesh axes as `owners`"
+    assert advice in str(explain(params, mesh={"data": 4, "fsdp": 8}))
+    assert "owners`" not in str(explain(params, mesh={"data": 4, "fsdp": 8}, owners="fsdp"))

@@ -1,0 +1,140 @@
+"""Other transformations in the Kronecker eigenbasis: what is rotated with them, and whose it is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import shampoo_jax as sj
+from shampoo_jax.blocks.blocks import single_block
+
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+PARAMS, *GRADIENTS = ({"w": normal(4, 3), "v": normal(3, 4), "b": normal(3)} for _ in range(6))
+
+
+def run(tx, gradients=GRADIENTS, params=PARAMS):
+    state, update = tx.init(params), jax.jit(tx.update)
+    updates = []
+    for g in gradients:
+        new, state = update(g, state, params)
+        updates.append(new)
+    return updates, state
+
+
+def in_basis(inner, **options):
+    part = sj.in_eigenbasis(inner, every=2, **options)
+    return sj.blocked(optax.chain(sj.accumulate_factors(0.9), part))
+
+
+def assert_close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
+
+
+def test_decay_in_the_basis_is_decay_of_the_parameters():
+    adam = optax.scale_by_adam()
+    bare, _ = run(in_basis(adam))
+    decayed, _ = run(in_basis(optax.chain(adam, optax.add_decayed_weights(0.1))))
+    for a, b in zip(decayed, bare, strict=True):
+        assert_close(
+            jax.tree.map(jnp.subtract, a, b), jax.tree.map(lambda p: 0.1 * p, PARAMS), 1e-5
+        )
+
+
+def test_momentum_is_carried_without_being_named():
+    """What is linear in the gradient does not depend on the basis."""
+    inside, _ = run(in_basis(optax.trace(0.9)))
+    outside, _ = run(optax.trace(0.9))
+    assert_close(inside, outside, 1e-5)
+    stays, _ = run(in_basis(optax.trace(0.9), first_moments=()))
+    assert jnp.abs(stays[-1]["w"] - outside[-1]["w"]).max() > 1e-2
+
+
+@pytest.mark.parametrize("refresh", ["before", "after"])
+def test_staggered_blocks_turn_with_their_own_momentum_when_it_is_their_turn(refresh):
+    tx = in_basis(optax.trace(0.9), stagger=True, refresh=refresh)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    outside, _ = run(optax.trace(0.9))
+    turned = []
+    for g, plain in zip(GRADIENTS, outside, strict=True):
+        old = bases(state)
+        new, state = update(g, state, PARAMS)
+        assert_close(new, plain, 1e-5)
+        turned.append([bool(jnp.any(a != b)) for a, b in zip(old, bases(state), strict=True)])
+    # Blocks 0 to 2 are b, v and w; all turn at first, then 0 and 2 in even steps, 1 in odd ones.
+    start = 2 if refresh == "before" else 1
+    expected = [
+        [t == start or (t > start and i % 2 == t % 2) for i in range(3)] for t in range(1, 6)
+    ]
+    assert turned == expected
+
+
+def bases(state):
+    """The basis of the first dimension of every block, in the order of their positions."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "bases"))
+    (found,) = [s.bases for s in nodes if hasattr(s, "bases")]
+    return [found["3"][0][0], *found["4x3"][0]]
+
+
+def test_moments_keep_their_dtype():
+    half, state = run(in_basis(optax.scale_by_adam(mu_dtype=jnp.bfloat16)))
+    mu = optax.tree.get(state, "mu")
+    assert {x.dtype for x in jax.tree.leaves(mu)} == {jnp.dtype(jnp.bfloat16)}
+    full, _ = run(in_basis(optax.scale_by_adam()))
+    for x, y in zip(jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=0.03 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("names", [("momentum",), ("mu", "trace"), "mu"])
+def test_a_first_moment_that_is_not_there_is_refused(names):
+    tx = in_basis(optax.scale_by_adam(), first_moments=names)
+    unknown = {"momentum": "momentum", "mu": "trace", "m": "m"}[names[0]]
+    with pytest.raises(ValueError, match=f"first_moments names '{unknown}', .*'mu'"):
+        tx.init(PARAMS)
+    assert jax.eval_shape(in_basis(optax.scale_by_adam(), first_moments=("mu",)).init, PARAMS)
+
+
+def test_factored_moments_are_refused():
+    with pytest.raises(ValueError, match="only elementwise transformations"):
+        in_basis(optax.scale_by_factored_rms(min_dim_size_to_factor=1)).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    "pack", [lambda a, b: {"w": a, "z": {"w": b}}, lambda a, b: (a, b), lambda a, b: [[a], b]]
+)
+def test_stacks_in_any_tree(pack):
+    """Each moment is carried by the basis of its own stack, whatever their paths look like."""
+    params, *gradients = (pack(normal(3, 2), normal(4, 4)) for _ in range(5))
+    stacks = [jax.tree.map(single_block, g) for g in gradients]
+    parts = optax.chain(sj.accumulate_factors(0.9), sj.in_eigenbasis(optax.trace(0.9), every=2))
+    inside, _ = run(parts, stacks, jax.tree.map(single_block, params))
+    outside, _ = run(optax.trace(0.9), gradients, params)
+    for a, b in zip(inside, outside, strict=True):
+        found = jax.tree.map(lambda s: s.update[0], a, is_leaf=lambda s: isinstance(s, sj.Blocks))
+        assert_close(found, b, 1e-5)
+
+
+def test_a_refused_basis_keeps_what_it_truncates():
+    """A factor that overflows leaves the old basis in use, with its old null directions."""
+    low_rank = normal(4, 1) @ normal(1, 3)
+    part = sj.eigenbasis(optax.identity(), rtol=None)
+    tx = sj.blocked(optax.chain(sj.accumulate_factors(0.9), part))
+    (_, update), _ = run(tx, [low_rank, 1e30 * (low_rank + normal(4, 3))], low_rank)
+    left, _, right = np.linalg.svd(low_rank)
+    kept = 1e30 * np.outer(left[:, 0], right[0])  # the one direction that the old basis keeps
+    share = float(jnp.vdot(update / 1e30, kept / 1e30))
+    assert abs(share) > 0.1
+    np.testing.assert_allclose(update / 1e30, share * kept / 1e30, atol=1e-5)
+
+
+@pytest.mark.parametrize("basis", ["eigh", "qr"])
+def test_reorder_needs_a_basis_that_tells_the_order(basis):
+    with pytest.raises(ValueError, match="reorder=True with basis=.*sort='before'"):
+        sj.scale_by_soap(basis=basis, reorder=True)
+    sj.scale_by_soap(basis=basis)  # by default moments follow only where that is possible

@@ -1,0 +1,163 @@
+"""Polynomial roots as a solver: names, options, and eigh for factors that they fail on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import shampoo_jax as sj
+from shampoo_jax.solvers.registry import make_solver
+
+D = 16
+
+
+def factors(n, seed=0, d=D):
+    """Factors of rank 10 with a spectrum over 4 decades."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d, 10)) * np.geomspace(1, 1e-2, 10)
+    return np.float32(x @ x.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("polynomial", sj.Polynomial()),
+        ("polynomial_clip", sj.Polynomial(semantics="clip")),
+    ],
+)
+def test_names(name, expected):
+    assert make_solver(name) == expected
+    assert make_solver(name, rtol=1e-3).rtol == 1e-3
+
+
+@pytest.mark.parametrize("name", ["polynomial", "polynomial_clip"])
+@pytest.mark.parametrize("option", [dict(cutoff="positive"), dict(atol=1e-3), dict(eps=1e-6)])
+def test_options_without_meaning_name_the_solvers_that_have_them(name, option):
+    with pytest.raises(ValueError, match="has no meaning with solver='polynomial.*'.*eigh'"):
+        sj.scale_by_shampoo(solver=name, **option)
+
+
+def test_exponents_that_no_polynomial_has_are_refused_early():
+    with pytest.raises(ValueError, match="exponent=0.4 is not 1/p .*solver='eigh'"):
+        sj.Polynomial().check(0.4)
+    for p in (1, 2, 3, 4, 6):
+        sj.Polynomial().check(1 / p)
+
+
+@pytest.mark.parametrize("semantics", ["cut", "clip"])
+def test_eigh_solves_what_the_polynomials_cannot(semantics):
+    """Negative eigenvalues beyond the cutoff fail the check; the others keep their roots."""
+    solver = sj.Polynomial(semantics=semantics)
+    solve = jax.jit(lambda a, s: solver(a, 0.25, s))
+    good = factors(4)
+    bad = good.copy()
+    bad[1] = np.diag(np.r_[4.0, np.ones(14), -0.1])
+    bad[3, 2, 2] = np.nan
+    state = solver.init(4, D, jnp.float32)
+    expected, ok, state = solve(good, state)
+    assert ok.all() and state.tolist() == [0] * 4
+    roots, ok, state = solve(bad, state)
+    assert ok.tolist() == [True, True, True, False] and state.tolist() == [0, 1, 0, 0]
+    np.testing.assert_array_equal(roots[0], expected[0])
+    least = 0.0 if semantics == "cut" else (4 * D * 2.0**-23) ** -0.25
+    diagonal = np.diag(np.r_[4**-0.25, np.ones(14), least])
+    np.testing.assert_allclose(roots[1], diagonal, rtol=1e-5, atol=1e-4)
+    assert solve(bad, state)[2].tolist() == [0, 2, 0, 0]
+
+
+def test_shampoo_goes_the_same_way_as_with_eigh():
+    """A stale root meets gradients outside the range of its factor: both must drop them."""
+    rng = np.random.default_rng(1)
+    params = {"w": jnp.zeros((D, D))}
+    grads = [jnp.float32(rng.normal(size=(D, D), scale=1e-3)) for _ in range(3)]
+    grads = [g.at[:, 3 + 3 * t :].set(0) for t, g in enumerate(grads)]  # ranks 3, 6, 9
+    updates = []
+    for solver in ("eigh", "polynomial"):
+        tx = sj.scale_by_shampoo(solver=solver, every=2, graft=None)
+        state, step = tx.init(params), jax.jit(tx.update)
+        for g in grads:
+            update, state = step({"w": g}, state, params)
+        updates.append(np.asarray(update["w"]))
+    a, b = updates
+    assert np.vdot(a, b) > 0.998 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
+def test_sharded_stack_equals_one_device():
+    solver = sj.Polynomial()
+    stack = factors(8)
+    stack[5] = np.diag(np.r_[np.ones(15), -0.1])  # one device falls back, the others do not wait
+    mesh = jax.make_mesh((8,), ("owner",))
+
+    def solve(a):
+        return solver(a, 0.25, jnp.zeros_like(a[:, 0, 0], jnp.int32))
+
+    stack = jax.device_put(stack, jax.NamedSharding(mesh, P("owner")))
+    sharded = jax.jit(jax.shard_map(solve, mesh=mesh, in_specs=P("owner"), out_specs=P("owner")))(
+        stack
+    )
+    for a, b in zip(sharded, jax.jit(solve)(np.asarray(stack)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert sharded[2].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("d", "exponent", "rtol", "accelerator"),
+    [
+        (256, 0.25, None, sj.Polynomial()),
+        (256, 0.5, 1e-3, sj.Polynomial(1e-3)),
+        (128, 0.25, None, sj.TruncatedEigh()),  # small
+        (256, 0.4, None, sj.TruncatedEigh()),  # no polynomial for it
+        (256, 0.25, 1e-12, sj.TruncatedEigh(1e-12)),  # nor for this
+        (256, 0.25, jnp.float32(1e-3), None),  # traced by inject_hyperparams
+    ],
+)
+def test_auto_takes_polynomials_where_they_are_faster_and_eigh_elsewhere(
+    d, exponent, rtol, accelerator
+):
+    factor = jax.ShapeDtypeStruct((1, d, d), jnp.float32)
+    auto = make_solver("auto", rtol=rtol)
+    accelerator = accelerator or sj.TruncatedEigh(rtol)
+    assert auto.choice(factor, exponent, "cpu") == sj.TruncatedEigh(rtol)
+    for backend in ("gpu", "tpu"):
+        assert auto.choice(factor, exponent, backend) == accelerator
+
+
+def test_auto_with_a_cutoff_that_polynomials_lack_is_eigh():
+    assert make_solver("auto", cutoff="positive") == make_solver("eigh", cutoff="positive")
+    assert make_solver("auto", atol=0.1) == sj.TruncatedEigh(atol=0.1)
+    assert make_solver("auto", atol=0.0) == sj.Auto()
+    with pytest.raises(ValueError, match="eps=0.1 has no meaning with solver='auto'"):
+        make_solver("auto", eps=0.1)
+
+
+def test_the_backend_that_is_compiled_for_decides():
+    """One state for all of them; on CPU not one product of the polynomials is in the program."""
+    tx, ones = sj.invert_roots(sj.Auto()), jnp.ones((2, 130))
+    blocks = {"k": sj.Blocks(ones, ones, (jnp.asarray(factors(2, d=130)),))}
+    state = jax.eval_shape(tx.init, blocks)
+    traced = jax.jit(tx.update).trace(blocks, state)
+    products = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("dot_general")
+        for platform in ("cpu", "cuda")
+    }
+    assert products["cpu"] == 1 and products["cuda"] > 20
+    exact = sj.invert_roots(sj.TruncatedEigh())
+    got, after = jax.jit(tx.update)(blocks, tx.init(blocks))
+    expected, _ = jax.jit(exact.update)(blocks, exact.init(blocks))
+    np.testing.assert_array_equal(got["k"].matrices[0], expected["k"].matrices[0])
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, tx.init(blocks))
+
+
+def test_fallbacks_are_reported_to_the_monitor():
+    bad = np.diag(np.r_[4.0, np.ones(14), -0.1]).astype(np.float32)
+    a = jnp.asarray(np.concatenate([bad[None], factors(1)]))
+    blocks = {"k": sj.Blocks(jnp.ones((2, D)), jnp.ones((2, D)), (a,))}
+    for solver, expected in ((sj.Polynomial(), [1, 0]), (sj.Auto(), [0, 0])):
+        exponents = lambda shape: (0.25,)  # noqa: E731
+        tx = optax.chain(
+            sj.invert_roots(solver, exponents=exponents), sj.monitor_spectrum(exponents=exponents)
+        )
+        _, state = jax.jit(tx.update)(blocks, tx.init(blocks))
+        assert sj.read_monitor(state)["k"]["fallbacks"].tolist() == expected
