@@ -16,8 +16,9 @@ parameter, 1e-5 of a step. Methods without a formula here are not counted.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nanogpt.config import ModelConfig
 from shampoo_jax.solvers.costs import EIGH, PRODUCT, QR
+
+from nanogpt.config import ModelConfig
 
 Shapes = Iterable[tuple[int, int]]
 

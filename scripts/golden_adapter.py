@@ -13,7 +13,6 @@ import optax
 
 import shampoo_jax as sj
 from scripts import golden_format
-from shampoo_jax.blocks.blocks import blocks_part, map_blocks
 from shampoo_jax.blocks.exponents import given_exponents
 from shampoo_jax.matrix import newton, orthogonalize
 
@@ -43,24 +42,30 @@ def optimizer(config: Config) -> Transformation:
     before, after = [], []
     if config["weight_decay"]:
         before, after = sj.decay_parts(
-            config["weight_decay_kind"],
             config["weight_decay"],
+            decay_form(config),
             learning_rate,
-            peak_lr=float(np.max(config["learning_rate"])),
         )
     momentum = config["momentum"]
     averaging = config["averaging"]
     if averaging:
         inner = optax.chain(*before, direction(config), optax.scale_by_learning_rate(learning_rate))
-        return sj.accept_missing(averaged(inner, averaging, learning_rate, after))
+        return sj.guard(averaged(inner, averaging, learning_rate, after))
     if momentum:
         after = [
             *after,
             sj.momentum(momentum["momentum"], momentum["dampening"], momentum["nesterov"]),
         ]
-    return sj.accept_missing(
+    return sj.guard(
         optax.chain(*before, direction(config), *after, optax.scale_by_learning_rate(learning_rate))
     )
+
+
+def decay_form(config: Config) -> sj.Decay:
+    """The kind of weight decay, with the peak that the relative kinds divide by."""
+    kind = config["weight_decay_kind"]
+    relative = kind in ("lr_over_peak", "over_peak")
+    return sj.Decay(kind, float(np.max(config["learning_rate"])) if relative else None)
 
 
 def averaged(
@@ -101,9 +106,14 @@ def walk(config: Config, inner: Transformation) -> Transformation:
             sj.filter_gradient(config["beta1"], b3, bias_correction=config["bias_correction"]),
             inner if graft is None else sj.graft(graft, inner),
         ),
-        canonical=False,
-        **blocking(config),
+        blocking=blocking(config),
+        exponents=exponents(config) if kronecker(config) else skipped(config),
     )
+
+
+def kronecker(config: Config) -> bool:
+    """Whether the preconditioner has roots, not bases."""
+    return config["preconditioner"]["kind"] != "eigenbasis_adam"
 
 
 def shampoo(config: Config) -> Transformation:
@@ -113,14 +123,14 @@ def shampoo(config: Config) -> Transformation:
         config["beta2"],
         b3=config["beta1_output"] if config["beta1"] else None,
         bias_correction=config["bias_correction"],
-        canonical=False,
         exponents=exponents(config),
         weighted=not config["preconditioner"]["unweighted_update"],
         statistics=statistics(config),
         solver=solver(config),
+        every=config["refresh_interval"],
+        refresh=sj.Refresh(start(config)),
         graft=magnitude(config["graft"]),
-        **schedule(config),
-        **blocking(config),
+        blocking=blocking(config),
     )
 
 
@@ -135,23 +145,19 @@ def soap(config: Config) -> Transformation:
         exponent=second_exponent(config),
         bias_correction=config["bias_correction"],
         weighted=not preconditioner["unweighted_update"],
-        canonical=False,
         exponents=skipped(config),
         basis=basis(preconditioner["solver"]),
-        factor_eps=damping(config),
-        refresh="before",
-        skip_first=False,
-        reorder=False,
+        damping=damping(config),
+        every=config["refresh_interval"],
+        refresh=basis_refresh(config),
         graft=magnitude(config["graft"]),
-        **schedule(config),
-        **blocking(config),
+        blocking=blocking(config),
     )
 
 
 def scaled_soap(config: Config) -> Transformation:
     """Adam in the eigenbasis of factors that are divided by their trace first."""
     preconditioner = config["preconditioner"]
-    resolved = sj.resolve_exponents(skipped(config))
     weighting = dict(
         bias_correction=config["bias_correction"],
         weighted=not preconditioner["unweighted_update"],
@@ -162,14 +168,14 @@ def scaled_soap(config: Config) -> Transformation:
     return walk(
         config,
         optax.chain(
-            sj.accumulate_factors(config["beta2"], exponents=resolved, **weighting),
+            sj.accumulate_factors(config["beta2"], **weighting),
             sj.normalize_by_trace(preconditioner["trace_scaling"], config["epsilon"]),
             sj.damp(damping(config)),
             sj.eigenbasis(
                 second,
                 basis=basis(preconditioner["solver"]),
-                exponents=resolved,
-                **schedule(config),
+                every=config["refresh_interval"],
+                refresh=basis_refresh(config),
             ),
         ),
     )
@@ -195,12 +201,13 @@ def damping(config: Config) -> float:
 def ready_from(start: int) -> Transformation:
     """Marks stacks as ready from a step on: until then a graft steps alone."""
 
-    def update(blocks: Any, count: jax.Array, params: Any) -> tuple[Any, Any]:
+    def update(stacks: Any, count: jax.Array, params: Any = None) -> tuple[Any, Any]:
+        del params
         count = optax.safe_increment(count)
         ready = count >= start
-        return map_blocks(lambda b: dataclasses.replace(b, ready=ready), blocks), count
+        return {key: dataclasses.replace(b, ready=ready) for key, b in stacks.items()}, count
 
-    return blocks_part(lambda params: jnp.zeros([], jnp.int32), update)
+    return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
 
 
 def diagonal(preconditioner: Config, kind: str) -> Transformation:
@@ -227,13 +234,12 @@ def statistics(config: Config) -> Literal["gradients", "kl"]:
 def scaled_shampoo(config: Config) -> Transformation:
     """Roots of factors that are divided by their trace first, and their application."""
     preconditioner = config["preconditioner"]
-    resolved = sj.resolve_exponents(exponents(config))
+    refresh = sj.Refresh(start(config))
     roots = optax.chain(
         sj.normalize_by_trace(preconditioner["trace_scaling"], config["epsilon"]),
-        sj.invert_roots(solver(config), exponents=resolved, **schedule(config)),
+        sj.invert_roots(solver(config), every=config["refresh_interval"], refresh=refresh),
     )
     form: Config = dict(
-        exponents=resolved,
         bias_correction=config["bias_correction"],
         weighted=not preconditioner["unweighted_update"],
     )
@@ -292,7 +298,7 @@ def carried(config: Config) -> sj.Solver:
     method, rank = basis(config["preconditioner"]["solver"]), config["preconditioner"]["rank"]
     if rank["kind"] == "pseudo":
         return sj.CarriedBasis(method, rtol=rank["rtol"], atol=rank["atol"])
-    return sj.CarriedBasis(method, eps=config["epsilon"], before=rank["before"])
+    return sj.CarriedBasis(method, config["epsilon"], before=rank["before"])
 
 
 def basis(chosen: Config) -> sj.EighBasis | sj.QRBasis:
@@ -373,14 +379,19 @@ def exponents(config: Config) -> dict[int, Any] | None:
     }
 
 
-def schedule(config: Config) -> Config:
-    """Refresh interval and first refresh."""
-    start = config["first_refresh_step"]
-    return {"every": config["refresh_interval"], "start": None if start == -1 else start}
+def start(config: Config) -> int | None:
+    """First refresh."""
+    first = config["first_refresh_step"]
+    return None if first == -1 else first
 
 
-def blocking(config: Config) -> Config:
+def basis_refresh(config: Config) -> sj.BasisRefresh:
+    """First refresh of bases, in the reference's order."""
+    return sj.BasisRefresh(start(config), when="before", skip_first=False, reorder=False)
+
+
+def blocking(config: Config) -> sj.Blocking:
     """Block size and merging, no other reading; the config's `"inf"` is None here."""
-    sizes = {"block_size": config["max_block_dim"], "merge": config["merge_target_order"]}
-    finite = {name: None if value == "inf" else value for name, value in sizes.items()}
-    return {**finite, "dimension_numbers": None}
+    sizes = (config["max_block_dim"], config["merge_target_order"])
+    size, merge = (None if value == "inf" else value for value in sizes)
+    return sj.Blocking(size, merge, canonical=False, dimension_numbers=None)

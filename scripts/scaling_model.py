@@ -26,13 +26,13 @@ import jax.numpy as jnp
 import matplotlib
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
+from shampoo_jax.stacks.balance import greedy, makespan
 
 from nanogpt.plotting import COLOURS, DASHES, GREY, STYLE
 from scripts import scaling_page
 from scripts.scaling_validation import block_flops, bytes_per_flop, validate
 from shampoo_jax import Report, batch_axes, explain
 from shampoo_jax.blocks.plan import count_blocks, make_plan
-from shampoo_jax.stacks.balance import greedy, makespan
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 EFFICIENCY = 0.4  # of peak, assumed for products and for links alike

@@ -1,23 +1,26 @@
 """Shampoo-family optimizers as composable Optax transformations.
 
-Everything public is exported here; modules below are free to change.
+Everything public is exported here; the rooms below are free to change.
 """
 
 from shampoo_jax.base.hyperparameters import inject_hyperparams
-from shampoo_jax.blocks.blocks import Blocks, from_gradients, on_gradients, on_updates
+from shampoo_jax.blocks.blocking import Blocking
+from shampoo_jax.blocks.blocks import Blocks
 from shampoo_jax.blocks.dimension_numbers import (
     DimensionNumbers,
     batch_axes,
     default_dimension_numbers,
 )
 from shampoo_jax.blocks.exponents import resolve_exponents
-from shampoo_jax.directions.eigenbasis import (
-    scale_by_kl_shampoo,
-    scale_by_kl_soap,
-    scale_by_soap,
-)
+from shampoo_jax.directions.kl import scale_by_kl_shampoo, scale_by_kl_soap
 from shampoo_jax.directions.shampoo import scale_by_one_sided_shampoo, scale_by_shampoo
-from shampoo_jax.inspect.checkpoints import check_state, state_to_tree, tree_to_state
+from shampoo_jax.directions.soap import scale_by_soap
+from shampoo_jax.inspect.checkpoints import (
+    check_state,
+    state_layout,
+    state_to_tree,
+    tree_to_state,
+)
 from shampoo_jax.inspect.explanation import Report, explain, state_bytes
 from shampoo_jax.matrix.polynomial import PrecisionPolicy
 from shampoo_jax.optimizers import presets
@@ -25,61 +28,61 @@ from shampoo_jax.optimizers.aliases import kl_shampoo, kl_soap, one_sided_shampo
 from shampoo_jax.optimizers.averaging import averaging, eval_params
 from shampoo_jax.optimizers.hyperball import hyperball, keep_norm, scale_to_norm
 from shampoo_jax.optimizers.momentum import momentum
-from shampoo_jax.optimizers.routing import complete, is_hidden_matrix
-from shampoo_jax.optimizers.weight_decay import add_scheduled_weight_decay, decay_parts
+from shampoo_jax.optimizers.optimizer import as_optimizer
+from shampoo_jax.optimizers.routing import is_hidden_matrix
+from shampoo_jax.optimizers.weight_decay import Decay, add_scheduled_weight_decay, decay_parts
 from shampoo_jax.parts.eigenbasis import eigenbasis, in_eigenbasis
 from shampoo_jax.parts.factors import accumulate_factors, damp, normalize_by_trace
 from shampoo_jax.parts.filtering import filter_gradient
 from shampoo_jax.parts.grafting import graft, scale_by_second_moment
 from shampoo_jax.parts.kl_eigenbasis import kl_eigenbasis
 from shampoo_jax.parts.kl_factors import accumulate_kl_factors
+from shampoo_jax.parts.lift import from_gradients, on_gradients, on_updates
 from shampoo_jax.parts.monitoring import monitor_spectrum, read_monitor
+from shampoo_jax.parts.refresh import BasisRefresh, Refresh
 from shampoo_jax.parts.roots import invert_roots, precondition
-from shampoo_jax.solvers.bases import CarriedBasis, EighBasis, QRBasis
+from shampoo_jax.solvers.bases import EighBasis, QRBasis
+from shampoo_jax.solvers.carried import CarriedBasis
+from shampoo_jax.solvers.eigh import ShiftedEigh, TruncatedEigh
+from shampoo_jax.solvers.newton import CoupledNewton, HigherOrderNewton
 from shampoo_jax.solvers.polynomial import Auto, Polynomial
 from shampoo_jax.solvers.registry import register_solver
-from shampoo_jax.solvers.solver import (
-    CoupledNewton,
-    HigherOrderNewton,
-    ShiftedEigh,
-    Solver,
-    TruncatedEigh,
-)
-from shampoo_jax.stacks.blocked import blocked
-from shampoo_jax.stacks.guard import (
-    accept_missing,
-    check_finite,
-    skip_nonfinite_blocks,
-    skip_nonfinite_parameters,
-)
+from shampoo_jax.solvers.solver import Cost, Solver
+from shampoo_jax.stacks.blocked import FORMAT, blocked
+from shampoo_jax.stacks.guard import check_finite, guard
 from shampoo_jax.stacks.placement import Placement, state_shardings
 
 __all__ = [
     "Auto",
+    "BasisRefresh",
+    "Blocking",
     "Blocks",
     "CarriedBasis",
+    "Cost",
     "CoupledNewton",
+    "Decay",
     "DimensionNumbers",
     "EighBasis",
+    "FORMAT",
     "HigherOrderNewton",
     "Placement",
     "Polynomial",
     "PrecisionPolicy",
     "QRBasis",
+    "Refresh",
     "Report",
     "ShiftedEigh",
     "Solver",
     "TruncatedEigh",
-    "accept_missing",
     "accumulate_factors",
     "accumulate_kl_factors",
     "add_scheduled_weight_decay",
+    "as_optimizer",
     "averaging",
     "batch_axes",
     "blocked",
     "check_finite",
     "check_state",
-    "complete",
     "damp",
     "decay_parts",
     "default_dimension_numbers",
@@ -89,6 +92,7 @@ __all__ = [
     "filter_gradient",
     "from_gradients",
     "graft",
+    "guard",
     "hyperball",
     "in_eigenbasis",
     "inject_hyperparams",
@@ -117,10 +121,9 @@ __all__ = [
     "scale_by_soap",
     "scale_to_norm",
     "shampoo",
-    "skip_nonfinite_blocks",
-    "skip_nonfinite_parameters",
     "soap",
     "state_bytes",
+    "state_layout",
     "state_shardings",
     "state_to_tree",
     "tree_to_state",

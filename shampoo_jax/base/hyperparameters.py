@@ -9,20 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import is_off
-
 Factory = Callable[..., optax.GradientTransformation]
 
 # Options that enter the arithmetic only. Every other option of this package decides what is
 # computed or what a state looks like.
 TRACED = frozenset(
-    "learning_rate b1 b2 b3 eps rtol atol factor_b2 factor_eps first_weight graft_b2 graft_eps "
-    "every weight_decay peak_lr momentum dampening decay eval_coeff lr_power adamw_learning_rate "
-    "adamw_b1 adamw_b2 adamw_eps adamw_weight_decay".split()
+    "learning_rate b1 b2 b3 eps factor_b2 first_weight every weight_decay peak_lr momentum "
+    "dampening decay eval_coeff lr_power".split()
 )
-
-# Being above 0 contradicts certain solvers or other options; a tracer cannot tell that it is 0.
-THRESHOLDS = ("rtol", "atol", "eps", "factor_eps")
 
 
 def inject_hyperparams(
@@ -30,12 +24,10 @@ def inject_hyperparams(
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """`optax.inject_hyperparams` that knows which options of this package can be traced.
 
-    Numbers and schedules among learning rates, decays, eps, cutoffs, momentum and `every` become
-    entries of `state.hyperparams`, to be changed between steps without compiling again; all other
-    options stay what they are. An option that is left at a default of None or 0 is off and is
-    not traced: name it to change it later. A cutoff or damping (`rtol`, `atol`, `eps`,
-    `factor_eps`) of 0 is off even where it is named, since some other options contradict any other
-    value: start from a small one to change it later.
+    Numbers and schedules among learning rates, decays, eps, momentum and `every` become entries of
+    `state.hyperparams`, to be changed between steps without compiling again; all other options stay
+    what they are. An option that is left at a default of None or 0 is off and is not traced: name
+    it to change it later.
 
     Args:
       factory: `shampoo`, `scale_by_soap`, `invert_roots` or any other function of this package that
@@ -49,10 +41,10 @@ def inject_hyperparams(
 
     Example:
       >>> import jax.numpy as jnp, shampoo_jax
-      >>> tx = shampoo_jax.inject_hyperparams(shampoo_jax.shampoo)(0.1, b1=0.9, block_size=64)
+      >>> tx = shampoo_jax.inject_hyperparams(shampoo_jax.shampoo)(0.1, b1=0.9, root_dtype=None)
       >>> state = tx.init({"w": jnp.ones((3, 2))})
       >>> state.hyperparams["learning_rate"] = jnp.asarray(0.05)
-      >>> "b2" in state.hyperparams, "block_size" in state.hyperparams
+      >>> "b2" in state.hyperparams, "root_dtype" in state.hyperparams
       (True, False)
     """
     signature = inspect.signature(factory)
@@ -62,7 +54,6 @@ def inject_hyperparams(
     def build(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         given = signature.bind(*args, **kwargs).arguments
         on = {n for n, p in signature.parameters.items() if n in given or p.default}
-        on -= {n for n in THRESHOLDS if is_off(given.get(n))}
         static = (set(signature.parameters) - (TRACED & on)) | never
         wrapped = optax.inject_hyperparams(factory, static, hyperparam_dtype)
         return wrapped(*args, **kwargs)

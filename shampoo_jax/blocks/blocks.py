@@ -1,14 +1,19 @@
-"""Stacks of equal blocks, and transformations of them."""
+"""Stacks of equal blocks, and the parts of an optimizer that transform them."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from shampoo_jax.base.paths import name_of
+from shampoo_jax.blocks.exponents import default_exponents
+
 Array = jax.Array
+Matrices = tuple[Array | None, ...]  # one entry a dimension of a block
 
 
 @jax.tree_util.register_dataclass
@@ -19,35 +24,52 @@ class Blocks:
     Attributes:
       gradient: Raw gradient, read by every statistic; `[N, *block]`, float32 or float64.
       update: The direction in the making, same shape and dtype.
+      exponents: `e` of the inverse root `S^(-e)` of each dimension, static; a dimension of
+        exponent 0 has no factor.
       matrices: One entry a dimension: its factor, later its root, `[N, d, d]`; None for a
-        dimension that is not preconditioned. Empty before a part has filled it.
+        dimension that has no factor. Empty before a part has filled it.
+      eigenvalues: One entry a dimension, `[N, d]` or None, where a part tracks them apart.
       ready: Whether the preconditioner is in use yet, bool scalar.
-      figures: What parts report about this step (kept rank, failures ...), arrays `[N]` by name.
-        Entries that nobody reads are removed by the compiler.
-      index: Position of each block among all blocks of all stacks, int32[N], set by `blocked`. It
-        does not depend on how stacks are spread over devices.
-      real: Which slots hold a block, bool[N]: for the others, zero blocks that fill a stack on a
-        mesh, no root is computed. None where all are to be computed.
+      figures: What parts report to a monitor (kept rank, failures ...), arrays `[N]` by name.
+        No number depends on them; entries that nobody reads are removed by the compiler.
+      index: Position of each block among all blocks of all stacks, int32[N]. It does not depend on
+        how stacks are spread over devices.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp, optax, shampoo_jax
-      >>> def update(blocks, state, params):  # a part of one's own
+      >>> def update(stacks, state, params):  # a part of one's own
       ...     halve = lambda b: dataclasses.replace(b, update=b.update / 2)
-      ...     return {key: halve(b) for key, b in blocks.items()}, state
-      >>> part = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+      ...     return {key: halve(b) for key, b in stacks.items()}, state
+      >>> halve = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
       >>> grads = {"w": jnp.ones((2, 3))}
-      >>> tx = shampoo_jax.blocked(part)
+      >>> tx = shampoo_jax.blocked(halve)
       >>> tx.update(grads, tx.init(grads))[0]["w"].tolist()
       [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
 
     gradient: Array
     update: Array
-    matrices: tuple[Array | None, ...] = ()
+    exponents: tuple[float, ...] = dataclasses.field(default=(), metadata={"static": True})
+    matrices: Matrices = ()
+    eigenvalues: Matrices = ()
     ready: Array | bool = True
     figures: dict[str, Array] = dataclasses.field(default_factory=dict)
     index: Array | None = None
-    real: Array | None = None
+
+    @classmethod
+    def of(
+        cls, x: Array, exponents: Sequence[float] | None = None, index: Array | None = None
+    ) -> "Blocks":
+        """A stack `[N, *block]` as gradient and update, in float32 or wider.
+
+        The exponents are Shampoo's where none are given.
+
+        >>> Blocks.of(jnp.ones((5, 4, 3))).exponents
+        (0.25, 0.25)
+        """
+        x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+        powers = default_exponents(x.shape[1:]) if exponents is None else tuple(exponents)
+        return cls(x, x, powers, index=jnp.arange(len(x)) if index is None else index)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,29 +77,60 @@ class Blocks:
         return self.gradient.shape[1:]
 
     @property
-    def slots(self) -> Array:
-        """`index`, or positions within this stack where no `blocked` has set it."""
-        return jnp.arange(len(self.gradient)) if self.index is None else self.index
-
-    @property
-    def order(self) -> int:
+    def ndim(self) -> int:
         """Number of dimensions of one block."""
         return self.gradient.ndim - 1
 
     @property
-    def per_dimension(self) -> tuple[Array | None, ...]:
+    def per_dimension(self) -> Matrices:
         """`matrices`, or None for every dimension where no part has filled them."""
-        return self.matrices or (None,) * self.order
+        return self.matrices or (None,) * self.ndim
+
+    def per_factor(self, f: Callable[[int, int, float], Any]) -> tuple[Any, ...]:
+        """`f(N, d, e)` for every dimension that has a factor, None for the others."""
+        pairs = zip(self.shape, self.exponents, strict=True)
+        return tuple(f(len(self.update), d, e) if e else None for d, e in pairs)
 
 
-def is_blocks(x: Any) -> bool:
-    """Whether a tree node is a `Blocks`; the `is_leaf` of every map over stacks."""
-    return isinstance(x, Blocks)
+Stacks = dict[str, Blocks]
 
 
-def map_blocks(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`jax.tree.map` whose leaves are the stacks of `tree`."""
-    return jax.tree.map(f, tree, *rest, is_leaf=is_blocks)
+def each(f: Callable[..., Any], stacks: Mapping[str, Any], *states: Mapping[str, Any]) -> Any:
+    """`f(blocks, *entries)` of every stack, with its entries of states that are keyed likewise."""
+    new = {}
+    for key, b in stacks.items():
+        new[key] = f(b, *map(operator.itemgetter(key), states))
+    return new
+
+
+def each_of(
+    n: int, f: Callable[..., Any], stacks: Mapping[str, Any], *states: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """`each` for a function that returns n results: as many dictionaries."""
+    columns = tuple(map(dict, [()] * n))
+    for key, b in stacks.items():
+        results = f(b, *map(operator.itemgetter(key), states))
+        for column, result in zip(columns, results, strict=True):
+            column[key] = result
+    return columns
+
+
+class ParametersRead(Exception):
+    """A part asked for parameters that have not been cut into blocks."""
+
+
+class Unread:
+    """Stands for the parameters until a part asks for them: most parts read gradients alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises `ParametersRead`, as all uses do."""
+        raise ParametersRead
+
+    def __getitem__(self, key: Any) -> Any:
+        raise ParametersRead
+
+    def __iter__(self) -> Any:
+        raise ParametersRead
 
 
 def is_placeholder(params: Any) -> bool:
@@ -91,128 +144,68 @@ def is_placeholder(params: Any) -> bool:
 
 
 class Part(optax.GradientTransformationExtraArgs):
-    """An Optax transformation that reads and writes trees of `Blocks`."""
+    """An Optax transformation that reads and writes stacks, `{"3072x768": Blocks, ...}`."""
 
 
-def blocks_part(init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> Part:
-    """A transformation written on trees of `Blocks` that accepts plain trees of arrays as well.
+class PartUpdate(Protocol):
+    """Function of stacks, state and stacks of parameters, or None, and any extra arguments."""
+
+    def __call__(self, stacks: Stacks, state: Any, params: Any, /, **extra: Any) -> tuple[Any, Any]:
+        """New stacks and new state."""
+        ...
+
+
+def make_part(init: Callable[[Stacks], Any], update: PartUpdate) -> Part:
+    """A transformation of stacks that accepts trees of arrays as well.
 
     An array counts as a stack of one block whose gradient and update are the array itself; the
-    returned tree then holds arrays again.
+    returned tree then holds arrays again, and the state is keyed by their paths.
 
     Args:
-      init: Function of a tree of `Blocks` of parameters, giving the state.
-      update: Function of (tree of `Blocks`, state, tree of `Blocks` of parameters or None).
+      init: Function of stacks of parameters, giving the state.
+      update: Function of (stacks, state, stacks of parameters or None, **extra).
 
     Returns:
       The part.
     """
 
-    def wrap(tree: Any) -> Any:
-        return map_blocks(lambda x: x if is_blocks(x) else single_block(x), tree)
-
     def init_fn(params: Any) -> Any:
-        return init(wrap(params))
+        return init(params if is_stacks(params) else _stacks_of(params))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        del extra
-        new, state = update(wrap(updates), state, None if params is None else wrap(params))
-        new = map_blocks(
-            lambda old, b: b if is_blocks(old) else b.update[0].astype(old.dtype), updates, new
-        )
-        return new, state
+        if is_stacks(updates):
+            return update(updates, state, params, **extra)
+        weights = None if params is None else _stacks_of(params)
+        new, state = update(_stacks_of(updates), state, weights, **extra)
+        leaves, structure = jax.tree.flatten(updates)
+        arrays = [
+            b.update[0].astype(jnp.asarray(x).dtype)
+            for x, b in zip(leaves, new.values(), strict=True)
+        ]
+        return structure.unflatten(arrays), state
 
     return Part(init_fn, update_fn)
 
 
-def single_block(x: Any) -> Blocks:
-    """A stack of one block: the array itself, in float32 or wider."""
-    x = jnp.asarray(x)[None]
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return Blocks(gradient=x, update=x)
+def stateless(update: Callable[[Blocks], Blocks]) -> Part:
+    """A part without state that treats every stack by itself."""
+    return make_part(
+        lambda params: optax.EmptyState(),
+        lambda stacks, state, params, **extra: (each(update, stacks), state),
+    )
 
 
-def on_updates(inner: optax.GradientTransformation) -> Part:
-    """Lifts any Optax transformation onto `Blocks.update`: what the next part will divide or scale.
-
-    Args:
-      inner: Transformation of trees of arrays; it sees stacks `[N, *block]`.
-
-    Returns:
-      A part to be placed between two parts of the walk.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, shampoo_jax
-      >>> tx = optax.chain(
-      ...     shampoo_jax.filter_gradient(), on_updates(optax.clip(1.0)), shampoo_jax.precondition()
-      ... )
-      >>> updates, _ = tx.update(jnp.array([3.0, 0.5]), tx.init(jnp.zeros(2)))
-      >>> updates.tolist()
-      [1.0, 0.5]
-    """
-    return _lifted(inner, "update", "update")
+def is_stacks(x: Any) -> bool:
+    """Whether parts can take this as it is: a dictionary of `Blocks`."""
+    return type(x) is dict and isinstance(next(iter(x.values()), None), Blocks)
 
 
-def on_gradients(inner: optax.GradientTransformation) -> Part:
-    """Lifts any Optax transformation onto `Blocks.gradient`: what later statistics will read.
-
-    Args:
-      inner: Transformation of trees of arrays; it sees stacks `[N, *block]`.
-
-    Returns:
-      A part to be placed between two parts of the walk.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, shampoo_jax
-      >>> moment = shampoo_jax.scale_by_second_moment()
-      >>> tx = shampoo_jax.blocked(optax.chain(on_gradients(optax.clip(1.0)), moment))
-      >>> grads = {"w": jnp.array([3.0, 0.5])}
-      >>> updates, _ = tx.update(grads, tx.init(grads))
-      >>> updates["w"].tolist()  # 3 divided by the moment of the clipped gradient, 1
-      [3.0, 1.0]
-    """
-    return _lifted(inner, "gradient", "gradient")
-
-
-def from_gradients(inner: optax.GradientTransformation) -> Part:
-    """Replaces `Blocks.update` by what any Optax transformation makes of the raw gradient.
-
-    This is how a stock transformation serves as the magnitude of `graft`.
-
-    Args:
-      inner: Transformation of trees of arrays; it sees stacks `[N, *block]`.
-
-    Returns:
-      A part.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, shampoo_jax
-      >>> tx = optax.chain(on_updates(optax.scale(9.0)), from_gradients(optax.scale_by_sign()))
-      >>> tx = shampoo_jax.blocked(tx)
-      >>> grads = {"w": jnp.array([3.0, -0.5])}
-      >>> updates, _ = tx.update(grads, tx.init(grads))
-      >>> updates["w"].tolist()
-      [1.0, -1.0]
-    """
-    return _lifted(inner, "gradient", "update")
-
-
-def _lifted(inner: optax.GradientTransformation, source: str, target: str) -> Part:
-    tx = optax.with_extra_args_support(inner)
-
-    def take(tree: Any, field: str) -> Any:
-        return map_blocks(lambda b: getattr(b, field), tree)
-
-    def init(params: Any) -> Any:
-        return tx.init(take(params, "update"))
-
-    def update(blocks: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        arrays, state = tx.update(
-            take(blocks, source), state, None if params is None else take(params, "update")
-        )
-        return map_blocks(lambda b, x: dataclasses.replace(b, **{target: x}), blocks, arrays), state
-
-    return blocks_part(init, update)
+def _stacks_of(tree: Any) -> Stacks:
+    """Every array as a stack of one block."""
+    return {
+        name_of(path): Blocks.of(jnp.asarray(x)[None])
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def norms(x: Array) -> Array:
@@ -228,3 +221,10 @@ def where_block(condition: Array, new: Array, old: Array) -> Array:
     """Per block, `new` where the condition `bool[N]` holds and `old` elsewhere, in old's dtype."""
     condition = condition.reshape(-1, *[1] * (old.ndim - 1))
     return jnp.where(condition, new.astype(old.dtype), old)
+
+
+def along(x: Array, dim: int, ndim: int) -> Array:
+    """`[N, d]` shaped to broadcast along dimension `dim` of a stack with `ndim` axes."""
+    shape = [len(x), *[1] * (ndim - 1)]
+    shape[dim + 1] = x.shape[1]
+    return x.reshape(shape)

@@ -3,21 +3,19 @@
 import math
 from collections.abc import Callable, Mapping
 from numbers import Integral
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from shampoo_jax.base.options import is_number
-
-T = TypeVar("T")
 
 # Exponents of one block shape: one number a dimension; 0 leaves a dimension alone.
 Exponents = Callable[[tuple[int, ...]], tuple[float, ...]]
 
 Side = Literal["left", "right", "smaller"]
-ExponentOption = Mapping[int, float | Mapping[int, float]] | float | Side | None
+ExponentOption = Mapping[int, float | Mapping[int, float]] | float | Side | Exponents | None
 
 
 def default_exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
-    """Shampoo's `1 / (2 * order)` on every dimension (Gupta et al. 2018, algorithm 2)."""
+    """Shampoo's `1 / (2 * ndim)` on every dimension (Gupta et al. 2018, algorithm 2)."""
     return (1 / (2 * max(len(shape), 1)),) * len(shape)
 
 
@@ -41,19 +39,19 @@ SIDES: dict[str, Exponents] = {"left": left_side, "right": right_side, "smaller"
 
 
 def resolve_exponents(option: ExponentOption) -> Exponents:
-    """The option of `scale_by_shampoo` as a function from block shape to exponents.
+    """The option `exponents` as a function from block shape to exponents.
 
     Args:
-      option: None, a number, a mapping from order to a number or to {dimension: number}, or a name
-        in `SIDES` for one factor a block.
+      option: None, a number, a mapping from the number of dimensions to a number or to {dimension:
+        number}, a name in `SIDES` for one factor a block, or such a function itself.
 
     Returns:
       Function of the shape of a block giving one exponent a dimension; what the option leaves out
-      is `1 / (2 * order)`.
+      is `1 / (2 * ndim)`.
 
     Raises:
       ValueError: An exponent that is negative or no finite number, a key that is no int, a
-        dimension that the order does not have, or another name.
+        dimension that blocks do not have, or another name.
 
     Example:
       >>> resolve_exponents({2: 1 / 3})((8, 4)), resolve_exponents("left")((8, 4))
@@ -65,20 +63,12 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
         if option not in SIDES:
             raise ValueError(f"exponents={option!r}: the only names are {sorted(SIDES)}.")
         return SIDES[option]
+    if callable(option):
+        return option
     if not isinstance(option, Mapping):
         _check_exponent(option)
         return lambda shape: (float(option),) * len(shape)
-
-    for order, entry in option.items():
-        _check_key(order)
-        for dim, value in entry.items() if isinstance(entry, Mapping) else ((0, entry),):
-            _check_key(dim)
-            _check_exponent(value)
-            if isinstance(entry, Mapping) and not 0 <= dim < order:
-                raise ValueError(
-                    f"exponents[{order}] names dimension {dim}: blocks of order {order} have "
-                    f"dimensions 0 to {order - 1}."
-                )
+    _check_mapping(option)
 
     def exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
         entry = option.get(len(shape), {})
@@ -89,9 +79,22 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
     return exponents
 
 
+def _check_mapping(option: Mapping[int, Any]) -> None:
+    for ndim, entry in option.items():
+        _check_key(ndim)
+        for dim, value in entry.items() if isinstance(entry, Mapping) else ((0, entry),):
+            _check_key(dim)
+            _check_exponent(value)
+            if isinstance(entry, Mapping) and not 0 <= dim < ndim:
+                raise ValueError(
+                    f"exponents[{ndim}] names dimension {dim}: blocks of {ndim} dimensions have "
+                    f"0 to {ndim - 1}."
+                )
+
+
 def _check_key(key: Any) -> None:
     if not isinstance(key, Integral):
-        raise ValueError(f"exponents has the key {key!r}: orders and dimensions are ints.")
+        raise ValueError(f"exponents has the key {key!r}: numbers of dimensions are ints.")
 
 
 def _check_exponent(value: Any) -> None:
@@ -104,7 +107,7 @@ def _check_exponent(value: Any) -> None:
 
 def given_exponents(option: ExponentOption) -> set[float]:
     """The non-zero exponents that an option names."""
-    if option is None:
+    if option is None or callable(option):
         return set()
     if isinstance(option, str):
         return {0.5}
@@ -112,20 +115,3 @@ def given_exponents(option: ExponentOption) -> set[float]:
         return {float(option)} - {0.0}
     entries = [e.values() if isinstance(e, Mapping) else (e,) for e in option.values()]
     return {float(x) for values in entries for x in values} - {0.0}
-
-
-def uncut_exponents(option: ExponentOption) -> Exponents | None:
-    """Exponents that tell `blocked` which dimensions not to cut: those other than the smaller side.
-
-    Dimensions that any other option leaves out are cut all the same, as in Meta's package.
-    """
-    return smaller_side if option == "smaller" else None
-
-
-def per_factor(
-    f: Callable[[int, int, float], T], stack: tuple[int, ...], exponents: Exponents
-) -> tuple[T | None, ...]:
-    """`f(N, d, e)` for every dimension of a stack of shape `[N, *block]`, None where e is 0."""
-    n, *block = stack
-    pairs = zip(block, exponents(tuple(block)), strict=True)
-    return tuple(f(n, d, e) if e else None for d, e in pairs)

@@ -1,29 +1,24 @@
-"""Static layout: which piece of which parameter is which block of which stack.
+"""Static plan: which piece of which parameter is which block of which stack.
 
-A plan is a pure function of parameter shapes and options. It is derived at trace time wherever it
-is needed and never stored in a state.
+A plan is a pure function of parameter shapes and options. It is never stored in a state.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from shampoo_jax.base.precision import check_real
-from shampoo_jax.blocks.dimension_numbers import (
-    DimensionNumbers,
-    DimensionOption,
-    resolve_dimension_numbers,
-)
-from shampoo_jax.blocks.exponents import Exponents
+from shampoo_jax.base.options import check_real
+from shampoo_jax.blocks.blocking import Blocking
+from shampoo_jax.blocks.dimension_numbers import DimensionNumbers, resolve_dimension_numbers
+from shampoo_jax.blocks.exponents import Exponents, smaller_side
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One block of every batch slice of a leaf: a box of its merged shape."""
 
     key: str  # the stack it lives in
@@ -48,6 +43,59 @@ class LeafPlan:
     merged: tuple[int, ...]
     cells: tuple[Cell, ...]
 
+    @property
+    def cut(self) -> tuple[Any, ...]:
+        """What leaves have in common that are cut alike."""
+        return self.batch, self.merged, self.cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the leaves of a tree are cut, in the order of `jax.tree.leaves`.
+
+    Leaves that are cut alike go together: stacks hold blocks by group, then by leaf, cell and batch
+    slice, whatever the devices.
+
+    Attributes:
+      leaves: One plan a leaf.
+      exponents: Of the roots of a block, by the shape it is stored in.
+    """
+
+    leaves: tuple[LeafPlan, ...]
+    exponents: Exponents
+
+    @functools.cached_property
+    def groups(self) -> list[tuple[int, ...]]:
+        """Numbers of leaves that are cut alike, in the order of their first ones."""
+        found: dict[Any, list[int]] = {}
+        for i, leaf in enumerate(self.leaves):
+            found.setdefault(leaf.cut, []).append(i)
+        return [tuple(members) for members in found.values()]
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of a block by stack, in the order in which blocks fill them."""
+        return {c.key: c.stored for g in self.groups for c in self.leaves[g[0]].cells}
+
+    @functools.cached_property
+    def powers(self) -> dict[str, tuple[float, ...]]:
+        """Exponents by stack."""
+        return {key: tuple(self.exponents(shape)) for key, shape in self.shapes.items()}
+
+    @functools.cached_property
+    def owners(self) -> dict[str, np.ndarray]:
+        """By stack the leaf of each block, `int32[n]`."""
+        found: dict[str, list[int]] = {}
+        for i in itertools.chain(*self.groups):
+            for cell in self.leaves[i].cells:
+                found.setdefault(cell.key, []).extend([i] * self.leaves[i].batch)
+        return {key: np.array(x, np.int32) for key, x in found.items()}
+
+    @functools.cached_property
+    def counts(self) -> dict[str, int]:
+        """Number of blocks of each stack."""
+        return {key: len(x) for key, x in self.owners.items()}
+
 
 def block_key(shape: tuple[int, ...]) -> str:
     """Name of the stack of blocks of this shape, `"3072x768"`; `"scalar"` for 0-D blocks."""
@@ -55,20 +103,20 @@ def block_key(shape: tuple[int, ...]) -> str:
 
 
 def merge_dimensions(
-    shape: tuple[int, ...], merge: int | None, block_size: int | None
+    shape: tuple[int, ...], merge: int | None, size: int | None
 ) -> tuple[int, ...]:
     """Multiplies neighbouring dimensions together while the product stays within a block.
 
     Dimensions of size 1 are dropped; then, from the last to the first, a dimension joins its
-    successor if their product is at most `block_size` and at least `merge` dimensions remain.
+    successor if their product is at most `size` and at least `merge` dimensions remain.
 
     Args:
       shape: Parameter shape without batch axes.
-      merge: Order below which nothing is merged; None leaves the shape as it is.
-      block_size: Largest product of merged dimensions; None for no limit.
+      merge: Number of dimensions below which nothing is merged; None leaves the shape as it is.
+      size: Largest product of merged dimensions; None for no limit.
 
     Returns:
-      The merged shape: `(64, 3, 7, 7)` with `merge=2, block_size=1024` gives `(64, 147)`.
+      The merged shape: `(64, 3, 7, 7)` with `merge=2, size=1024` gives `(64, 147)`.
     """
     if merge is None or 0 in shape:
         return shape
@@ -77,7 +125,7 @@ def merge_dimensions(
     while rest:
         d = rest.pop()
         joined = merged[0] * d if merged else 0
-        fits = merged and (block_size is None or joined <= block_size)
+        fits = merged and (size is None or joined <= size)
         if fits and len(merged) + len(rest) + 1 > merge:
             merged[0] = joined
         else:
@@ -85,16 +133,12 @@ def merge_dimensions(
     return tuple(merged) or (1,)
 
 
-def _layout(
-    shape: tuple[int, ...],
-    numbers: DimensionNumbers | None,
-    merge: int | None,
-    block_size: int | None,
-    name: str,
+def _read_as(
+    shape: tuple[int, ...], numbers: DimensionNumbers | None, blocking: Blocking, name: str
 ) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
     """(permutation, batch, merged shape) of one parameter."""
     if numbers is None:
-        return tuple(range(len(shape))), 1, merge_dimensions(shape, merge, block_size)
+        return tuple(range(len(shape))), 1, merge_dimensions(shape, blocking.merge, blocking.size)
     axes = [a for group in numbers.dimensions for a in group]
     permutation = (*numbers.batch, *axes)
     if sorted(permutation) != list(range(len(shape))):
@@ -108,89 +152,60 @@ def _layout(
 
 
 def _cells(
-    merged: tuple[int, ...], block_size: int | None, canonical: bool, exponents: Exponents | None
+    merged: tuple[int, ...], size: int | None, canonical: bool, exponents: Exponents
 ) -> tuple[Cell, ...]:
-    """The boxes of at most block_size per edge that has a factor, first dimension outermost."""
+    """The boxes of at most `size` per edge, first dimension outermost."""
     if 0 in merged:
         return ()
-    factored = (True,) * len(merged) if exponents is None else exponents(merged)
-    limits = [block_size or d if has else d for d, has in zip(merged, factored, strict=True)]
+    # One-sided Shampoo on the smaller side has no factor of the others to bound. Dimensions that
+    # any other option leaves out are cut all the same, as in Meta's package.
+    bounded = exponents(merged) if exponents is smaller_side else (True,) * len(merged)
+    limits = [size or d if has else d for d, has in zip(merged, bounded, strict=True)]
     edges = [
         [(s, min(limit, d - s)) for s in range(0, d, limit)]
         for d, limit in zip(merged, limits, strict=True)
     ]
     cells = []
     for box in itertools.product(*edges):
-        start, size = tuple(s for s, _ in box), tuple(n for _, n in box)
-        transposed = canonical and len(size) == 2 and size[0] < size[1]
-        cells.append(Cell(block_key(size[::-1] if transposed else size), start, size, transposed))
+        start, edge = tuple(s for s, _ in box), tuple(n for _, n in box)
+        transposed = canonical and len(edge) == 2 and edge[0] < edge[1]
+        cells.append(Cell(block_key(edge[::-1] if transposed else edge), start, edge, transposed))
     return tuple(cells)
 
 
-def make_plan(
-    params: Any,
-    *,
-    block_size: int | None,
-    merge: int | None,
-    canonical: bool,
-    dimension_numbers: DimensionOption = None,
-    exponents: Exponents | None = None,
-) -> list[LeafPlan]:
-    """Plans every leaf of a tree of arrays or shape structs, in the order of `jax.tree.leaves`.
+def make_plan(params: Any, blocking: Blocking, exponents: Exponents) -> Plan:
+    """Plans every leaf of a tree of arrays or shape structs.
 
     Args:
       params: Tree whose leaves have `shape` and `dtype`.
-      block_size: Largest edge of a block; None for whole parameters.
-      merge: See `merge_dimensions`.
-      canonical: Whether 2-D blocks are stored with the longer dimension first, which halves the
-        number of distinct shapes.
-      dimension_numbers: Rule for leaves that need more than merging, see `blocked`.
-      exponents: See `blocked`.
+      blocking: How parameters are cut.
+      exponents: Of the roots of a block.
 
     Returns:
-      One `LeafPlan` a leaf.
+      The plan.
 
     Raises:
       ValueError: A complex parameter, or dimension numbers that do not fit its shape.
     """
-    rule = resolve_dimension_numbers(dimension_numbers)
+    rule = resolve_dimension_numbers(blocking.dimension_numbers)
+    # A block and its transpose can share a stack if their exponents are transposed as well.
+    canonical = blocking.canonical and exponents((3, 2)) == exponents((2, 3))[::-1]
     plans = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, shape = jax.tree_util.keystr(path), tuple(np.shape(leaf))
         check_real(path, leaf)
-        permutation, batch, merged = _layout(shape, rule(path, leaf), merge, block_size, name)
-        cells = _cells(merged, block_size, canonical, exponents) if batch else ()
+        permutation, batch, merged = _read_as(shape, rule(path, leaf), blocking, name)
+        cells = _cells(merged, blocking.size, canonical, exponents) if batch else ()
         plans.append(LeafPlan(name, shape, permutation, batch, merged, cells))
-    return plans
-
-
-def count_blocks(plan: Sequence[LeafPlan]) -> dict[str, int]:
-    """Number of blocks of each stack."""
-    counts: dict[str, int] = {}
-    for leaf in plan:
-        for cell in leaf.cells:
-            counts[cell.key] = counts.get(cell.key, 0) + leaf.batch
-    return counts
-
-
-def positions(plan: Sequence[LeafPlan]) -> list[list[range]]:
-    """By leaf and cell, which blocks of their stack they are."""
-    counts: dict[str, int] = {}
-    found: list[list[range]] = []
-    for leaf in plan:
-        found.append([])
-        for cell in leaf.cells:
-            begin = counts.get(cell.key, 0)
-            counts[cell.key] = begin + leaf.batch
-            found[-1].append(range(begin, begin + leaf.batch))
-    return found
+    return Plan(tuple(plans), exponents)
 
 
 def leading_axes(leaf: LeafPlan) -> list[int | None]:
     """The most significant axis of a leaf in each of its merged dimensions, None where all are 1.
 
-    >>> [leaf] = make_plan(np.ones((4, 3, 7)), block_size=None, merge=2, canonical=False)
-    >>> leaf.merged, leading_axes(leaf)
+    >>> from shampoo_jax.blocks.exponents import default_exponents
+    >>> plan = make_plan(np.ones((4, 3, 7)), Blocking(size=None), default_exponents)
+    >>> plan.leaves[0].merged, leading_axes(plan.leaves[0])
     ((4, 21), [0, 1])
     """
     axes = list(leaf.permutation)

@@ -5,68 +5,55 @@ from typing import Any, Literal
 import optax
 
 from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.options import check_options
-from shampoo_jax.blocks.dimension_numbers import DimensionOption
-from shampoo_jax.blocks.exponents import (
-    SIDES,
-    ExponentOption,
-    Side,
-    given_exponents,
-    resolve_exponents,
-)
-from shampoo_jax.directions.walk import blocked_walk
+from shampoo_jax.base.options import check_choice, check_options
+from shampoo_jax.base.signatures import suggests
+from shampoo_jax.blocks.blocking import Blocking
+from shampoo_jax.blocks.exponents import SIDES, ExponentOption, Side, given_exponents
+from shampoo_jax.directions.walk import Work, walk
 from shampoo_jax.parts.factors import accumulate_factors
 from shampoo_jax.parts.filtering import filter_gradient
+from shampoo_jax.parts.grafting import make_magnitude
 from shampoo_jax.parts.kl_factors import accumulate_kl_factors
+from shampoo_jax.parts.refresh import Refresh
 from shampoo_jax.parts.roots import invert_roots, precondition
 from shampoo_jax.solvers.registry import make_solver
 from shampoo_jax.solvers.solver import Solver
+from shampoo_jax.stacks.guard import Guarded
 from shampoo_jax.stacks.placement import Placement
 
 
+@suggests
 def scale_by_shampoo(
     b1: Any = 0.9,
     b2: Any = 0.9,
     *,
     b3: Any = None,
     bias_correction: bool = True,
-    block_size: int | None = 1024,
-    merge: int | None = 2,
-    canonical: bool = True,
-    dimension_numbers: DimensionOption = "flax",
-    exponents: ExponentOption = None,
     weighted: bool = True,
+    blocking: Blocking | None = None,
+    exponents: ExponentOption = None,
     statistics: Literal["gradients", "kl"] = "gradients",
     solver: str | Solver = "eigh",
-    cutoff: str = "relative",
-    rtol: Any = None,
-    atol: Any = 0.0,
-    eps: Any = None,
     every: Any = 1,
-    start: Any = None,
-    stagger: bool = False,
-    chunk: int | None = None,
+    refresh: Refresh | None = None,
     mu_dtype: Any = None,
     root_dtype: Any = None,
     graft: str | optax.GradientTransformation | None = "adam",
-    graft_b2: Any = None,
-    graft_eps: Any = 1e-15,
-    nonfinite: str = "propagate",
     monitor: int | None = None,
     placement: Placement | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Guarded:
     """Rescales updates by Shampoo: Kronecker-factored preconditioning, Adam's magnitude per block.
 
     For a matrix block `G` with `M` its moving average (b1), `L = EMA_b2(G G^T)` and
     `R = EMA_b2(G^T G)`, all bias-corrected, the update is
 
-      `U = L^(-1/4) M R^(-1/4)`, scaled to `|U|_F = |M / (sqrt(EMA(G^2)) + graft_eps)|_F`.
+      `U = L^(-1/4) M R^(-1/4)`, scaled to `|U|_F = |M / (sqrt(EMA(G^2)) + eps)|_F`.
 
     Inverse roots are *truncated*: eigenvalues below `d * eps_float32 * largest` map to 0, since the
     factors are rank deficient and their noise eigenvalues would otherwise be amplified most.
-    Multiplying every gradient by a constant changes nothing beyond rounding, but for `atol`, `eps`,
-    `graft_eps` where they matter, `statistics="kl"`, and polynomial solvers, whose error of about a
-    percent varies with the scale.
+    Multiplying every gradient by a constant changes nothing beyond rounding, but for absolute
+    cutoffs and damping of solvers, the graft's eps where it matters, `statistics="kl"`, and
+    polynomial solvers, whose error of about a percent varies with the scale.
 
     Sources: Gupta et al. 2018 (arXiv:1802.09568); Shi et al. 2023 (arXiv:2309.06497) for grafting
     and blocking; track-3 result 35 of modded-nanogpt for the truncation.
@@ -76,54 +63,41 @@ def scale_by_shampoo(
       b2: Decay of the factors, in [0, 1]; 1 sums them.
       b3: Decay of the emitted first moment, see `filter_gradient`; None means `b1`.
       bias_correction: Whether first moment and factors are divided by the sum of their weights.
-      block_size: Largest edge of a block; None for whole parameters.
-      merge: Smallest order that neighbouring dimensions are merged to, see `blocked`.
-      canonical: Whether matrix blocks with equal exponents are stored longer dimension first. False
-        keeps the order of every product as in the parameter, which matters only for parity of
-        rounding noise under `cutoff="positive"`.
-      dimension_numbers: `"flax"` reads attention and convolution kernels as matrices, see
-        `default_dimension_numbers`; None merges everywhere; or a callable of (path, leaf) returning
-        `DimensionNumbers` or None.
-      exponents: `e` of `S^(-e)`: None for `1 / (2 * order)`, a number for every dimension, or a
-        mapping from block order to a number or to a mapping from dimension to number. Exponent 0
-        leaves a dimension alone. `"left"`, `"right"` and `"smaller"` are one-sided Shampoo, see
-        `scale_by_one_sided_shampoo`.
       weighted: Whether new statistics have weight `1 - b2`; False adds them with weight 1.
+      blocking: How parameters are read and cut into blocks; None means `Blocking()`, blocks of up
+        to 1024 x 1024.
+      exponents: `e` of `S^(-e)`: None for `1 / (2 * ndim)`, a number for every dimension, a
+        mapping from the number of dimensions of a block to a number or to a mapping from dimension
+        to number, or a function of a block's shape. Exponent 0 leaves a dimension alone. `"left"`,
+        `"right"` and `"smaller"` are one-sided Shampoo, see `scale_by_one_sided_shampoo`.
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
         package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
         gradients. With a truncating solver, directions that no side has seen by the first refresh
         are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`, where supports
         may grow.
-      solver: Name of an inverse-root solver or a `Solver`: `"eigh"`; `"polynomial"`, the same
-        truncated root by matrix products, and the cheaper `"polynomial_clip"`; `"auto"`, the faster
-        one of eigh and polynomial for backend and size, see `Auto`; `"shifted_eigh"`,
-        `"coupled_newton"`, `"higher_order_newton"`; or one of `register_solver`.
-      cutoff: `"relative"`, or `"positive"` for the literal rule of result 35.
-      rtol: Cutoff relative to a factor's largest eigenvalue; None means `d * eps`.
-      atol: Absolute cutoff.
-      eps: Damping, for the solvers that have one; None means the solver's default.
+      solver: A `Solver`, which carries cutoffs and damping, or the name of one with its defaults:
+        `"eigh"` is `TruncatedEigh()`; `"polynomial"`, the same truncated root by matrix products,
+        and the cheaper `"polynomial_clip"`; `"auto"`, the faster one of eigh and polynomial for
+        backend and size, see `Auto`; `"shifted_eigh"`, `"coupled_newton"`,
+        `"higher_order_newton"`; or one of `register_solver`. `TruncatedEigh(rtol=0.0)` is the
+        literal rule of result 35.
       every: Steps between refreshes of the roots.
-      start: First step that preconditions; until then the update is the graft's alone. None means
-        `every`.
-      stagger: Whether each step refreshes one block in `every`, so that all steps cost the same,
-        see `invert_roots`.
-      chunk: Most roots of one block shape computed at the same time, to bound working memory.
+      refresh: First step that preconditions, and how refreshes are spread over steps and memory;
+        None means `Refresh()`, from step `every` on.
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       root_dtype: Of the stored roots; `jnp.bfloat16` halves them. Factors stay in float32.
       graft: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"`, None, a part such as
-        `scale_by_second_moment`, or a stock Optax transformation, which then sees raw gradients.
-      graft_b2: Decay of the grafted second moment; None means `b2`, or 0.999 where `b2` is 1.
-      graft_eps: eps of the graft.
-      nonfinite: `"skip_blocks"` gives blocks with a non-finite gradient a zero update and an
-        unchanged state; `"propagate"` leaves that to a wrapper around the whole optimizer, such as
-        the one inside `shampoo`.
+        `scale_by_second_moment(b2, eps)`, or a stock Optax transformation without learning rate,
+        `optax.scale_by_adam()` say, which then sees raw gradients. Named ones use `b2`, or 0.999
+        where `b2` is 1, and eps 1e-15.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
       placement: Mesh and axes over which blocks, their state and all arithmetic on them are split.
 
     Returns:
       A transformation without learning rate and weight decay. Its state holds stacks of blocks,
-      float32 where no other dtype is asked for: first moment, factors, roots and graft moment.
+      float32 where no other dtype is asked for: first moment, factors, roots and graft moment; a
+      step with a gradient that is not finite leaves it as it was and is counted, see `blocked`.
 
     Raises:
       ValueError: An option out of range, or options that contradict each other.
@@ -145,94 +119,68 @@ def scale_by_shampoo(
     """
     options = locals()
     check_static(options)
-    check_options(options)
-    if statistics not in ("gradients", "kl"):
-        raise ValueError(f"statistics={statistics!r}: use 'gradients' or 'kl'.")
-    resolved = resolve_exponents(exponents)
-    chosen = make_solver(solver, cutoff=cutoff, rtol=rtol, atol=atol, eps=eps)
+    check_options({**options, "solver": make_solver(solver)})
+    check_choice("statistics", statistics, ("gradients", "kl"))
+    chosen = make_solver(solver)
     for exponent in given_exponents(exponents):
         chosen.check(exponent)
-    roots = invert_roots(
-        chosen,
-        exponents=resolved,
-        every=every,
-        start=start,
-        stagger=stagger,
-        chunk=chunk,
-        root_dtype=root_dtype,
-    )
-    form: Any = dict(exponents=resolved, bias_correction=bias_correction, weighted=weighted)
+    roots = invert_roots(chosen, every=every, refresh=refresh, root_dtype=root_dtype)
+    form: Any = dict(bias_correction=bias_correction, weighted=weighted)
     if statistics == "kl":
         parts = [accumulate_kl_factors(roots, b2, **form)]
     else:
         parts = [accumulate_factors(b2, **form), roots]
-    return blocked_walk(
-        options,
+    return walk(
         optax.chain(*parts, precondition()),
         first_moment=filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype),
-        exponents=resolved,
+        magnitude=make_magnitude(graft, b2),
+        monitor=monitor,
+        blocking=blocking,
+        exponents=exponents,
+        placement=placement,
+        rebuild=lambda placement: scale_by_shampoo(**{**options, "placement": placement}),
+        work=Work(chosen, every, Refresh() if refresh is None else refresh, statistics == "kl"),
     )
 
 
+@suggests
 def scale_by_one_sided_shampoo(
     b1: Any = 0.9,
     b2: Any = 0.95,
     *,
     side: Side = "right",
     bias_correction: bool = True,
-    block_size: int | None = 1024,
-    merge: int | None = 2,
-    dimension_numbers: DimensionOption = "flax",
+    blocking: Blocking | None = None,
     solver: str | Solver = "eigh",
-    cutoff: str = "relative",
-    rtol: Any = None,
-    atol: Any = 0.0,
-    eps: Any = None,
     every: Any = 1,
-    start: Any = None,
-    stagger: bool = False,
-    chunk: int | None = None,
+    refresh: Refresh | None = None,
     mu_dtype: Any = None,
     root_dtype: Any = None,
     graft: str | optax.GradientTransformation | None = None,
-    graft_b2: Any = None,
-    graft_eps: Any = 1e-15,
-    nonfinite: str = "propagate",
     monitor: int | None = None,
     placement: Placement | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Guarded:
     """Rescales updates by one-sided Shampoo: `U = M R^(-1/2)` with `R = EMA(G^T G)`.
 
     Sources: An et al. 2025 (ASGO, arXiv:2503.20762), Xie et al. 2025 (arXiv:2503.10537). The root
     is truncated where the paper adds eps to it; the paper has neither grafting nor bias correction.
 
     Args:
-      b1: Decay of the first moment.
-      b2: Decay of the factor.
-      side: `"right"` preconditions the last dimension of a matrix, or of a block of whatever order,
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the factor, in [0, 1]; 1 sums.
+      side: `"right"` preconditions the last dimension of a matrix, or of a block of however many,
         `"left"` the first, `"smaller"` the smallest of each block, the last one of a square: the
         cheapest. With `"smaller"` the other dimensions, without factors, are not cut.
-      bias_correction: As in `scale_by_shampoo`, like all options below.
-      block_size: See `scale_by_shampoo`.
-      merge: See `scale_by_shampoo`.
-      dimension_numbers: See `scale_by_shampoo`.
-      solver: See `scale_by_shampoo`.
-      cutoff: See `scale_by_shampoo`.
-      rtol: See `scale_by_shampoo`.
-      atol: See `scale_by_shampoo`.
-      eps: See `scale_by_shampoo`.
-      every: See `scale_by_shampoo`.
-      start: See `scale_by_shampoo`.
-      stagger: See `scale_by_shampoo`.
-      chunk: See `scale_by_shampoo`.
-      mu_dtype: See `scale_by_shampoo`.
-      root_dtype: See `scale_by_shampoo`.
-      graft: See `scale_by_shampoo`.
-      graft_b2: See `scale_by_shampoo`.
-      graft_eps: See `scale_by_shampoo`.
-      nonfinite: See `scale_by_shampoo`.
-      monitor: See `scale_by_shampoo`.
-      placement: See `scale_by_shampoo`.
+      bias_correction: Whether first moment and factor are divided by the sum of their weights.
+      blocking: How parameters are read and cut into blocks; None means `Blocking()`.
+      solver: A `Solver` or the name of one, for an exponent of 1/2; `"eigh"` truncates.
+      every: Steps between refreshes of the roots.
+      refresh: First step that preconditions, and how refreshes are spread; None means `Refresh()`.
+      mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
+      root_dtype: Of the stored roots; `jnp.bfloat16` halves them.
+      graft: Magnitude of every block, `"adam"` say; None leaves that of the direction.
+      monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
+      placement: Mesh and axes over which blocks are split; None means one device.
 
     Returns:
       A transformation without learning rate and weight decay.
@@ -250,6 +198,5 @@ def scale_by_one_sided_shampoo(
     """
     options = locals()
     check_static(options)
-    if options.pop("side") not in SIDES:
-        raise ValueError(f"side={side!r}: use one of {sorted(SIDES)}.")
+    check_choice("side", options.pop("side"), tuple(SIDES))
     return scale_by_shampoo(**options, exponents=side)

@@ -16,12 +16,12 @@ import numpy as np
 import optax
 
 from shampoo_jax.base.paths import KeyPath, name_of, nodes_of, parameter_of
-from shampoo_jax.stacks.blocked import BlockedState, identity
+from shampoo_jax.stacks.blocked import FORMAT, BlockedState, identity
 
 Rows = Mapping[str, Any]  # by parameter, the rows of a state leaf that are its own; ... for all
 Tree = dict[str, Any]
 
-PARAMETERS, SHARED, LAYOUT = "parameters", "shared", "layout"
+PARAMETERS, SHARED, LAYOUT, FORMAT_KEY = "parameters", "shared", "layout", "format"
 
 
 class _Parameters(NamedTuple):
@@ -41,7 +41,8 @@ def state_to_tree(state: Any, params: Any) -> Tree:
       params: The parameters that it belongs to, or their shapes.
 
     Returns:
-      `{"parameters": {path: {field: array}}, "shared": {field: array}}`. Components of a path are
+      `{"format": number, "parameters": {path: {field: array}}, "shared": {field: array}}`; the
+      number says what the fields mean, and is raised when that changes. Components of a path are
       joined by `/`; a field is a place in the state, such as `"inner/0/mu/8x4"`. To a parameter
       belong its blocks in every stack and the state leaves below its own path (AdamW's moments,
       momentum); counts and the like are shared. Arrays are numpy arrays.
@@ -51,7 +52,7 @@ def state_to_tree(state: Any, params: Any) -> Tree:
 
     Example:
       >>> import pathlib, tempfile, jax.numpy as jnp, orbax.checkpoint as ocp, shampoo_jax
-      >>> from shampoo_jax.inspect.checkpoints import check_state, state_to_tree, tree_to_state
+      >>> from shampoo_jax import check_state, state_to_tree, tree_to_state
       >>> tx = shampoo_jax.shampoo(0.1)
       >>> params = {"layer1": jnp.ones((3, 2))}
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "state"
@@ -73,7 +74,8 @@ def state_to_tree(state: Any, params: Any) -> Tree:
         if key and not parts:
             shared[key] = _copy(leaf)
     # Orbax does not keep empty dictionaries.
-    return {PARAMETERS: {n: fields for n, fields in parameters.items() if fields}, SHARED: shared}
+    kept = {n: fields for n, fields in parameters.items() if fields}
+    return {FORMAT_KEY: np.array(FORMAT, np.int32), PARAMETERS: kept, SHARED: shared}
 
 
 def tree_to_state(tree: Mapping[str, Any], state: Any, params: Any) -> Any:
@@ -94,12 +96,12 @@ def tree_to_state(tree: Mapping[str, Any], state: Any, params: Any) -> Any:
       The state, in the structure of `state`.
 
     Raises:
-      ValueError: An entry of no parameter, a parameter with another shape or layout than in the
+      ValueError: Another format, an entry of no parameter, a parameter with another shape or layout than in the
         tree, or a state of another optimizer.
 
     Example:
       >>> import jax.numpy as jnp, shampoo_jax
-      >>> from shampoo_jax.inspect.checkpoints import state_to_tree, tree_to_state
+      >>> from shampoo_jax import state_to_tree, tree_to_state
       >>> tx, old = shampoo_jax.shampoo(0.1), {"old": jnp.ones((3, 2))}
       >>> tree = state_to_tree(tx.init(old), old)
       >>> tree["parameters"]["new"] = tree["parameters"].pop("old")  # it was renamed
@@ -111,6 +113,7 @@ def tree_to_state(tree: Mapping[str, Any], state: Any, params: Any) -> Any:
             f"a tree with the keys {PARAMETERS!r} and {SHARED!r} is expected, as state_to_tree made"
             f" it, not {type(tree).__name__}: pass the whole of what was saved."
         )
+    _check_format(int(tree.get(FORMAT_KEY, 1)), "the tree")
     known, saved = _known(params), tree[PARAMETERS]
     strays = [name for name in saved if name not in known.shapes]
     if strays:
@@ -157,13 +160,15 @@ def check_state(state: Any, params: Any, tx: optax.GradientTransformation | None
 
     Example:
       >>> import jax.numpy as jnp, shampoo_jax
-      >>> from shampoo_jax.inspect.checkpoints import check_state
+      >>> from shampoo_jax import check_state
       >>> state = shampoo_jax.scale_by_shampoo().init({"a": jnp.ones(2), "b": jnp.ones(2)})
       >>> check_state(state, {"a": jnp.ones(2), "b": jnp.ones(3)})  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       ValueError: ... parameter b, of shape (3,), had another shape in the state. ...
     """
     known = _known(params)
+    for node in _blocked(state):
+        _check_format(int(np.max(node.format)), "the optimizer state")
     held = [np.asarray(node.fingerprints).tolist() for node in _blocked(state)]
     if not held:
         raise ValueError(
@@ -184,29 +189,45 @@ def check_state(state: Any, params: Any, tx: optax.GradientTransformation | None
                 "the parameters and options that it was saved with, or carry it over by "
                 "state_to_tree and tree_to_state."
             )
-    if tx is not None and slots_of(state) != [x[1] for x in fresh]:
+    if tx is not None and state_layout(state) != [x[1] for x in fresh]:
         raise ValueError(
-            "the optimizer state has its blocks in other slots, since they were split over another "
+            "the optimizer state has stacks of another length, since they were filled for another "
             "number of owners: restore it on as many, or carry it over by state_to_tree and "
             "tree_to_state."
         )
 
 
-def slots_of(state: Any) -> list[dict[str, list[int]]]:
-    """What the slots of every stack hold, which depends on the number of owners.
+def state_layout(state: Any) -> list[dict[str, list[int]]]:
+    """What every stack of an optimizer state holds; its length depends on the number of owners.
 
     Args:
       state: State of any optimizer.
 
     Returns:
-      For each place with stacks, by stack the leaf whose block is in each slot, -1 for a zero block
-      that fills the stack.
+      For each place with stacks, by stack the number of the parameter that each block was cut from,
+      -1 for a zero block that fills the stack.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> params = {"a": jnp.ones((2, 2)), "b": jnp.ones(3), "c": jnp.ones((2, 2))}
+      >>> shampoo_jax.state_layout(shampoo_jax.scale_by_shampoo().init(params))
+      [{'2x2': [0, 2], '3': [1]}]
     """
-    return [_slots(node) for node in _blocked(state)]
+    return [_stacks(node) for node in _blocked(state)]
 
 
-def _slots(node: BlockedState) -> dict[str, list[int]]:
+def _stacks(node: BlockedState) -> dict[str, list[int]]:
     return {key: np.asarray(x).tolist() for key, x in node.leaves.items()}
+
+
+def _check_format(number: int, holder: str) -> None:
+    if number != FORMAT:
+        raise ValueError(
+            f"{holder} has format number {number}, this version of shampoo_jax reads {FORMAT}: "
+            f"restore it with the version that saved it"
+            + (" (0.1 for number 1)" if number == 1 else "")
+            + ", and start afresh from its parameters here."
+        )
 
 
 def _known(params: Any) -> _Parameters:
@@ -332,14 +353,14 @@ def _present(rows: list[list[int]], known: _Parameters) -> list[Any]:
 
 
 def _fresh(tx: optax.GradientTransformation, params: Any) -> list[tuple[Any, dict[str, list[int]]]]:
-    """Fingerprints and slots in a fresh state; nothing else of it is computed."""
+    """Fingerprints and layout of a fresh state; nothing else of it is computed."""
 
     @jax.jit
     def fresh() -> list[BlockedState]:
         zeros = jax.tree.map(lambda x: jnp.zeros(np.shape(x), x.dtype), params)
         return [node._replace(inner=()) for node in _blocked(tx.init(zeros))]
 
-    return [(np.asarray(node.fingerprints).tolist(), _slots(node)) for node in fresh()]
+    return [(np.asarray(node.fingerprints).tolist(), _stacks(node)) for node in fresh()]
 
 
 def _difference(held: list[Any], wanted: list[Any], known: _Parameters) -> str:
@@ -368,5 +389,5 @@ def _change(old: Any, new: Any) -> str:
     if old[0] != new[0]:
         return "had another shape"
     if len(new) > 1 and old[1] != new[1]:
-        return "was read or cut differently (block_size, merge, canonical, dimension_numbers)"
+        return "was read or cut differently (blocking, exponents)"
     return ""

@@ -128,8 +128,7 @@ def _device(mesh: OnMesh) -> list[str]:
         f"one device of     {mesh.devices}, blocks split over {mesh.owners}",
         f"blocks            {blocks}; {mesh.padding:.1%} filling{advice}",
         f"optimizer state   {_scaled(mesh.state_bytes, 'B')}",
-        f"refresh           {_scaled(mesh.refresh_flops, 'FLOP')} on the busiest owner, "
-        f"the others wait {mesh.waiting:.1%} of the time",
+        f"refresh           {_scaled(mesh.refresh_flops, 'FLOP')} an owner",
         f"exchanges a step  {exchanges or 'none'}",
         f"sent, received    {_scaled(mesh.sent_in, 'B')} for gradients to owners, "
         f"{_scaled(mesh.sent_out, 'B')} for updates back",

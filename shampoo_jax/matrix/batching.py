@@ -30,12 +30,17 @@ def map_matrices(function: Callable[..., Any], leading: tuple[int, ...], *arrays
     [[3.0], [3.0]]
     """
     count, axes = math.prod(leading), len(leading)
-    flat = [array.reshape(count, *array.shape[axes:]) for array in arrays]
+    if axes != 1:
+        arrays = tuple(array.reshape(count, *array.shape[axes:]) for array in arrays)
 
-    def one_at_a_time(*stacks: jax.Array) -> Any:
-        return jax.lax.map(lambda matrices: function(*matrices), stacks)
+    def one(matrices: Any) -> Any:
+        return function(*matrices)
 
-    mapped = jax.lax.platform_dependent(*flat, cpu=one_at_a_time, default=jax.vmap(function))
+    mapped = jax.lax.platform_dependent(
+        arrays, cpu=functools.partial(jax.lax.map, one), default=jax.vmap(one)
+    )
+    if axes == 1:
+        return mapped
     return jax.tree.map(lambda array: array.reshape(*leading, *array.shape[1:]), mapped)
 
 

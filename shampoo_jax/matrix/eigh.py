@@ -115,26 +115,26 @@ def truncated_power(
     return jnp.where(keep, jnp.where(keep, values, 1.0) ** -exponent, 0.0)
 
 
-def shifted_power(values: Array, exponent: float, *, eps: float | Array, eps_added: bool) -> Array:
-    """`w^-exponent` of a spectrum moved to lie at or above eps.
+def shifted_power(values: Array, exponent: float, *, damping: float | Array, added: bool) -> Array:
+    """`w^-exponent` of a spectrum moved to lie at or above damping.
 
-    With `eps_added` (the matrix already holds `eps * I`) the whole spectrum is shifted up where its
-    smallest value is below eps; otherwise it is shifted to be non-negative and eps is added.
+    With `added` (the matrix already holds `damping * I`) the whole spectrum is shifted up where its
+    smallest value is below damping; otherwise it is shifted to be non-negative and damping is added.
 
     Args:
       values: Eigenvalues, `[..., d]`.
       exponent: Any real number.
-      eps: Smallest eigenvalue afterwards; broadcast against `values`.
-      eps_added: Whether the decomposed matrix was `A + eps * I`.
+      damping: Smallest eigenvalue afterwards; broadcast against `values`.
+      added: Whether the decomposed matrix was `A + damping * I`.
 
     Returns:
       `[..., d]`.
     """
     smallest = values.min(-1, keepdims=True)
-    if eps_added:
-        values = jnp.where(smallest < eps, values - smallest + eps, values)
+    if added:
+        values = jnp.where(smallest < damping, values - smallest + damping, values)
     else:
-        values = values - jnp.minimum(smallest, 0.0) + eps
+        values = values - jnp.minimum(smallest, 0.0) + damping
     return values**-exponent
 
 
@@ -154,7 +154,7 @@ def truncated_root(
     Args:
       factor: Symmetric positive semi-definite stack, `[..., d, d]`.
       exponent: Positive real, 1/4 for two-sided Shampoo on matrices.
-      rtol: Cutoff relative to the largest eigenvalue; None means `d * eps` of the dtype.
+      rtol: Cutoff relative to the largest eigenvalue; None means `d * damping` of the dtype.
       atol: Absolute cutoff.
       implementation: See `eigh`.
 
@@ -175,30 +175,30 @@ def shifted_root(
     factor: Array,
     exponent: float,
     *,
-    eps: float,
+    damping: float,
     before: bool = True,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
-    """Root `(A + eps I)^(-exponent)` with the spectrum shifted up where rounding made it smaller.
+    """Root `(A + damping I)^(-exponent)` with the spectrum shifted up where rounding made it smaller.
 
     Source: the perturbation rule of Meta's distributed_shampoo.
 
     Args:
       factor: Symmetric positive semi-definite stack, `[..., d, d]`.
       exponent: Positive real.
-      eps: Added to every eigenvalue, > 0; absolute, so it depends on the gradients' scale.
-      before: Whether eps is added to the matrix before the decomposition or to its eigenvalues.
+      damping: Added to every eigenvalue, > 0; absolute, so it depends on the gradients' scale.
+      before: Whether damping is added to the matrix before the decomposition or to its eigenvalues.
       implementation: See `eigh`.
 
     Returns:
       The roots `[..., d, d]` and, per matrix, whether the result is finite.
     """
     if before:
-        factor = factor + eps * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+        factor = factor + damping * jnp.eye(factor.shape[-1], dtype=factor.dtype)
     scale = power_of_two_scale(factor)
     ok = finite(factor)
     safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
     values, vectors = eigh(safe, implementation)
-    powers = shifted_power(values, exponent, eps=eps / scale[..., 0], eps_added=before)
+    powers = shifted_power(values, exponent, damping=damping / scale[..., 0], added=before)
     root = reconstruct(powers, vectors) * scale**-exponent
     return root, ok & finite(root)

@@ -71,25 +71,25 @@ def rational_root(exponent: float) -> Fraction:
 def coupled_newton(
     factor: jax.Array,
     root: int,
-    eps: ArrayLike,
+    damping: ArrayLike,
     *,
     max_iterations: int = 100,
     tolerance: ArrayLike = 1e-6,
     max_residual: ArrayLike = MAX_RESIDUAL,
 ) -> RootResult:
-    """Returns `(A + eps I)^(-1/p)` by the coupled Newton iteration.
+    """Returns `(A + damping I)^(-1/p)` by the coupled Newton iteration.
 
     With `z = (p + 1) / (2 |A|_F)`, `X_0 = z^(1/p) I` and `M_0 = z A`, repeats
 
         T = (1 + 1/p) I - M / p,    X <- X T,    M <- T^p M
 
     while `max |M - I| > tolerance`. Each matrix of a stack stops on its own. A factor that is
-    exactly zero, `eps` included, has the root zero and is `ok`.
+    exactly zero, `damping` included, has the root zero and is `ok`.
 
     Args:
       factor: f32 or f64[..., n, n], symmetric positive semi-definite.
       root: Static integer p >= 1.
-      eps: Added to the diagonal, in the units of the factor. Scalar, or one value per matrix.
+      damping: Added to the diagonal, in the units of the factor. Scalar, or one value per matrix.
       max_iterations: Static. Reaching it is not a failure by itself.
       tolerance: Of `max |M - I|`. Float32 may never reach 1e-6 and then does all iterations.
       max_residual: `ok` needs the last `max |M - I|` to be at most this. Meta's package accepts
@@ -114,14 +114,14 @@ def coupled_newton(
             "coupled_higher_order or an eigenvalue solver for other exponents."
         )
     solve = functools.partial(_newton, p=int(root), max_iterations=max_iterations)
-    return _solve_each(solve, factor, eps, tolerance, max_residual)
+    return _solve_each(solve, factor, damping, tolerance, max_residual)
 
 
 def coupled_higher_order(
     factor: jax.Array,
     exponent: float,
-    rel_epsilon: ArrayLike,
-    abs_epsilon: ArrayLike,
+    relative_damping: ArrayLike,
+    absolute_damping: ArrayLike,
     *,
     max_iterations: int = 100,
     tolerance: ArrayLike = 1e-8,
@@ -129,7 +129,7 @@ def coupled_higher_order(
 ) -> RootResult:
     """Returns `(A + d I)^(-e)` by a coupled iteration of any order, for rational e.
 
-    `d = max(rel_epsilon * |A|_inf, abs_epsilon)` and p/q = 1/e. With `X_0 = tr(A)^(-1/p) I` and
+    `d = max(relative_damping * |A|_inf, absolute_damping)` and p/q = 1/e. With `X_0 = tr(A)^(-1/p) I` and
     `M_0 = A / tr(A)`, one Newton step (see `coupled_newton`) guarantees convergence; then repeats
 
         T = sum_(i < order) b_i (I - M)^i,  b_i = prod_(j = 1..i) (1 + (j-1) p) / (j p),
@@ -146,8 +146,8 @@ def coupled_higher_order(
     Args:
       factor: f32 or f64[..., n, n], symmetric positive semi-definite.
       exponent: Static e > 0; q/p with p <= 64 up to rounding.
-      rel_epsilon: Damping relative to the largest absolute row sum. Scalar or one per matrix.
-      abs_epsilon: Least damping, in the units of the factor. Scalar or one per matrix.
+      relative_damping: Damping relative to the largest absolute row sum. Scalar or one per matrix.
+      absolute_damping: Least damping, in the units of the factor. Scalar or one per matrix.
       max_iterations: Static; the Newton step is not counted against it.
       tolerance: Of `max |M - I|`.
       order: Static integer >= 2; 2 is Newton's iteration.
@@ -171,7 +171,7 @@ def coupled_higher_order(
     solve = functools.partial(
         _higher_order, ratio=rational_root(exponent), max_iterations=max_iterations, order=order
     )
-    return _solve_each(solve, factor, rel_epsilon, abs_epsilon, tolerance)
+    return _solve_each(solve, factor, relative_damping, absolute_damping, tolerance)
 
 
 def _check_square(factor: jax.Array) -> None:
@@ -186,8 +186,8 @@ def _solve_each(solve, factor: jax.Array, *scalars: ArrayLike) -> RootResult:
     return RootResult(*jnp.vectorize(solve, signature=signature)(factor, *scalars))
 
 
-def _newton(factor, eps, tolerance, max_residual, *, p: int, max_iterations: int):
-    matrix, scale = _scaled(factor, eps)
+def _newton(factor, damping, tolerance, max_residual, *, p: int, max_iterations: int):
+    matrix, scale = _scaled(factor, damping)
     z = (p + 1) / (2 * jnp.linalg.norm(matrix))
     start = _start(matrix, z, p)
     # zeros_like carries the sharding type of its argument, which shard_map demands of loop state.
@@ -207,13 +207,20 @@ def _newton(factor, eps, tolerance, max_residual, *, p: int, max_iterations: int
 
 
 def _higher_order(
-    factor, rel_epsilon, abs_epsilon, tolerance, *, ratio: Fraction, max_iterations: int, order: int
+    factor,
+    relative_damping,
+    absolute_damping,
+    tolerance,
+    *,
+    ratio: Fraction,
+    max_iterations: int,
+    order: int,
 ):
     p, q = ratio.numerator, ratio.denominator
     eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
     matrix, scale = _scaled(factor, 0)
     row_sum = scale * jnp.linalg.norm(matrix, ord=jnp.inf)
-    matrix, scale = _scaled(factor, jnp.maximum(rel_epsilon * row_sum, abs_epsilon))
+    matrix, scale = _scaled(factor, jnp.maximum(relative_damping * row_sum, absolute_damping))
     root, coupled, _ = _start(matrix, 1 / jnp.trace(matrix), p)
     start = _apply(_newton_factor(coupled, p), root, coupled, p)
     coefficients = _series(p, order)

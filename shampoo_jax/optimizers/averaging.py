@@ -8,9 +8,8 @@ import optax
 
 from shampoo_jax.base.options import check_range, is_number
 from shampoo_jax.base.paths import nodes_of
-from shampoo_jax.base.precision import cast_like, widen
 from shampoo_jax.optimizers.weight_decay import Scalar, ScalarOrSchedule, value_at
-from shampoo_jax.stacks.guard import accept_missing, skip_nonfinite_steps
+from shampoo_jax.stacks.guard import cast_like, guard, unguarded, widen
 
 Array = jax.Array
 
@@ -58,10 +57,9 @@ def averaging(
     `optax.contrib.schedule_free` weights by the largest learning rate so far instead and leaves
     decay to the wrapped optimizer, which applies it at `y`; decay inside `inner` does that here.
 
-    A step with any non-finite gradient is skipped as a whole, see `skip_nonfinite_steps`, whatever
-    `inner` would do with it: `y`, `z`, the decay and all counts stay, so `inner` and the average
+    A step with any non-finite gradient is skipped as a whole, see `guard`: `y`, `z`, the decay and all counts stay, so `inner` and the average
     agree on the step of a schedule. `check_finite` reads how many were skipped. A gradient that is
-    None leaves its parameter, its `z` and their state alone, see `accept_missing`.
+    None leaves its parameter, its `z` and their state alone.
 
     Args:
       inner: Optimizer or chain that ends in the learning rate, without momentum: averaging takes
@@ -97,7 +95,7 @@ def averaging(
       True
     """
     _check_options(kind, train_coeff, eval_coeff, lr_power)
-    inner = optax.with_extra_args_support(inner)
+    inner = optax.with_extra_args_support(unguarded(inner))
     decay = optax.with_extra_args_support(optax.identity() if decay is None else decay)
     coeff = 0.9 if eval_coeff is None else eval_coeff
     power = 2.0 if lr_power is None else lr_power
@@ -142,8 +140,7 @@ def averaging(
         )
         return cast_like(moved, updates), state
 
-    tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    return accept_missing(skip_nonfinite_steps(tx))
+    return guard(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def eval_params(state: Any, params: Any) -> Any:

@@ -4,7 +4,7 @@ import jax
 import optax
 
 from shampoo_jax.base.options import check_range
-from shampoo_jax.base.precision import in_float32
+from shampoo_jax.stacks.guard import in_float32
 
 
 def momentum(
@@ -31,7 +31,7 @@ def momentum(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from shampoo_jax.optimizers.momentum import momentum
+      >>> from shampoo_jax import momentum
       >>> tx = momentum(0.5, dampening=0.25)
       >>> direction = jnp.array(4.0)
       >>> first, state = tx.update(direction, tx.init(direction))

@@ -9,7 +9,12 @@ from typing import Any
 
 import optax
 
-from shampoo_jax.solvers.bases import Basis, CarriedBasis, EighBasis, QRBasis
+from shampoo_jax.blocks.blocking import Blocking
+from shampoo_jax.parts.grafting import scale_by_second_moment
+from shampoo_jax.parts.refresh import BasisRefresh
+from shampoo_jax.solvers.bases import Basis, EighBasis, QRBasis
+from shampoo_jax.solvers.carried import CarriedBasis
+from shampoo_jax.solvers.eigh import ShiftedEigh, TruncatedEigh
 
 Options = dict[str, Any]
 
@@ -42,12 +47,9 @@ def adamw_drop_in(
         learning_rate=learning_rate,
         b1=b1,
         b2=b2,
-        graft_b2=b2,
-        graft_eps=eps,
+        graft=scale_by_second_moment(b2, eps),
         weight_decay=weight_decay,
-        adamw_b1=b1,
-        adamw_b2=b2,
-        adamw_eps=eps,
+        others=optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
     )
 
 
@@ -68,13 +70,10 @@ def track3() -> Options:
         learning_rate=0.01,
         b1=0.9,
         b2=0.9,
-        block_size=8192,
-        canonical=False,
-        cutoff="positive",
+        blocking=Blocking(size=8192, canonical=False),
+        solver=TruncatedEigh(rtol=0.0),
         every=1,
-        graft="adam",
-        graft_b2=0.9,
-        graft_eps=1e-15,
+        graft=scale_by_second_moment(0.9, 1e-15),
         weight_decay=0.1,
     )
 
@@ -88,7 +87,7 @@ def track3_relative() -> Options:
       >>> import shampoo_jax
       >>> tx = shampoo_jax.shampoo(**shampoo_jax.presets.track3_relative())
     """
-    return {**track3(), "cutoff": "relative", "canonical": True}
+    return {**track3(), "solver": TruncatedEigh(), "blocking": Blocking(size=8192)}
 
 
 def soap() -> Options:
@@ -100,8 +99,9 @@ def soap() -> Options:
       >>> import shampoo_jax
       >>> tx = shampoo_jax.soap(**shampoo_jax.presets.soap())
     """
+    whole = Blocking(size=None, merge=None)
     return dict(
-        learning_rate=3e-3, b1=0.95, b2=0.95, eps=1e-8, every=10, weight_decay=0.01, merge=None
+        learning_rate=3e-3, b1=0.95, b2=0.95, eps=1e-8, every=10, weight_decay=0.01, blocking=whole
     )
 
 
@@ -135,9 +135,7 @@ def record_27() -> Options:
         bias_correction=False,
         basis=QRBasis(sort=None),
         every=1,
-        refresh="after",
-        skip_first=False,
-        reorder=False,
+        refresh=BasisRefresh(skip_first=False),
     )
 
 
@@ -151,11 +149,13 @@ def record_19() -> Options:
       >>> import shampoo_jax
       >>> tx = shampoo_jax.scale_by_kl_soap(**shampoo_jax.presets.record_19())
     """
-    return dict(b1=0.95, b2=0.9, factor_b2=0.9, eps=1e-8, first_weight=1.0, cap=4000.0, every=1)
+    return dict(
+        b1=0.95, b2=0.9, factor_b2=0.9, eps=1e-8, first_weight=1.0, max_scale=4000.0, every=1
+    )
 
 
-def meta_shampoo(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> Options:
-    """Options of `scale_by_shampoo` for Meta's defaults: summed factors, eps, no grafting.
+def meta_shampoo(damping: float = 1e-12, block_size: int = 1024, every: int = 1) -> Options:
+    """Options of `scale_by_shampoo` for Meta's defaults: summed factors, damped, no grafting.
 
     `merge=1` turns every parameter of up to `block_size` elements into a vector.
 
@@ -166,24 +166,20 @@ def meta_shampoo(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> 
     return dict(
         b1=0.9,
         b2=1.0,
-        solver="shifted_eigh",
-        eps=eps,
-        block_size=block_size,
-        merge=1,
-        dimension_numbers=None,
-        canonical=False,
+        solver=ShiftedEigh(damping),
+        blocking=_meta_blocking(block_size),
         every=every,
         graft=None,
     )
 
 
 def meta_eigendecomposed(
-    basis: Basis | None = None, eps: float = 1e-12, block_size: int = 1024, every: int = 1
+    basis: Basis | None = None, damping: float = 1e-12, block_size: int = 1024, every: int = 1
 ) -> Options:
     """Options of `scale_by_shampoo` for Meta's `EigendecomposedShampoo`.
 
     Between refreshes eigendecompositions are kept, not roots. That differs from `meta_shampoo` in
-    what steps before the first refresh, `(1 + eps)^(-1/4)` a side, and where `basis` is carried
+    what steps before the first refresh, `(1 + damping)^(-1/4)` a side, and where `basis` is carried
     from one refresh to the next: `QRBasis()`, or `EighBasis(tolerance)`; None means `EighBasis()`.
 
     Example:
@@ -191,24 +187,24 @@ def meta_eigendecomposed(
       >>> options = shampoo_jax.presets.meta_eigendecomposed(shampoo_jax.QRBasis())
       >>> tx = shampoo_jax.scale_by_shampoo(**options)
     """
-    solver = CarriedBasis(EighBasis() if basis is None else basis, eps=eps)
-    return {**meta_shampoo(block_size=block_size, every=every), "solver": solver, "eps": None}
+    solver = CarriedBasis(EighBasis() if basis is None else basis, damping)
+    return {**meta_shampoo(block_size=block_size, every=every), "solver": solver}
 
 
-def meta_kl_shampoo(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> Options:
+def meta_kl_shampoo(damping: float = 1e-12, block_size: int = 1024, every: int = 1) -> Options:
     """Options of `scale_by_shampoo` for Meta's `RootInvKLShampoo`.
 
     Its exponents are Shampoo's; `exponents={2: 0.5}` on top is the paper's iteration on matrices.
 
     Example:
       >>> import shampoo_jax
-      >>> tx = shampoo_jax.scale_by_shampoo(**shampoo_jax.presets.meta_kl_shampoo(eps=1e-6))
+      >>> tx = shampoo_jax.scale_by_shampoo(**shampoo_jax.presets.meta_kl_shampoo(damping=1e-6))
     """
-    return {**meta_shampoo(eps, block_size, every), "statistics": "kl"}
+    return {**meta_shampoo(damping, block_size, every), "statistics": "kl"}
 
 
 def meta_eigendecomposed_kl(
-    basis: Basis | None = None, eps: float = 1e-12, block_size: int = 1024, every: int = 1
+    basis: Basis | None = None, damping: float = 1e-12, block_size: int = 1024, every: int = 1
 ) -> Options:
     """Options of `scale_by_shampoo` for Meta's `EigendecomposedKLShampoo`.
 
@@ -218,7 +214,7 @@ def meta_eigendecomposed_kl(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.scale_by_shampoo(**shampoo_jax.presets.meta_eigendecomposed_kl())
     """
-    return {**meta_eigendecomposed(basis, eps, block_size, every), "statistics": "kl"}
+    return {**meta_eigendecomposed(basis, damping, block_size, every), "statistics": "kl"}
 
 
 def meta_soap(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> Options:
@@ -234,14 +230,13 @@ def meta_soap(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> Opt
         b1=0.9,
         b2=1.0,
         eps=eps,
-        factor_eps=eps,
+        damping=eps,
         basis="qr",
         every=every,
-        refresh="before",
-        skip_first=False,
-        reorder=False,
-        block_size=block_size,
-        merge=1,
-        dimension_numbers=None,
-        canonical=False,
+        refresh=BasisRefresh(when="before", skip_first=False),
+        blocking=_meta_blocking(block_size),
     )
+
+
+def _meta_blocking(size: int) -> Blocking:
+    return Blocking(size, merge=1, canonical=False, dimension_numbers=None)

@@ -1,17 +1,56 @@
 """Weight decay relative to the peak of the learning rate, and where each kind of decay belongs."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import optax
 
-from shampoo_jax.base.precision import in_float32
+from shampoo_jax.base.options import check_choice, check_options, is_number
+from shampoo_jax.stacks.guard import in_float32
 
 Scalar = float | jax.Array
 ScalarOrSchedule = Scalar | optax.Schedule
 
 RELATIVE_KINDS = ("lr_over_peak", "over_peak")
 KINDS = ("l2", "decoupled", *RELATIVE_KINDS)
+
+
+Parts = list[optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    """What kind of weight decay an optimizer has.
+
+    Attributes:
+      kind: `"decoupled"` adds `weight_decay * W` to the direction, `"l2"` to the gradients;
+        `"lr_over_peak"` and `"over_peak"` are relative to the largest learning rate, see
+        `add_scheduled_weight_decay`.
+      peak_lr: Largest learning rate, for the two relative kinds; None means the learning rate, if
+        that is a number.
+      mask: Tree of booleans, or function of parameters giving one: what is to decay; None for all.
+
+    Raises:
+      ValueError: An unknown kind, or a peak that the kind does not divide by.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.shampoo(0.1, weight_decay=1e-4, decay=shampoo_jax.Decay("l2"))
+    """
+
+    kind: str = "decoupled"
+    peak_lr: Any = None
+    mask: Any = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a field that makes no sense."""
+        check_choice("kind", self.kind, KINDS)
+        if self.peak_lr is not None and self.kind not in RELATIVE_KINDS:
+            raise ValueError(
+                f"peak_lr={self.peak_lr} with kind={self.kind!r}: only 'lr_over_peak' and "
+                "'over_peak' divide by it, choose one of them or drop peak_lr."
+            )
 
 
 def add_scheduled_weight_decay(
@@ -55,7 +94,7 @@ def add_scheduled_weight_decay(
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from shampoo_jax.optimizers.weight_decay import add_scheduled_weight_decay
+      >>> from shampoo_jax import add_scheduled_weight_decay
       >>> lr = optax.linear_schedule(0.1, 0.0, 4)
       >>> tx = add_scheduled_weight_decay(0.5, lr, kind="lr_over_peak", peak_lr=0.1)
       >>> params, zero = jnp.array(2.0), jnp.array(0.0)
@@ -65,62 +104,66 @@ def add_scheduled_weight_decay(
       >>> float(first), float(second)
       (1.0, 0.75)
     """
-    if kind not in RELATIVE_KINDS:
-        raise ValueError(
-            f"kind={kind!r} must be one of {', '.join(RELATIVE_KINDS)}; for l2 and decoupled decay "
-            "use optax.add_decayed_weights, before or after the direction."
-        )
-    _check_weight_decay(weight_decay)
-    peak = _peak(learning_rate, peak_lr, kind)
+    check_choice("kind", kind, RELATIVE_KINDS)
+    decay = Decay(kind, peak_lr, mask)
+    return in_float32(_relative(weight_decay, learning_rate, decay))
+
+
+def _relative(
+    weight_decay: ScalarOrSchedule, learning_rate: ScalarOrSchedule, decay: Decay
+) -> optax.GradientTransformation:
+    check_options({"weight_decay": weight_decay})
+    peak = _peak(learning_rate, decay)
 
     def alpha(count: Any) -> Any:
-        share = value_at(learning_rate, count) if kind == "lr_over_peak" else 1.0
+        share = value_at(learning_rate, count) if decay.kind == "lr_over_peak" else 1.0
         return value_at(weight_decay, count) * share / peak
 
-    return in_float32(optax.add_decayed_weights(alpha, mask))
+    return optax.add_decayed_weights(alpha, decay.mask)
 
 
 def decay_parts(
-    kind: str,
     weight_decay: ScalarOrSchedule,
-    learning_rate: ScalarOrSchedule,
-    peak_lr: Scalar | None = None,
-    mask: Any = None,
-) -> tuple[list[optax.GradientTransformation], list[optax.GradientTransformation]]:
+    decay: Decay | None = None,
+    learning_rate: ScalarOrSchedule | None = None,
+) -> tuple[Parts, Parts]:
     """The transformation of one kind of weight decay, sorted by its place in a chain.
 
     `optax.chain(*before, direction, *after, momentum, scale_by_learning_rate)`.
 
     Args:
-      kind: `"l2"`, `"decoupled"`, `"lr_over_peak"` or `"over_peak"`.
       weight_decay: Non-negative number, array or schedule.
-      learning_rate: See `add_scheduled_weight_decay`; the plain kinds do not read it.
-      peak_lr: Likewise.
-      mask: Tree of booleans, or function of parameters giving one: what is to decay.
+      decay: The kind, its peak and its mask; None means `Decay()`, decoupled.
+      learning_rate: The one that multiplies the direction later, for the relative kinds.
 
     Returns:
       (before, after): what is applied to gradients, and what is applied to the direction. One list
-      holds one transformation, the other none.
+      holds one transformation, the other none. They compute in float32 or wider and keep the dtype
+      of updates.
 
     Raises:
-      ValueError: An unknown kind, a negative decay, a missing peak or one that is not positive.
+      ValueError: A negative decay, a missing peak or one that is not positive.
 
     Example:
-      >>> from shampoo_jax.optimizers.weight_decay import decay_parts
-      >>> before, after = decay_parts("l2", 0.1, 0.01)
+      >>> from shampoo_jax import Decay, decay_parts
+      >>> before, after = decay_parts(0.1, Decay("l2"))
       >>> len(before), len(after)
       (1, 0)
     """
-    if kind not in KINDS:
-        raise ValueError(f"weight decay kind={kind!r} is unknown: choose from {', '.join(KINDS)}.")
-    if kind in RELATIVE_KINDS:
-        part = add_scheduled_weight_decay(
-            weight_decay, learning_rate, kind=kind, peak_lr=peak_lr, mask=mask
-        )
-        return [], [part]
-    _check_weight_decay(weight_decay)
-    part = in_float32(optax.add_decayed_weights(weight_decay, mask))
-    return ([part], []) if kind == "l2" else ([], [part])
+    before, after = wide_decay_parts(weight_decay, decay, learning_rate)
+    return [in_float32(tx) for tx in before], [in_float32(tx) for tx in after]
+
+
+def wide_decay_parts(
+    weight_decay: ScalarOrSchedule, decay: Decay | None, learning_rate: Any
+) -> tuple[Parts, Parts]:
+    """`decay_parts` of trees that are in float32 or wider already."""
+    decay = Decay() if decay is None else decay
+    if decay.kind in RELATIVE_KINDS:
+        return [], [_relative(weight_decay, learning_rate, decay)]
+    check_options({"weight_decay": weight_decay})
+    part = optax.add_decayed_weights(weight_decay, decay.mask)
+    return ([part], []) if decay.kind == "l2" else ([], [part])
 
 
 def value_at(value: Any, count: Any) -> Any:
@@ -128,19 +171,13 @@ def value_at(value: Any, count: Any) -> Any:
     return value(count) if callable(value) else value
 
 
-def _check_weight_decay(value: Any) -> None:
-    if isinstance(value, (int, float)) and not value >= 0:
-        raise ValueError(f"weight_decay={value} must not be negative.")
-
-
-def _peak(learning_rate: Any, peak_lr: Any, kind: str) -> Any:
-    if peak_lr is None:
-        if not isinstance(learning_rate, (int, float)):
-            raise ValueError(
-                f"weight decay of kind {kind!r} needs peak_lr, the largest value of the learning "
-                "rate, because learning_rate is a schedule or an array: pass peak_lr=..."
-            )
-        peak_lr = learning_rate
-    if isinstance(peak_lr, (int, float)) and not peak_lr > 0:
-        raise ValueError(f"peak_lr={peak_lr} must be positive: weight decay is divided by it.")
-    return peak_lr
+def _peak(learning_rate: Any, decay: Decay) -> Any:
+    peak = learning_rate if decay.peak_lr is None else decay.peak_lr
+    if decay.peak_lr is None and not is_number(peak):
+        raise ValueError(
+            f"weight decay of kind {decay.kind!r} needs peak_lr, the largest value of the learning "
+            "rate, because learning_rate is a schedule or an array: pass Decay(kind, peak_lr)."
+        )
+    if is_number(peak) and not peak > 0:
+        raise ValueError(f"peak_lr={peak} must be positive: weight decay is divided by it.")
+    return peak

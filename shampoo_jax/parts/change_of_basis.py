@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from shampoo_jax.base.paths import KeyPath, stack_of
-from shampoo_jax.blocks.blocks import Blocks, is_blocks
-from shampoo_jax.parts.roots import apply_matrices
+from shampoo_jax.blocks.blocks import Blocks, Matrices, Stacks, along
+from shampoo_jax.matrix.products import apply_matrices
 
 Array = jax.Array
-Matrices = tuple[Array | None, ...]
 
 
 class Move(NamedTuple):
@@ -19,7 +18,7 @@ class Move(NamedTuple):
 
     old: Matrices
     new: Matrices
-    order: Matrices  # new order of old columns, or None per dimension
+    columns: Matrices  # which old columns the new ones were, or None per dimension
 
 
 def carry(
@@ -37,37 +36,30 @@ def carry(
     if _fields(path) & set(first_moments):
         moved = apply_matrices(apply_matrices(leaf, move.old), move.new, transpose=True)
         return moved.astype(leaf.dtype)
-    return _permute(leaf, move.order) if reorder else leaf
+    return _permute(leaf, move.columns) if reorder else leaf
 
 
-def _permute(x: Array, order: Matrices) -> Array:
-    """Each dimension k of a stack indexed by `order[k]`, `[N, d]`."""
-    for k, columns in enumerate(order):
+def _permute(x: Array, moved: Matrices) -> Array:
+    """Each dimension k of a stack indexed by `moved[k]`, `[N, d]`."""
+    for k, columns in enumerate(moved):
         if columns is not None:
             x = jnp.take_along_axis(x, along(columns, k, x.ndim), axis=k + 1)
     return x
-
-
-def along(x: Array, dim: int, ndim: int) -> Array:
-    """`[N, d]` shaped to broadcast along dimension `dim` of a stack with `ndim` axes."""
-    shape = [len(x), *[1] * (ndim - 1)]
-    shape[dim + 1] = x.shape[1]
-    return x.reshape(shape)
 
 
 def _fields(path: KeyPath) -> set[str]:
     return {k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)}
 
 
-def _per_block(state: Any, params: Any) -> list[tuple[KeyPath, Array, Blocks]]:
+def _per_block(state: Any, params: Stacks) -> list[tuple[KeyPath, Array, Blocks]]:
     """Every leaf of a state that is about blocks, with its path and its stack of parameters."""
-    stacks = dict(jax.tree_util.tree_leaves_with_path(params, is_leaf=is_blocks))
+    stacks = {(jax.tree_util.DictKey(key),): b for key, b in params.items()}
     leaves = jax.tree_util.tree_leaves_with_path(state)
     owned = [(path, leaf, stack_of(path, stacks)) for path, leaf in leaves if leaf.ndim]
     return [(path, leaf, stacks[stack]) for path, leaf, stack in owned if stack is not None]
 
 
-def check_elementwise(state: Any, params: Any) -> None:
+def check_elementwise(state: Any, params: Stacks) -> None:
     """Raises ValueError where a per-block state leaf does not have its block's shape."""
     for path, leaf, p in _per_block(state, params):
         if leaf.shape != p.update.shape:
@@ -78,9 +70,9 @@ def check_elementwise(state: Any, params: Any) -> None:
             )
 
 
-def check_named(state: Any, params: Any, first_moments: Sequence[str]) -> None:
+def check_named(state: Any, params: Stacks, first_moments: Sequence[str]) -> None:
     """Raises ValueError where a name is no field of the per-block state."""
-    if not jax.tree.leaves(params):
+    if not params:
         return
     found = set().union(*(_fields(path) for path, _, _ in _per_block(state, params)))
     unknown = [name for name in first_moments if name not in found]

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_range
-from shampoo_jax.base.precision import check_dtype
-from shampoo_jax.blocks.blocks import Blocks, Part, blocks_part, map_blocks
+from shampoo_jax.base.options import check_dtype, check_options
+from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, each_of, make_part
 
 Array = jax.Array
 
@@ -54,35 +53,31 @@ def filter_gradient(
       >>> float(first), float(second)  # 4, then (4/4 + 1/2) / (1 - 1/4)
       (4.0, 2.0)
     """
-    check_range("b1", b1)
-    check_range("b3", b3)
+    check_options({"b1": b1, "b3": b3, "mu_dtype": mu_dtype})
     check_dtype("mu_dtype", mu_dtype)
     b3 = b1 if b3 is None else b3
 
-    def init(params: Any) -> FilterGradientState:
-        mu = map_blocks(lambda p: jnp.zeros_like(p.update, mu_dtype), params)
+    def init(params: Stacks) -> FilterGradientState:
+        mu = each(lambda p: jnp.zeros_like(p.update, mu_dtype), params)
         return FilterGradientState(jnp.zeros([], jnp.int32), mu)
 
-    def update(blocks: Any, state: FilterGradientState, params: Any) -> tuple[Any, Any]:
-        del params
+    def update(
+        stacks: Stacks, state: FilterGradientState, params: Any, **extra: Any
+    ) -> tuple[Stacks, FilterGradientState]:
+        del params, extra
 
-        def emit(b: Blocks, mu: Array) -> Blocks:
-            mu = mu.astype(b.gradient.dtype)
-            out = b3 * mu + (1 - b3) * b.gradient
+        def one(b: Blocks, mu: Array) -> tuple[Blocks, Array]:
+            g, old = b.gradient, mu.astype(b.gradient.dtype)
+            out = b3 * old + (1 - b3) * g
             if bias_correction:
                 out = out / (1 - b3 * power(b1, state.count, out.dtype))
-            return dataclasses.replace(b, update=out.astype(b.gradient.dtype))
+            new = b1 * old + (1 - b1) * g
+            return dataclasses.replace(b, update=out.astype(g.dtype)), new.astype(mu.dtype)
 
-        new = map_blocks(emit, blocks, state.mu)
-
-        def decay(b: Blocks, mu: Array) -> Array:
-            new = b1 * mu.astype(b.gradient.dtype) + (1 - b1) * b.gradient
-            return new.astype(mu.dtype)
-
-        mu = map_blocks(decay, blocks, state.mu)
+        new, mu = each_of(2, one, stacks, state.mu)
         return new, FilterGradientState(optax.safe_increment(state.count), mu)
 
-    return blocks_part(init, update)
+    return make_part(init, update)
 
 
 def power(base: float | Array, count: Array, dtype: Any) -> Array:

@@ -7,12 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.blocks.blocks import Blocks, Part, blocks_part, map_blocks, where_block
-from shampoo_jax.blocks.exponents import Exponents, default_exponents
-from shampoo_jax.parts.change_of_basis import Matrices
-from shampoo_jax.parts.factors import contract, decay_factors, factor_correction, zero_factors
-from shampoo_jax.parts.filtering import check_range
-from shampoo_jax.parts.roots import apply_matrices
+from shampoo_jax.base.options import check_range
+from shampoo_jax.blocks.blocks import (
+    Blocks,
+    Matrices,
+    Part,
+    Stacks,
+    each,
+    each_of,
+    make_part,
+    where_block,
+)
+from shampoo_jax.matrix.products import apply_matrices, contract
+from shampoo_jax.parts.factors import decay_factors, factor_correction, zero_factors
 from shampoo_jax.solvers.solver import identities
 
 Array = jax.Array
@@ -30,7 +37,6 @@ def accumulate_kl_factors(
     inner_roots: optax.GradientTransformation,
     b2: float | Array = 0.9,
     *,
-    exponents: Exponents = default_exponents,
     bias_correction: bool = True,
     weighted: bool = True,
     normalize: bool = False,
@@ -44,8 +50,8 @@ def accumulate_kl_factors(
 
     A truncated root maps to 0 what its factor has not seen, so the part of a gradient that is new
     to the roots of *both* sides of a matrix never enters the factors. Where supports may change, as
-    with rows that are not used at first, take `ShiftedEigh`, or `scale_by_kl_shampoo` with `rtol`,
-    which truncates updates, not statistics.
+    with rows that are not used at first, take `ShiftedEigh`, or `scale_by_kl_shampoo` with a
+    basis that has `rtol`, which truncates updates, not statistics.
 
     Unlike Shampoo's, directions depend on the scale of the gradients: the identities that whiten
     the first ones do not scale with them.
@@ -54,7 +60,6 @@ def accumulate_kl_factors(
       inner_roots: Part that turns factors into roots, `invert_roots` alone or in a chain: one state
         in it keeps them in a field `roots`.
       b2: Decay in [0, 1].
-      exponents: As given to `inner_roots`.
       bias_correction: Whether factors are reported divided by `1 - b2^t`.
       weighted: Whether `w = 1 - b2`; False adds with weight 1, uncorrected.
       normalize: Whether `H_(k) H_(k)^T` is divided by its number of columns, as in the paper.
@@ -77,30 +82,28 @@ def accumulate_kl_factors(
     check_range("b2", b2, closed=True)
     tx = optax.with_extra_args_support(inner_roots)
 
-    def init(params: Any) -> AccumulateKLFactorsState:
-        factors = map_blocks(lambda p: zero_factors(p, exponents), params)
+    def init(params: Stacks) -> AccumulateKLFactorsState:
         inner = tx.init(params)
         _roots_in(inner)
-        return AccumulateKLFactorsState(jnp.zeros([], jnp.int32), factors, inner)
+        return AccumulateKLFactorsState(jnp.zeros([], jnp.int32), each(zero_factors, params), inner)
 
-    def update(blocks: Any, state: AccumulateKLFactorsState, params: Any) -> tuple[Any, Any]:
+    def update(
+        stacks: Stacks, state: AccumulateKLFactorsState, params: Any, **extra: Any
+    ) -> tuple[Stacks, AccumulateKLFactorsState]:
         count = optax.safe_increment(state.count)
 
-        def accumulate(b: Blocks, factors: Matrices, roots: Matrices) -> Matrices:
+        def one(b: Blocks, factors: Matrices, roots: Matrices) -> tuple[Blocks, Matrices]:
             roots = jax.tree.map(_identity_for_zero, roots)
-            new = whitened_contractions(b.gradient, factors, roots, normalize)
-            return decay_factors(factors, list(new), b2, weighted)
-
-        def report(b: Blocks, factors: Matrices) -> Blocks:
+            squares = whitened_contractions(b.gradient, factors, roots, normalize)
+            new = decay_factors(factors, squares, b2, weighted)
             scale = factor_correction(b2, count, b.gradient.dtype, bias_correction and weighted)
-            matrices = tuple(None if s is None else s / scale for s in factors)
-            return dataclasses.replace(b, matrices=matrices)
+            return dataclasses.replace(b, matrices=jax.tree.map(lambda s: s / scale, new)), new
 
-        factors = map_blocks(accumulate, blocks, state.factors, _roots_in(state.inner))
-        new, inner = tx.update(map_blocks(report, blocks, factors), state.inner, params)
+        given, factors = each_of(2, one, stacks, state.factors, _roots_in(state.inner))
+        new, inner = tx.update(given, state.inner, params, **extra)
         return new, AccumulateKLFactorsState(count, factors, inner)
 
-    return blocks_part(init, update)
+    return make_part(init, update)
 
 
 def _identity_for_zero(root: Array) -> Array:

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 
 from shampoo_jax.base.paths import name_of, nodes_of
-from shampoo_jax.blocks.blocks import Blocks, blocks_part, map_blocks
-from shampoo_jax.blocks.exponents import Exponents, default_exponents
+from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, make_part
 from shampoo_jax.matrix.eigh import eigh, power_of_two_scale
 from shampoo_jax.matrix.products import matmul
 from shampoo_jax.parts.refresh import check_schedule
@@ -35,9 +34,7 @@ class MonitorState(NamedTuple):
     figures: Any  # per stack {"0": {"effective_rank": [N], ...}, ..., "graft_ratio": [N], ...}
 
 
-def monitor_spectrum(
-    *, exponents: Exponents = default_exponents, every: int | Array = 1
-) -> optax.GradientTransformationExtraArgs:
+def monitor_spectrum(*, every: int | Array = 1) -> Part:
     """Passes updates through unchanged and keeps figures about their preconditioner.
 
     It stands last in the walk, after `graft` (after `precondition` or the eigenbasis part if there
@@ -69,7 +66,6 @@ def monitor_spectrum(
     costs about two refreshes; other steps cost nothing, nor does a walk without this part.
 
     Args:
-      exponents: `e` by block shape, as given to `invert_roots`.
       every: Steps between records, at least 1.
 
     Returns:
@@ -93,37 +89,38 @@ def monitor_spectrum(
       >>> [float(figures[key]["kept_rank"][0]) for key in ("3x2/0", "3x2/1")]
       [2.0, 2.0]
     """
-    check_schedule(every, None)
+    check_schedule(every)
 
-    def init(params: Any) -> MonitorState:
-        def zeros(p: Blocks) -> dict[str, Any]:
-            dimensions = [str(k) for k, e in enumerate(exponents(p.shape)) if e]
-            # One array a figure: donating a state that names a buffer twice is an error.
-            new = lambda: jnp.zeros(len(p.update), p.update.dtype)  # noqa: E731
-            return {k: {name: new() for name in DIMENSION_FIGURES} for k in dimensions} | {
-                name: new() for name in STACK_FIGURES
-            }
+    def init(params: Stacks) -> MonitorState:
+        return MonitorState(jnp.zeros([], jnp.int32), each(_no_figures, params))
 
-        return MonitorState(jnp.zeros([], jnp.int32), map_blocks(zeros, params))
-
-    def update(blocks: Any, state: MonitorState, params: Any) -> tuple[Any, Any]:
-        del params
+    def update(
+        stacks: Stacks, state: MonitorState, params: Any, **extra: Any
+    ) -> tuple[Stacks, MonitorState]:
+        del params, extra
         count = optax.safe_increment(state.count)
-
-        def record(old: Any) -> Any:
-            return map_blocks(lambda b, o: _record(b, o, exponents(b.shape)), blocks, old)
-
         due = (count == 1) | (count % every == 0)
-        figures = jax.lax.cond(due, record, lambda same: same, state.figures)
-        return blocks, MonitorState(count, figures)
+        figures = jax.lax.cond(
+            due, lambda old: each(_record, stacks, old), lambda same: same, state.figures
+        )
+        return stacks, MonitorState(count, figures)
 
-    return blocks_part(init, update)
+    return make_part(init, update)
 
 
-def _record(b: Blocks, old: dict[str, Any], exponents: tuple[float, ...]) -> dict[str, Any]:
+def _no_figures(p: Blocks) -> dict[str, Any]:
+    # One array a figure: donating a state that names a buffer twice is an error.
+    new = lambda: jnp.zeros(len(p.update), p.update.dtype)  # noqa: E731
+    dimensions = [str(k) for k, e in enumerate(p.exponents) if e]
+    return {k: {name: new() for name in DIMENSION_FIGURES} for k in dimensions} | {
+        name: new() for name in STACK_FIGURES
+    }
+
+
+def _record(b: Blocks, old: dict[str, Any]) -> dict[str, Any]:
     """New figures of one stack, or the old ones while its preconditioner is not in use."""
     new: dict[str, Any] = {name: b.figures.get(name, old[name]) for name in STACK_FIGURES}
-    for k, exponent in enumerate(exponents):
+    for k, exponent in enumerate(b.exponents):
         if not exponent:
             continue
         factor, basis = b.figures.get(f"factor/{k}"), b.figures.get(f"basis/{k}")
@@ -131,8 +128,7 @@ def _record(b: Blocks, old: dict[str, Any], exponents: tuple[float, ...]) -> dic
         if factor is None or matrix is None:
             raise ValueError(
                 f"monitor_spectrum found no factor of dimension {k} in a stack of blocks of shape "
-                f"{b.update.shape[1:]}: place it after invert_roots or the eigenbasis part, with "
-                "the same exponents."
+                f"{b.update.shape[1:]}: place it after invert_roots or the eigenbasis part."
             )
         scale = power_of_two_scale(factor)
         if basis is None:

@@ -1,13 +1,83 @@
 """When a refresh is due, and refreshing a part of a stack at a time."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from shampoo_jax.base.options import Checked, check_choice
+
 Array = jax.Array
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh(Checked):
+    """How the refreshes of roots or bases are placed in time.
+
+    Attributes:
+      start: First step that refreshes, at least `every`; None means `every`. Until then a grafted
+        direction is the graft's alone.
+      stagger: Whether refreshes are spread over the steps: step `start` refreshes all blocks, each
+        later one those whose index equals the step modulo `every`, so that all steps cost the same.
+      chunk: Most factors of one shape that are solved at the same time, to bound working memory.
+
+    Raises:
+      ValueError: A field that is no whole number of at least 1.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.shampoo(0.1, every=10, refresh=shampoo_jax.Refresh(stagger=True))
+    """
+
+    start: Any = None
+    stagger: bool = False
+    chunk: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BasisRefresh(Refresh):
+    """`Refresh` of eigenbases; the defaults are those of the authors of SOAP and KL-Shampoo.
+
+    Attributes:
+      start: First step that refreshes, with `when="before"` alone; None means `every`.
+      stagger: As in `Refresh`, once all blocks have had their first basis.
+      chunk: As in `Refresh`.
+      when: `"after"` uses each gradient before the bases have seen it: the first step's factors are
+        decomposed, and from then on the old basis is used and then refreshed (the papers).
+        `"before"` refreshes from factors that include this step's gradient, then uses the new basis
+        (Meta); bases are identities until step `start`.
+      skip_first: With `"after"`, whether the first step only fills factors and bases: its update is
+        zero, and the part that runs in the bases does not see it.
+      reorder: Whether second moments follow when columns are sorted; None: where the basis tells
+        how, which only the authors' `QRBasis(sort="before")` does.
+
+    Raises:
+      ValueError: A field out of range, or `start` or `skip_first` beside the other `when`.
+
+    Example:
+      >>> import shampoo_jax
+      >>> meta = shampoo_jax.BasisRefresh(when="before", skip_first=False, reorder=False)
+      >>> tx = shampoo_jax.soap(3e-3, every=1, refresh=meta)
+    """
+
+    when: Literal["before", "after"] = "after"
+    skip_first: bool = True
+    reorder: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a field out of range and for fields that contradict each other."""
+        super().__post_init__()
+        check_choice("when", self.when, ("before", "after"))
+        if self.start is not None and self.when == "after":
+            raise ValueError(
+                f"start={self.start} with when='after', whose first basis is that of the first "
+                "gradient: drop start, or set when='before'."
+            )
+        if self.skip_first and self.when == "before":
+            raise ValueError("skip_first=True needs when='after': set one or the other.")
 
 
 def refresh_due(count: Array, every: int | Array, start: int | Array) -> Array:
@@ -18,19 +88,22 @@ def refresh_due(count: Array, every: int | Array, start: int | Array) -> Array:
     return (count == start) | ((count % every == 0) & (count > start))
 
 
-def check_schedule(every: Any, start: Any, stagger: bool = False) -> None:
-    """Raises ValueError where a refresh interval or first step known now makes no sense."""
+def check_schedule(every: Any, refresh: Refresh | None = None) -> Any:
+    """The first step that refreshes; raises ValueError where what is known now makes no sense."""
+    refresh = Refresh() if refresh is None else refresh
+    start = every if refresh.start is None else refresh.start
     if isinstance(every, int) and every < 1:
         raise ValueError(f"every={every} must be at least 1 step.")
     if isinstance(start, int) and isinstance(every, int) and start < every:
         raise ValueError(
             f"start={start} must not be below every={every}: the first refresh is at step start."
         )
-    if stagger and not isinstance(every, int):
+    if refresh.stagger and not isinstance(every, int):
         raise ValueError(
             f"every={every} with stagger=True must be a Python int, since it decides how many "
             "blocks a step refreshes: name it in static_args, or set stagger=False."
         )
+    return start
 
 
 def scheduled(
@@ -87,11 +160,10 @@ def staggered(
 def refresh_slots(
     f: Callable[..., T],
     slots: Array,
-    turn: Array | None,
+    turn: Array,
     every: Any,
     old: T,
     *reads: Any,
-    real: Array | None = None,
 ) -> T:
     """Applies `f` to the slots of a stack whose turn it is: those equal to `turn` modulo `every`.
 
@@ -102,11 +174,10 @@ def refresh_slots(
     Args:
       f: Function of (old, *reads) of some slots giving new values for `old`.
       slots: `int32[N]`, consecutive numbers: positions among the blocks of all stacks.
-      turn: Integer, the step; None for all slots at once.
+      turn: Integer, the step.
       every: Static number of turns until all slots have had theirs.
       old: Tree of arrays `[N, ...]`.
       *reads: Likewise.
-      real: `bool[N]`, the slots to compute, one after the other; None for all, together.
 
     Returns:
       `old` with new values in those slots.
@@ -115,13 +186,8 @@ def refresh_slots(
     >>> refresh_slots(lambda o: o + 1, jnp.arange(2, 7), jnp.array(6), 3, old).tolist()
     [0, 1, 0, 0, 1]
     """
-    if real is not None:
-        f, reads = _where_real(f), (real, *reads)
-    if turn is None:
-        return f(old, *reads)
     n = len(slots)
     first = (turn - slots[0]) % every
-
     at = first + every * jnp.arange(-(-n // every))
 
     def share() -> T:
@@ -130,21 +196,6 @@ def refresh_slots(
         return jax.tree.map(lambda o, x: o.at[at].set(x.astype(o.dtype), **options), old, new)
 
     return share() if n >= every else jax.lax.cond(first < n, share, lambda: old)
-
-
-def _where_real(f: Callable[..., T]) -> Callable[..., T]:
-    """`f` as a function of (old, real, *reads), one slot after the other, those real only."""
-
-    def one(slot: tuple[T, Array, *tuple[Any, ...]]) -> T:
-        old, real, *reads = jax.tree.map(lambda x: x[None], slot)
-        new = jax.lax.cond(real[0], lambda: _like(f(old, *reads), old), lambda: old)
-        return jax.tree.map(lambda x: x[0], new)
-
-    return lambda *stacks: jax.lax.map(one, stacks)
-
-
-def _like(new: T, old: T) -> T:
-    return jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
 
 
 def in_chunks(f: Callable[..., Any], size: int | None, *stacks: Any) -> Any:

@@ -8,14 +8,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_options
-from shampoo_jax.base.precision import check_dtype
-from shampoo_jax.blocks.blocks import Blocks, Part, blocks_part, map_blocks, where_block
-from shampoo_jax.blocks.exponents import Exponents, default_exponents, per_factor
-from shampoo_jax.parts.refresh import check_schedule, in_chunks, refresh_slots, scheduled
-from shampoo_jax.solvers.solver import Solver, TruncatedEigh, identities
+from shampoo_jax.base.options import check_dtype
+from shampoo_jax.blocks.blocks import (
+    Blocks,
+    Matrices,
+    Part,
+    Stacks,
+    each,
+    each_of,
+    make_part,
+    stateless,
+    where_block,
+)
+from shampoo_jax.matrix.products import apply_matrices
+from shampoo_jax.parts.refresh import Refresh, check_schedule, in_chunks, refresh_slots, scheduled
+from shampoo_jax.solvers.eigh import TruncatedEigh
+from shampoo_jax.solvers.solver import Solver
 
 Array = jax.Array
+Old = tuple[Any, Any, Array]  # roots, what the solver carries, failures
 
 
 class InvertRootsState(NamedTuple):
@@ -30,127 +41,78 @@ class InvertRootsState(NamedTuple):
 def invert_roots(
     solver: Solver | None = None,
     *,
-    exponents: Exponents = default_exponents,
     every: int | Array = 1,
-    start: int | Array | None = None,
-    stagger: bool = False,
-    chunk: int | None = None,
+    refresh: Refresh | None = None,
     root_dtype: Any = None,
 ) -> Part:
     """Replaces factors by their inverse roots `S_k^(-e_k)`, recomputed on a schedule.
 
-    Before step `start` the roots are the solver's `init_root`, identities but for `CarriedBasis`,
-    and the stacks are marked as not ready. A root whose solver reports failure keeps its last good
-    value and is counted.
+    Before the first refresh the roots are the solver's `init_root`, identities but for
+    `CarriedBasis`, and the stacks are marked as not ready. A root whose solver reports failure
+    keeps its last good value and is counted. Exponents are those of `Blocks`.
 
     Args:
       solver: See `Solver`; None means `TruncatedEigh()`.
-      exponents: `e_k` by block shape; Shampoo's `1 / (2 * order)` by default.
       every: Steps between refreshes, at least 1.
-      start: First step that refreshes; None means `every`.
-      stagger: Whether refreshes are spread over the steps: step `start` refreshes all blocks, each
-        later one those whose index equals the step modulo `every`, so that all steps cost the same.
-      chunk: Most factors of one shape that are solved at the same time, to bound working memory.
+      refresh: First step that refreshes, and how refreshes are spread; None means `Refresh()`.
       root_dtype: Of the stored roots; None means that of the factors, which are never narrowed.
 
     Returns:
-      A part. Its state holds `[N, d, d]` for each preconditioned dimension of each stack.
+      A part. Its state holds `[N, d, d]` for each dimension of each stack whose exponent is not 0.
 
     Raises:
-      ValueError: `every` below 1, `start` below `every`, `stagger` with a traced `every`, `chunk`
-        below 1, or a dtype that cannot hold roots; at init, exponents that the solver refuses.
+      ValueError: `every` below 1, a schedule that makes no sense, or a dtype that cannot hold
+        roots; at init, exponents that the solver refuses.
 
     Example:
       >>> import jax.numpy as jnp, optax, shampoo_jax
       >>> factors, roots = shampoo_jax.accumulate_factors(0.9), shampoo_jax.invert_roots(every=10)
       >>> tx = shampoo_jax.blocked(optax.chain(factors, roots, shampoo_jax.precondition()))
-      >>> state = tx.init({"w": jnp.ones((3, 2))})
-      >>> [root.shape for root in state.inner[1].roots["3x2"]]
+      >>> state = tx.init({"w": jnp.ones((3, 2))}).inner_state.inner
+      >>> [root.shape for root in state[1].roots["3x2"]]
       [(1, 3, 3), (1, 2, 2)]
     """
-    check_schedule(every, start, stagger)
+    solve = TruncatedEigh() if solver is None else solver
+    plan = Refresh() if refresh is None else refresh
+    first = check_schedule(every, plan)
     check_dtype("root_dtype", root_dtype)
-    check_options({"chunk": chunk})
-    solve = solver or TruncatedEigh()
-    first = every if start is None else start
+    always = isinstance(every, int) and isinstance(first, int) and every == first == 1
 
-    def init(params: Any) -> InvertRootsState:
-        def roots(p: Blocks) -> tuple[Array | None, ...]:
-            _check_exponents(solve, p.update.shape[1:], exponents)
-            make = functools.partial(_first_root, solve, p.update.dtype, root_dtype)
-            return per_factor(make, p.update.shape, exponents)
+    def init(params: Stacks) -> InvertRootsState:
+        roots = each(functools.partial(_first_roots, solve, root_dtype), params)
+        carried = each(functools.partial(_first_carried, solve), params)
+        return InvertRootsState(jnp.zeros([], jnp.int32), roots, carried, each(no_failures, params))
 
-        def carried(p: Blocks) -> tuple[Any, ...]:
-            make = lambda n, d, e: solve.init(n, d, p.update.dtype)  # noqa: E731
-            return per_factor(make, p.update.shape, exponents)
-
-        return InvertRootsState(
-            jnp.zeros([], jnp.int32),
-            map_blocks(roots, params),
-            map_blocks(carried, params),
-            map_blocks(no_failures, params),
-        )
-
-    def refresh(blocks: Any, turn: Array | None, old: InvertRootsState) -> InvertRootsState:
-        def stack(b: Blocks, *old: Any) -> tuple[Any, Any, Array]:
-            def renew(old: Any, factors: Any) -> tuple[Any, Any, Array]:
-                return _refresh(factors, solve, exponents(b.shape), chunk, old)
-
-            return refresh_slots(renew, b.slots, turn, every, old, b.per_dimension, real=b.real)
-
-        new = map_blocks(stack, blocks, *old[1:])
-        parts = [map_blocks(lambda b, p, i=i: p[i], blocks, new) for i in range(3)]
-        return InvertRootsState(old.count, *parts)
-
-    def update(blocks: Any, state: InvertRootsState, params: Any) -> tuple[Any, Any]:
-        del params
+    def update(
+        stacks: Stacks, state: InvertRootsState, params: Any, **extra: Any
+    ) -> tuple[Stacks, InvertRootsState]:
+        del params, extra
         count = optax.safe_increment(state.count)
         state = state._replace(count=count)
-        renew = functools.partial(refresh, blocks)
-        state = scheduled(renew, count, every, first, stagger, state)
+        renew = functools.partial(_renew, stacks, solve, every, plan.chunk)
+        if always:
+            state = renew(None, state)
+        else:
+            state = scheduled(renew, count, every, first, plan.stagger, state)
         report = functools.partial(_report, solve, count >= first)
-        return map_blocks(report, blocks, *state[1:]), state
+        return each(report, stacks, state.roots, state.solver, state.failures), state
 
-    return blocks_part(init, update)
-
-
-def _report(
-    solve: Solver, ready: Array, b: Blocks, roots: Any, carried: Any, failures: Array
-) -> Blocks:
-    """Hands the roots on, with figures for a monitor."""
-    own = [solve.figures(c) for c, r in zip(carried, roots, strict=True) if r is not None]
-    total: Any = {name: sum(each[name] for each in own) for name in (own[0] if own else ())}
-    return dataclasses.replace(
-        b,
-        matrices=tuple(None if r is None else r.astype(b.update.dtype) for r in roots),
-        ready=ready,
-        figures={**b.figures, **report_factors(b), **total, "failures": failures},
-    )
+    return make_part(init, update)
 
 
-def _check_exponents(solve: Solver, block: tuple[int, ...], exponents: Exponents) -> None:
-    """Raises ValueError for blocks with an exponent that the solver refuses."""
+def _first_roots(solve: Solver, root_dtype: Any, p: Blocks) -> Matrices:
+    """Roots before the first refresh, in the dtype of storage."""
     try:
-        for exponent in filter(None, exponents(block)):
+        for exponent in filter(None, p.exponents):
             solve.check(exponent)
     except ValueError as error:
-        raise ValueError(f"blocks of shape {'x'.join(map(str, block))}: {error}") from None
-
-
-def _first_root(solve: Solver, dtype: Any, stored: Any, n: int, d: int, exponent: float) -> Array:
-    """Roots before the first refresh, in the dtype of storage."""
-    return solve.init_root(n, d, dtype, exponent).astype(stored or dtype)
-
-
-def report_factors(b: Blocks) -> dict[str, Array]:
-    """The factors of a stack as figures `"factor/k"`: a monitor stands where they are gone."""
-    return {f"factor/{k}": s for k, s in enumerate(b.matrices) if s is not None}
-
-
-def identity_roots(p: Blocks, exponents: Exponents) -> tuple[Array | None, ...]:
-    """Identity matrices `[N, d, d]` for every dimension of a stack with a non-zero exponent."""
+        raise ValueError(f"blocks of shape {'x'.join(map(str, p.shape))}: {error}") from None
     dtype = p.update.dtype
-    return per_factor(lambda n, d, e: identities(n, d, dtype), p.update.shape, exponents)
+    return p.per_factor(lambda n, d, e: solve.init_root(n, d, dtype, e).astype(root_dtype or dtype))
+
+
+def _first_carried(solve: Solver, p: Blocks) -> tuple[Any, ...]:
+    return p.per_factor(lambda n, d, e: solve.init(n, d, p.update.dtype))
 
 
 def no_failures(p: Blocks) -> Array:
@@ -158,50 +120,63 @@ def no_failures(p: Blocks) -> Array:
     return jnp.zeros(len(p.update), jnp.int32)
 
 
-def _refresh(
-    factors: tuple[Array | None, ...],
+def _renew(
+    stacks: Stacks,
     solve: Solver,
-    exponents: tuple[float, ...],
+    every: Any,
     chunk: int | None,
-    old: tuple[Any, Any, Array],
-) -> tuple[Any, Any, Array]:
+    turn: Array | None,
+    old: InvertRootsState,
+) -> InvertRootsState:
+    """The state with new roots, of the slots whose turn it is or of all."""
+    refresh = functools.partial(_refresh, solve, chunk)
+    if turn is None:
+        return InvertRootsState(old.count, *each_of(3, refresh, stacks, *old[1:]))
+
+    def share(b: Blocks, *old: Any) -> Old:
+        def some(old: Any, factors: Matrices) -> Old:
+            return refresh(dataclasses.replace(b, matrices=factors), *old)
+
+        return refresh_slots(some, b.index, turn, every, old, b.per_dimension)
+
+    return InvertRootsState(old.count, *each_of(3, share, stacks, *old[1:]))
+
+
+def _refresh(
+    solve: Solver, chunk: int | None, b: Blocks, roots: Matrices, carried: Any, failures: Array
+) -> Old:
     """New roots of one stack; a failed one keeps its old value and its block counts one failure."""
-    roots, carried, failures = list(old[0]), list(old[1]), old[2]
+    new_roots, new_carried = list(roots), list(carried)
     failed = jnp.zeros(failures.shape, bool)
-    for k, (factor, exponent) in enumerate(zip(factors, exponents, strict=True)):
+    for k, (factor, exponent) in enumerate(zip(b.per_dimension, b.exponents, strict=True)):
         if factor is None:
             continue
-        root, ok, state = in_chunks(
-            lambda f, s, e=exponent: solve(f, e, s), chunk, factor, carried[k]
-        )
+        if chunk is None:
+            root, ok, state = solve(factor, exponent, carried[k])
+        else:
+            solved = lambda f, s, e=exponent: solve(f, e, s)  # noqa: E731
+            root, ok, state = in_chunks(solved, chunk, factor, carried[k])
         keep = functools.partial(where_block, ok)
-        roots[k], carried[k] = jax.tree.map(keep, (root, state), (roots[k], carried[k]))
+        old = (roots[k], carried[k])
+        new_roots[k], new_carried[k] = jax.tree.map(keep, (root, state), old)
         failed |= ~ok
-    return tuple(roots), tuple(carried), failures + failed
+    return tuple(new_roots), tuple(new_carried), failures + failed
 
 
-def apply_matrices(
-    x: Array, matrices: tuple[Array | None, ...], *, transpose: bool = False
-) -> Array:
-    """Multiplies each dimension k of a stack by its matrix: `x x_1 P_1 x_2 P_2 ...`.
-
-    Args:
-      x: Stack `[N, *block]`.
-      matrices: `[N, d, d]` or None (identity) per dimension; empty for all identities.
-      transpose: Whether to multiply by the transposes, as in a change into an eigenbasis.
-
-    Returns:
-      `[N, *block]`.
-    """
-    for k, matrix in enumerate(matrices):
-        if matrix is None:
+def _report(
+    solve: Solver, ready: Array, b: Blocks, roots: Matrices, carried: Any, failures: Array
+) -> Blocks:
+    """Hands the roots on, with figures for a monitor, which stands where the factors are gone."""
+    matrices, figures = list(roots), {**b.figures, "failures": failures}
+    for k, root in enumerate(roots):
+        if root is None:
             continue
-        rows = jnp.moveaxis(x, k + 1, 1)
-        flat = rows.reshape(*rows.shape[:2], -1)
-        left = matrix.swapaxes(1, 2) if transpose else matrix
-        flat = jnp.matmul(left, flat, precision=jax.lax.Precision.HIGHEST)
-        x = jnp.moveaxis(flat.reshape(rows.shape), 1, k + 1)
-    return x
+        matrices[k] = root.astype(b.update.dtype)
+        figures[f"factor/{k}"] = b.matrices[k]
+        nothing = isinstance(carried[k], tuple) and not carried[k]
+        for name, value in () if nothing else solve.figures(carried[k]).items():
+            figures[name] = figures.get(name, 0) + value
+    return dataclasses.replace(b, matrices=tuple(matrices), ready=ready, figures=figures)
 
 
 def precondition() -> Part:
@@ -218,12 +193,8 @@ def precondition() -> Part:
       >>> tx.update(grads, tx.init(grads))[0]["w"].round(2).tolist()  # U V^T of the gradient
       [[0.0, 1.0], [1.0, 0.0]]
     """
+    return stateless(_precondition)
 
-    def update(blocks: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        del params
-        new = map_blocks(
-            lambda b: dataclasses.replace(b, update=apply_matrices(b.update, b.matrices)), blocks
-        )
-        return new, state
 
-    return blocks_part(lambda params: optax.EmptyState(), update)
+def _precondition(b: Blocks) -> Blocks:
+    return dataclasses.replace(b, update=apply_matrices(b.update, b.matrices))

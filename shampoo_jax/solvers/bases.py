@@ -1,4 +1,4 @@
-"""How an eigenbasis of a factor is refreshed, and roots computed through a carried eigenbasis."""
+"""How an eigenbasis of a factor is refreshed."""
 
 import dataclasses
 from typing import Any, Literal
@@ -6,10 +6,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from shampoo_jax.base.options import Checked, is_off
+from shampoo_jax.base.options import Checked, check_choice, is_off
 from shampoo_jax.matrix import eigh, qr
 from shampoo_jax.matrix.batching import map_matrices, map_selected
-from shampoo_jax.solvers.solver import Solver, identities
+from shampoo_jax.solvers.solver import EIGH, PRODUCT, QR, Cost
 
 Array = jax.Array
 
@@ -35,6 +35,10 @@ class EighBasis(Checked):
     tolerance: Any = 0.0
     descending: bool = False
     implementation: str | None = None
+
+    def cost(self) -> Cost:
+        """Of one basis; at most, where some are skipped."""
+        return Cost(EIGH, "eigh" if is_off(self.tolerance) else "eigh at most")
 
     def __call__(self, factor: Array, basis: Array) -> tuple[Array, Array, Array | None]:
         """Eigenvalues `[N, d]`, basis `[N, d, d]`, and the reordering of old columns: none."""
@@ -70,10 +74,17 @@ class QRBasis(Checked):
     sort: Literal["before", "after"] | None = "after"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an unknown order and what `Checked` refuses."""
+        """Raises ValueError for an unknown way to sort and what `Checked` refuses."""
         super().__post_init__()
-        if self.sort not in ("before", "after", None):
-            raise ValueError(f"sort={self.sort!r}: use 'before', 'after' or None.")
+        check_choice("sort", self.sort, ("before", "after", None))
+
+    def cost(self) -> Cost:
+        """Of one basis and its eigenvalues."""
+        n = self.iterations
+        # Eigenvalues cost one product; rotating the factor first, and basis and factor in each
+        # step, or one more estimate to sort by.
+        products = {"after": 2 + 2 * n, "before": 2 + n, None: 1 + n}[self.sort]
+        return Cost(PRODUCT * products + QR * n, f"{n} QR step{'s' if n > 1 else ''}")
 
     def __call__(self, factor: Array, basis: Array) -> tuple[Array, Array, Array | None]:
         """Eigenvalue estimates `[N, d]`, basis `[N, d, d]`, and the new order of old columns."""
@@ -114,83 +125,23 @@ def make_basis(basis: str | Basis | None, *, keep_order: bool = False) -> Basis:
     basis: eigenvalues that are tracked apart stay with their columns.
 
     Raises:
-      ValueError: An unknown name.
+      ValueError: An unknown name, or with `keep_order` a basis that sorts.
     """
-    if isinstance(basis, (EighBasis, QRBasis)):
-        return basis
-    named = {
-        "eigh": EighBasis(descending=keep_order),
-        "qr": QRBasis(sort=None if keep_order else "after"),
-        None: QRBasis(sort=None if keep_order else "before"),
-    }
-    if basis not in named:
-        raise ValueError(f"basis={basis!r} is unknown: use 'eigh', 'qr', EighBasis or QRBasis.")
-    return named[basis]
+    if basis is None or isinstance(basis, str):
+        check_choice("basis", basis, ("eigh", "qr", None))
+        if basis == "eigh":
+            return EighBasis(descending=keep_order)
+        return QRBasis(sort=None if keep_order else "before" if basis is None else "after")
+    sorts = not basis.descending if isinstance(basis, EighBasis) else basis.sort is not None
+    if keep_order and sorts:
+        raise ValueError(
+            f"basis={basis} sorts columns, their tracked eigenvalues stay: use QRBasis(sort=None) "
+            "or EighBasis(descending=True)."
+        )
+    return basis
 
 
 def eigenvalue_estimates(factor: Array, basis: Array) -> Array:
     """`diag(Q^T A Q)` of each matrix of a stack, `[N, d]`."""
     product = jnp.matmul(factor, basis, precision=eigh.HIGHEST)
     return jnp.sum(basis * product, axis=-2)
-
-
-@dataclasses.dataclass(frozen=True)
-class CarriedBasis(Checked, Solver):
-    """A solver that keeps each factor's eigenbasis from one refresh to the next.
-
-    With `EighBasis()` it equals `TruncatedEigh` or `ShiftedEigh`; with a tolerance or `QRBasis` the
-    decomposition becomes approximate and cheaper.
-
-    Attributes:
-      basis: How the eigenbasis is refreshed.
-      eps: Damping as in `ShiftedEigh`; None truncates instead, as `TruncatedEigh`.
-      before: Whether eps is added to the matrix before the decomposition.
-      rtol: Relative cutoff where eps is None; None means `d * eps` of the dtype.
-      atol: Absolute cutoff where eps is None.
-
-    Example:
-      >>> import shampoo_jax
-      >>> tx = shampoo_jax.scale_by_shampoo(solver=shampoo_jax.CarriedBasis(shampoo_jax.QRBasis()))
-    """
-
-    basis: Basis = EighBasis()
-    eps: Any = None
-    before: bool = True
-    rtol: Any = None
-    atol: Any = 0.0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for damping with a cutoff and what `Checked` refuses."""
-        super().__post_init__()
-        if self.eps is not None and not (self.rtol is None and is_off(self.atol)):
-            raise ValueError(
-                f"rtol={self.rtol}, atol={self.atol} with eps={self.eps}: a damped spectrum is not "
-                "truncated, drop eps or the cutoffs."
-            )
-
-    def init(self, n: int, d: int, dtype: Any) -> Array:
-        """Identity bases `[N, d, d]`."""
-        return identities(n, d, dtype)
-
-    def init_root(self, n: int, d: int, dtype: Any, exponent: float) -> Array:
-        """The root of an eigendecomposition with all eigenvalues 1, under this solver's rule."""
-        powers = self._powers(jnp.ones((n, d), dtype), exponent, 1.0)
-        return (powers[:, :, None] * jnp.eye(d, dtype=dtype)).astype(dtype)
-
-    def __call__(self, factor: Array, exponent: float, state: Array) -> tuple[Array, Array, Array]:
-        """See `Solver`."""
-        if self.eps is not None and self.before:
-            factor = factor + self.eps * jnp.eye(factor.shape[-1], dtype=factor.dtype)
-        ok = eigh.finite(factor)
-        scale = eigh.power_of_two_scale(factor)
-        safe = jnp.where(ok[:, None, None], factor / scale, jnp.zeros_like(factor))
-        values, basis, _ = self.basis(safe, state)
-        powers = self._powers(values, exponent, scale[..., 0])
-        root = eigh.reconstruct(powers, basis) * scale**-exponent
-        return root, ok & eigh.finite(root), basis
-
-    def _powers(self, values: Array, exponent: float, unit: Array | float) -> Array:
-        """Powers of eigenvalues `[N, d]` that are given in a unit."""
-        if self.eps is None:
-            return eigh.truncated_power(values, exponent, rtol=self.rtol, atol=self.atol / unit)
-        return eigh.shifted_power(values, exponent, eps=self.eps / unit, eps_added=self.before)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from shampoo_jax.matrix import eigh, polynomial
 from shampoo_jax.matrix.batching import map_selected
-from shampoo_jax.solvers.solver import Solver, TruncatedEigh
+from shampoo_jax.solvers.eigh import TruncatedEigh
+from shampoo_jax.solvers.solver import PRODUCT, Cost, Solver
 
 Array = jax.Array
 
@@ -75,6 +76,14 @@ class Polynomial(Solver):
         )
         return root, ok, state + (ok & ~passed)
 
+    def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
+        """The products, counted."""
+        factor, p = jax.ShapeDtypeStruct((d, d), dtype), polynomial.integer_root(exponent)
+        schedule = polynomial.root_schedule(factor, p, self.semantics, self.rtol, self.sign_steps)
+        count = polynomial.count_products(schedule, p)
+        matrices = 6 if self.semantics == "cut" else 5
+        return Cost(PRODUCT * count, f"{count} products", matrices, fallback=True)
+
     def figures(self, state: Array) -> dict[str, Array]:
         """The fallbacks."""
         return {"fallbacks": state}
@@ -132,6 +141,12 @@ class Auto(Solver):
             cpu=lambda factor, state: here(factor, exponent, state),
             default=lambda factor, state: there(factor, exponent, state),
         )
+
+    def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
+        """That of the choice on the default backend."""
+        backend, factor = jax.default_backend(), jax.ShapeDtypeStruct((d, d), dtype)
+        cost = self.choice(factor, exponent, backend).cost(d, dtype, exponent)
+        return cost._replace(method=f"{cost.method} (auto on {backend})")
 
     def figures(self, state: Array) -> dict[str, Array]:
         """Those of `Polynomial`."""

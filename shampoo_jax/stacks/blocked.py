@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,224 +11,231 @@ import numpy as np
 import optax
 
 from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.paths import KeyPath, name_of
-from shampoo_jax.blocks.blocks import Blocks, is_placeholder
-from shampoo_jax.blocks.dimension_numbers import DimensionOption, resolve_dimension_numbers
-from shampoo_jax.blocks.exponents import Exponents
-from shampoo_jax.blocks.plan import LeafPlan, count_blocks, make_plan
-from shampoo_jax.stacks.guard import drop_missing, fill_missing, missing_paths, where_blocks
-from shampoo_jax.stacks.layout import StackLayout
+from shampoo_jax.base.paths import KeyPath, stack_of
+from shampoo_jax.blocks.blocking import Blocking
+from shampoo_jax.blocks.blocks import (
+    Blocks,
+    ParametersRead,
+    Unread,
+    is_placeholder,
+    where_block,
+)
+from shampoo_jax.blocks.exponents import ExponentOption, resolve_exponents
+from shampoo_jax.blocks.plan import Plan, make_plan
+from shampoo_jax.stacks.guard import Guarded, guard
+from shampoo_jax.stacks.layout import Layout, OneDevice
 from shampoo_jax.stacks.placement import Placement
-from shampoo_jax.stacks.slots import Slots, in_turn
 from shampoo_jax.stacks.split import join, split
 
 Array = jax.Array
+
+# Of what a saved state means: raised whenever the same leaves would be read in another way.
+FORMAT = 2
 
 
 class BlockedState(NamedTuple):
     """State of `blocked`."""
 
-    fingerprints: Any  # uint32[leaves, 4], checksums of names, shapes and layouts
+    format: Array  # int32[], `FORMAT`
+    fingerprints: Array  # uint32[leaves, 4], checksums of names, shapes and layouts
     leaves: Any  # per stack int32[N], the leaf, a row of fingerprints, each block was cut from
     inner: Any  # state of the inner transformation, keyed by stack
+
+
+class Design(NamedTuple):
+    """What a transformation was built from, for `explain`.
+
+    Attributes:
+      blocking: How parameters are cut.
+      exponents: The option, resolved.
+      placement: Where blocks lie; None on one device.
+      rebuild: The same transformation for another placement.
+      work: What refreshes cost, see `directions.walk.Work`; None for parts chained by hand.
+    """
+
+    blocking: Blocking
+    exponents: Any
+    placement: Placement | None
+    rebuild: Callable[[Placement | None], optax.GradientTransformation]
+    work: Any = None
 
 
 def blocked(
     inner: optax.GradientTransformation,
     *,
-    block_size: int | None = 1024,
-    merge: int | None = 2,
-    canonical: bool = True,
-    dimension_numbers: DimensionOption = None,
-    exponents: Exponents | None = None,
+    blocking: Blocking | None = None,
+    exponents: ExponentOption = None,
     placement: Placement | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Guarded:
     """Runs `inner` on stacks of equal blocks instead of on the parameter tree.
 
-    Every parameter is permuted and merged to its block order, cut into boxes of at most
-    `block_size` per edge, and boxes of equal shape from all parameters form one stack. `inner` sees
-    `{"3072x768": Blocks, ...}`; its state is keyed likewise.
+    Every parameter is permuted and merged to the dimensions of its blocks, cut into boxes, and
+    boxes of equal shape from all parameters form one stack. `inner` sees
+    `{"3072x768": Blocks, ...}`; its state is keyed likewise. Gradients that are missing, narrow or
+    not finite are dealt with before, see `guard`.
 
     Args:
-      inner: Transformation of trees of `Blocks`: the parts of this package, chains of them, and
-        stock transformations lifted by `on_updates`, `on_gradients` or `from_gradients`.
-      block_size: Largest edge of a block; None for whole parameters.
-      merge: Neighbouring dimensions are merged while at least this many remain and the product is
-        at most `block_size`; 1 turns small matrices into vectors as Meta's package does; None
-        leaves all shapes alone.
-      canonical: Whether 2-D blocks are stored with the longer dimension first.
-      dimension_numbers: Callable of (path, leaf) returning `DimensionNumbers` or None for merging
-        alone; `"flax"` stands for `default_dimension_numbers`, None for merging everywhere.
-      exponents: Where given, a dimension with exponent 0 is not cut: it has no factor to bound.
+      inner: Transformation of stacks: the parts of this package, chains of them, and stock
+        transformations lifted by `on_updates`, `on_gradients` or `from_gradients`.
+      blocking: How parameters are read and cut; None means `Blocking()`.
+      exponents: `e` of the inverse roots, carried by `Blocks` to all parts, see
+        `scale_by_shampoo`; None means Shampoo's `1 / (2 * ndim)`.
       placement: Mesh and axes over which blocks, their state and all arithmetic on them are split;
-        None leaves that to the compiler.
+        None means one device.
 
     Returns:
-      A transformation of parameter trees. Updates have the dtype of the incoming updates.
+      A transformation of parameter trees. Updates have the dtype of the incoming updates. Its state
+      is a `BlockedState` inside `optax.ApplyIfFiniteState`.
 
     Raises:
-      ValueError: `block_size` or `merge` below 1 or traced; an unknown name of dimension numbers;
-        complex parameters; in `update`, a gradient that is None without `params` to tell whose
-        it is, and, where `params` are given, a gradient of another name or shape than these.
+      ValueError: A traced option; exponents that are none; complex parameters; in `update`, a
+        gradient that is None without `params` to tell whose it is, and, where `params` are given, a
+        gradient of another name or shape than these.
 
     Example:
       >>> import jax.numpy as jnp, optax, shampoo_jax
-      >>> tx = shampoo_jax.blocked(shampoo_jax.on_updates(optax.scale(-1.0)), block_size=4)
+      >>> negate = shampoo_jax.on_updates(optax.scale(-1.0))
+      >>> tx = shampoo_jax.blocked(negate, blocking=shampoo_jax.Blocking(size=4))
       >>> params = {"w": jnp.ones((6, 4))}
       >>> updates, _ = tx.update(params, tx.init(params))
       >>> updates["w"].shape, float(updates["w"][5, 3])
       ((6, 4), -1.0)
     """
     check_static(locals())
-    _check_limits(block_size=block_size, merge=merge)
-    tx = optax.with_extra_args_support(inner)
-    plan_of = functools.partial(
-        make_plan,
-        block_size=block_size,
-        merge=merge,
-        canonical=canonical,
-        dimension_numbers=resolve_dimension_numbers(dimension_numbers),
-        exponents=exponents,
-    )
+    blocking = Blocking() if blocking is None else blocking
+    resolved = resolve_exponents(exponents)
 
-    def layout_of(tree: Any, plan: list[LeafPlan]) -> StackLayout | None:
-        return None if placement is None else StackLayout(placement, tree, plan, exponents)
+    def rebuild(placement: Placement | None) -> optax.GradientTransformation:
+        return blocked(inner, blocking=blocking, exponents=exponents, placement=placement)
 
-    def init_fn(params: Any) -> BlockedState:
+    walk = _Walk(optax.with_extra_args_support(inner), blocking, resolved, placement)
+    tx = optax.GradientTransformationExtraArgs(walk.init, walk.update)
+    return guard(tx, Design(blocking, resolved, placement, rebuild))
+
+
+class _Walk:
+    """The two functions of `blocked`, with the layouts that they have made so far."""
+
+    def __init__(
+        self, inner: optax.GradientTransformationExtraArgs, blocking: Blocking, exponents: Any,
+        placement: Placement | None,
+    ) -> None:  # fmt: skip
+        self.inner = inner
+        self.blocking, self.exponents = blocking, exponents
+        self.devices = OneDevice() if placement is None else placement
+        self.layout_of = functools.lru_cache(maxsize=16)(self._layout)
+        self.reads_parameters = False
+
+    def _layout(self, structure: Any, *leaves: tuple[tuple[int, ...], Any]) -> Layout:
+        """The layout of a tree of such leaves; it follows from their shapes, paths and options."""
+        tree = structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+        return Layout(self.devices, tree, make_plan(tree, self.blocking, self.exponents))
+
+    def init(self, params: Any) -> BlockedState:
         if is_placeholder(params):
-            # Three leaves stand for all of the state: none of it mirrors a parameter.
-            return BlockedState(jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.int32), jnp.zeros(0))
-        params = jax.tree.map(jnp.asarray, params)
-        plan = plan_of(params)
-        layout = layout_of(params, plan)
-        slots = _slots(plan, layout)
-        leaves = jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.int32), _per_block(range(len(plan)), plan, slots)
+            # Leaves that stand for all of the state: none of it mirrors a parameter.
+            return BlockedState(*(jnp.zeros(0, jnp.int32) for _ in range(4)))
+        leaves, structure = jax.tree.flatten(params)
+        layout = self.layout_of(structure, *map(described, leaves))
+        blocks = self._blocks(layout, split(leaves, layout), layout.index)
+        numbers = np.arange(len(leaves), dtype=np.int32)
+        return BlockedState(
+            jnp.asarray(FORMAT, jnp.int32),
+            fingerprints(layout.plan),
+            jax.tree.map(jnp.asarray, layout.per_block(numbers, -1)),
+            layout.pin_state(self.inner.init(blocks)),
         )
-        stacks = split(jax.tree.leaves(params), plan, layout)
-        inner_state = tx.init(_as_blocks(stacks, slots.index, {}))
-        if layout is not None:
-            inner_state = layout.pin_state(inner_state, {k: len(x) for k, x in stacks.items()})
-        return BlockedState(fingerprints(plan), leaves, inner_state)
 
-    def update_fn(
-        updates: Any, state: BlockedState, params: Any = None, **extra: Any
+    def update(
+        self, updates: Any, state: BlockedState, params: Any = None, **extra: Any
     ) -> tuple[Any, BlockedState]:
-        missing = frozenset() if params is None else missing_paths(updates, params)
-        filled, params = _arrays(updates, params, missing)
-        plan = plan_of(filled)
-        _check_count(plan, state)
-        layout = layout_of(filled, plan)
-        stacks, inner_state = _run(tx, layout, plan, filled, state.inner, params, extra)
-        absent = missing | extra.get("absent", frozenset())
+        leaves, structure = jax.tree.flatten(updates)
+        _check_count(leaves, state)
+        layout = self.layout_of(structure, *map(described, leaves))
+        stacks = split(leaves, layout.incoming)
+        step = functools.partial(self._step, layout, params is not None, extra)
+        try:
+            new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
+        except ParametersRead:
+            self.reads_parameters = True
+            new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
+        absent = extra.get("absent")
         if absent:
-            present = _present_blocks(filled, absent, plan, layout)
-            inner_state = where_blocks(present, inner_state, state.inner)
-        new = _joined(stacks, plan, filled, layout)
-        return drop_missing(new, missing), state._replace(inner=inner_state)
+            inner_state = _restore(inner_state, state.inner, updates, layout, absent)
+        new = join(new, layout, [x.dtype for x in leaves])
+        return structure.unflatten(new), state._replace(inner=inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def _cut(self, params: Any, layout: Layout) -> dict[str, Array] | None:
+        """Stacks of parameters, once a part has asked for them."""
+        if params is None or not self.reads_parameters:
+            return None
+        return split(jax.tree.leaves(params), layout)
 
+    def _step(
+        self,
+        layout: Layout,
+        has_params: bool,
+        extra: dict[str, Any],
+        stacks: Any,
+        index: Any,
+        weights: Any,
+        state: Any,
+    ) -> tuple[dict[str, Array], Any]:
+        """Updates by stack and the new state, of the blocks of one owner."""
+        params = Unread() if has_params else None
+        if weights is not None:
+            params = self._blocks(layout, weights, index)
+        blocks = self._blocks(layout, stacks, index)
+        new, state = self.inner.update(blocks, state, params, **extra)
+        arrays = {}
+        for key, b in new.items():
+            arrays[key] = b.update
+        return arrays, state
 
-def _joined(
-    stacks: dict[str, Array], plan: Sequence[LeafPlan], like: Any, layout: StackLayout | None
-) -> Any:
-    """The tree whose blocks these are, in the dtypes of another."""
-    leaves, structure = jax.tree.flatten(like)
-    return structure.unflatten(join(stacks, plan, [x.dtype for x in leaves], layout))
-
-
-def _check_limits(**limits: int | None) -> None:
-    for name, value in limits.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1, or None for no limit.")
-
-
-def _arrays(updates: Any, params: Any, missing: frozenset[KeyPath]) -> tuple[Any, Any]:
-    """Both trees as arrays, with zeros for missing updates, once they are known to fit.
-
-    Blocks of another parameter may be as large, so that nothing else would notice.
-    """
-    if params is None:
-        return jax.tree.map(jnp.asarray, updates), None
-    given, wanted = (
-        {path: jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (updates, params)
-    )
-    for path in [*(p for p in wanted if p not in missing), *given]:
-        if given.get(path) != wanted.get(path):
-            raise ValueError(
-                f"parameter {name_of(path)!r} has shape {wanted.get(path)}, its gradient "
-                f"{given.get(path)} (None: there is none of this name): pass gradients and "
-                "parameters of one tree, and None for a gradient that is missing."
-            )
-    filled = fill_missing(updates, params, missing) if missing else updates
-    return jax.tree.map(jnp.asarray, (filled, params))
+    def _blocks(self, layout: Layout, stacks: Any, index: Any) -> dict[str, Blocks]:
+        blocks = {}
+        for key, x in stacks.items():
+            blocks[key] = Blocks.of(x, layout.plan.powers[key], jnp.asarray(index[key]))
+        return blocks
 
 
-def _check_count(plan: Sequence[LeafPlan], state: BlockedState) -> None:
-    if len(plan) != len(state.fingerprints):
+def described(x: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a leaf, all that a plan knows of it."""
+    return np.shape(x), jnp.asarray(x).dtype
+
+
+def _check_count(leaves: list[Any], state: BlockedState) -> None:
+    if len(leaves) != len(state.fingerprints):
         raise ValueError(
-            f"{len(plan)} gradients for {len(state.fingerprints)} parameters: where a gradient is "
-            "None, pass the parameters too, update(updates, state, params)."
+            f"{len(leaves)} gradients for {len(state.fingerprints)} parameters: where a gradient "
+            "is None, pass the parameters too, update(updates, state, params); where the model has "
+            "changed, the state belongs to other parameters: init again, or carry it over by "
+            "state_to_tree and tree_to_state."
         )
 
 
-def _run(
-    tx: optax.GradientTransformationExtraArgs,
-    layout: StackLayout | None,
-    plan: Sequence[LeafPlan],
-    tree: Any,
-    state: Any,
-    params: Any,
-    extra: dict[str, Any],
-) -> tuple[dict[str, Array], Any]:
-    """Updates by stack and the new state of `tx`, each block computed by its owner."""
+def _restore(
+    new: Any, old: Any, updates: Any, layout: Layout, absent: frozenset[KeyPath]
+) -> Any:  # fmt: skip
+    """The new state, but the old one of blocks without a gradient.
 
-    def update(stacks: Any, index: Any, real: Any, weights: Any, state: Any) -> tuple[Any, Any]:
-        weights = None if weights is None else _as_blocks(weights, index, real)
-        new, state = tx.update(_as_blocks(stacks, index, real), state, weights, **extra)
-        return {key: b.update for key, b in new.items()}, state
+    Leaves that are about no blocks, counts say, are taken as they are.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+    present = layout.per_block(np.array([path not in absent for path in paths]), True)
+    conditions = layout.pin_stacks(present)
+    stacks = {(jax.tree_util.DictKey(key),): x for key, x in conditions.items()}
 
-    stacks = split(jax.tree.leaves(tree), plan, None if layout is None else layout.incoming)
-    weights = None if params is None else split(jax.tree.leaves(params), plan, layout)
-    if layout is None:
-        return update(stacks, _slots(plan, None).index, {}, weights, state)
-    return layout.run(update, stacks, weights, state)
+    def choose(path: KeyPath, new_leaf: Any, old_leaf: Any) -> Any:
+        stack = stack_of(path, stacks)
+        if stack is None or jnp.shape(new_leaf)[:1] != stacks[stack].shape:
+            return new_leaf
+        return where_block(stacks[stack], new_leaf, old_leaf)
+
+    return jax.tree_util.tree_map_with_path(choose, new, old)
 
 
-def _slots(plan: Sequence[LeafPlan], layout: StackLayout | None) -> Slots:
-    return in_turn(count_blocks(plan)) if layout is None else layout.slots
-
-
-def _present_blocks(
-    tree: Any, absent: frozenset[KeyPath], plan: Sequence[LeafPlan], layout: StackLayout | None
-) -> dict[str, Any]:
-    """Whether each block's gradient is there: `[N]` by stack."""
-    present = [path not in absent for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    per_block = _per_block(present, plan, _slots(plan, layout))
-    return per_block if layout is None else layout.pin_stacks(per_block)
-
-
-def _as_blocks(
-    stacks: dict[str, Array], index: Mapping[str, Any], real: Mapping[str, Array]
-) -> dict[str, Blocks]:
-    return {
-        key: Blocks(gradient=x, update=x, index=jnp.asarray(index[key]), real=real.get(key))
-        for key, x in stacks.items()
-    }
-
-
-def _per_block(values: Sequence[int], plan: Sequence[LeafPlan], slots: Slots) -> dict[str, Any]:
-    """One value per leaf, repeated for each of its blocks, -1 for padding: `[N]` by stack key."""
-    repeated: dict[str, list[int]] = {}
-    for value, leaf in zip(values, plan, strict=True):
-        for cell in leaf.cells:
-            repeated.setdefault(cell.key, []).extend([value] * leaf.batch)
-    return {key: slots.spread(key, np.array(x), -1) for key, x in repeated.items()}
-
-
-def fingerprints(plan: Sequence[LeafPlan]) -> Array:
+def fingerprints(plan: Plan) -> Array:
     """Checksums of each leaf: `identity` in columns 0 to 2, how it is cut in column 3.
 
     Stacks follow the order of the leaves, so a state restored for parameters that were renamed,
@@ -236,13 +243,13 @@ def fingerprints(plan: Sequence[LeafPlan]) -> Array:
     compares these.
 
     Args:
-      plan: Layout from `make_plan`.
+      plan: From `make_plan`.
 
     Returns:
       `uint32[leaves, 4]`.
     """
     rows = []
-    for leaf in plan:
+    for leaf in plan.leaves:
         cells = [(c.key, c.start, c.size, c.transposed) for c in leaf.cells]
         layout = _words((leaf.permutation, leaf.batch, leaf.merged, cells), 1)
         rows.append([*identity(leaf.name, leaf.shape), *layout])

@@ -11,11 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from shampoo_jax.blocks.exponents import Exponents
-from shampoo_jax.blocks.plan import LeafPlan, count_blocks
-from shampoo_jax.stacks.layout import StackLayout
+from shampoo_jax.stacks.layout import Bucket, Layout
 from shampoo_jax.stacks.placement import Axes, Placement, Spec
-from shampoo_jax.stacks.split import buckets_of
 
 Leg = tuple[Spec, Spec, tuple[int, ...], Any]  # before, after, shape, dtype
 
@@ -72,60 +69,50 @@ def change_layout(
     return [move for move in moves if move.devices > 1 and move.result]
 
 
-def stack_moves(
-    layout: StackLayout, plan: Sequence[LeafPlan], dtypes: Sequence[Any]
-) -> tuple[list[Move], list[Move]]:
+def stack_moves(layout: Layout, dtypes: Sequence[Any]) -> tuple[list[Move], list[Move]]:
     """Exchanges of gradients to the owners of their blocks, and of updates back.
 
     Args:
-      layout: Of the plan.
-      plan: From `make_plan`.
-      dtypes: Of gradients and updates, one a leaf; stacks are float32 or wider.
+      layout: On a mesh.
+      dtypes: Of gradients and updates, one a leaf; they travel in float32 or wider.
 
     Returns:
       Moves in, moves out.
     """
     wide = [jnp.promote_types(d, jnp.float32) for d in dtypes]
-    there = [
-        move
-        for before, after, shape, dtype in _all_legs(layout.incoming, plan, wide)
-        for move in change_layout(layout.placement, before, after, shape, dtype.itemsize)
-    ]
-    back = [
-        move
-        for before, after, shape, dtype in _all_legs(layout, plan, dtypes)
-        for move in change_layout(layout.placement, after, before, shape, dtype.itemsize)
-    ]
+    there, back = [], []
+    for before, after, shape, dtype in _all_legs(layout.incoming, wide):
+        there += change_layout(layout.devices, before, after, shape, dtype.itemsize)
+    for before, after, shape, dtype in _all_legs(layout, wide):
+        back += change_layout(layout.devices, after, before, shape, dtype.itemsize)
     return there, back
 
 
-def _all_legs(
-    layout: StackLayout, plan: Sequence[LeafPlan], dtypes: Sequence[Any]
-) -> Iterator[Leg]:
+def _all_legs(layout: Layout, dtypes: Sequence[Any]) -> Iterator[Leg]:
     """Changes of layout of all leaves, in these dtypes, then of all stacks."""
-    narrow = layout.placement.communication_dtype
-    for members, whole in buckets_of(plan, dtypes, layout):
-        yield from _legs(layout, whole, jnp.dtype(narrow or dtypes[members[0]]))
+    narrow = layout.devices.communication_dtype
+    for bucket in layout.buckets:
+        yield from _legs(layout, bucket, jnp.dtype(narrow or dtypes[bucket.members[0]]))
     dtype = jnp.dtype(narrow or jnp.result_type(jnp.float32, *dtypes))
-    shapes = {c.key: c.stored for leaf in plan for c in leaf.cells}
-    for key, slots in layout.slots.order.items():
-        route = layout.route(key)
-        for before, after in zip(route, route[1:], strict=False):
-            yield before, after, (len(slots), *shapes[key]), dtype
+    for key, length in layout.lengths.items():
+        for before, after in itertools.pairwise(layout.routes[key]):
+            yield before, after, (length, *layout.plan.shapes[key]), dtype
 
 
-def _legs(layout: StackLayout, leaf: LeafPlan, dtype: Any) -> Iterator[Leg]:
-    """Changes of layout of a leaf until its blocks are concatenated."""
-    for axis, end in enumerate(layout.cuts[leaf.name][: len(leaf.merged)]):
-        way = [*layout.before(leaf, axis), end]
+def _legs(layout: Layout, bucket: Bucket, dtype: Any) -> Iterator[Leg]:
+    """Changes of layout of the leaves of a bucket until their blocks are concatenated."""
+    leaf, batch = bucket.leaf, bucket.leaf.batch * len(bucket.members)
+    last = bucket.route.merged
+    for axis, inward in enumerate(bucket.route.inward[: len(leaf.merged)]):
+        way, last = [last, *inward], inward[-1]
         for _, size in {(c.start[:axis], c.size[:axis]) for c in leaf.cells}:
             for before, after in itertools.pairwise(way):
-                yield before, after, (leaf.batch, *size, *leaf.merged[axis:]), dtype
+                yield before, after, (batch, *size, *leaf.merged[axis:]), dtype
     for cell in leaf.cells:
         yield (
-            layout.stored(leaf, cell),
-            layout.stacks[cell.key],
-            (leaf.batch, *cell.stored),
+            bucket.route.stored(cell),
+            layout.pieces[cell.key],
+            (batch, *cell.stored),
             dtype,
         )
 
@@ -158,9 +145,8 @@ class OnMesh:
       sent_out: On the way of updates back, momentum and AdamW of the others included.
       state_bytes: Optimizer state.
       blocks: Blocks of an owner by block shape, zero blocks that fill its stacks included.
-      padding: Share of the slots' work that zero blocks would be, were they computed like others.
-      refresh_flops: One refresh of the roots of the busiest owner.
-      waiting: Share of that time that owners spend, on average, on zero blocks or on waiting.
+      padding: Share of the owners' work that is on zero blocks, which fill stacks.
+      refresh_flops: One refresh of the roots of an owner, zero blocks included.
     """
 
     devices: int
@@ -172,7 +158,6 @@ class OnMesh:
     blocks: dict[str, int]
     padding: float
     refresh_flops: float
-    waiting: float
 
 
 def abstract(placement: Placement) -> Placement:
@@ -185,40 +170,34 @@ def abstract(placement: Placement) -> Placement:
 
 
 def on_mesh(
-    placement: Placement,
-    plan: Sequence[LeafPlan],
+    layout: Layout,
     state: Any,
     matrices: Any,
     elementwise: Sequence[Move],
     block_flops: Mapping[str, float],
-    exponents: Exponents,
 ) -> OnMesh:
     """Adds up what one device exchanges, holds and computes.
 
     Args:
-      placement: Of the optimizer.
-      plan: Of the preconditioned parameters.
+      layout: Of the preconditioned parameters, on a mesh.
       state: From `jax.eval_shape` with an `abstract` placement.
       matrices: The preconditioned parameters, or their shapes.
       elementwise: What `elementwise_moves` gives for the other parts of the optimizer.
       block_flops: FLOPs to refresh the roots of one block of each stack.
-      exponents: Of the optimizer.
     """
-    dtypes = [x.dtype for x in jax.tree.leaves(matrices)]
-    layout = StackLayout(placement, matrices, plan, exponents)
-    there, back = stack_moves(layout, plan, dtypes)
+    placement = layout.devices
+    there, back = stack_moves(layout, [x.dtype for x in jax.tree.leaves(matrices)])
     back += elementwise
     exchanges: dict[str, tuple[int, int]] = {}
     for kind, result, _ in [*there, *back]:
         count, total = exchanges.get(kind, (0, 0))
         exchanges[kind] = (count + 1, total + result)
-    blocks = {k: len(x) // placement.count for k, x in layout.slots.order.items()}
+    blocks = {k: n // placement.count for k, n in layout.lengths.items()}
 
     def work(counts: Mapping[str, int]) -> float:
         return sum(n * block_flops[k] for k, n in counts.items())
 
-    mean = work(count_blocks(plan)) / placement.count
-    busiest = max(map(work, layout.slots.computed()))
+    mean = work(layout.plan.counts) / placement.count
     return OnMesh(
         devices=math.prod(placement.mesh.shape.values()),
         owners=placement.count,
@@ -227,9 +206,8 @@ def on_mesh(
         sent_out=sum(move.sent for move in back),
         state_bytes=sum(map(_local_bytes, jax.tree.leaves(state))),
         blocks=blocks,
-        padding=1 - mean / work(blocks) if blocks else 0.0,
-        refresh_flops=busiest,
-        waiting=1 - mean / busiest if busiest else 0.0,
+        padding=1 - mean / work(blocks) if work(blocks) else 0.0,
+        refresh_flops=work(blocks),
     )
 
 

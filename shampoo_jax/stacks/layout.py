@@ -1,8 +1,10 @@
-"""The way of blocks between the layout of their parameters and their owners on a mesh."""
+"""The way of blocks between the layout of their parameters and their owners."""
 
+import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,48 +12,150 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from shampoo_jax.base.paths import KeyPath, stack_of
-from shampoo_jax.blocks.exponents import Exponents, default_exponents
-from shampoo_jax.blocks.plan import Cell, LeafPlan, count_blocks, leading_axes
+from shampoo_jax.blocks.plan import Cell, LeafPlan, Plan, leading_axes
 from shampoo_jax.stacks.placement import Axes, Placement, Spec, axes_of
-from shampoo_jax.stacks.slots import Slots, balanced, in_turn
 
 Array = jax.Array
 
 
-class StackLayout:
-    """The way of every leaf of one plan to the owners of its blocks, and back.
+class OneDevice:
+    """The layout without a mesh: nothing travels, one owner has all blocks."""
+
+    multiple = 1
+    communication_dtype = None
+    gradient_spec = None
+
+    @property
+    def incoming(self) -> "OneDevice":
+        """The placement of gradients on their way in."""
+        return self
+
+    def put(self, x: Array, spec: Spec) -> Array:
+        """The value itself."""
+        del spec
+        return x
+
+    def reshape(self, x: Array, shape: Sequence[int], spec: Spec) -> Array:
+        """A reshape."""
+        del spec
+        return x.reshape(shape)
+
+    def spec_of(self, path: KeyPath, leaf: Any) -> Spec:
+        """No axes on any dimension."""
+        del path
+        return ((),) * np.ndim(leaf)
+
+
+class LeafRoute(NamedTuple):
+    """Layouts of a leaf until it has been cut, and on its way back.
+
+    Attributes:
+      own: Of the parameter.
+      merged: Of `(batch, *merged)` as `own` implies it, lost axes on the batch.
+      inward: By dimension the layouts on the way to the last, in which the leaf, or a strip of it,
+        is whole along this dimension and cut.
+    """
+
+    own: Spec
+    merged: Spec
+    inward: tuple[tuple[Spec, ...], ...]
+
+    @property
+    def cut(self) -> Spec:
+        """Of the cells."""
+        return self.inward[-1][-1]
+
+    def stored(self, cell: Cell) -> Spec:
+        """Of a cell when it has been turned as it is stored."""
+        lead, *rest = self.cut
+        return (lead, *(reversed(rest) if cell.transposed else rest))
+
+
+class Bucket(NamedTuple):
+    """Leaves whose merged arrays are cut and exchanged as one, one after the other on the batch.
+
+    Attributes:
+      members: Numbers of the leaves.
+      leaf: Plan of any of them.
+      route: Likewise.
+      tiled: Whether all cells are cut at once: equal ones, of leaves that every device has whole.
+    """
+
+    members: tuple[int, ...]
+    leaf: LeafPlan
+    route: LeafRoute
+    tiled: bool
+
+    @property
+    def cells(self) -> dict[str, list[int]]:
+        """Numbers of the cells in each stack."""
+        found: dict[str, list[int]] = {}
+        for k, cell in enumerate(self.leaf.cells):
+            found.setdefault(cell.key, []).append(k)
+        return found
+
+
+class Layout:
+    """Where every leaf of a plan and every stack lies, and all layouts between.
 
     Every change of layout is pinned on both ends: left to itself the partitioner replicates what it
     concatenates.
+
+    Attributes:
+      plan: How leaves are cut.
+      devices: Where to.
+      buckets: Leaves that go together.
+      pieces: Layout by stack in which its blocks are concatenated.
+      routes: Layouts by stack from there to its owners, one mesh axis moved at a time.
+      lengths: Of stacks, with the zero blocks that fill them.
+      order: By stack, for every block of the plan its place among the concatenated ones; None where
+        these are in the plan's order.
+      incoming: Of gradients, where they come in another layout than that in which updates go.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        tree: Any,
-        plan: Sequence[LeafPlan],
-        exponents: Exponents | None = None,
-    ) -> None:
-        self.placement = placement
+    def __init__(self, devices: Placement | OneDevice, tree: Any, plan: Plan) -> None:
+        self.plan, self.devices = plan, devices
         paths = jax.tree_util.tree_leaves_with_path(tree)
-        self.own = {p.name: placement.spec_of(*x) for p, x in zip(plan, paths, strict=True)}
-        self.starts = {p.name: self._start_spec(p) for p in plan}
-        self.cuts = {p.name: self._cut_specs(p) for p in plan}
-        self.stacks = self._stack_specs(plan)
-        # Gradients may come in another layout than that in which updates go.
+        own = [devices.spec_of(*x) for x in paths]
+        routes = [self._route(leaf, spec) for leaf, spec in zip(plan.leaves, own, strict=True)]
+        self.pieces = self._pieces(routes)
+        self.buckets = self._buckets(routes, [x.dtype for _, x in paths])
+        self.routes = {key: self._to_owners(spec) for key, spec in self.pieces.items()}
+        multiple = devices.multiple
+        self.lengths = {key: n + -n % multiple for key, n in plan.counts.items()}
+        self.order = self._order()
         self.incoming = self
-        self.ends: dict[str, Axes] = {}  # order of owner axes, where it is another layout's
-        if placement.gradient_spec is not None:
-            self.incoming = StackLayout(placement.incoming, tree, plan, exponents)
-            self.incoming.ends = {key: self.route(key)[-1][0] for key in self.stacks}
-        self.slots = self.incoming.slots = self._slots(plan, exponents or default_exponents)
+        if devices.gradient_spec is not None:
+            self.incoming = Layout(devices.incoming, tree, plan)
+            for key, route in self.incoming.routes.items():
+                end = self.routes[key][-1]
+                self.incoming.routes[key] = route if route[-1] == end else (*route, end)
 
-    def _cut_specs(self, leaf: LeafPlan) -> list[Spec]:
+    @functools.cached_property
+    def index(self) -> dict[str, np.ndarray]:
+        """By stack the position of each block among all; zero blocks go on counting."""
+        begins = itertools.accumulate(self.plan.counts.values(), initial=0)
+        return {
+            key: (begin + np.arange(n)).astype(np.int32)
+            for (key, n), begin in zip(self.lengths.items(), begins, strict=False)
+        }
+
+    def per_block(self, values: np.ndarray, fill: int) -> dict[str, np.ndarray]:
+        """The value of each block's leaf, and `fill` for zero blocks: `[N]` by stack."""
+        return {
+            key: np.append(values[x], [fill] * (self.lengths[key] - len(x)))
+            for key, x in self.plan.owners.items()
+        }
+
+    def _route(self, leaf: LeafPlan, own: Spec) -> LeafRoute:
         """Layouts of `(batch, *merged)`, then of its strips: whole along what is cut next."""
-        loose, *rest = self.merged(leaf)
-        spec: list[Axes] = [(), *rest]
+        groups: list[Axes] = [() if a is None else own[a] for a in leading_axes(leaf)]
+        held = {a for e in groups for a in e}
+        loose: Axes = tuple(a for e in own for a in e if a not in held)
+        merged = (loose, *groups)
+        spec: list[Axes] = [(), *groups]
         sizes = [{d} for d in (leaf.batch, *leaf.merged)]
-        specs = []
+        specs = [merged]
         for k in range(1, len(sizes)):
             pieces = {c.size[k - 1] for c in leaf.cells}
             if pieces != sizes[k]:
@@ -62,171 +166,80 @@ class StackLayout:
                 spec[home], loose = (*spec[home], *loose), ()
             specs.append(tuple(spec))
             sizes[k] = pieces
-        return specs or [tuple(spec)]  # blocks that are scalars are not cut
-
-    def merged(self, leaf: LeafPlan) -> Spec:
-        """Layout of `(batch, *merged)` as the leaf's own implies it, lost axes on the batch."""
-        return self.starts[leaf.name]
-
-    def _start_spec(self, leaf: LeafPlan) -> Spec:
-        own = self.own[leaf.name]
-        groups: list[Axes] = [() if a is None else own[a] for a in leading_axes(leaf)]
-        held = {a for e in groups for a in e}
-        return (tuple(a for e in own for a in e if a not in held), *groups)
+        if len(specs) == 1:  # blocks that are scalars are not cut
+            specs.append(tuple(spec))
+        ways = itertools.pairwise(specs)
+        return LeafRoute(own, merged, tuple((*_between(a, b), b) for a, b in ways))
 
     def _divides(self, axes: Axes, sizes: set[int]) -> bool:
-        return not any(d % self.placement.size(axes) for d in sizes)
+        return not axes or not any(d % self.devices.size(axes) for d in sizes)
 
-    def _stack_specs(self, plan: Sequence[LeafPlan]) -> dict[str, Spec]:
+    def _pieces(self, routes: list[LeafRoute]) -> dict[str, Spec]:
         """Most common layout of the blocks of each stack."""
         votes: dict[str, Counter[Spec]] = {}
-        for leaf in plan:
+        for leaf, route in zip(self.plan.leaves, routes, strict=True):
             for cell in leaf.cells:
-                votes.setdefault(cell.key, Counter())[self.stored(leaf, cell)] += leaf.batch
+                votes.setdefault(cell.key, Counter())[route.stored(cell)] += leaf.batch
         return {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
 
-    def stored(self, leaf: LeafPlan, cell: Cell) -> Spec:
-        """Layout of a cell when it has been cut and turned."""
-        lead, *rest = self.cuts[leaf.name][-1]
-        return (lead, *(reversed(rest) if cell.transposed else rest))
+    def _buckets(self, routes: list[LeafRoute], dtypes: list[Any]) -> list[Bucket]:
+        """Groups of the plan, split where leaves do not lie alike."""
+        found = []
+        for members in self.plan.groups:
+            alike: dict[Hashable, list[int]] = {}
+            for i in members:
+                alike.setdefault(self._together(i, routes[i], dtypes[i]), []).append(i)
+            for some in alike.values():
+                leaf, route = self.plan.leaves[some[0]], routes[some[0]]
+                equal = len({cell.size for cell in leaf.cells}) == 1
+                found.append(Bucket(tuple(some), leaf, route, equal and not any(route.merged)))
+        return found
 
-    def shared(self, leaf: LeafPlan, dtype: Any) -> Hashable | None:
-        """What leaves have in common that can be exchanged as one before they are stacked.
+    def _together(self, i: int, route: LeafRoute, dtype: Any) -> Hashable:
+        """What leaves have in common that go together; a leaf's number if it goes alone.
 
-        Args:
-          leaf: Of the plan.
-          dtype: What it travels in.
-
-        Returns:
-          None if it is not exchanged before, or is split along the axis where leaves would meet.
+        On a mesh it does unless it is exchanged before it is stacked; and where its batch is split,
+        since that lies in runs, which a concatenation of batches would move.
         """
-        start = self.merged(leaf)
-        stays = {start, *self.cuts[leaf.name]} == {start}
-        stays = stays and all(self.stored(leaf, c) == self.stacks[c.key] for c in leaf.cells)
-        return None if stays or start[0] else (start, jnp.dtype(dtype))
+        if isinstance(self.devices, OneDevice):
+            return None
+        cells = self.plan.leaves[i].cells
+        stays = {spec for way in route.inward for spec in way} <= {route.merged}
+        stays = stays and all(route.stored(c) == self.pieces[c.key] for c in cells)
+        return i if stays or route.merged[0] else (route, jnp.dtype(dtype))
 
-    def _slots(self, plan: Sequence[LeafPlan], exponents: Exponents) -> Slots:
-        """Slots of all stacks."""
-        counts, owners = count_blocks(plan), self.placement.count
-        if self.placement.stack_multiple is not None:
-            return in_turn(counts, owners, self.placement.stack_multiple)
-        shapes = {c.key: c.stored for leaf in plan for c in leaf.cells}
-        costs = {
-            key: sum(d**3 for d, e in zip(shape, exponents(shape), strict=True) if e)
-            for key, shape in shapes.items()
-        }
-        return balanced(counts, costs, owners, {key: self._runs(key) for key in counts})
-
-    def _runs(self, key: str) -> np.ndarray:
-        """The run of each owner, `int[owners]`: stacks differ in the order of their owner axes."""
-        (axes, *_), owners = self.route(key)[-1], self.placement.owner_axes
-        runs = np.arange(self.placement.count).reshape([self.placement.size((a,)) for a in axes])
-        return runs.transpose([axes.index(a) for a in owners]).ravel()
-
-    def leave(self, x: Array, leaf: LeafPlan) -> Array:
-        """A leaf in its own layout."""
-        return self.placement.put(x, self.own[leaf.name])
-
-    def enter(self, x: Array, leaf: LeafPlan) -> Array:
-        """A leaf in its own layout, rounded to what travels."""
-        narrow = self.placement.communication_dtype
-        x = self.leave(x, leaf)
-        # The narrow value is pinned as well, or the wide one would travel.
-        return x if narrow is None else self.leave(x.astype(narrow), leaf)
-
-    def leaving(self, x: Array, dtype: Any) -> Array:
-        """A block of an update in the dtype that it travels in to its leaf of another."""
-        return x.astype(self.placement.communication_dtype or dtype)
-
-    def merge(self, x: Array, leaf: LeafPlan) -> Array:
-        """A permuted leaf as `(batch, *merged)`."""
-        spec = self.merged(leaf)
-        if not self._divides(spec[0], {leaf.batch}):  # lost axes need not fit there
-            spec = self.cuts[leaf.name][0]
-        return self.placement.reshape(x, (leaf.batch, *leaf.merged), spec)
-
-    def unmerge(self, x: Array, leaf: LeafPlan) -> Array:
-        """The way back."""
-        shape = [leaf.shape[a] for a in leaf.permutation]
-        spec = tuple(self.own[leaf.name][a] for a in leaf.permutation)
-        return self.placement.reshape(x, shape, spec)
-
-    def loose(self, x: Array, leaf: LeafPlan) -> Array:
-        """Merged leaves, `(batch, *merged)`, as they come."""
-        return self.placement.put(x, self.merged(leaf))
-
-    def before(self, leaf: LeafPlan, axis: int) -> list[Spec]:
-        """Layouts from which, and on the way by which, what is cut along an axis comes."""
-        specs = [self.merged(leaf), *self.cuts[leaf.name]]
-        return [specs[axis], *_between(specs[axis], specs[axis + 1])]
-
-    def open(self, x: Array, leaf: LeafPlan, axis: int) -> Array:
-        """A merged leaf or a strip of it on its way to be cut along an axis."""
-        return self.cut(self._travel(x, self.before(leaf, axis)[1:]), leaf, axis)
-
-    def close(self, x: Array, leaf: LeafPlan, axis: int) -> Array:
-        """The way back."""
-        return self._travel(self.cut(x, leaf, axis), self.before(leaf, axis)[:0:-1])
-
-    def cut(self, x: Array, leaf: LeafPlan, axis: int) -> Array:
-        """A merged leaf or a strip of it, `(batch, *merged)`, whole along the axis cut next."""
-        return self.placement.put(x, self.cuts[leaf.name][axis])
-
-    def piece(self, x: Array, key: str) -> Array:
-        """A piece in the layout that its stack is concatenated in."""
-        return self.placement.put(x, self.stacks[key])
-
-    def route(self, key: str) -> list[Spec]:
-        """Layouts from the concatenated stack to its owners, one mesh axis moved at a time."""
-        spec = self.stacks[key]
+    def _to_owners(self, spec: Spec) -> tuple[Spec, ...]:
+        if isinstance(self.devices, OneDevice):
+            return ()
         used = [a for e in spec[1:] for a in reversed(e)]  # a major axis first would permute
-        owners = self.placement.owner_axes
+        owners = self.devices.owner_axes
         moves = [a for a in used if a in owners] + [a for a in owners if a not in used]
         route = [spec]
         for axis in moves:
             lead, *rest = route[-1]
             rest = [tuple(a for a in e if a != axis) for e in rest]
             route.append(((*lead, axis), *rest))
-        end = (self.ends.get(key, route[-1][0]), *[()] * (len(spec) - 1))
-        return route if end == route[-1] else [*route, end]
+        end = (route[-1][0], *[()] * (len(spec) - 1))
+        return tuple(route if end == route[-1] else [*route, end])
+
+    def _order(self) -> dict[str, np.ndarray | None]:
+        """Where buckets are finer than the plan's groups they may come in another order."""
+        found: dict[str, np.ndarray | None] = {}
+        members = np.array([i for bucket in self.buckets for i in bucket.members], int)
+        rank = np.argsort(members)  # of each leaf
+        for key, leaves in self.plan.owners.items():
+            # Blocks of a leaf keep their order, so a stable sort by rank is the order of buckets.
+            taken = np.argsort(rank[leaves], kind="stable")
+            found[key] = None if (np.diff(taken) == 1).all() else np.argsort(taken)
+        return found
 
     def owner_spec(self, key: str) -> PartitionSpec:
         """Layout of everything that has one entry a block."""
-        return PartitionSpec(self.route(key)[-1][0])
+        return PartitionSpec(self.routes[key][-1][0])
 
-    def to_owners(self, x: Array, key: str, order: Sequence[int]) -> Array:
-        """A concatenated stack in its slots, at its owners; zero blocks stay zero in all parts.
-
-        Args:
-          x: Blocks `[n, *block]`, pinned.
-          key: Of the stack.
-          order: Place of each block in the order of the plan.
-
-        Returns:
-          The stack `[N, *block]`.
-        """
-        n, slots = len(x), self.slots.order[key]
-        if len(slots) > n:
-            x = jnp.pad(x, ((0, len(slots) - n), *[(0, 0)] * (x.ndim - 1)))
-        return self._travel(
-            _take(x, np.where(slots < 0, n, np.argsort(order)[slots])), self.route(key)
-        )
-
-    def from_owners(self, x: Array, key: str, order: Sequence[int]) -> Array:
-        """The way back, its first entries the blocks, rounded to what travels."""
-        narrow = self.placement.communication_dtype
-        x = self._travel(x if narrow is None else x.astype(narrow), self.route(key)[::-1])
-        (places,) = np.nonzero(self.slots.order[key] >= 0)
-        return _take(x, places[np.asarray(order)])
-
-    def _travel(self, x: Array, route: Sequence[Spec]) -> Array:
-        for spec in route:
-            x = self.placement.put(x, spec)
-        return x
-
-    def state_specs(self, state: Any, lengths: dict[str, int]) -> Any:
+    def state_specs(self, state: Any) -> Any:
         """Layout of every leaf of a state: blocks at their owners, all else replicated."""
-        stacks = {(jax.tree_util.DictKey(key),): n for key, n in lengths.items()}
+        stacks = {(jax.tree_util.DictKey(key),): n for key, n in self.lengths.items()}
 
         def spec(path: KeyPath, leaf: Any) -> PartitionSpec:
             stack = stack_of(path, stacks)
@@ -238,53 +251,39 @@ class StackLayout:
 
     def pin_stacks(self, stacks: dict[str, Any]) -> dict[str, Array]:
         """Arrays `[N]` by stack at their owners."""
-        return {
-            key: self.placement.put(jnp.asarray(x), self.route(key)[-1][:1])
-            for key, x in stacks.items()
-        }
+        arrays = {}
+        for key, x in stacks.items():
+            arrays[key] = jnp.asarray(x)
+            for end in self.routes[key][-1:]:
+                arrays[key] = self.devices.put(arrays[key], end[:1])
+        return arrays
 
-    def pin_state(self, state: Any, lengths: dict[str, int]) -> Any:
+    def pin_state(self, state: Any) -> Any:
         """The state at its owners."""
-        specs = self.state_specs(state, lengths)
+        if isinstance(self.devices, OneDevice):
+            return state
 
         def pin(x: Array, spec: PartitionSpec) -> Array:
             lead = tuple(axes_of(e) for e in spec)
-            return self.placement.put(jnp.asarray(x), (*lead, *[()] * (jnp.ndim(x) - len(lead))))
+            return self.devices.put(jnp.asarray(x), (*lead, *[()] * (jnp.ndim(x) - len(lead))))
 
-        return jax.tree.map(pin, state, specs)
+        return jax.tree.map(pin, state, self.state_specs(state))
 
-    def run(
-        self,
-        update: Callable[..., Any],
-        stacks: dict[str, Array],
-        weights: dict[str, Array] | None,
-        state: Any,
-    ) -> tuple[dict[str, Array], Any]:
-        """`update(stacks, indices, real, weights, state)`, every owner on its own blocks."""
+    def run(self, update: Callable[..., Any], stacks: Any, weights: Any, state: Any) -> Any:
+        """`update(stacks, index, weights, state)`, every owner on its own blocks."""
+        index = self.pin_stacks(self.index)
+        if isinstance(self.devices, OneDevice):
+            return update(stacks, index, weights, state)
         at_owner = {key: self.owner_spec(key) for key in stacks}
-        specs = self.state_specs(state, {key: len(x) for key, x in stacks.items()})
-        indices = self.pin_stacks(self.slots.index)
-        holds = {key: self.slots.holds(key) for key in stacks}
-        real = self.pin_stacks({key: x for key, x in holds.items() if x is not None})
+        specs = self.state_specs(state)
         return jax.shard_map(
             update,
-            mesh=self.placement.mesh,
-            in_specs=(
-                at_owner,
-                at_owner,
-                {key: at_owner[key] for key in real},
-                None if weights is None else at_owner,
-                specs,
-            ),
+            mesh=self.devices.mesh,
+            in_specs=(at_owner, at_owner, None if weights is None else at_owner, specs),
             out_specs=(at_owner, specs),
             # Scalars of the state are equal everywhere by construction, which no type shows.
             check_vma=False,
-        )(stacks, indices, real, weights, state)
-
-
-def _take(x: Array, places: np.ndarray) -> Array:
-    """`x[places]`, or all of `x` where that is how it begins."""
-    return x if (places == np.arange(len(places))).all() else x[places]
+        )(stacks, index, weights, state)
 
 
 def _between(before: Spec, after: Spec) -> list[Spec]:

@@ -1,10 +1,12 @@
-"""Where blocks live on a mesh: every block has one owner, which does all of its arithmetic.
+"""Where blocks live: on one device, or on a mesh, where every block has one owner.
 
-Nothing else in this package knows a mesh. `blocked(placement=...)` asks a `Placement` for the way
-of each gradient to its owners and back, and runs its inner transformation there.
+The owner does all arithmetic on its blocks. Nothing else in this package knows a mesh:
+`blocked(placement=...)` asks for the way of each gradient to its owners and back, and runs its
+inner transformation there.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +17,8 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from shampoo_jax.base.options import check_dtype
 from shampoo_jax.base.paths import KeyPath, parameter_of
-from shampoo_jax.base.precision import check_dtype
 from shampoo_jax.blocks.blocks import is_placeholder
 
 Array = jax.Array
@@ -42,9 +44,9 @@ class Placement:
         gradient and of its update.
       communication_dtype: What gradients and updates are rounded to where they travel between
         devices, `jnp.bfloat16` say; None leaves them in float32.
-      stack_multiple: Stacks are padded with zero blocks to a multiple of this, at their end. None
-        means the number of owners, and zero blocks where `slots.balanced` puts them. A run
-        resumed on another number of devices needs the same value.
+      stack_multiple: Stacks are padded with zero blocks to a multiple of this, at their end; None
+        means the number of owners. A state resumed as it is on another number of devices needs the
+        same value.
       gradient_spec: Likewise of a gradient that does not lie as its parameter does, reduced and
         scattered say; None where it does.
 
@@ -83,12 +85,12 @@ class Placement:
                     "PartitionSpec: lambda path, leaf: PartitionSpec('data')."
                 )
 
-    @property
+    @functools.cached_property
     def owner_axes(self) -> Axes:
         """Names of the owner axes."""
         return axes_of(self.owners)
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         """Number of owners."""
         return math.prod(self.mesh.shape[a] for a in self.owner_axes)
@@ -100,12 +102,20 @@ class Placement:
 
     def put(self, x: Array, spec: Spec) -> Array:
         """Pins a value to a layout, on Auto and on Explicit meshes."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(*(e or None for e in spec)))
-        if AxisType.Explicit in self.mesh.axis_types:
-            return jax.sharding.reshard(x, sharding)
-        return jax.lax.with_sharding_constraint(x, sharding)
+        return self._pin(x, self._sharding(spec))
 
-    @property
+    @functools.cached_property
+    def _pin(self) -> Callable[[Array, NamedSharding], Array]:
+        explicit = AxisType.Explicit in self.mesh.axis_types
+        return jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+
+    @functools.cached_property
+    def _sharding(self) -> Callable[[Spec], NamedSharding]:
+        return functools.cache(
+            lambda spec: NamedSharding(self.mesh, PartitionSpec(*(e or None for e in spec)))
+        )
+
+    @functools.cached_property
     def incoming(self) -> "Placement":
         """The placement of gradients on their way in."""
         if self.gradient_spec is None:
@@ -128,8 +138,7 @@ class Placement:
         """A reshape whose result has this layout on Explicit meshes, where none may be implied."""
         if AxisType.Explicit not in self.mesh.axis_types:
             return x.reshape(shape)
-        sharding = NamedSharding(self.mesh, PartitionSpec(*(e or None for e in spec)))
-        return jax.lax.reshape(x, shape, out_sharding=sharding)
+        return jax.lax.reshape(x, shape, out_sharding=self._sharding(spec))
 
     def spec_of(self, path: KeyPath, leaf: Any) -> Spec:
         """The layout of a parameter, one entry a dimension."""

@@ -6,184 +6,212 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from shampoo_jax.blocks.plan import Cell, LeafPlan
-from shampoo_jax.stacks.buckets import Bucket, block_order, make_buckets
-from shampoo_jax.stacks.layout import StackLayout
+from shampoo_jax.blocks.plan import LeafPlan
+from shampoo_jax.stacks.layout import Bucket, Layout
 
 Array = jax.Array
 
 
-def split(
-    leaves: Sequence[Array], plan: Sequence[LeafPlan], layout: StackLayout | None = None
-) -> dict[str, Array]:
-    """Cuts arrays into blocks and stacks equal shapes, in the order of leaves, cells and batch.
+def split(leaves: Sequence[Array], layout: Layout) -> dict[str, Array]:
+    """Cuts arrays into blocks and stacks equal shapes, at their owners.
 
     Args:
-      leaves: One array per entry of `plan`.
-      plan: Layout from `make_plan`.
-      layout: The way of the blocks to their owners on a mesh, where there is one.
+      leaves: One array per leaf of the plan, float32 or float64.
+      layout: How leaves are cut and where they go.
 
     Returns:
-      Stacks `[N, *block]` by block key, in float32 or the leaves' wider dtype.
+      Stacks `[N, *block]` by key, in the order of the plan, zero blocks at their end.
     """
-    leaves = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
-    dtypes = [x.dtype for x in leaves]
-    buckets = buckets_of(plan, dtypes, layout)
     pieces: dict[str, list[Array]] = {}
-    wide: dict[str, Any] = {}
-    for members, whole in buckets:
-        x = _bundle([_merge(leaves[i], plan[i], layout) for i in members], whole, layout)
-        dtype = dtypes[members[0]]
-        for (cell, _), piece in zip(_cuts(whole, layout), _cut(x, whole, layout), strict=True):
-            piece = piece.swapaxes(1, 2) if cell.transposed else piece
-            piece = piece if layout is None else layout.piece(piece, cell.key)
-            pieces.setdefault(cell.key, []).append(piece)
-            wide[cell.key] = jnp.promote_types(dtype, wide.get(cell.key, dtype))
-    stacks = {key: jnp.concatenate(parts) for key, parts in pieces.items()}
-    if layout is None:
-        return stacks
-    order = block_order(buckets, plan)
-    return {
-        key: layout.to_owners(x, key, order[key]).astype(wide[key]) for key, x in stacks.items()
-    }
+    for bucket in layout.buckets:
+        x = _bundle(leaves, bucket, layout)
+        for key, piece in _cut(x, bucket, layout).items():
+            pieces.setdefault(key, []).append(piece)
+    stacks = {}
+    for key, parts in pieces.items():
+        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        stacks[key] = _to_owners(x, key, layout, leaves)
+    return stacks
 
 
-def buckets_of(
-    plan: Sequence[LeafPlan], dtypes: Sequence[Any], layout: StackLayout | None
-) -> list[Bucket]:
-    """Leaves that are exchanged before they are stacked go together; others by themselves."""
-    return make_buckets(
-        plan, lambda i: None if layout is None else layout.shared(plan[i], dtypes[i])
-    )
+def join(stacks: dict[str, Array], layout: Layout, dtypes: Sequence[Any]) -> list[Array]:
+    """Inverse of `split`: the leaves, cast to `dtypes`."""
+    gathered = {}
+    for key, x in stacks.items():
+        gathered[key] = _from_owners(x, key, layout)
+    offset = dict.fromkeys(stacks, 0)
+    leaves: list[Any] = [None] * len(dtypes)
+    for bucket in layout.buckets:
+        pieces = _pieces(gathered, offset, bucket, layout)
+        x = _assemble(pieces, bucket, layout, dtypes[bucket.members[0]])
+        _unbundle(x, bucket, layout, dtypes, leaves)
+    return leaves
 
 
-def _merge(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> Array:
-    """A leaf as `(batch, *merged)`."""
-    x = x if layout is None else layout.enter(x, leaf)
-    x = x.transpose(leaf.permutation)
-    return x.reshape(leaf.batch, *leaf.merged) if layout is None else layout.merge(x, leaf)
-
-
-def _bundle(leaves: list[Array], whole: LeafPlan, layout: StackLayout | None) -> Array:
-    """The merged leaves of a bucket as one."""
-    if layout is None or len(leaves) == 1:
-        return leaves[0]
+def _bundle(leaves: Sequence[Array], bucket: Bucket, layout: Layout) -> Array:
+    """The merged leaves of a bucket, `(members * batch, *merged)`."""
+    devices, leaf, route = layout.devices, bucket.leaf, bucket.route
+    narrow, shape = devices.communication_dtype, (leaf.batch, *leaf.merged)
+    # Axes that merging loses need not divide the batch.
+    fits = not route.merged[0] or leaf.batch % devices.size(route.merged[0]) == 0  # type: ignore
+    spec = route.merged if fits else route.inward[0][-1]
+    merged = []
+    for i in bucket.members:
+        x = devices.put(leaves[i], route.own)
+        # The narrow value is pinned as well, or the wide one would travel.
+        x = x if narrow is None else devices.put(x.astype(narrow), route.own)
+        merged.append(devices.reshape(x.transpose(layout.plan.leaves[i].permutation), shape, spec))
+    if len(merged) == 1:
+        return merged[0]
     # Pinned on both sides, or each leaf would be exchanged by itself.
-    return layout.loose(jnp.concatenate([layout.loose(x, whole) for x in leaves]), whole)
+    pinned = [devices.put(x, route.merged) for x in merged]
+    return devices.put(jnp.concatenate(pinned), route.merged)
 
 
-def _tiled(leaf: LeafPlan, layout: StackLayout | None) -> bool:
-    """Whether all cells can be cut at once: equal ones, of a leaf that every device has whole."""
-    equal = len({cell.size for cell in leaf.cells}) == 1 < len(leaf.cells)
-    return equal and (layout is None or not any(layout.merged(leaf)))
+def _unbundle(
+    x: Array, bucket: Bucket, layout: Layout, dtypes: Sequence[Any], leaves: list[Any]
+) -> None:
+    """The way back from `_bundle`, into the list of leaves."""
+    devices, route, members = layout.devices, bucket.route, bucket.members
+    parts = [x]
+    if len(members) > 1:
+        split_up = jnp.split(devices.put(x, route.merged), len(members))
+        parts = [devices.put(part, route.merged) for part in split_up]
+    for i, part in zip(members, parts, strict=True):
+        leaf = layout.plan.leaves[i]
+        permuted = [leaf.shape[a] for a in leaf.permutation]
+        spec = tuple([route.own[a] for a in leaf.permutation])
+        inverse = np.argsort(leaf.permutation)
+        part = devices.reshape(part, permuted, spec).transpose(inverse)
+        leaves[i] = devices.put(part, route.own).astype(dtypes[i])
 
 
-def _cuts(leaf: LeafPlan, layout: StackLayout | None) -> list[tuple[Cell, int]]:
-    """The cells that are cut one by one, or one for all of them, and blocks of each."""
-    if _tiled(leaf, layout):
-        return [(leaf.cells[0], len(leaf.cells) * leaf.batch)]
-    return [(cell, leaf.batch) for cell in leaf.cells]
-
-
-def _cut(x: Array, leaf: LeafPlan, layout: StackLayout | None) -> list[Array]:
-    """The cells of a merged leaf `(batch, *merged)`, cut dimension by dimension, in their order."""
-    if _tiled(leaf, layout):
-        return [_tile(x, leaf)]
+def _cut(x: Array, bucket: Bucket, layout: Layout) -> dict[str, Array]:
+    """Blocks of a bundle by stack, in the order of members, cells and batch."""
+    leaf, put = bucket.leaf, layout.devices.put
+    if bucket.tiled:
+        cell = leaf.cells[0]
+        tiles = _tile(x, len(bucket.members), leaf)
+        tiles = tiles.swapaxes(1, 2) if cell.transposed else tiles
+        return {cell.key: put(tiles, layout.pieces[cell.key])}
     pieces = [x] if leaf.cells else []  # an empty leaf has none
-    for axis in range(len(leaf.merged)):
-        # Pinned on both sides, or the partitioner cuts in the layout that comes next.
-        pin = functools.partial(_pin, layout, leaf, axis)
-        edges = sorted({(c.start[axis], c.start[axis] + c.size[axis]) for c in leaf.cells})
-        pieces = [
-            pin(jax.lax.slice_in_dim(whole, *edge, axis=axis + 1))
-            for whole in (x if layout is None else layout.open(x, leaf, axis) for x in pieces)
-            for edge in edges
-        ]
+    for axis, way in enumerate(bucket.route.inward[: len(leaf.merged)]):
+        strips = []
+        for piece in pieces:
+            for spec in way:
+                piece = put(piece, spec)
+            for begin, end in _edges(leaf, axis):
+                # Pinned on both sides, or the partitioner cuts in the layout that comes next.
+                strip = jax.lax.slice_in_dim(piece, begin, end, axis=axis + 1)
+                strips.append(put(strip, way[-1]))
+        pieces = strips
+    found = {}
+    for key, numbers in bucket.cells.items():
+        cells = []
+        for k in numbers:
+            piece = pieces[k].swapaxes(1, 2) if leaf.cells[k].transposed else pieces[k]
+            cells.append(put(piece, layout.pieces[key]))
+        found[key] = _interleave(cells, len(bucket.members))
+    return found
+
+
+def _pieces(
+    stacks: dict[str, Array], offset: dict[str, int], bucket: Bucket, layout: Layout
+) -> list[Array]:
+    """The way back from `_cut`: cells, or tiles, of a bundle from gathered stacks."""
+    leaf, put, members = bucket.leaf, layout.devices.put, len(bucket.members)
+    pieces: list[Any] = [None] * (1 if bucket.tiled else len(leaf.cells))
+    for key, numbers in bucket.cells.items():
+        begin = offset[key]
+        offset[key] = begin + members * leaf.batch * len(numbers)
+        x = stacks[key][begin : offset[key]]
+        some = [x] if bucket.tiled else _separate(x, members, leaf.batch, len(numbers))
+        for k, piece in zip(numbers, some, strict=False):
+            piece = put(piece, layout.pieces[key])
+            pieces[k] = piece.swapaxes(1, 2) if leaf.cells[k].transposed else piece
     return pieces
 
 
-def _tile(x: Array, leaf: LeafPlan) -> Array:
-    """All cells of a merged leaf: one operation to compile, however many they are."""
-    size = leaf.cells[0].size
-    grid = [n for d, s in zip(leaf.merged, size, strict=True) for n in (d // s, s)]
-    outer, inner = range(1, len(grid), 2), range(2, len(grid) + 1, 2)
-    return x.reshape(-1, *grid).transpose(*outer, 0, *inner).reshape(-1, *size)
-
-
-def _untile(x: Array, leaf: LeafPlan) -> Array:
-    """The way back from `_tile`."""
-    size = leaf.cells[0].size
-    counts = [d // s for d, s in zip(leaf.merged, size, strict=True)]
-    batch = len(size)  # its place
-    grid = [a for k in range(batch) for a in (k, batch + 1 + k)]
-    x = x.reshape(*counts, leaf.batch, *size).transpose(batch, *grid)
-    return x.reshape(leaf.batch, *leaf.merged)
-
-
-def _pin(layout: StackLayout | None, leaf: LeafPlan, axis: int, x: Array) -> Array:
-    return x if layout is None else layout.cut(x, leaf, axis)
-
-
-def join(
-    stacks: dict[str, Array],
-    plan: Sequence[LeafPlan],
-    dtypes: Sequence[Any],
-    layout: StackLayout | None = None,
-) -> list[Array]:
-    """Inverse of `split`: the leaves, cast to `dtypes`."""
-    buckets = buckets_of(plan, dtypes, layout)
-    if layout is not None:
-        order = block_order(buckets, plan)
-        stacks = {key: layout.from_owners(x, key, order[key]) for key, x in stacks.items()}
-    offset = dict.fromkeys(stacks, 0)
-    leaves: dict[int, Array] = {}
-    for members, whole in buckets:
-        dtype, pieces = dtypes[members[0]], []
-        for cell, count in _cuts(whole, layout):
-            begin = offset[cell.key]
-            offset[cell.key] = begin + count
-            piece = stacks[cell.key][begin : begin + count]
-            if layout is None:
-                piece = piece.astype(dtype)
-            else:
-                piece = layout.piece(layout.leaving(piece, dtype), cell.key)
-            pieces.append(piece.swapaxes(1, 2) if cell.transposed else piece)
-        x = _assemble(pieces, whole, layout, dtype)
-        for i, part in zip(members, _unbundle(x, len(members), whole, layout), strict=True):
-            leaves[i] = _unmerge(part, plan[i], dtype, layout)
-    return [leaves[i] for i in range(len(plan))]
-
-
-def _assemble(pieces: list[Array], leaf: LeafPlan, layout: StackLayout | None, dtype: Any) -> Array:
+def _assemble(pieces: list[Array], bucket: Bucket, layout: Layout, dtype: Any) -> Array:
     """Concatenates cells dimension by dimension, the last one first."""
+    leaf, put, members = bucket.leaf, layout.devices.put, len(bucket.members)
     if not pieces:
-        return jnp.zeros((leaf.batch, *leaf.merged), dtype)
-    if _tiled(leaf, layout):
-        return _untile(_pin(layout, leaf, -1, pieces[0]), leaf)
+        return jnp.zeros((members * leaf.batch, *leaf.merged), dtype)
+    if bucket.tiled:
+        return _untile(put(pieces[0], bucket.route.cut), members, leaf)
     for axis in reversed(range(len(leaf.merged))):
-        per_row = len({cell.start[axis] for cell in leaf.cells})
-        pin = functools.partial(_pin, layout, leaf, axis)
-        pieces = list(map(pin, pieces))
-        pieces = [
-            jnp.concatenate(pieces[i : i + per_row], axis + 1)
-            for i in range(0, len(pieces), per_row)
-        ]
-        pieces = pieces if layout is None else [layout.close(x, leaf, axis) for x in pieces]
+        way, count = bucket.route.inward[axis], len(_edges(leaf, axis))
+        pinned = [put(x, way[-1]) for x in pieces]
+        pieces = []
+        for i in range(0, len(pinned), count):
+            strip = pinned[i] if count == 1 else jnp.concatenate(pinned[i : i + count], axis + 1)
+            for spec in way[::-1]:
+                strip = put(strip, spec)
+            pieces.append(strip)
     return pieces[0]
 
 
-def _unbundle(x: Array, count: int, whole: LeafPlan, layout: StackLayout | None) -> list[Array]:
-    """The way back from `_bundle`."""
-    if layout is None or count == 1:
-        return [x]
-    return [layout.loose(part, whole) for part in jnp.split(layout.loose(x, whole), count)]
+def _edges(leaf: LeafPlan, axis: int) -> list[tuple[int, int]]:
+    """Where a merged leaf is cut along an axis."""
+    return sorted({(c.start[axis], c.start[axis] + c.size[axis]) for c in leaf.cells})
 
 
-def _unmerge(x: Array, leaf: LeafPlan, dtype: Any, layout: StackLayout | None) -> Array:
-    """The way back from `_merge`."""
-    permuted = [leaf.shape[a] for a in leaf.permutation]
-    inverse = sorted(range(len(permuted)), key=leaf.permutation.__getitem__)
-    x = x.reshape(permuted) if layout is None else layout.unmerge(x, leaf)
-    x = x.transpose(inverse)
-    return x if layout is None else layout.leave(x, leaf).astype(dtype)
+def _interleave(cells: list[Array], members: int) -> Array:
+    """Cells of a bundle, each `[members * batch, *block]`, one after the other of each member."""
+    if len(cells) == 1 or members == 1:
+        return cells[0] if len(cells) == 1 else jnp.concatenate(cells)
+    block = cells[0].shape[1:]
+    return jnp.concatenate([x.reshape(members, -1, *block) for x in cells], 1).reshape(-1, *block)
+
+
+def _separate(x: Array, members: int, batch: int, cells: int) -> list[Array]:
+    """The way back from `_interleave`."""
+    if members == 1 or cells == 1:
+        return jnp.split(x, cells) if cells > 1 else [x]
+    apart = x.reshape(members, cells, batch, *x.shape[1:])
+    return [apart[:, k].reshape(-1, *x.shape[1:]) for k in range(cells)]
+
+
+def _tile(x: Array, members: int, leaf: LeafPlan) -> Array:
+    """All cells of merged leaves: one operation to compile, however many they are."""
+    size = leaf.cells[0].size
+    grid = [n for d, s in zip(leaf.merged, size, strict=True) for n in (d // s, s)]
+    outer, inner = range(2, len(grid) + 2, 2), range(3, len(grid) + 3, 2)
+    x = x.reshape(members, -1, *grid).transpose(0, *outer, 1, *inner)
+    return x.reshape(-1, *size)
+
+
+def _untile(x: Array, members: int, leaf: LeafPlan) -> Array:
+    """The way back from `_tile`."""
+    size = leaf.cells[0].size
+    counts = [d // s for d, s in zip(leaf.merged, size, strict=True)]
+    batch = len(size) + 1  # its place
+    grid = [a for k in range(1, batch) for a in (k, batch + k)]
+    x = x.reshape(members, *counts, leaf.batch, *size).transpose(0, batch, *grid)
+    return x.reshape(members * leaf.batch, *leaf.merged)
+
+
+def _to_owners(x: Array, key: str, layout: Layout, leaves: Sequence[Array]) -> Array:
+    """A concatenated stack in the plan's order, filled with zero blocks, at its owners."""
+    order, fill = layout.order[key], layout.lengths[key] - len(x)
+    if order is not None:
+        x = x[order]
+    if fill:
+        x = jnp.pad(x, ((0, fill), *[(0, 0)] * (x.ndim - 1)))
+    for spec in layout.routes[key]:
+        x = layout.devices.put(x, spec)
+    if layout.devices.communication_dtype is None:
+        return x
+    wide = [leaves[i].dtype for i in np.unique(layout.plan.owners[key])]
+    return x.astype(functools.reduce(jnp.promote_types, wide))
+
+
+def _from_owners(x: Array, key: str, layout: Layout) -> Array:
+    """The way back, rounded to what travels."""
+    order, narrow = layout.order[key], layout.devices.communication_dtype
+    x = x if narrow is None else x.astype(narrow)
+    for spec in layout.routes[key][::-1]:
+        x = layout.devices.put(x, spec)
+    return x if order is None else x[np.argsort(order)]

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
 from shampoo_jax.base.precision import in_float32
 
 

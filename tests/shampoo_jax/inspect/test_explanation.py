@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from shampoo_jax.solvers.costs import root_cost
 
 from scripts.compile_size import gpt2_matrices, measure, one_root_per_factor
 from shampoo_jax import (
@@ -22,7 +23,6 @@ from shampoo_jax import (
 from shampoo_jax.inspect.explanation import explain, state_bytes
 from shampoo_jax.matrix.polynomial import FULL, polynomial_root
 from shampoo_jax.optimizers.aliases import kl_shampoo, one_sided_shampoo, shampoo, soap
-from shampoo_jax.solvers.costs import root_cost
 
 
 def struct(*shape, dtype=jnp.float32):

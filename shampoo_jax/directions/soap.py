@@ -1,0 +1,136 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from shampoo_jax.base.hyperparameters import check_static
+from shampoo_jax.base.options import check_options, is_off
+from shampoo_jax.base.signatures import suggests
+from shampoo_jax.blocks.blocking import Blocking
+from shampoo_jax.blocks.exponents import ExponentOption
+from shampoo_jax.directions.walk import Work, walk
+from shampoo_jax.parts.eigenbasis import eigenbasis
+from shampoo_jax.parts.factors import accumulate_factors, damp
+from shampoo_jax.parts.filtering import filter_gradient
+from shampoo_jax.parts.grafting import make_magnitude, scale_by_second_moment
+from shampoo_jax.parts.refresh import BasisRefresh
+from shampoo_jax.solvers.bases import Basis, make_basis
+from shampoo_jax.stacks.guard import Guarded
+from shampoo_jax.stacks.placement import Placement
+
+WHOLE = Blocking(size=None)  # the authors' code does not cut matrices
+
+
+@suggests
+def scale_by_soap(
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    *,
+    factor_b2: Any = None,
+    b3: Any = None,
+    eps: Any = 1e-8,
+    damping: Any = 0.0,
+    exponent: float | Callable[[int], float] = 0.5,
+    bias_correction: bool = True,
+    weighted: bool = True,
+    blocking: Blocking | None = WHOLE,
+    exponents: ExponentOption = None,
+    basis: str | Basis | None = None,
+    every: Any = 10,
+    refresh: BasisRefresh | None = None,
+    rtol: float | None = 0.0,
+    graft: str | optax.GradientTransformation | None = None,
+    mu_dtype: Any = None,
+    monitor: int | None = None,
+    placement: Placement | None = None,
+) -> Guarded:
+    """Rescales updates by SOAP: Adam in the eigenbasis of Shampoo's factors.
+
+    With `Q` the eigenbases of `L = EMA(G G^T)` and `R = EMA(G^T G)`, `P = Ql^T G Qr` and `M` the
+    first moment: `U = Ql [ (Ql^T M Qr) / (sqrt(EMA_b2(P^2)) + eps) ] Qr^T`.
+
+    The defaults are the authors' algorithm (Vyas et al. 2024, arXiv:2409.11321): the first gradient
+    only fills factors and bases, each gradient is used before it enters them, columns and second
+    moments are sorted by eigenvalue at each refresh. Meta's form (`EigenvalueCorrectedShampoo`) is
+    `presets.meta_soap`.
+
+    Weight decay in `soap` acts as AdamW's, on the parameters before the step; the authors' code
+    shrinks them after it, which differs by `lr^2 * weight_decay * U`.
+
+    The authors' code leaves a dimension of more than 10,000 unrotated (`max_precond_dim`); here
+    every dimension of every block gets a factor, d x d. `soap` leaves embeddings and heads to
+    AdamW; for other long dimensions set `blocking`, or exclude a side of all matrices by
+    `exponents={2: {0: 0.0}}`. `explain` names the largest factor.
+
+    Args:
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1]; 1 sums.
+      factor_b2: Decay of the factors; None means `b2`.
+      b3: Decay of the emitted first moment, see `filter_gradient`; None means `b1`.
+      eps: Added to the denominator; on the scale of the gradients.
+      damping: Added to the diagonal of the factors before their basis is computed; absolute.
+      exponent: Exponent of the second moment, or a function of the number of dimensions of a block
+        giving it.
+      bias_correction: Whether moments are divided by the sum of their weights.
+      weighted: Whether new statistics have weight `1 - b2`; False adds them with weight 1.
+      blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
+        None means `Blocking()`, blocks of up to 1024 x 1024.
+      exponents: Dimensions with exponent 0 keep their basis; other values do not matter.
+      basis: `"eigh"`, `"qr"` (Meta's), a `Basis`, or None for the authors' sorted QR step.
+      every: Steps between refreshes of the bases.
+      refresh: When bases are refreshed, and what happens in the first step; None means the authors'
+        `BasisRefresh()`.
+      rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
+        update; 0.0 truncates nothing, None means `d * eps` of the dtype.
+      graft: Magnitude of every block, as in `scale_by_shampoo`; None leaves that of the direction.
+      mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
+      monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
+      placement: Mesh and axes over which blocks are split; None means one device.
+
+    Returns:
+      A transformation without learning rate and weight decay. Its state holds stacks of blocks:
+      moments, factors and bases.
+
+    Raises:
+      ValueError: An option out of range, or options that contradict each other.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> tx = optax.chain(shampoo_jax.scale_by_soap(every=5), optax.scale_by_learning_rate(3e-3))
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> float(jnp.abs(updates["w"]).max())  # the first step only fills the state
+      0.0
+    """
+    options = locals()
+    check_static(options)
+    check_options(options)
+    if not is_off(damping) and not is_off(rtol):
+        raise ValueError(
+            f"damping={damping} with rtol={rtol}: damping lifts the null directions that "
+            "truncation is to remove, drop damping or set rtol=0.0."
+        )
+    when = BasisRefresh() if refresh is None else refresh
+    method = make_basis(basis)
+    weighting: Any = {"bias_correction": bias_correction, "weighted": weighted}
+    first_moment = filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype)
+    second = scale_by_second_moment(b2, eps, exponent=exponent, **weighting)
+    # A first moment inside is skipped with the rest; outside it can serve a graft.
+    inner = optax.chain(first_moment, second) if when.skip_first else second
+    factors = [accumulate_factors(b2 if factor_b2 is None else factor_b2, **weighting)]
+    factors += [] if is_off(damping) else [damp(damping)]
+    return walk(
+        optax.chain(
+            *factors, eigenbasis(inner, basis=method, every=every, refresh=when, rtol=rtol)
+        ),
+        first_moment=None if when.skip_first else first_moment,
+        magnitude=make_magnitude(graft, b2),
+        monitor=monitor,
+        blocking=blocking,
+        exponents=exponents,
+        placement=placement,
+        rebuild=lambda placement: scale_by_soap(**{**options, "placement": placement}),
+        work=Work(method, every, when),
+    )

@@ -1,0 +1,107 @@
+"""From a direction to a complete optimizer: decay, momentum, learning rate, AdamW for the others."""
+
+from typing import Any, NamedTuple
+
+import optax
+
+from shampoo_jax.base.hyperparameters import check_static
+from shampoo_jax.base.options import check_options
+from shampoo_jax.base.signatures import suggests
+from shampoo_jax.optimizers.momentum import momentum as momentum_part
+from shampoo_jax.optimizers.routing import Rule, is_hidden_matrix, labels_by
+from shampoo_jax.optimizers.weight_decay import Decay, wide_decay_parts
+from shampoo_jax.stacks.guard import Guarded, guard, unguarded
+from shampoo_jax.stacks.placement import Placement
+
+
+class Routed(NamedTuple):
+    """What an optimizer was built from, for `explain`.
+
+    Attributes:
+      direction: The design of its direction; None where that is not known.
+      rule: Which parameters the direction takes.
+      placement: Where its state lies; None on one device.
+      momentum: Whether it has any.
+      rebuild: The same optimizer for another placement.
+    """
+
+    direction: Any
+    rule: Rule
+    placement: Placement | None
+    momentum: bool
+    rebuild: Any
+
+
+@suggests
+def as_optimizer(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: Any = 0.0,
+    decay: Decay | None = None,
+    momentum: float | optax.GradientTransformation | None = None,
+    preconditioned: Rule | None = None,
+    others: optax.GradientTransformation | None = None,
+    placement: Placement | None = None,
+) -> Guarded:
+    """A complete optimizer: a direction on matrices, AdamW on everything else.
+
+    `U = direction(G) + weight_decay * W`, momentum if asked for, then `W -= learning_rate * U`.
+    Gradients that are missing, narrow or not finite are dealt with before, see `guard`.
+
+    Args:
+      direction: Any transformation of trees of matrices without learning rate and decay.
+      learning_rate: Number or schedule.
+      weight_decay: Strength of the decay, of all parameters.
+      decay: Its kind and mask; None means `Decay()`, decoupled.
+      momentum: Decay of heavy-ball momentum on the finished direction, or a transformation such as
+        `momentum(0.9, nesterov=True)`; None for none.
+      preconditioned: Callable of (path, leaf): whether the direction takes this parameter. None
+        means `is_hidden_matrix`.
+      others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
+        with the same learning rate, decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
+      placement: Splits momentum and the state and arithmetic of `others` over the owners of a mesh,
+        as the direction does with blocks; None means the direction's own.
+
+    Returns:
+      The optimizer. It computes in float32 or wider; updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: An option out of range, or options that contradict each other.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = as_optimizer(optax.scale_by_sign(), 0.1, weight_decay=0.5)
+      >>> params = {"w": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> updates["w"].round(3).tolist()  # -0.1 * (1 + 0.5)
+      [[-0.15, -0.15], [-0.15, -0.15]]
+    """
+    options = locals()
+    check_static(options)
+    check_options(options)
+    design = direction.design if isinstance(direction, Guarded) else None
+    placement = getattr(design, "placement", None) if placement is None else placement
+    split = (lambda tx: tx) if placement is None else placement.elementwise
+    before, after = wide_decay_parts(weight_decay, decay, learning_rate)
+    if momentum is not None:
+        if design is not None and placement is not None:
+            # Or updates would be gathered for momentum and after it.
+            direction = design.rebuild(placement.split_out)
+        part = momentum if isinstance(momentum, tuple) else momentum_part(momentum)
+        after = [split(optax.chain(*after, part))]
+    rate = optax.scale_by_learning_rate(learning_rate)
+    matrices = optax.chain(*before, unguarded(direction), *after, rate)
+    if others is None:
+        mask = None if decay is None else decay.mask
+        others = optax.adamw(
+            learning_rate, b2=0.95, eps=1e-15, weight_decay=weight_decay, mask=mask
+        )
+    rule = is_hidden_matrix if preconditioned is None else preconditioned
+
+    def rebuild(placement: Placement | None) -> optax.GradientTransformation:
+        again = direction if design is None else design.rebuild(placement)
+        return as_optimizer(**{**options, "direction": again, "placement": placement})
+
+    tx = optax.partition({"matrices": matrices, "others": split(others)}, labels_by(rule))
+    return guard(tx, Routed(design, rule, placement, momentum is not None, rebuild))

@@ -1,0 +1,82 @@
+"""Roots computed through an eigenbasis that is carried from one refresh to the next."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shampoo_jax.base.options import Checked, is_off
+from shampoo_jax.matrix import eigh
+from shampoo_jax.solvers.bases import Basis, EighBasis
+from shampoo_jax.solvers.solver import PRODUCT, Cost, Solver, identities
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CarriedBasis(Checked, Solver):
+    """A solver that keeps each factor's eigenbasis from one refresh to the next.
+
+    With `EighBasis()` it equals `TruncatedEigh` or `ShiftedEigh`; with a tolerance or `QRBasis` the
+    decomposition becomes approximate and cheaper.
+
+    Attributes:
+      basis: How the eigenbasis is refreshed.
+      damping: As in `ShiftedEigh`; None truncates instead, as `TruncatedEigh`.
+      before: Whether it is added to the matrix before the decomposition.
+      rtol: Relative cutoff where damping is None; None means `d * eps` of the dtype.
+      atol: Absolute cutoff where damping is None.
+
+    Example:
+      >>> import shampoo_jax
+      >>> tx = shampoo_jax.scale_by_shampoo(solver=shampoo_jax.CarriedBasis(shampoo_jax.QRBasis()))
+    """
+
+    basis: Basis = EighBasis()
+    damping: Any = None
+    before: bool = True
+    rtol: Any = None
+    atol: Any = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for damping with a cutoff and what `Checked` refuses."""
+        super().__post_init__()
+        if self.damping is not None and not (self.rtol is None and is_off(self.atol)):
+            raise ValueError(
+                f"rtol={self.rtol}, atol={self.atol} with damping={self.damping}: a damped spectrum "
+                "is not truncated, drop damping or the cutoffs."
+            )
+
+    def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
+        """That of the basis, and a product."""
+        del d, dtype, exponent
+        cost = self.basis.cost()
+        return cost._replace(flops=cost.flops + PRODUCT)
+
+    def init(self, n: int, d: int, dtype: Any) -> Array:
+        """Identity bases `[N, d, d]`."""
+        return identities(n, d, dtype)
+
+    def init_root(self, n: int, d: int, dtype: Any, exponent: float) -> Array:
+        """The root of an eigendecomposition with all eigenvalues 1, under this solver's rule."""
+        powers = self._powers(jnp.ones((n, d), dtype), exponent, 1.0)
+        return (powers[:, :, None] * jnp.eye(d, dtype=dtype)).astype(dtype)
+
+    def __call__(self, factor: Array, exponent: float, state: Array) -> tuple[Array, Array, Array]:
+        """See `Solver`."""
+        if self.damping is not None and self.before:
+            factor = factor + self.damping * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+        ok = eigh.finite(factor)
+        scale = eigh.power_of_two_scale(factor)
+        safe = jnp.where(ok[:, None, None], factor / scale, jnp.zeros_like(factor))
+        values, basis, _ = self.basis(safe, state)
+        powers = self._powers(values, exponent, scale[..., 0])
+        root = eigh.reconstruct(powers, basis) * scale**-exponent
+        return root, ok & eigh.finite(root), basis
+
+    def _powers(self, values: Array, exponent: float, unit: Array | float) -> Array:
+        """Powers of eigenvalues `[N, d]` that are given in a unit."""
+        if self.damping is None:
+            return eigh.truncated_power(values, exponent, rtol=self.rtol, atol=self.atol / unit)
+        return eigh.shifted_power(values, exponent, damping=self.damping / unit, added=self.before)
