@@ -52,6 +52,9 @@ PUBLIC = {"os._exit"}
 FLOORS = {"matrix": 0, "aliases": 2, "presets": 2, "explanation": 2, "__init__": 3}
 PARTS = 1
 
+# nanogpt's rooms, from the ground up; what is in none of them is the command, which starts them.
+ROOMS = ("config", "model", "optimizers", "train", "report", "lab")
+
 
 # Rules only read; each of them reads every file.
 parsed = functools.cache(ast.parse)
@@ -106,6 +109,28 @@ def floors(root: Path) -> list[str]:
                 f"{path}:{line}: {here} may not import {name!r}, which stands above it; "
                 "move the shared part down"
             )
+    return complaints
+
+
+def rooms(root: Path) -> list[str]:
+    """Inside nanogpt every file has a room, and imports go down only; nobody imports the command."""
+    complaints = []
+    for path, tree in sources(root, "nanogpt"):
+        here = path.split("/")[1]
+        if here.endswith(".py"):
+            if here not in ("__init__.py", "__main__.py", "cli.py"):
+                complaints.append(f"{path}:1: is in no room; put it into one of {', '.join(ROOMS)}")
+            continue
+        if here not in ROOMS:
+            complaints.append(f"{path}:1: room {here!r} has no floor; name it in ROOMS")
+            continue
+        below = ROOMS[: ROOMS.index(here) + 1]
+        complaints += [
+            f"{path}:{line}: {here} may not import {name!r}, which stands above it; "
+            "move the shared part down"
+            for line, name in imports(path, tree)
+            if name.startswith("nanogpt.") and name.split(".")[1] not in below
+        ]
     return complaints
 
 
@@ -205,7 +230,7 @@ def sizes(root: Path) -> list[str]:
 
 
 Rule = Callable[[Path], list[str]]
-RULES: list[Rule] = [import_directions, floors, cycles, public_api_only, sizes]
+RULES: list[Rule] = [import_directions, floors, rooms, cycles, public_api_only, sizes]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -258,6 +283,18 @@ OFFENCES: list[tuple[Rule, dict[str, str], str]] = [
         {"shampoo_jax/aliases.py": "import shampoo_jax\n"},
         "shampoo_jax/aliases.py:1: aliases may not import 'shampoo_jax'",
     ),
+    (
+        rooms,
+        {"nanogpt/train/loop.py": "def f():\n    from nanogpt.lab.trials import run_trials\n"},
+        "nanogpt/train/loop.py:2: train may not import 'nanogpt.lab.trials.run_trials'",
+    ),
+    (
+        rooms,
+        {"nanogpt/lab/sweep.py": "from nanogpt import cli\n"},
+        "nanogpt/lab/sweep.py:1: lab may not import 'nanogpt.cli'",
+    ),
+    (rooms, {"nanogpt/tables.py": ""}, "nanogpt/tables.py:1: is in no room"),
+    (rooms, {"nanogpt/attic/x.py": ""}, "nanogpt/attic/x.py:1: room 'attic' has no floor"),
     (
         cycles,
         {
@@ -317,8 +354,8 @@ def test_what_is_allowed_is_not_reported(tmp_path):
             "shampoo_jax/aliases.py": "import optax\n\nfrom shampoo_jax import roots\n",
             "shampoo_jax/roots.py": "from functools import partial\n\nfrom .matrix import eigh\n",
             "shampoo_jax/matrix/eigh.py": "import jax\n\nv = jax.__version__\n",
-            "nanogpt/loop.py": DOCUMENTED_FUNCTION,
-            "scripts/run.py": "from nanogpt import loop\n\nstate = loop.f(1)._replace(x=2)\n",
+            "nanogpt/train/loop.py": DOCUMENTED_FUNCTION,
+            "scripts/run.py": "from nanogpt.train import loop\n\nstate = loop.f(1)._replace(x=2)\n",
         },
     )
     assert [c for rule in RULES for c in rule(tmp_path)] == []

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from scripts.compile_size import gpt2_matrices, measure, one_root_per_factor
+
 from shampoo_jax import (
     CarriedBasis,
     DimensionNumbers,

@@ -1,0 +1,1 @@
+"""What only maintainers run: recordings, parity, tables, benchmarks."""
