@@ -55,7 +55,7 @@ types: venv  ## Check types
 	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 golden: venv  ## Replay the recorded trajectories of the reference (GOLDEN="files" chooses others)
-	@$(BIN)/python -m scripts.replay_golden $(GOLDEN)
+	@$(BIN)/python -m scripts.maintenance.replay_golden $(GOLDEN)
 
 clean:  ## Remove .venv and caches; runs/ and data/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -116,7 +116,7 @@ def needed_shards(
         raise ShardError(
             f"{Path(paths[0]).parent}: its {len(paths)} training shard(s) hold {batches} batches "
             f"of {batch_rows} x {sequence_length} tokens, but the run takes {steps} steps; add "
-            f"{more} shard(s) like these (for FineWeb: `python -m scripts.prepare_data fineweb "
+            f"{more} shard(s) like these (for FineWeb: `nanogpt data fineweb "
             f"--shards {len(paths) + more}`), lower the steps, or read them repeatedly with "
             "mode=shuffled."
         )
@@ -164,7 +164,7 @@ def val_batches(
         fitting = (tokens.size - 1) // stride * stride
         remedy = (
             f"lower it to {fitting} or hold out more text (--data.val-tokens {fitting}, and "
-            f"scripts.prepare_data with --val-tokens {fitting})."
+            f"nanogpt data with --val-tokens {fitting})."
             if fitting
             else f"one batch of {rows} x {sequence_length} needs {stride + 1}: hold out more text "
             "or lower --data.microbatch-rows."

@@ -95,9 +95,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(directory) / FILE_NAME
     if not path.is_file():
-        raise ShardError(
-            f"{path}: no such file; prepare the folder with `python -m scripts.prepare_data`."
-        )
+        raise ShardError(f"{path}: no such file; prepare the folder with `nanogpt data`.")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return Manifest(

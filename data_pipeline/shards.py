@@ -13,7 +13,7 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 1024
 
-_REMAKE = "delete it and prepare or download it again (python -m scripts.prepare_data)"
+_REMAKE = "delete it and prepare or download it again (nanogpt data)"
 
 
 class ShardError(ValueError):
@@ -122,6 +122,6 @@ def shard_paths(directory: str | os.PathLike[str], split: str) -> list[Path]:
     if not paths:
         raise ShardError(
             f"{directory}: no *_{split}_*.bin shard; prepare one with "
-            f"`python -m scripts.prepare_data` or name another folder."
+            f"`nanogpt data` or name another folder."
         )
     return paths

@@ -46,7 +46,7 @@ from shampoo_jax.solvers.carried import CarriedBasis
 from shampoo_jax.solvers.eigh import ShiftedEigh, TruncatedEigh
 from shampoo_jax.solvers.newton import CoupledNewton, HigherOrderNewton
 from shampoo_jax.solvers.polynomial import Auto, Polynomial
-from shampoo_jax.solvers.registry import register_solver
+from shampoo_jax.solvers.registry import make_solver, register_solver, solver_names
 from shampoo_jax.solvers.solver import Cost, Solver
 from shampoo_jax.stacks.blocked import FORMAT, blocked
 from shampoo_jax.stacks.guard import check_finite, guard
@@ -103,6 +103,7 @@ __all__ = [
     "kl_shampoo",
     "kl_soap",
     "momentum",
+    "make_solver",
     "monitor_spectrum",
     "normalize_by_trace",
     "on_gradients",
@@ -122,6 +123,7 @@ __all__ = [
     "scale_to_norm",
     "shampoo",
     "soap",
+    "solver_names",
     "state_bytes",
     "state_layout",
     "state_shardings",

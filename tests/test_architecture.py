@@ -49,10 +49,13 @@ ALLOWED = {
 PUBLIC = {"os._exit"}
 
 # The rooms of shampoo_jax, from the ground up. A room imports itself and those before it.
-ROOMS = (
+HOUSE = (
     *("base", "matrix", "blocks", "solvers", "stacks", "parts", "directions", "optimizers"),
     *("inspect", "__init__"),
 )
+
+# nanogpt's rooms, from the ground up; what is in none of them is the command, which starts them.
+ROOMS = ("config", "model", "optimizers", "train", "report", "lab")
 
 
 # Rules only read; each of them reads every file.
@@ -95,21 +98,43 @@ def floors(root: Path) -> list[str]:
     complaints = []
     for path, tree in sources(root, "shampoo_jax"):
         here = path.removesuffix(".py").split("/")[1]
-        if here not in ROOMS:
+        if here not in HOUSE:
             complaints.append(
-                f"{path}:1: {here} is no room; put the module into one of {', '.join(ROOMS[:-1])}"
+                f"{path}:1: {here} is no room; put the module into one of {', '.join(HOUSE[:-1])}"
             )
             continue
         for line, name in imports(path, tree):
             top, *rest = name.split(".")
             there = rest[0] if rest else "__init__"
-            if top != "shampoo_jax" or there not in ROOMS:
+            if top != "shampoo_jax" or there not in HOUSE:
                 continue
-            if ROOMS.index(there) > ROOMS.index(here):
+            if HOUSE.index(there) > HOUSE.index(here):
                 complaints.append(
                     f"{path}:{line}: {here} may not import {name!r}, which stands above it; "
                     "move the shared part down"
                 )
+    return complaints
+
+
+def rooms(root: Path) -> list[str]:
+    """Inside nanogpt every file has a room, imports go down only, nobody imports the command."""
+    complaints = []
+    for path, tree in sources(root, "nanogpt"):
+        here = path.split("/")[1]
+        if here.endswith(".py"):
+            if here not in ("__init__.py", "__main__.py", "cli.py"):
+                complaints.append(f"{path}:1: is in no room; put it into one of {', '.join(ROOMS)}")
+            continue
+        if here not in ROOMS:
+            complaints.append(f"{path}:1: room {here!r} has no floor; name it in ROOMS")
+            continue
+        below = ROOMS[: ROOMS.index(here) + 1]
+        complaints += [
+            f"{path}:{line}: {here} may not import {name!r}, which stands above it; "
+            "move the shared part down"
+            for line, name in imports(path, tree)
+            if name.startswith("nanogpt.") and name.split(".")[1] not in below
+        ]
     return complaints
 
 
@@ -218,7 +243,7 @@ def public_shampoo(root: Path) -> list[str]:
             # Functions on matrices are public as a package; its modules are not.
             inner = rest[1:] if rest[:1] == ["matrix"] else rest
             module = (root / "shampoo_jax" / "matrix" / f"{'/'.join(inner)}.py").exists()
-            room = rest[:1] != ["matrix"] and rest and rest[0] in ROOMS
+            room = rest[:1] != ["matrix"] and rest and rest[0] in HOUSE
             if top == "shampoo_jax" and (room or (rest[:1] == ["matrix"] and inner and module)):
                 complaints.append(
                     f"{path}:{line}: {name!r} is a room of shampoo_jax; import what "
@@ -228,7 +253,9 @@ def public_shampoo(root: Path) -> list[str]:
 
 
 Rule = Callable[[Path], list[str]]
-RULES: list[Rule] = [import_directions, floors, cycles, public_api_only, public_shampoo, sizes]
+RULES: list[Rule] = [
+    *(import_directions, floors, rooms, cycles, public_api_only, public_shampoo, sizes),
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -287,6 +314,18 @@ OFFENCES: list[tuple[Rule, dict[str, str], str]] = [
         {"shampoo_jax/tools.py": "import jax\n"},
         "shampoo_jax/tools.py:1: tools is no room",
     ),
+    (
+        rooms,
+        {"nanogpt/train/loop.py": "def f():\n    from nanogpt.lab.trials import run_trials\n"},
+        "nanogpt/train/loop.py:2: train may not import 'nanogpt.lab.trials.run_trials'",
+    ),
+    (
+        rooms,
+        {"nanogpt/lab/sweep.py": "from nanogpt import cli\n"},
+        "nanogpt/lab/sweep.py:1: lab may not import 'nanogpt.cli'",
+    ),
+    (rooms, {"nanogpt/tables.py": ""}, "nanogpt/tables.py:1: is in no room"),
+    (rooms, {"nanogpt/attic/x.py": ""}, "nanogpt/attic/x.py:1: room 'attic' has no floor"),
     (
         cycles,
         {
@@ -361,11 +400,11 @@ def test_what_is_allowed_is_not_reported(tmp_path):
         tmp_path,
         {
             "shampoo_jax/__init__.py": "from shampoo_jax.parts.roots import f\n",
-            "shampoo_jax/optimizers/aliases.py": "import optax\n\nfrom shampoo_jax.parts import roots\n",
-            "shampoo_jax/parts/roots.py": "from functools import partial\n\nfrom ..matrix import eigh\n",
+            "shampoo_jax/optimizers/aliases.py": "import optax\nfrom shampoo_jax.parts import roots\n",
+            "shampoo_jax/parts/roots.py": "from functools import partial\nfrom ..matrix import eigh\n",
             "shampoo_jax/matrix/eigh.py": "import jax\n\nv = jax.__version__\n",
-            "nanogpt/loop.py": DOCUMENTED_FUNCTION,
-            "scripts/run.py": "from nanogpt import loop\n\nstate = loop.f(1)._replace(x=2)\n",
+            "nanogpt/train/loop.py": DOCUMENTED_FUNCTION,
+            "scripts/run.py": "from nanogpt.train import loop\n\nstate = loop.f(1)._replace(x=2)\n",
         },
     )
     assert [c for rule in RULES for c in rule(tmp_path)] == []

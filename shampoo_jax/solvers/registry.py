@@ -50,6 +50,15 @@ def register_solver(name: str, constructor: Callable[[], Solver]) -> None:
     SOLVERS[name] = constructor
 
 
+def solver_names() -> tuple[str, ...]:
+    """Every name that `solver="..."` may be, those of `register_solver` included.
+
+    >>> solver_names()[:2]
+    ('auto', 'eigh')
+    """
+    return tuple(SOLVERS)
+
+
 def make_solver(solver: str | Solver) -> Solver:
     """The solver of a name with its defaults, or the given solver itself.
 

@@ -10,8 +10,8 @@ import pytest
 from data_pipeline import loader, write_shard
 from data_pipeline.loader import fingerprint, needed_shards, train_batches, val_batches
 from data_pipeline.shards import ShardError
-from scripts.parity import inputs as parity
-from scripts.parity.measurement import misses
+from scripts.maintenance.parity import inputs as parity
+from scripts.maintenance.parity.measurement import misses
 
 SETTINGS: dict[str, Any] = {"sequence_length": 8, "batch_rows": 4}
 

@@ -44,7 +44,7 @@ def test_refuses_a_damaged_shard_with_name_and_remedy(tmp_path, fault, message):
     with pytest.raises(ShardError, match=message) as error:
         shards.open_tokens(path)
     assert str(path) in str(error.value)
-    assert "scripts.prepare_data" in str(error.value)
+    assert "nanogpt data" in str(error.value)
 
 
 def test_refuses_a_missing_file_and_half_a_header(tmp_path):

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from scripts.record_gradients import read_gradients
+from scripts.maintenance.record_gradients import read_gradients
 
 RECORDED = pathlib.Path(__file__).parents[1] / "golden" / "gradients" / "gpt_d128.npz"
 

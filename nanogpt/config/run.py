@@ -1,0 +1,217 @@
+"""Every setting of a training run, as frozen dataclasses; those of optimizers in `settings.py`.
+
+The classes hold no numbers of their own beyond what the benchmark fixes for every optimizer;
+`presets.py` holds the values. A field's trailing comment is its `--help` text. Impossible values
+are refused where they are set, before any work.
+"""
+
+import dataclasses
+import math
+import pathlib
+from typing import Literal
+
+import tyro
+
+from nanogpt.config.settings import Dtype, MatrixConfig, check
+
+Init = Literal["benchmark", "record2", "record27", "record33"]
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes of mesh axes by name.
+
+    Args:
+        text: as in "data=2,fsdp=4"; one size may be -1.
+
+    Raises:
+        ValueError: anything else.
+
+    >>> parse_mesh("data=2,fsdp=-1")
+    {'data': 2, 'fsdp': -1}
+    """
+    pairs = [part.partition("=") for part in text.split(",")] if text else []
+    axes = {name: int(size) for name, _, size in pairs if size.lstrip("-").isdigit()}
+    sizes = list(axes.values())
+    known = set(axes) <= {"data", "fsdp"} and len(axes) == len(pairs)
+    if not known or any(n < 1 and n != -1 for n in sizes) or sizes.count(-1) > 1:
+        raise ValueError(
+            f"mesh={text!r}: must name sizes of the axes data and fsdp, as in 'data=2,fsdp=4'; one "
+            "of them may be -1."
+        )
+    return axes
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and precision of the GPT."""
+
+    vocab_size: int  # rows of the embedding, columns of the head (tokens; at least the tokenizer's)
+    num_layers: int  # transformer blocks
+    model_dim: int  # width of the residual stream
+    head_dim: int  # width of one attention head; must divide model_dim
+    mlp_dim: int  # hidden width of the MLP
+    sequence_length: int  # tokens in a row
+    dtype: Dtype = "bfloat16"  # residual stream and matrix products
+    embed_dtype: Dtype = "bfloat16"  # stored embedding and its optimizer state
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cudnn flash attention on GPU
+    init: Init = "benchmark"  # initial weights, see nanogpt.model.init.linear
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "sequence_length")
+        check(self, "at least 1", *sizes)
+        if self.model_dim % self.head_dim:
+            raise ValueError(
+                f"head_dim={self.head_dim} does not divide model_dim={self.model_dim}: "
+                "choose a head_dim that does."
+            )
+        if self.head_dim % 4:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be a multiple of 4: half of its pairs rotate."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which tokens are read, in which order, in pieces of which size."""
+
+    directory: str  # folder of *_train_*.bin and *_val_*.bin shards, see nanogpt data
+    mode: Literal["sequential", "shuffled"]  # sequential: the benchmark's order; shuffled: by seed
+    batch_rows: int  # rows in one optimizer step, over all devices
+    microbatch_rows: int  # rows in one forward-backward pass; must divide batch_rows
+    val_tokens: int  # tokens of the validation shard that are scored
+    seed: int = 0  # order of the rows in mode shuffled
+
+    def __post_init__(self):
+        check(self, "at least 1", "batch_rows", "microbatch_rows", "val_tokens")
+        check(self, "at least 0", "seed")
+        if self.batch_rows % self.microbatch_rows:
+            raise ValueError(
+                f"microbatch_rows={self.microbatch_rows} does not divide "
+                f"batch_rows={self.batch_rows}: choose a divisor."
+            )
+
+
+def check_line(settings: "ScheduleConfig | CooldownConfig") -> None:
+    """Refuses an impossible cooldown, by name: see `nanogpt.optimizers.schedules.eta`."""
+    check(settings, "between 0 and 1", "cooldown", "final")
+    check(settings, "positive and finite", "power")
+    if not 1 <= settings.horizon < math.inf:
+        raise ValueError(f"horizon={settings.horizon!r}: must be at least 1 and finite.")
+
+
+def check_warmup(settings: "ScheduleConfig | WarmCooldownConfig") -> None:
+    """Refuses an impossible warmup, by name."""
+    check(settings, "at least 0", "warmup_steps")
+    if settings.warmup_from is not None:
+        check(settings, "at least 0 and finite", "warmup_from")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning-rate multiplier eta(s) of update s = 0..steps-1, common to all groups."""
+
+    steps: int  # optimizer steps
+    cooldown: float = 0.7  # fraction of the steps over which eta falls linearly to 0
+    warmup_steps: int = 0  # eta is capped by (s + 1) / warmup_steps
+    warmup_from: float | None = None  # learning rate of the first update; replaces the cap's rule
+    power: float = 1.0  # exponent of the cooldown's straight line
+    horizon: float = 1.0  # where the line ends, in multiples of steps
+    final: float = 0.0  # multiplier where the line ends
+
+    def __post_init__(self):
+        check(self, "at least 1", "steps")
+        check_warmup(self)
+        check_line(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class CooldownConfig:
+    """A cooldown of the block matrices' own; steps and warmup are those of the run's schedule."""
+
+    cooldown: float = 1.0  # fraction of the horizon over which eta falls
+    power: float = 1.0  # exponent of the straight line
+    horizon: float = 1.0  # where the line ends, in multiples of steps
+    final: float = 0.0  # multiplier where the line ends
+
+    def __post_init__(self):
+        check_line(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmCooldownConfig(CooldownConfig):
+    """A cooldown of the block matrices' own, after a warmup of their own; steps are the run's."""
+
+    warmup_steps: int = 0  # eta is capped by (s + 1) / warmup_steps
+    warmup_from: float | None = None  # learning rate of the first update; replaces the cap's rule
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_warmup(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryConfig:
+    """AdamW on everything that is not a block matrix: embedding, head, biases and gains."""
+
+    embed_learning_rate: float  # peak, embedding
+    head_learning_rate: float  # peak, output head
+    vector_learning_rate: float  # peak, biases and gains
+    weight_decay: float = 0.0  # decoupled, multiplied by the scheduled learning rate
+    b1: float = 0.8  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-10  # added to sqrt(second moment); on the scale of summed gradients
+
+    def __post_init__(self):
+        rates = ("embed_learning_rate", "head_learning_rate", "vector_learning_rate")
+        check(self, "positive and finite", *rates)
+        check(self, "at least 0 and finite", "weight_decay", "eps")
+        check(self, "at least 0 and below 1", "b1", "b2")
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputConfig:
+    """What a run leaves behind, and how often."""
+
+    directory: str = "runs"  # the run's folder is directory/name
+    log_every: int = 10  # steps between records of the training loss
+    checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end or when interrupted
+    keep_checkpoints: int = 2  # newest checkpoints kept
+
+    def __post_init__(self):
+        check(self, "at least 1", "log_every", "keep_checkpoints")
+        check(self, "at least 0", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run: everything that decides its numbers."""
+
+    name: str  # the run's folder under output.directory
+    seed: int  # initialization
+    model: ModelConfig
+    data: DataConfig
+    schedule: ScheduleConfig
+    # Chosen together with the class of `matrices`, so not by a flag of its own.
+    optimizer: tyro.conf.Suppress[str]  # registry name of the optimizer of the block matrices
+    matrices: MatrixConfig  # its hyperparameters, of a class in `nanogpt.config.settings`
+    auxiliary: AuxiliaryConfig
+    output: OutputConfig = OutputConfig()
+    # Cooldown of the block matrices, if they have their own; None: that of the schedule.
+    matrices_cooldown: CooldownConfig | None = None
+    val_every: int = 125  # steps between validations while s < 0.9 * steps
+    val_every_final: int = 25  # steps between validations afterwards
+    mesh: str = ""  # devices, as in data=2,fsdp=4; -1: all that are left; empty: one device
+    # Gradients are summed over devices once a step, each keeping its part, instead of whole for
+    # every microbatch; needs fsdp=1. None: where that is so.
+    scatter_gradients: bool | None = None
+
+    def __post_init__(self):
+        check(self, "at least 0", "seed")
+        check(self, "at least 1", "val_every", "val_every_final")
+        parse_mesh(self.mesh)
+        path = pathlib.PurePath(self.name)
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            raise ValueError(
+                f"name={self.name!r}: must be a folder inside output.directory, as in "
+                "'mine/first'; set output.directory to write elsewhere."
+            )

@@ -1,0 +1,213 @@
+"""Settings of the optimizers of the block matrices, one frozen dataclass each.
+
+A field's trailing comment is its `--help` text. Impossible values are refused where they are set.
+Every eps is on the scale of gradients summed over the tokens of a batch.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+Dtype = Literal["float32", "bfloat16"]
+Triple = tuple[float, float, float]
+
+_RULES = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0": lambda value: value >= 0,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+    "positive and finite": lambda value: 0 < value < math.inf,
+    "at least 0 and finite": lambda value: 0 <= value < math.inf,
+}
+
+
+def check(settings: Any, rule: str, *names: str) -> None:
+    """Refuses a named field that breaks a rule.
+
+    Args:
+        settings: Any object with these fields.
+        rule: "at least 1", "at least 0", "between 0 and 1", "at least 0 and below 1", "positive and
+            finite" or "at least 0 and finite".
+        *names: Fields.
+
+    Raises:
+        ValueError: names the field, its value and the rule.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if not _RULES[rule](value):
+            raise ValueError(f"{name}={value!r}: must be {rule}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixConfig:
+    """What every optimizer of the block matrices has; enough for one without settings of its own.
+
+    A class for an optimizer of your own derives from this one and adds fields with defaults.
+    """
+
+    learning_rate: float  # peak
+    weight_decay: float  # decoupled, multiplied by the scheduled learning rate
+    # Hold each matrix's norm: the learning rate is then the step's size relative to the matrix.
+    hyperball: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self):
+        check(self, "positive and finite", "learning_rate")
+        check(self, "at least 0 and finite", "weight_decay")
+        if self.hyperball and self.weight_decay:
+            raise ValueError(
+                f"weight_decay={self.weight_decay} with hyperball=True, which undoes any change of "
+                "a matrix's norm: set weight_decay=0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig(MatrixConfig):
+    """AdamW on the block matrices; AdamH with `hyperball`."""
+
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-10  # added to sqrt(second moment); on the scale of summed gradients
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least 0 and finite", "eps")
+        check(self, "at least 0 and below 1", "b1", "b2")
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonConfig(MatrixConfig):
+    """Muon on the block matrices; MuonH with `hyperball`."""
+
+    b1: float = 0.95  # decay of the momentum
+    ns_steps: int = 5  # Newton-Schulz iterations
+    # Quintic's coefficients: one triple, or one for each iteration.
+    ns_coeffs: Triple | tuple[Triple, ...] = (3.4445, -4.775, 2.0315)
+    ns_dtype: Dtype = "float32"  # precision of the Newton-Schulz iterations; muon_track3 only
+    b1_warmup: int = 0  # steps over which the momentum rises from 0.85 to b1; muon_track3 only
+    mlp_decay: float = 1.0  # factor of weight_decay on the matrices of the MLPs
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least 0 and below 1", "b1")
+        check(self, "at least 1", "ns_steps")
+        check(self, "at least 0", "b1_warmup")
+        check(self, "at least 0 and finite", "mlp_decay")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShampooConfig(MatrixConfig):
+    """Shampoo on the block matrices."""
+
+    b1: float = 0.9  # decay of the filtered gradient
+    b2: float = 0.9  # decay of the factors
+    # Keep eigenvalues > n*eps*max, or > 0; "shift" adds damping to all instead.
+    cutoff: Literal["relative", "positive", "shift"] = "relative"
+    every: int = 1  # steps between refreshes of the inverse roots
+    block_size: int = 1024  # largest edge of a block
+    graft_b2: float = 0.9  # decay of the grafted Adam's second moment
+    graft_eps: float = 1e-15  # eps of the grafted Adam; on the scale of summed gradients
+    exponent: float = 0.25  # e of factor^-e, on each of the two sides
+    size: Literal["adam", "rows"] = "adam"  # norm of an update: Adam's, or sqrt(output rows)
+    damping: float = 1e-12  # shift of the factors' eigenvalues; cutoff "shift" only
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least 0 and finite", "graft_eps", "damping")
+        check(self, "at least 0 and below 1", "b1", "b2", "graft_b2")
+        check(self, "at least 1", "every", "block_size")
+        check(self, "positive and finite", "exponent")
+
+
+@dataclasses.dataclass(frozen=True)
+class SoapConfig(MatrixConfig):
+    """SOAP on the block matrices: Adam in the eigenbases of Shampoo's factors."""
+
+    b1: float = 0.95  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment and the factors
+    eps: float = 1e-8  # added to sqrt(second moment); on the scale of summed gradients
+    every: int = 10  # steps between refreshes of the bases
+    # Paper: bias correction, first step skipped, sorted bases; record27: none of these.
+    form: Literal["paper", "record27"] = "paper"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least 0 and finite", "eps")
+        check(self, "at least 0 and below 1", "b1", "b2")
+        check(self, "at least 1", "every")
+
+
+@dataclasses.dataclass(frozen=True)
+class KLConfig(MatrixConfig):
+    """KL-Shampoo and KL-SOAP on the block matrices.
+
+    Both start from eigenvalues 0.1, meant for the mean loss, so they see the summed gradients
+    divided by `tokens`; every eps and max_scale is on the scale of the quotient.
+    """
+
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.98  # decay of the factors, eigenvalues and second moment
+    eps: float = 1e-8  # damping; on the scale of gradients divided by tokens
+    every: int = 10  # steps between refreshes of the bases
+    tokens: int = 1  # gradients are divided by it; the tokens of a batch give those of the mean
+    max_scale: float | None = None  # largest eigenvalue^-1/2; None: max(10, min(size, 4000))
+    first_weight: float | None = None  # of the first gradient in the factors; None: 1 - b2
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least 0 and finite", "eps")
+        check(self, "at least 0 and below 1", "b1", "b2")
+        check(self, "at least 1", "every", "tokens")
+        if self.max_scale is not None:
+            check(self, "positive and finite", "max_scale")
+        if self.first_weight is not None:
+            check(self, "between 0 and 1", "first_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class PsgdConfig(MatrixConfig):
+    """PSGD-Kron on the block matrices: a whitening preconditioner fitted by probes."""
+
+    b1: float = 0.95  # decay of the momentum
+    preconditioner_rate: float = 1.0  # step of the preconditioner's fit, relative to its curvature
+    preconditioner_seed: int = 0  # of the probes
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least 0 and below 1", "b1")
+        check(self, "positive and finite", "preconditioner_rate")
+        check(self, "at least 0", "preconditioner_seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class LionConfig(MatrixConfig):
+    """Lion on the block matrices."""
+
+    b1: float = 0.9  # share of the momentum in the update
+    b2: float = 0.99  # decay of the momentum
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least 0 and below 1", "b1", "b2")
+
+
+@dataclasses.dataclass(frozen=True)
+class SophiaConfig(MatrixConfig):
+    """Sophia-H on the block matrices: momentum over a sampled Hessian diagonal, clipped at 1.
+
+    Every `every` steps it takes a second pass through the batch, which the benchmark forbids.
+    """
+
+    b1: float = 0.965  # decay of the momentum
+    b2: float = 0.99  # decay of the Hessian diagonal
+    eps: float = 1e-8  # smallest denominator; on the scale of summed gradients
+    gamma: float = 0.01  # factor of the Hessian diagonal: a smaller one clips more
+    every: int = 10  # steps between estimates of the Hessian diagonal
+    probe_seed: int = 0  # of the random signs
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "positive and finite", "eps", "gamma")
+        check(self, "at least 0 and below 1", "b1", "b2")
+        check(self, "at least 1", "every")
+        check(self, "at least 0", "probe_seed")

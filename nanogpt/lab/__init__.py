@@ -1,0 +1,1 @@
+"""Many runs: the commands, searches, processes."""

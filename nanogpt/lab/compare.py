@@ -1,0 +1,33 @@
+"""Draws any set of runs: comparison.png and comparison.md."""
+
+import dataclasses
+import pathlib
+import sys
+
+import tyro
+
+from nanogpt.report.comparison import compare
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Draws any set of runs."""
+
+    runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]  # folders that hold a metrics.jsonl
+    out: pathlib.Path = pathlib.Path("runs")  # folder of comparison.png and comparison.md
+    reference: tuple[pathlib.Path, ...] = ()  # CSV files of published curves: step, val_loss, ...
+
+
+def main() -> None:
+    """Runs the command line."""
+    options = tyro.cli(Options, prog="python -m scripts.compare", description=__doc__)
+    try:
+        picture = compare(options.runs, options.out, options.reference)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print((options.out / "comparison.md").read_text(encoding="utf-8"))
+    print(f"picture: {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Runs that differ in a few settings, and one JSONL file of what came out of them."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import rich.console
+
+from nanogpt.config.run import Config
+from nanogpt.lab.workers import in_processes
+from nanogpt.report.comparison import Run, read_run
+from nanogpt.train.batches import open_data
+from nanogpt.train.checkpoint import FREE_SETTINGS, plain
+from nanogpt.train.interrupt import Interrupted
+from nanogpt.train.loop import fit
+from nanogpt.train.metrics import MetricsWriter, Record, read_records
+from nanogpt.train.run_folder import RunFolder
+
+
+class Trial(NamedTuple):
+    """A run of a search.
+
+    Attributes:
+        settings: what tells it from the others, by dotted name.
+        config: the run; `config.name` is its own folder.
+    """
+
+    settings: dict[str, Any]
+    config: Config
+
+
+def run_trials(
+    trials: Sequence[Trial],
+    path: pathlib.Path,
+    *,
+    jobs: int = 1,
+    say: Callable[[str], None] = print,
+) -> list[Record]:
+    """Trains what the file does not hold yet, and appends a record a trial.
+
+    A trial is known by all of its settings and its data, not by its name. One that was stopped goes
+    on from its checkpoint, if it left one, else it starts again. A run whose loss is not finite at
+    the end, or above that of its first validation, is recorded as "diverged". Checkpoints of
+    finished trials are deleted; their metrics stay. While another process trains for the same file,
+    this one waits.
+
+    Args:
+        trials: the runs; equal ones are trained once.
+        path: JSONL file; created with its folder if missing.
+        jobs: processes side by side, with an equal share of the cores each; 1: this process.
+        say: is told of every finished trial.
+
+    Returns:
+        The records, in the order of the trials: "status" "finished" or "diverged", final "loss"
+        (None if not finite), "seed", "settings", "step_time_s" (median), "step_times_s" (means
+        between records of the training loss), the run's "start" and "end" records, and "steps",
+        "losses", "seconds" of its validations.
+
+    Raises:
+        ShardError: bad or too few data, before anything is trained.
+        Interrupted: a signal stopped the trial in this process.
+        RuntimeError: trials failed, after all others were trained; or a process died.
+    """
+    identities = _identities(trials)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path, say):
+        known = {record["identity"]: record for record in read_trials(path)}
+        missing = {
+            identity: trial
+            for identity, trial in zip(identities, trials, strict=True)
+            if identity not in known
+        }
+        with contextlib.closing(MetricsWriter(path)) as writer:
+            done = _train(list(missing.values()), jobs)
+            for count, (index, record) in enumerate(done, start=1):
+                identity = list(missing)[index]
+                if record is None:
+                    continue
+                writer.write("trial", identity=identity, **record)
+                known[identity] = record
+                say(f"trial {count} of {len(missing)}, {record['name']}: {describe(record)}")
+    failed = [trial.config.name for identity, trial in missing.items() if identity not in known]
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(missing)} trials failed, see above: {', '.join(failed)}. The "
+            "others are kept; the same command tries these again."
+        )
+    # One run can be two trials, as of a default and of the same number on an axis.
+    return [
+        known[identity] | {"settings": trial.settings}
+        for identity, trial in zip(identities, trials, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps other processes from the same trials: they would train them in the same folders."""
+    with open(f"{path}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that writes {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_trials(path: pathlib.Path) -> list[Record]:
+    """Returns the records of a file of trials, none if there is no file.
+
+    A line that a crash cut short is taken out of the file, so that the next one starts afresh.
+    """
+    if not path.exists():
+        return []
+    records = read_records(path)
+    if not path.read_text(encoding="utf-8").endswith("\n"):
+        temporary = path.with_suffix(".tmp")
+        lines = (json.dumps(record) + "\n" for record in records)
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, path)
+    return records
+
+
+def describe(record: Record) -> str:
+    """Returns a trial's outcome in a few words."""
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+    return f"loss {loss}" + (", diverged" if record["status"] == "diverged" else "")
+
+
+def run_trial(trial: Trial) -> Record:
+    """Trains one trial in this process and returns its record; see `run_trials`."""
+    folder = RunFolder(trial.config)
+    _fit(trial.config, folder)
+    shutil.rmtree(folder.checkpoints)
+    jax.clear_caches()  # programs of this trial, which no other one uses
+    run = read_run(folder.path)
+    loss = run.losses[-1]
+    diverged = not loss <= run.losses[0]
+    return {
+        "name": trial.config.name,
+        "settings": trial.settings,
+        "seed": trial.config.seed,
+        "status": "diverged" if diverged else "finished",
+        "loss": _finite(loss),
+        "step_time_s": run.end["median_step_time_s"],
+        "step_times_s": [
+            r["step_time_s"] for r in read_records(folder.metrics) if r["kind"] == "train"
+        ],
+        "start": run.start,
+        "end": run.end,
+        "steps": list(run.steps),
+        "losses": [_finite(value) for value in run.losses],
+        "seconds": list(run.seconds),
+    }
+
+
+def _fit(config: Config, folder: RunFolder) -> None:
+    """Goes on with a run that was stopped, or trains anew where it had other settings or data."""
+    console = rich.console.Console(quiet=True)
+    if folder.checkpoints.exists() and any(folder.checkpoints.iterdir()):
+        try:
+            fit(config, resume=True, console=console)
+        except (ValueError, FileNotFoundError):
+            pass
+        else:
+            return
+    fit(config, overwrite=True, console=console)
+
+
+def as_run(record: Record, label: str) -> Run:
+    """Returns a trial's record as the run that it was."""
+    losses = (math.nan if loss is None else loss for loss in record["losses"])
+    steps, seconds = tuple(record["steps"]), tuple(record["seconds"])
+    return Run(label, record["start"], record["end"], steps, tuple(losses), seconds)
+
+
+def _train(trials: list[Trial], jobs: int) -> Iterator[tuple[int, Record | None]]:
+    if jobs == 1:
+        return ((index, _run_or_tell(trial)) for index, trial in enumerate(trials))
+    return in_processes(_run_or_exit, trials, jobs)
+
+
+def _run_or_tell(trial: Trial) -> Record | None:
+    """`run_trial`; None if its settings or their size fail: the others need not.
+
+    `run_trials` raises when all others are done.
+    """
+    try:
+        return run_trial(trial)
+    except (RuntimeError, ValueError, MemoryError):  # XLA's errors are RuntimeErrors
+        print(f"{trial.config.name} failed:", file=sys.stderr)
+        traceback.print_exc()
+        return None
+
+
+def _run_or_exit(trial: Trial) -> Record | None:
+    """The same in a process that has nobody to tell of a signal."""
+    try:
+        return _run_or_tell(trial)
+    except Interrupted as stopped:
+        sys.exit(128 + stopped.signum)
+
+
+def _identities(trials: Sequence[Trial]) -> list[str]:
+    """Digests of all that decides each trial's numbers: settings and data."""
+    fingerprints: dict[Any, str] = {}
+    found = []
+    for _, config in trials:
+        reads = config.data, config.model.sequence_length, config.schedule.steps
+        if reads not in fingerprints:
+            data = open_data(config)
+            data.training.close()
+            fingerprints[reads] = data.fingerprint
+        settings = plain(config)
+        for name in FREE_SETTINGS:
+            section, _, field = name.rpartition(".")
+            (settings[section] if section else settings).pop(field)
+        text = json.dumps([fingerprints[reads], settings], sort_keys=True)
+        found.append(hashlib.sha256(text.encode()).hexdigest())
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""The GPT: modules, initial weights, loss."""

@@ -1,0 +1,1 @@
+"""Optimizers by parameter: directions, schedules, what they cost."""

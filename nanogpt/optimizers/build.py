@@ -1,0 +1,266 @@
+"""Optimizers by name, and which parameter goes to which.
+
+The only file that knows both parameter names and optimizers. Gradients are sums over the tokens of
+a batch, so every eps is on that scale.
+"""
+
+import dataclasses
+import functools
+import inspect
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import shampoo_jax
+from nanogpt.config import presets
+from nanogpt.config.published import PUBLISHED
+from nanogpt.config.run import Config
+from nanogpt.config.settings import MatrixConfig, MuonConfig
+from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam
+from nanogpt.optimizers.schedules import learning_rate
+
+ROUTES: tuple[tuple[str, str], ...] = (
+    (r"blocks/\d+/(attn|mlp)/\w+/kernel", "matrices"),
+    (r"embed/embedding", "embed"),
+    (r"head/kernel", "head"),
+    (r"(.*/)?(bias|scale)", "vectors"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An optimizer of the block matrices: its settings and its direction.
+
+    `direction(settings, placement)` gives the update before weight decay and learning rate.
+    """
+
+    settings: type[MatrixConfig]
+    direction: Direction
+
+
+REGISTRY: dict[str, Entry] = {name: Entry(*pair) for name, pair in DIRECTIONS.items()}
+
+
+def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
+    """Adds an optimizer of the block matrices, for this process.
+
+    Afterwards `preset` of any name gives the preset's AdamW run with this optimizer, and
+    `nanogpt.lab.speedrun.main` takes it by `--optimizer`.
+
+    Args:
+        name: Letters, digits, ".", "_" and "-"; not one of this package's, recipes included. A name
+            added before is replaced.
+        direction: Function of (settings, placement) giving an Optax transformation of the summed
+            gradients, without weight decay and learning rate. It may ignore the placement, which
+            tells how state is split over a mesh. If its update takes `obj_fn`, it gets the summed
+            loss as a function of the parameters.
+        settings: Starting values; its class is `MatrixConfig` or one derived from it.
+
+    Raises:
+        ValueError: a bad or taken name, a direction of other arguments, settings of another class.
+
+    Example:
+        >>> register("sign", lambda settings, _: optax.scale_by_sign(), MatrixConfig(1e-3, 0.1))
+        >>> from nanogpt.config.presets import preset
+        >>> preset("cpu", "sign").matrices.learning_rate
+        0.001
+        >>> del REGISTRY["sign"], presets.OWN["sign"]
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"name={name!r}: must be of letters, digits, '.', '_' and '-'.")
+    if name in DIRECTIONS or name in PUBLISHED:
+        raise ValueError(f"name={name!r} is taken: choose another one.")
+    if not isinstance(settings, MatrixConfig):
+        raise ValueError(
+            f"settings={settings!r}: must be a MatrixConfig, as MatrixConfig(1e-3, 0.1), or of a "
+            "class derived from it."
+        )
+    try:
+        inspect.signature(direction).bind(settings, None)
+    except TypeError:
+        raise ValueError(
+            f"direction={direction!r}: must be a function of (settings, placement) that returns an "
+            "Optax transformation."
+        ) from None
+    REGISTRY[name] = Entry(type(settings), direction)
+    presets.OWN[name] = settings
+
+
+def build_optimizer(
+    config: Config, params: optax.Params, placement: shampoo_jax.Placement | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the run's optimizer: `config.optimizer` on the block matrices, AdamW on the rest.
+
+    Every group is updated by p <- p - lr(s) (direction + weight_decay p), lr(s) = peak * eta(s);
+    block matrices with `hyperball` set as in `shampoo_jax.hyperball`.
+
+    Args:
+        config: The run.
+        params: Parameter tree of the model; shapes suffice.
+        placement: Splits the state over the devices of a mesh: Shampoo's blocks, AdamW's moments.
+
+    Returns:
+        Optax transformation of summed gradients. Its update takes `obj_fn`, the summed loss as a
+        function of all parameters; only directions that ask for it need it.
+
+    Raises:
+        ValueError: Unknown optimizer, settings of another optimizer, a direction that is none, or a
+            parameter that does not match exactly one rule of `ROUTES`.
+    """
+    direction = _entry(config).direction(config.matrices, placement)
+    if not (hasattr(direction, "init") and hasattr(direction, "update")):
+        raise ValueError(
+            f"optimizer={config.optimizer!r}: its direction is {direction!r}, no Optax "
+            "transformation."
+        )
+    aux = config.auxiliary
+    transforms = {
+        "matrices": optax.chain(direction, *_descent(config)),
+        **{
+            name: _adamw(config, peak, placement)
+            for name, peak in (
+                ("embed", aux.embed_learning_rate),
+                ("head", aux.head_learning_rate),
+                ("vectors", aux.vector_learning_rate),
+            )
+        },
+    }
+    return _of_whole_params(optax.partition(transforms, route(params)))
+
+
+def _descent(config: Config) -> list[optax.GradientTransformation]:
+    """Weight decay and learning rate of the block matrices."""
+    matrices, schedule = config.matrices, config.schedule
+    if config.matrices_cooldown is not None:
+        schedule = dataclasses.replace(schedule, **dataclasses.asdict(config.matrices_cooldown))
+    rate = learning_rate(matrices.learning_rate, schedule)
+    if matrices.hyperball:
+        return [shampoo_jax.hyperball(rate)]
+    parts = [optax.add_decayed_weights(matrices.weight_decay)]
+    if isinstance(matrices, MuonConfig) and matrices.mlp_decay != 1:
+        more = matrices.weight_decay * (matrices.mlp_decay - 1)
+        parts.append(optax.add_decayed_weights(more, mask=_in_mlp))
+    return [*parts, optax.scale_by_learning_rate(rate)]
+
+
+def _in_mlp(params: optax.Params) -> optax.Params:
+    return jax.tree_util.tree_map_with_path(lambda path, _: "/mlp/" in _name(path), params)
+
+
+def _adamw(
+    config: Config, peak: float, placement: shampoo_jax.Placement | None
+) -> optax.GradientTransformation:
+    """AdamW of everything that is not a block matrix."""
+    return in_float32(
+        optax.chain(
+            adam(config.auxiliary, placement),
+            optax.add_decayed_weights(config.auxiliary.weight_decay),
+            optax.scale_by_learning_rate(learning_rate(peak, config.schedule)),
+        )
+    )
+
+
+def _of_whole_params(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets a group of `inner` ask for the loss at its own parameters, the others as they are."""
+
+    def update(updates, state, params=None, obj_fn=None, **extra: Any):
+        if obj_fn is not None:
+            extra["obj_fn"] = functools.partial(_at_group, obj_fn, params)
+        return inner.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _at_group(obj_fn: Any, params: optax.Params, group: optax.Params) -> jax.Array:
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    whole = jax.tree.map(lambda own, p: p if masked(own) else own, group, params, is_leaf=masked)
+    return obj_fn(whole)
+
+
+def _entry(config: Config) -> Entry:
+    """Looks the optimizer up and checks that its settings are of its class."""
+    if config.optimizer not in REGISTRY:
+        raise ValueError(
+            f"optimizer={config.optimizer!r} is unknown: choose one of {', '.join(REGISTRY)}."
+        )
+    entry = REGISTRY[config.optimizer]
+    if not isinstance(config.matrices, entry.settings):
+        raise ValueError(
+            f"matrices={type(config.matrices).__name__} does not fit "
+            f"optimizer={config.optimizer!r}: give it a {entry.settings.__name__}."
+        )
+    return entry
+
+
+def route(params: optax.Params, rules: tuple[tuple[str, str], ...] = ROUTES) -> optax.Params:
+    """Labels every parameter by the one rule whose expression matches its whole path.
+
+    Args:
+        params: Parameter tree.
+        rules: Pairs (regular expression over "a/b/c" paths, label).
+
+    Returns:
+        Tree of labels with the structure of `params`.
+
+    Raises:
+        ValueError: A parameter matches no rule or several; names it.
+
+    Example:
+        >>> route({"head": {"kernel": 0, "bias": 0}})
+        {'head': {'bias': 'vectors', 'kernel': 'head'}}
+    """
+
+    def label(path: tuple, _: object) -> str:
+        name = _name(path)
+        matches = [pair for pair in rules if re.fullmatch(pair[0], name)]
+        if len(matches) != 1:
+            found = " and ".join(pattern for pattern, _ in matches) or "none"
+            raise ValueError(
+                f"parameter {name!r} must match exactly one routing rule, but matches {found}: "
+                "edit nanogpt.optimizers.build.ROUTES."
+            )
+        return matches[0][1]
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs `inner` in float32 and keeps its state in the precision of the parameters.
+
+    With `optax.apply_updates`, whose sum is rounded once, this is the arithmetic of a fused
+    bfloat16 AdamW: parameter, first and second moment are rounded on store and nowhere else.
+    The identity on float32 parameters.
+
+    Args:
+        inner: Any transformation whose state's float arrays may be rounded.
+
+    Returns:
+        Transformation with float32 updates.
+
+    Example:
+        >>> tx = in_float32(optax.scale_by_adam())
+        >>> p = jnp.ones(2, jnp.bfloat16)
+        >>> update, state = tx.update(p, tx.init(p), p)
+        >>> update.dtype.name, state.nu.dtype.name
+        ('float32', 'bfloat16')
+    """
+
+    def widen(tree: optax.Params) -> optax.Params:
+        return jax.tree.map(
+            lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+        )
+
+    def update(updates, state, params=None):
+        updates, new_state = inner.update(widen(updates), widen(state), widen(params))
+        return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
+
+    return optax.GradientTransformation(inner.init, update)

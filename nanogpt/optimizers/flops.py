@@ -1,0 +1,116 @@
+"""Operations of a training step, counted by formula; a multiplication and an addition are two.
+
+Forward and backward (the backward pass costs twice the forward pass):
+
+    3 * tokens * (2 * matrix parameters + 2 * layers * sequence_length * model_dim)
+
+The matrix parameters are those of the blocks and the head: the embedding is looked up. The second
+term is causal attention's two products, of which the lower half is needed. Norms, activations and
+the softmax are left out.
+
+An optimizer's own work counts its matrix products and decompositions (what a decomposition costs is
+what the solvers of `shampoo_jax` say) and leaves out what it does element by element, some ten operations a
+parameter, 1e-5 of a step. Methods without a formula here are not counted.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nanogpt.config.run import ModelConfig
+from shampoo_jax import QRBasis, TruncatedEigh
+
+Shapes = Iterable[tuple[int, int]]
+
+# Multiples of d^3: a root by eigh; a product and a QR decomposition, without the further product
+# that estimates eigenvalues.
+EIGH_ROOT = TruncatedEigh().cost(1, "float32", 0.25).flops
+QR_STEP = QRBasis(sort=None).cost().flops - 2
+
+
+def block_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    """Returns the shapes of all block matrices: queries, keys, values, projection and the MLP's."""
+    d, hidden = model.model_dim, model.mlp_dim
+    return model.num_layers * [(d, d), (d, d), (d, d), (d, d), (d, hidden), (hidden, d)]
+
+
+def model_flops(model: ModelConfig, tokens: int) -> float:
+    """Returns the operations of forward and backward passes on `tokens` tokens.
+
+    Args:
+        model: shape of the model.
+        tokens: of all rows of a step.
+    """
+    matrices = sum(m * n for m, n in block_shapes(model)) + model.model_dim * model.vocab_size
+    attention = 2 * model.num_layers * model.sequence_length * model.model_dim
+    return 3.0 * tokens * (2 * matrices + attention)
+
+
+def muon_flops(shapes: Shapes, iterations: int) -> float:
+    """Returns the operations of Muon's orthogonalization, once on every matrix.
+
+    An iteration on [m, n], m <= n, is A = X X^T, A^2 and (a I + b A + c A^2) X: 4 m^2 n + 2 m^3.
+    """
+    ordered = [sorted(shape) for shape in shapes]
+    return float(iterations * sum(4 * m * m * n + 2 * m**3 for m, n in ordered))
+
+
+def cut(shapes: Shapes, block_size: int) -> list[tuple[int, int]]:
+    """Returns the blocks that matrices are cut into.
+
+    >>> cut([(768, 3072)], 2048)
+    [(768, 2048), (768, 1024)]
+    """
+    return [(m, n) for a, b in shapes for m in _cut(a, block_size) for n in _cut(b, block_size)]
+
+
+def shampoo_flops(shapes: Shapes, every: int) -> float:
+    """Returns the operations of two-sided Shampoo, roots by eigh, once a step.
+
+    Both factors' statistics and their application cost 4 m n (m + n) for [m, n]; the roots cost
+    eigh and one product of each size, spread over the steps between refreshes.
+
+    Args:
+        shapes: of the blocks, see `cut`.
+        every: steps between refreshes of the roots.
+    """
+    return sum(4.0 * m * n * (m + n) + EIGH_ROOT * (m**3 + n**3) / every for m, n in shapes)
+
+
+def soap_flops(shapes: Shapes, every: int) -> float:
+    """Returns the operations of SOAP, bases refreshed by one QR step, once a step.
+
+    For [m, n] statistics cost 2 m n (m + n), as does each change of basis: of the gradient, of the
+    momentum, and of the update back. A refresh is a product and a QR decomposition of each size.
+
+    Args:
+        shapes: of the matrices.
+        every: steps between refreshes of the bases.
+    """
+    return sum(8.0 * m * n * (m + n) + QR_STEP * (m**3 + n**3) / every for m, n in shapes)
+
+
+def step_flops(config: Mapping[str, Any]) -> float:
+    """Returns the operations of a step of one of our runs, its optimizer's work included.
+
+    Shampoo's roots count as eigh, by whatever method they are computed; of optimizers other than
+    AdamW, Lion, Muon, Shampoo and SOAP only the model is counted.
+
+    Args:
+        config: a `nanogpt.config.run.Config` as its run wrote it to metrics.jsonl.
+    """
+    model, matrices = ModelConfig(**config["model"]), config["matrices"]
+    tokens = config["data"]["batch_rows"] * model.sequence_length
+    shapes, own = block_shapes(model), 0.0
+    match config["optimizer"]:
+        case "muon" | "muon_track3":
+            own = muon_flops(shapes, matrices["ns_steps"])
+        case "shampoo":
+            own = shampoo_flops(cut(shapes, matrices["block_size"]), matrices["every"])
+        case "soap":
+            own = soap_flops(shapes, matrices["every"])
+    return model_flops(model, tokens) + own
+
+
+def _cut(edge: int, block_size: int) -> list[int]:
+    whole, rest = divmod(edge, block_size)
+    return [block_size] * whole + [rest] * (rest > 0)

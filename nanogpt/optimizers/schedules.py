@@ -1,0 +1,63 @@
+"""Learning-rate schedules of the benchmark."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nanogpt.config.run import ScheduleConfig
+
+
+def eta(step: jax.typing.ArrayLike, config: ScheduleConfig, peak: float = 1.0) -> jax.Array:
+    """Multiplier of the learning rate at update `step`: min(warmup, cooldown).
+
+    With K = `steps` and c = `cooldown`, the cooldown is min(1, (K - s) / (c K)): flat, then linear,
+    and 1 / (c K) rather than 0 at the last update. In general K is `horizon` times `steps`, the
+    line is raised to `power`, and it goes from 1 to `final` instead of 0. The warmup over
+    W = `warmup_steps` is (s + 1) / W, or, if `warmup_from` = f is set, the straight line from f at
+    s = 0 to `peak` at s = W, as a fraction of `peak`.
+
+    Args:
+        step: Index s of the update, 0 .. K-1; int scalar or array.
+        config: The schedule.
+        peak: Learning rate at eta = 1; read only with `warmup_from`.
+
+    Returns:
+        float array of the shape of `step`.
+
+    Source: modded-nanogpt track 3, results #36 (no warmup), #2 ((s + 1) / W), pull request 353
+    (from 1e-7), #27 (power 1.25, horizon 1.024) and #33 (final 0.1).
+
+    Example:
+        >>> [round(float(eta(s, ScheduleConfig(steps=10))), 4) for s in (0, 3, 4, 9)]
+        [1.0, 1.0, 0.8571, 0.1429]
+    """
+    step = jnp.asarray(step)
+    end = config.steps if config.horizon == 1 else config.horizon * config.steps
+    line = jnp.minimum(1.0, (end - step) / (config.cooldown * end))
+    line = line if config.power == 1 else line**config.power
+    multiplier = line if config.final == 0 else config.final + (1 - config.final) * line
+    if config.warmup_steps:
+        if config.warmup_from is None:
+            warmup = (step + 1) / config.warmup_steps
+        else:
+            start = config.warmup_from / peak
+            warmup = start + step / config.warmup_steps * (1 - start)
+        multiplier = jnp.minimum(multiplier, warmup)
+    return multiplier
+
+
+def learning_rate(peak: float, config: ScheduleConfig) -> optax.Schedule:
+    """Builds the Optax schedule peak * eta(step).
+
+    Args:
+        peak: Learning rate at eta = 1.
+        config: The schedule.
+
+    Returns:
+        Function from the update's index (0 at the first update) to its learning rate.
+
+    Example:
+        >>> float(learning_rate(0.5, ScheduleConfig(steps=10))(0))
+        0.5
+    """
+    return lambda step: peak * eta(step, config, peak)

@@ -1,0 +1,1 @@
+"""Training one run: data, step, loop, checkpoints, what is written."""

@@ -1,0 +1,118 @@
+"""The data of a run: checked shards, and their batches on the device."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+
+import data_pipeline
+from data_pipeline import Baselines
+from nanogpt.config.run import Config
+from nanogpt.train.mesh import Layout
+from nanogpt.train.train_step import Batch
+
+# A vocabulary may be rounded up to what the hardware likes: track 3 has 50304 rows for 50257 ids.
+_PADDING = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        training: yields this process's rows of batch after batch; checkpointable.
+        validation: returns the validation batches, from the first, at each call.
+        fingerprint: identifies shards and order.
+        baselines: losses of n-gram models on the tokens that validation scores; None if the
+            folder's manifest does not tell.
+        notes: what the user should know about these data before training on them.
+    """
+
+    training: grain.DatasetIterator
+    validation: Callable[[], Iterator[data_pipeline.Batch]]
+    fingerprint: str
+    baselines: Baselines | None
+    notes: tuple[str, ...]
+
+
+def open_data(config: Config) -> RunData:
+    """Opens the shards of a run and refuses bad or too few ones before any work is done.
+
+    Raises:
+        ShardError: names the file and the remedy.
+        ValueError: val_tokens is not a whole number of microbatches.
+    """
+    data, length = config.data, config.model.sequence_length
+    training = data_pipeline.shard_paths(data.directory, "train")
+    scored = data_pipeline.shard_paths(data.directory, "val")[0]
+    baselines, notes = _read_manifest(config)
+    order = {"sequence_length": length, "batch_rows": data.batch_rows, "mode": data.mode}
+    training = data_pipeline.needed_shards(training, steps=config.schedule.steps, **order)
+    data_pipeline.check_shards([*training, scored], config.model.vocab_size)
+    place = {"rank": jax.process_index(), "world": jax.process_count()}
+
+    def validation() -> Iterator[data_pipeline.Batch]:
+        rows = data.microbatch_rows
+        sizes = {"sequence_length": length, "val_tokens": data.val_tokens, "rows": rows}
+        return data_pipeline.val_batches(scored, **sizes, **place)
+
+    validation()  # raises if val_tokens does not suit the shard
+    return RunData(
+        training=data_pipeline.train_batches(training, seed=data.seed, **order, **place),
+        validation=validation,
+        fingerprint=data_pipeline.fingerprint([*training, scored], seed=data.seed, **order),
+        baselines=baselines,
+        notes=notes,
+    )
+
+
+def to_device(batch: data_pipeline.Batch, layout: Layout | None = None) -> Batch:
+    """Moves this process's rows of a batch to its devices; on a mesh all rows make one array."""
+    if layout is None:
+        return jax.device_put(dict(batch))
+    return {k: jax.make_array_from_process_local_data(layout.rows, x) for k, x in batch.items()}
+
+
+def batch_pattern(
+    rows: int, config: Config, layout: Layout | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes, dtypes and layout of a batch of so many rows, to compile for."""
+    shape, sharding = (rows, config.model.sequence_length), layout and layout.rows
+    tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
+    return {"inputs": tokens, "targets": tokens}
+
+
+def _read_manifest(config: Config) -> tuple[Baselines | None, tuple[str, ...]]:
+    """The manifest's figures if they are about the very tokens which the run scores, and notes.
+
+    Raises:
+        ShardError: the shards were made for a larger vocabulary than the model's.
+    """
+    path = pathlib.Path(config.data.directory) / "manifest.json"
+    if not path.exists():
+        return None, ()
+    manifest, notes = data_pipeline.read_manifest(path.parent), []
+    made_for, size = manifest.source.vocab_size, config.model.vocab_size
+    if made_for > size:
+        raise data_pipeline.ShardError(
+            f"{path.parent}: its shards have a vocabulary of {made_for}, model.vocab_size is "
+            f"{size}; set --model.vocab-size {made_for}, or prepare the text again with "
+            f"--vocab-size {size}."
+        )
+    if size - made_for >= _PADDING:
+        notes.append(
+            f"warning: the shards in {path.parent} use only {made_for} of the {size} ids of "
+            f"model.vocab_size; set --model.vocab-size {made_for}, or prepare the text again with "
+            f"--vocab-size {size}"
+        )
+    found, scored = manifest.baselines, config.data.val_tokens
+    if found.val_tokens == scored:
+        return found, tuple(notes)
+    notes.append(
+        f"warning: no bigram line and no bits per byte, since {path} tells them for "
+        f"{found.val_tokens} validation tokens and this run scores {scored}; prepare the text "
+        f"again with --val-tokens {scored}"
+    )
+    return None, tuple(notes)

@@ -1,0 +1,170 @@
+"""Checkpoints of a run: training state, data position, and what they belong to (Orbax)."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from nanogpt.config.run import Config
+from shampoo_jax import FORMAT, state_layout
+
+Meta = dict[str, Any]
+
+# Settings that decide where things lie and how often they are shown, but no number of the run.
+FREE_SETTINGS = ("name", "output", "data.directory", "mesh", "scatter_gradients")
+
+
+class Checkpoints:
+    """Checkpoints in one folder, keyed by the number of updates done.
+
+    Each holds `state` (any pytree of arrays), `data` (Grain's position) and `meta` (the full
+    config, the data's fingerprint, seconds trained). The number of updates is stored once, in the
+    state; the folder's name repeats it and is checked against it. Saves are asynchronous: `save`
+    returns when the state has been copied, so the next step may overwrite it.
+
+    Args:
+        directory: created if it does not exist.
+        config: the run's settings.
+        fingerprint: identifies the data and their order.
+    """
+
+    def __init__(self, directory: pathlib.Path, config: Config, fingerprint: str):
+        self.directory = directory
+        self._meta = {"config": plain(config), "data_fingerprint": fingerprint}
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.output.keep_checkpoints,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """Returns the newest checkpoint's number of updates, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, data: grain.DatasetIterator, seconds: float) -> None:
+        """Starts to save; Orbax leaves a step alone that is already there.
+
+        Args:
+            step: updates done; equals state.step.
+            state: pytree of arrays.
+            data: iterator that has handed out `step` batches.
+            seconds: training time so far.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(data),
+                meta=ocp.args.JsonSave(
+                    self._meta | {"train_time_s": seconds, "stored": _stored(state)}
+                ),
+            ),
+        )
+
+    def restore(self, step: int, state: Any, data: grain.DatasetIterator) -> tuple[Any, float]:
+        """Loads a checkpoint after checking that it belongs to this config and these data.
+
+        Args:
+            step: one of the saved steps.
+            state: pytree of arrays, the pattern for shapes, dtypes and placement.
+            data: iterator, moved to the saved position.
+
+        Returns:
+            The saved state, placed like `state`, and the seconds trained so far.
+
+        Raises:
+            ValueError: config or data differ; names the first setting that does.
+        """
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        self._check(meta["meta"], state)
+        pattern = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(pattern),
+                data=grain.checkpoint.CheckpointRestore(data),
+            ),
+        )
+        if int(restored["state"].step) != step:
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} holds a state of step "
+                f"{int(restored['state'].step)}: the folder was renamed; rename it back."
+            )
+        return restored["state"], float(meta["meta"]["train_time_s"])
+
+    def check_config(self, saved: Meta) -> None:
+        """Refuses to go on with a run of other settings.
+
+        Args:
+            saved: that run's config, as JSON gives it back.
+
+        Raises:
+            ValueError: names the first setting that differs.
+        """
+        difference = first_difference(saved, self._meta["config"])
+        if difference is not None:
+            name, before, now = difference
+            raise ValueError(
+                f"cannot resume from {self.directory}: it was saved with {name}={before!r}, this "
+                f"run has {name}={now!r}. Set {name} back, or start a new run under another name."
+            )
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes pending saves and frees the manager's threads."""
+        self._manager.close()
+
+    def _check(self, saved: Meta, state: Any) -> None:
+        self.check_config(saved["config"])
+        if saved["data_fingerprint"] != self._meta["data_fingerprint"]:
+            raise ValueError(
+                f"cannot resume from {self.directory}: the shards in data.directory="
+                f"{self._meta['config']['data']['directory']!r} are not those of the saved run. "
+                "Point data.directory at them, or start a new run under another name."
+            )
+        if saved["stored"] != _stored(state):
+            raise ValueError(
+                f"cannot resume from {self.directory} with mesh={self._meta['config']['mesh']!r}: "
+                f"it was saved with mesh={saved['config']['mesh']!r}, and stacks of blocks are "
+                "padded to the number of devices. Resume on as many devices."
+            )
+
+
+def first_difference(before: Meta, now: Meta, prefix: str = "") -> tuple[str, Any, Any] | None:
+    """Returns (dotted name, before, now) of the first setting that differs, None if none does.
+
+    `FREE_SETTINGS` may differ.
+
+    >>> first_difference({"seed": 0, "data": {"mode": "a"}}, {"seed": 0, "data": {"mode": "b"}})
+    ('data.mode', 'a', 'b')
+    """
+    for key in before | now:
+        name, left, right = prefix + key, before.get(key), now.get(key)
+        if name in FREE_SETTINGS or left == right:
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            deeper = first_difference(left, right, name + ".")
+            if deeper is not None:
+                return deeper
+            continue
+        return name, left, right
+    return None
+
+
+def _stored(state: Any) -> Meta:
+    """What depends on the number of devices and on the version: shapes, stacks, their format."""
+    shapes = [list(leaf.shape) for leaf in jax.tree.leaves(state)]
+    return {"shapes": shapes, "stacks": state_layout(state), "format": FORMAT}
+
+
+def plain(config: Config) -> Meta:
+    """Returns the config as JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -1,0 +1,233 @@
+"""The training loop: data in, metrics and checkpoints out."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import rich.console
+
+from nanogpt.config.run import Config
+from nanogpt.optimizers.build import build_optimizer
+from nanogpt.train.batches import RunData, batch_pattern, open_data, to_device
+from nanogpt.train.checkpoint import Checkpoints
+from nanogpt.train.clock import StepClock
+from nanogpt.train.distributed import agreed, largest_of_all
+from nanogpt.train.interrupt import Interrupted, StopRequest, stop_request
+from nanogpt.train.mesh import Layout, make_layout
+from nanogpt.train.metrics import read_records
+from nanogpt.train.progress import Report
+from nanogpt.train.record_log import RecordLog, source_text
+from nanogpt.train.run_folder import RunFolder
+from nanogpt.train.train_step import abstract_params, init_state, make_eval_step, make_train_step
+
+
+def fit(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Trains one model and leaves metrics.jsonl, record.txt and a checkpoint in its run folder.
+
+    SIGINT, SIGTERM and SIGHUP stop it after the current step, with a checkpoint. Main thread only.
+
+    Args:
+        config: everything that decides the run's numbers.
+        resume: go on from the newest checkpoint, with the same numbers as if never stopped.
+        overwrite: delete an earlier run of the same name.
+        console: where progress is shown; standard output by default.
+
+    Returns:
+        The last record of metrics.jsonl: final loss, times, memory.
+
+    Raises:
+        ShardError: bad shards, or fewer tokens than the run needs.
+        FileExistsError: the folder holds a run, and neither resume nor overwrite is given.
+        FileNotFoundError: resume, and the folder holds no run, or one without metrics.jsonl.
+        ValueError: resume, and the saved run had other settings or data; or another process is at
+            the same run.
+        Interrupted: a signal stopped the run; its state is saved.
+        JobFailedError: with several processes, instead of the others where one cannot start.
+    """
+    source = source_text()  # now: files may be edited while the run compiles
+    with agreed("opening the data and the run's folder"):
+        data, folder = open_data(config), RunFolder(config, jax.process_index())
+        folder.check(resume=resume, overwrite=overwrite)
+        layout = make_layout(config)
+        folder.lock()
+    if jax.process_index():
+        console = rich.console.Console(quiet=True)
+    with (
+        contextlib.closing(folder),
+        stop_request() as stop,
+        contextlib.closing(_Run(config, data, folder, layout, stop)) as run,
+    ):
+        if resume:
+            run.open_checkpoints()
+        if not (resume and run.finished()):
+            with agreed("compiling and making the run's folder"):
+                run.compile()
+                if not resume:
+                    # Not before: a run that turns out impossible must not cost an earlier one.
+                    folder.claim(resume=resume, overwrite=overwrite)
+            if not resume:
+                run.open_checkpoints()
+            first = jax.process_index() == 0
+            record = RecordLog(folder.record, config, source, run.saved) if first else None
+            shown = {"baselines": data.baselines, "record": record, "console": console}
+            with Report(config, folder.metrics, run.saved, **shown) as report:
+                run.train(report)
+        return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
+
+
+def validation_due(step: int, config: Config) -> bool:
+    """Tells whether the loss is measured before update `step`; `steps` stands for the end.
+
+    Every val_every steps while step / steps < 0.9, every val_every_final afterwards, at the end.
+    """
+    steps = config.schedule.steps
+    every = config.val_every if step / steps < 0.9 else config.val_every_final
+    return step == steps or step % every == 0
+
+
+def _compiled(function: Callable, *arguments: Any) -> jax.stages.Compiled:
+    return cast(jax.stages.Wrapped, function).lower(*arguments).compile()
+
+
+class _Run:
+    """A run in this process: the training state and what reads and saves it."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: RunData,
+        folder: RunFolder,
+        layout: Layout | None,
+        stop: StopRequest,
+    ):
+        self.config, self.data, self.folder, self.stop = config, data, folder, stop
+        self.layout = layout
+        placement = None if layout is None else layout.placement
+        self.optimizer = build_optimizer(config, abstract_params(config.model), placement)
+        self.graphdef, self.state = init_state(config, self.optimizer, self.layout)
+        self.saved: int | None = None
+        self.clock = StepClock(0.0)
+        self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
+        self.resources = contextlib.ExitStack()
+        self.resources.callback(data.training.close)
+
+    def open_checkpoints(self) -> None:
+        """Opens the folder of checkpoints and goes to the newest one, if there is one."""
+        directory, fingerprint = self.folder.checkpoints, self.data.fingerprint
+        self.checkpoints = Checkpoints(directory, self.config, fingerprint)
+        self.resources.callback(self.checkpoints.close)
+        self.saved = self.checkpoints.latest()
+        if self.saved is not None:
+            restored = self.checkpoints.restore(self.saved, self.state, self.data.training)
+            self.state, seconds = restored
+            self.clock = StepClock(seconds)
+
+    def finished(self) -> bool:
+        """Tells whether an earlier process has done everything; that outlives its checkpoints."""
+        metrics = self.folder.first_metrics
+        records = read_records(metrics) if metrics.exists() else []
+        if not records or records[-1]["kind"] != "end":
+            return False
+        if self.saved is None:
+            self.checkpoints.check_config(records[0]["config"])
+        return self.saved in (None, self.config.schedule.steps)
+
+    def train(self, report: Report) -> None:
+        """Takes all steps that are left, one always in flight behind the bookkeeping."""
+        report.start(self.state)
+        for note in self.data.notes:
+            report.note(note)
+        report.compiled(self.compile_s)
+        every = self.config.output.checkpoint_every
+        self.clock.start()
+        for step in range(self.saved or 0, self.config.schedule.steps):
+            self._validate_if_due(step, report)
+            if self._stopped(step):
+                self._stop(step, report)
+            if every and step and step % every == 0:
+                self._save(step, report)
+            batch = to_device(next(self.data.training), self.layout)
+            self.state, metrics = self.train_step(self.state, batch)
+            self._settle(report)
+            self.in_flight = (step, metrics)
+        self._finish(report)
+
+    def close(self) -> None:
+        """Finishes saving and ends the reader's thread."""
+        self.resources.close()
+
+    def compile(self) -> None:
+        """Compiles ahead of time: a compiled step refuses other shapes, so it never recompiles."""
+        begin = time.perf_counter()
+        sizes = self.config.data
+        # A compiled step takes its own result, so that has to lie where the first state does.
+        shardings = self.layout and jax.tree.map(lambda x: x.sharding, self.state)
+        step = make_train_step(self.graphdef, self.optimizer, self.config, self.layout, shardings)
+        batch = batch_pattern(sizes.batch_rows, self.config, self.layout)
+        self.train_step = _compiled(step, self.state, batch)
+        evaluate = make_eval_step(self.graphdef, self.config, self.layout)
+        batch = batch_pattern(sizes.microbatch_rows, self.config, self.layout)
+        self.evaluate = _compiled(evaluate, self.state.params, batch)
+        self.compile_s = time.perf_counter() - begin
+
+    def _settle(self, report: Report) -> None:
+        """Waits for the step in flight and reports it."""
+        if self.in_flight is not None:
+            (step, metrics), self.in_flight = self.in_flight, None
+            jax.block_until_ready(metrics)
+            self.clock.lap()
+            report.step(step, metrics, self.clock)
+
+    def _validate_if_due(self, step: int, report: Report) -> None:
+        """Measures the loss before update `step`, off the clock; gives up when asked to stop."""
+        if not validation_due(step, self.config):
+            return
+        self._settle(report)
+        total, tokens = 0.0, 0
+        for batch in self.data.validation():
+            if self._stopped(step):
+                return
+            total += float(self.evaluate(self.state.params, to_device(batch, self.layout)))
+            tokens += batch["targets"].size * jax.process_count()
+        report.validation(step, total / tokens, self.clock)
+        self.clock.start()
+
+    def _save(self, step: int, report: Report) -> None:
+        """Saves the state after `step` updates, off the clock."""
+        self._settle(report)
+        self.checkpoints.save(step, self.state, self.data.training, self.clock.elapsed)
+        self.clock.start()
+
+    def _stopped(self, step: int) -> bool:
+        """Whether a signal asks to stop; several processes ask each other every few steps."""
+        if jax.process_count() > 1 and step % self.config.output.log_every == 0:
+            agreed = largest_of_all(self.stop.signum or 0)
+            if not agreed:
+                return False  # a signal that came meanwhile is for the next time
+            self.stop.signum = agreed
+        elif jax.process_count() > 1:
+            return False
+        return self.stop.signum is not None
+
+    def _stop(self, step: int, report: Report) -> None:
+        self._save(step, report)
+        self.checkpoints.wait()
+        raise Interrupted(self.stop.signum or 0, step, str(self.folder.path))
+
+    def _finish(self, report: Report) -> None:
+        """Measures and saves the end; a stop request during the last validation is honoured."""
+        steps = self.config.schedule.steps
+        self._validate_if_due(steps, report)
+        if self._stopped(steps):
+            self._stop(steps, report)
+        self._save(steps, report)
+        self.checkpoints.wait()
+        report.end(self.compile_s, self.clock)

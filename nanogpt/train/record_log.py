@@ -1,0 +1,148 @@
+"""A run in the layout of the benchmark's own logs: source, machine, settings, losses.
+
+The layout is that of the published logs of modded-nanogpt's track 3: the complete source, a rule of
+100 "=", what it ran on, another rule, and a line for every validation. A tool that reads those logs
+reads these.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+from jax.extend import backend
+
+from nanogpt.config.run import Config
+from nanogpt.train.provenance import provenance
+
+RULE = "=" * 100
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_LINE = re.compile(r"step:(\d+)/\d+ val_loss:\S+ train_time:([\d.]+)s step_avg:\S+ms")
+
+
+def source_text() -> str:
+    """The code that trains, as one text.
+
+    Returns:
+        The program that runs, if it is none of ours and so may hold an own optimizer;
+        nanogpt/lab/speedrun.py; every .py file of nanogpt, shampoo_jax and data_pipeline, by path.
+        Each after a line "# ==== path ====".
+    """
+    files = [_ROOT / "scripts" / "speedrun.py"]
+    for package in ("nanogpt", "shampoo_jax", "data_pipeline"):
+        files += sorted((_ROOT / package).rglob("*.py"))
+    texts = {
+        path.relative_to(_ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for path in files
+        if path.exists()  # an installed package comes without scripts
+    }
+    program = pathlib.Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if program.suffix == ".py" and program.resolve() not in files:
+        texts = {program.name: program.read_text(encoding="utf-8")} | texts
+    return "\n".join(f"# ==== {name} ====\n{text}" for name, text in texts.items())
+
+
+def environment_text(config: Config) -> str:
+    """What a run runs on and with: versions, devices, revision, every setting; several lines."""
+    told = provenance()
+    device, versions = told["device"], told["versions"]
+    platform = " ".join(backend.get_backend().platform_version.split())
+    others = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "jax")
+    changed = " with local changes" if told["git_dirty"] else ""
+    return "\n".join(
+        [
+            f"Running JAX {versions['jax']} ({platform}) on {device['kind']} "
+            f"with world_size {device['count']}",
+            f"processes {jax.process_count()}, {others}",
+            f"git commit {told['git_commit'] or 'unknown'}{changed}",
+            "train_time counts neither compilation nor checkpoints",
+            f"config {json.dumps(dataclasses.asdict(config))}",
+        ]
+    )
+
+
+def devices_text() -> str:
+    """What the driver says of its GPUs; where there is none, the devices as JAX lists them."""
+    try:
+        done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    return "\n".join(str(device) for device in jax.devices())
+
+
+def record_line(step: int, steps: int, loss: float, seconds: float, step_s: float) -> str:
+    """One validation.
+
+    Args:
+        step: updates before it.
+        steps: updates of the whole run.
+        loss: nats per token.
+        seconds: training time until then.
+        step_s: mean seconds of an update since the validation before; nan at the first.
+
+    Split, as this text is in every log, where the benchmark's plots would take a line for a loss.
+
+    >>> record_line(125, 3375, 4.81815, 52.99, 0.42392).split()
+    ['step:125/3375', 'val_loss:4.81815', 'train_time:52.990s', 'step_avg:423.92ms']
+    """
+    return (
+        f"step:{step}/{steps} val_loss:{loss:.5f} train_time:{seconds:.3f}s "
+        f"step_avg:{1000 * step_s:.2f}ms"
+    )
+
+
+class RecordLog:
+    """Writes the log; every line is on disk when the call returns.
+
+    A resumed run keeps its lines before the checkpoint, says that it was resumed, and repeats
+    source and settings if they are not those that the log begins with.
+
+    Args:
+        path: the file.
+        config: the run.
+        source: the code as it was when the run started, see `source_text`.
+        resumed: updates done by earlier processes; None for a fresh run.
+    """
+
+    def __init__(self, path: pathlib.Path, config: Config, source: str, resumed: int | None):
+        self._path, self._steps = path, config.schedule.steps
+        self._step, self._seconds = 0, 0.0
+        what = f"{source}\n{RULE}\n{environment_text(config)}\n"
+        kept = "" if resumed is None else self._keep_before(resumed)
+        if not kept.startswith(what):
+            kept += f"{what}{devices_text()}\n{RULE}\n"
+        if resumed is not None:
+            kept += f"Resumed after {resumed} updates\n"
+        # Written aside first: a full disk must not cost the lines that there are.
+        partial = path.with_suffix(".tmp")
+        partial.write_text(kept, encoding="utf-8")
+        partial.replace(path)
+
+    def validation(self, step: int, loss: float, seconds: float) -> None:
+        """Appends a line; arguments as in `record_line`."""
+        since = step - self._step
+        step_s = (seconds - self._seconds) / since if since else math.nan
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(record_line(step, self._steps, loss, seconds, step_s) + "\n")
+        self._step, self._seconds = step, seconds
+
+    def _keep_before(self, step: int) -> str:
+        """The log without the validations that the resumed run measures again."""
+        if not self._path.exists():
+            return ""
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+            found = _LINE.match(line)
+            if found and int(found[1]) >= step:
+                continue
+            if found:
+                self._step, self._seconds = int(found[1]), float(found[2])
+            if line.endswith("\n"):  # not cut short by a crash
+                kept.append(line)
+        return "".join(kept)

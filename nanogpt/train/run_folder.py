@@ -1,0 +1,124 @@
+"""The folder of a run: what lies where, and the rule that no run is overwritten by accident."""
+
+import fcntl
+import os
+import pathlib
+import shutil
+
+from nanogpt.config.run import Config
+
+
+class RunFolder:
+    """Paths of a run: metrics.jsonl, record.txt and checkpoints/ under output.directory/name.
+
+    Args:
+        config: the run.
+        process: number of this process; the later ones write metrics-1.jsonl and so on.
+    """
+
+    def __init__(self, config: Config, process: int = 0):
+        self.path = pathlib.Path(config.output.directory) / config.name
+        self.first_metrics = self.path / "metrics.jsonl"
+        self.metrics = self.path / (f"metrics-{process}.jsonl" if process else "metrics.jsonl")
+        self.record = (
+            self.path / "record.txt"
+        )  # of the first process, see `nanogpt.train.record_log`
+        self._first = process == 0
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: int | None = None  # file descriptor
+
+    def holds_run(self) -> bool:
+        """Returns whether an earlier run left anything here."""
+        return self.first_metrics.exists() or self.checkpoints.exists()
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuses to start where a run would be lost or none can be resumed; changes nothing.
+
+        Args:
+            resume: go on with the run that lies here.
+            overwrite: delete the run that lies here.
+
+        Raises:
+            ValueError: both are asked for.
+            FileNotFoundError: nothing to resume, or checkpoints without their metrics.jsonl.
+            FileExistsError: a run lies here and neither is asked for.
+        """
+        if resume and overwrite:
+            raise ValueError("--resume and --overwrite exclude each other: choose one.")
+        if resume and not self.holds_run():
+            raise FileNotFoundError(
+                f"nothing to resume in {self.path}: start without --resume, or correct "
+                "--name or --output.directory."
+            )
+        if self.holds_run() and not (resume or overwrite):
+            raise FileExistsError(
+                f"{self.path} already holds a run: go on with --resume, replace it with "
+                "--overwrite, or choose another --name; with make: make speedrun ARGS=--resume."
+            )
+        if resume and not self._recorded() and self._saved():
+            raise FileNotFoundError(
+                f"{self.metrics} is missing or empty, but checkpoints lie beside it: put the file "
+                "back, or start anew with --overwrite or another --name."
+            )
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Makes the folder ready for a run; arguments and errors as in `check`.
+
+        Of several processes the first one does it, and the others wait for it after this.
+        """
+        if not self._first:
+            return
+        self.check(resume=resume, overwrite=overwrite)
+        if overwrite:
+            self.clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+
+    def lock(self) -> None:
+        """Keeps other processes from this run until `close`, if the folder is there.
+
+        A run may outlive the terminal or the parent process that it was started from; another one
+        in the same folder would cut its records and delete its checkpoints. File systems without
+        locks give no protection.
+
+        Raises:
+            ValueError: another process is at it.
+        """
+        if not self._first or self._lock is not None or not self.path.exists():
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(folder)
+            raise ValueError(
+                f"{self.path}: another process is training this run: wait until it has ended, or "
+                "stop it, then repeat the command."
+            ) from error
+        except OSError:
+            os.close(folder)
+            return
+        self._lock = folder
+
+    def close(self) -> None:
+        """Gives up the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def clear(self) -> None:
+        """Deletes the run that lies here, and nothing else."""
+        for metrics in self.path.glob("metrics*.jsonl"):
+            metrics.unlink(missing_ok=True)  # another process of the job may be at it, too
+        self.record.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def changed(self) -> int | None:
+        """Returns when metrics.jsonl was last written (ns), None if there is none."""
+        return self.metrics.stat().st_mtime_ns if self.metrics.exists() else None
+
+    def _recorded(self) -> bool:
+        return self.first_metrics.exists() and self.first_metrics.stat().st_size > 0
+
+    def _saved(self) -> bool:
+        return self.checkpoints.exists() and any(self.checkpoints.iterdir())

@@ -1,0 +1,226 @@
+"""One optimizer step and one evaluation, each a single jitted function."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from nanogpt.config.run import Config, ModelConfig
+from nanogpt.model.gpt import GPT
+from nanogpt.model.loss import pairwise_sum, token_losses
+from nanogpt.train.mesh import Layout
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    step: jax.Array  # int32 scalar: updates done so far
+    params: optax.Params  # nested dict of arrays, paths as in `GPT`
+    opt_state: optax.OptState
+
+
+def abstract_params(config: ModelConfig) -> optax.Params:
+    """Shapes and dtypes of the parameter tree; computes nothing.
+
+    Args:
+        config: The model.
+
+    Returns:
+        Nested dict of `jax.ShapeDtypeStruct`.
+    """
+    return jax.eval_shape(lambda: _init_params(config, 0))
+
+
+def model_structure(config: ModelConfig) -> nnx.GraphDef:
+    """The model without its parameters; computes nothing.
+
+    Args:
+        config: The model.
+
+    Returns:
+        What `nnx.merge` needs beside a parameter tree to give a `GPT`.
+    """
+    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
+
+
+def _init_params(config: ModelConfig, seed: int) -> optax.Params:
+    return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
+
+
+def init_state(
+    config: Config, tx: optax.GradientTransformation, layout: Layout | None = None
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Draws the weights from `config.seed` and initializes the optimizer, in one jitted call.
+
+    Args:
+        config: The run.
+        tx: The optimizer, see `nanogpt.optimizers.build.build_optimizer`.
+        layout: Where parameters lie on a mesh; the optimizer knows where its own state does.
+
+    Returns:
+        The model's static part, and the state before the first step.
+    """
+
+    @jax.jit
+    def init() -> TrainState:
+        params = _init_params(config.model, config.seed)
+        params = params if layout is None else layout.pin(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    return model_structure(config.model), init()
+
+
+def summed_loss(
+    graphdef: nnx.GraphDef, params: optax.Params, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the cross entropy over all tokens of a batch, twice.
+
+    Args:
+        graphdef: The model's static part.
+        params: Its parameters.
+        batch: {"inputs", "targets"}, int32 (rows, T).
+
+    Returns:
+        The sum to differentiate, and the same sum, pairwise, to report.
+    """
+    raw_BxTxV = nnx.merge(graphdef, params).raw_logits(batch["inputs"])
+    raw_NxV = raw_BxTxV.reshape(-1, raw_BxTxV.shape[-1])
+    losses_N = token_losses(raw_NxV, batch["targets"].ravel())
+    return losses_N.sum(), pairwise_sum(losses_N)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    config: Config,
+    layout: Layout | None = None,
+    shardings: Any = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the jitted step; it consumes (donates) the state it is given.
+
+    A step whose gradient is not finite changes neither parameters nor optimizer state; its record
+    shows the norm that was not a number.
+
+    Gradients are those of the loss summed over every token of the batch. They are taken with
+    respect to float32 copies of the parameters, accumulated over microbatches in float32, and
+    rounded to the parameters' precision once.
+
+    Args:
+        graphdef: The model's static part, from `init_state`.
+        tx: The optimizer.
+        config: The run; `data.microbatch_rows` rows go through the model at a time.
+        layout: Where parameters and batches lie on a mesh.
+        shardings: Where all of the state does, before and after a step; None with one device.
+
+    Returns:
+        Function (state, {"inputs", "targets"} int32 (batch_rows, T)) -> (state, metrics); metrics
+        are float32 scalars: "loss", nats per token before the update, and "grad_norm", the norm of
+        the gradient of that mean.
+    """
+
+    def sums(
+        wide: optax.Params, batch: Batch, rows: int, layout: Layout | None
+    ) -> tuple[jax.Array, optax.Updates]:
+        pieces = _microbatches(batch, rows, layout)
+
+        def accumulate(carry, piece):
+            def loss(p: optax.Params):
+                return summed_loss(graphdef, p, piece)
+
+            (_, total), grads = jax.value_and_grad(loss, has_aux=True)(wide)
+            return jax.tree.map(jnp.add, carry, (total, grads)), None
+
+        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, wide))
+        return jax.lax.scan(accumulate, start, pieces)[0]
+
+    def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates]:
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        rows = config.data.microbatch_rows
+        if layout is not None and layout.scatter_gradients:
+            local = functools.partial(sums, rows=rows // layout.mesh.size, layout=None)
+            total, grads = layout.summed(local, wide, batch)
+        else:
+            total, grads = sums(wide, batch, rows, layout)
+            grads = grads if layout is None else layout.pin(grads)
+        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+    update = optax.with_extra_args_support(tx).update
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        total, grads = gradients(state.params, batch)
+        tokens = batch["targets"].size
+        norm = optax.tree.norm(grads)
+        objective = _objective(batch, config, layout)
+        updates, opt_state = update(grads, state.opt_state, state.params, obj_fn=objective)
+        done = (optax.apply_updates(state.params, updates), opt_state)
+        # A NaN that entered a moment or a factor would stay there for ever.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(jnp.isfinite(norm), new, old),
+            done,
+            (state.params, state.opt_state),
+        )
+        metrics = {"loss": total / tokens, "grad_norm": norm / tokens}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _objective(
+    batch: Batch, config: Config, layout: Layout | None
+) -> Callable[[optax.Params], jax.Array]:
+    """The summed loss as a function of the parameters, for optimizers that evaluate it again.
+
+    Differentiating it holds the activations of one microbatch at a time. It may be differentiated
+    twice, as Sophia does, so attention is XLA's: cuDNN's has a first derivative only.
+    """
+
+    def objective(params: optax.Params) -> jax.Array:
+        graphdef = model_structure(dataclasses.replace(config.model, attention="xla"))
+
+        @jax.checkpoint
+        def loss(piece: Batch) -> jax.Array:
+            return summed_loss(graphdef, params, piece)[0]
+
+        return jax.lax.map(loss, _microbatches(batch, config.data.microbatch_rows, layout)).sum()
+
+    return objective
+
+
+def _microbatches(batch: Batch, rows: int, layout: Layout | None) -> Batch:
+    """(rows, T) -> (microbatches, rows, T), every microbatch spread over all devices."""
+    pieces = jax.tree.map(lambda x: x.reshape(-1, rows, x.shape[-1]), batch)
+    return (
+        pieces if layout is None else jax.lax.with_sharding_constraint(pieces, layout.microbatches)
+    )
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, config: Config, layout: Layout | None = None
+) -> Callable[[optax.Params, Batch], jax.Array]:
+    """Builds the jitted evaluation.
+
+    Args:
+        graphdef: The model's static part, from `init_state`.
+        config: The run; `data.microbatch_rows` rows go through the model at a time.
+        layout: Where parameters and batches lie on a mesh.
+
+    Returns:
+        Function (params, {"inputs", "targets"} int32 (rows, T)) -> sum of the cross entropy over
+        all rows and tokens, float32 nats. `rows` must be a multiple of `microbatch_rows`.
+    """
+
+    def evaluate(params: optax.Params, batch: Batch) -> jax.Array:
+        pieces = _microbatches(batch, config.data.microbatch_rows, layout)
+        sums = jax.lax.map(lambda piece: summed_loss(graphdef, params, piece)[1], pieces)
+        return pairwise_sum(sums)
+
+    return jax.jit(evaluate)

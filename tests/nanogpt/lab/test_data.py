@@ -1,0 +1,72 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from data_pipeline import read_manifest
+from nanogpt.config.presets import preset
+from nanogpt.lab import data as prepare_data
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["prepare_data", *map(str, arguments)])
+    prepare_data.main()
+
+
+def test_folder_from_the_command_line(tmp_path, monkeypatch, capsys):
+    lines = [json.dumps({"text": f"Line {i} of the text."}) for i in range(50)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    run(monkeypatch, "folder", tmp_path / "in", "--directory", out, "--vocab-size", "300")
+    printed = capsys.readouterr().out
+    manifest = read_manifest(out)
+    assert manifest.documents == 50
+    assert manifest.source.vocab_size == 300
+    assert printed.startswith(f"{out}\n")
+    assert f"train {manifest.train_tokens:,} tokens" in printed
+    assert f"bigram {manifest.baselines.bigram:.4f}" in printed
+
+
+def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="^error: .*no such folder; pass a folder"):
+        run(monkeypatch, "folder", tmp_path / "none", "--directory", tmp_path / "out")
+
+
+def test_a_folder_of_a_few_megabytes_suits_the_demo_preset(tmp_path, monkeypatch):
+    """README's recipe: the shards of 3 MB are enough for the preset's validation."""
+    words = ["the", "people", "of", "these", "States", "government", "and", "union", "law", "is"]
+    random = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "ALL.TXT").write_text(" ".join(random.choice(words, 600_000)))
+    out = tmp_path / "out"
+    run(monkeypatch, "folder", tmp_path / "in", "--directory", out, "--vocab-size", "2048")
+    demo = preset("cpu", "adamw").data.val_tokens
+    manifest = read_manifest(out)
+    assert manifest.baselines.val_tokens == demo < manifest.val[0].tokens
+    assert manifest.val[0].tokens < 0.2 * manifest.train_tokens
+
+
+def test_demo_text_gets_the_demo_vocabulary():
+    command = prepare_data.Sotu()
+    demo = preset("cpu", "adamw")
+    assert command.vocab_size == demo.model.vocab_size
+    assert (str(command.directory), command.val_tokens) == (
+        demo.data.directory,
+        demo.data.val_tokens,
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(OSError("no space left"), "error: no space left"), (KeyboardInterrupt, 130)],
+)
+def test_what_goes_wrong_outside_ends_in_one_line(tmp_path, monkeypatch, error, code):
+    def fail(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(prepare_data, "prepare", fail)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "sotu", "--directory", tmp_path)
+    assert stopped.value.code == code

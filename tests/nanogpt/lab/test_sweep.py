@@ -1,0 +1,139 @@
+"""The sweep: which trials it makes, what it keeps, what it records."""
+
+import signal
+
+import numpy as np
+import pytest
+
+from data_pipeline import write_shard
+from nanogpt.lab import speedrun, sweep
+from nanogpt.lab import trials as trials_module
+from nanogpt.train.interrupt import Interrupted
+from nanogpt.train.metrics import read_records
+
+TINY = """
+--model.vocab-size 32 --model.num-layers 1 --model.model-dim 16 --model.head-dim 8
+--model.mlp-dim 32 --model.sequence-length 8 --data.val-tokens 64 --schedule.steps 3
+--val-every 2 --output.log-every 1
+""".split()
+GRID = ["--grid", "matrices.learning_rate=x0.5,x1"]
+
+
+def trials(*arguments: str):
+    """The trials of a command line."""
+    return sweep.make_trials(*sweep.parser().parse_known_args(arguments))
+
+
+def test_every_optimizer_gets_its_own_rates():
+    made = trials("--optimizers", "adamw", "muon", *GRID, "--schedule.steps", "7")
+    assert [(t.config.optimizer, t.config.matrices.learning_rate) for t in made] == [
+        ("adamw", 0.002), ("adamw", 0.004), ("muon", 0.02), ("muon", 0.04)
+    ]  # fmt: skip
+    assert {t.config.schedule.steps for t in made} == {7}
+    assert made[0].settings == {"optimizer": "adamw", "matrices.learning_rate": 0.002}
+    assert made[0].config.name == "sweep/adamw,matrices.learning_rate=0.002"
+
+
+def test_any_setting_can_be_an_axis():
+    grid = ["--grid", "seed=3,4", "--grid", "matrices.cutoff=positive"]
+    ranges = ["--random", "matrices.b2=lin:0.8:0.9", "--runs", "4"]
+    made = trials("--optimizers", "shampoo", *grid, *ranges)
+    assert [t.config.seed for t in made] == [3, 4, 3, 4]
+    assert len({t.config.matrices.b2 for t in made}) == 4
+    assert all(0.8 <= t.config.matrices.b2 <= 0.9 for t in made)
+    assert all(t.config.matrices.cutoff == "positive" for t in made)
+    switch = ["--grid", "matrices.hyperball=True,False", "--matrices.weight-decay", "0"]
+    made = trials("--optimizers", "adamw", *switch)
+    assert [t.config.matrices.hyperball for t in made] == [True, False]
+    made = trials("--optimizers", "soap", "--preset", "board", "--grid", "matrices.every=x1,x3")
+    assert [t.config.matrices.every for t in made] == [5, 15]
+
+
+def test_many_axes_have_names_that_fit():
+    fields = ["learning_rate", "weight_decay", "b1", "b2", "eps"]
+    axes = (
+        [f"matrices.{name}" for name in fields]
+        + [f"auxiliary.{n}" for n in ("b1", "b2", "eps")]
+        + ["schedule.final"]
+    )
+    ranges = [word for name in axes for word in ("--random", f"{name}=log:1e-3:1e-1")]
+    made = trials("--optimizers", "adamw", *ranges, "--runs", "2")
+    names = [trial.config.name.partition("/")[2] for trial in made]
+    assert len(set(names)) == 2 and all(len(name) <= 200 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid", "seed"], "--grid seed: must be NAME=A,B"),
+        (["--grid", "seed=1,1"], "different values"),
+        (["--random", "seed=log:0:1", "--runs", "2"], "above 0 for log"),
+        (["--random", "seed=log:1:2"], "say by --runs how many"),
+        (["--grid", "seed=1", "--grid", "seed=2"], "seed is given 2 times"),
+        (["--grid", "matrices.rate=x2"], "matrices.rate must be a number"),
+        (["--grid", "matrices.learning_rate=-1"], "learning_rate=-1.0: must be positive"),
+        (["--grid", "name=a,b"], "--grid name: decides no number"),
+        (["--grid", "matrices.ns-steps=3"], "in the trials of optimizer 'adamw'"),
+        (["--grid", "matrices.b1=0.5,low"], "could not convert string to float: 'low'"),
+        (["--optimizers", "sgd"], "optimizer='sgd' is unknown"),
+        (["--jobs", "0"], "--jobs: 0 must be a whole number, at least 1"),
+        (["--runs", "0"], "--runs: 0 must be"),
+    ],
+)
+def test_impossible_searches_are_refused(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speedrun, "prepare_data", lambda config: pytest.fail("work was done"))
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(["--optimizers", "adamw", *arguments])
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
+def test_a_signal_ends_it_with_its_code(monkeypatch, tmp_path, capsys):
+    def stopped(*arguments, **keywords):
+        raise Interrupted(signal.SIGTERM, 5, "runs/x")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speedrun, "prepare_data", lambda config: None)
+    monkeypatch.setattr(trials_module, "run_trials", stopped)
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(["--optimizers", "adamw", *GRID])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_data(tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    tokens = np.arange(3000, dtype=np.uint16) % 32
+    write_shard(folder / "t_train_000001.bin", tokens)
+    write_shard(folder / "t_val_000000.bin", tokens[:200])
+    return folder
+
+
+def test_a_real_sweep_is_kept_and_widened(tiny_data, tmp_path, monkeypatch, capsys):
+    """A first sweep here; then a rate more, which diverges, in a process of its own."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--optimizers", "adamw", *TINY, "--data.directory", str(tiny_data)]
+    sweep.main([*common, *GRID])
+    path = tmp_path / "runs" / "sweep" / "trials.jsonl"
+    first = path.read_text()
+    records = read_records(path)
+    rates = [record["start"]["config"]["matrices"]["learning_rate"] for record in records]
+    assert rates == [0.002, 0.004]
+    assert {record["status"] for record in records} == {"finished"}
+    assert not list(tmp_path.rglob("checkpoints"))
+    capsys.readouterr()
+    path.write_text(first + '{"kind": "tri')  # a crash cut the next record short
+    wider = ["--grid", "matrices.learning_rate=x1,x0.5,0.0040,1e30", "--jobs", "2"]
+    sweep.main([*common, *wider])
+    assert path.read_text().startswith(first)
+    (added,) = read_records(path)[2:]
+    assert (added["status"], added["loss"]) == ("diverged", None)
+    printed = capsys.readouterr().out
+    assert "trial 1 of 1" in printed and "| 1e+30 | diverged |" in printed
+    assert printed.count("| adamw |") == 4
+    # What is trained is shown by the axis of the sweep at hand, also where that is another one.
+    sweep.main([*common, "--grid", "matrices.b1=0.9"])
+    printed = capsys.readouterr().out
+    assert "| optimizer | matrices.b1 |" in printed and "| adamw | 0.9 |" in printed

@@ -1,0 +1,42 @@
+"""Processes side by side: results, environment, and the end of one that dies."""
+
+import operator
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nanogpt.lab.workers import in_processes
+
+
+def test_every_item_has_its_result():
+    found = dict(in_processes(operator.neg, range(5), jobs=2))
+    assert found == {index: -index for index in range(5)}
+    assert dict(in_processes(operator.neg, [], jobs=2)) == {}
+
+
+def test_cores_are_shared():
+    share = max(1, (os.cpu_count() or 1) // 2)
+    assert dict(in_processes(os.getenv, ["NPROC"], jobs=2)) == {0: str(share)}
+
+
+def test_a_dead_process_is_reported():
+    with pytest.raises(RuntimeError, match="item 0 ended with exit code 1"):
+        list(in_processes(operator.index, ["x"], jobs=1))  # a TypeError
+
+
+KILLED = """
+import os, signal, time
+from nanogpt.lab.workers import in_processes
+
+results = in_processes(time.sleep, [0, 600], jobs=2)
+next(results)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_nobody_outlives_a_killed_parent():
+    # Returns when the last process that holds the output is gone.
+    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode < 0

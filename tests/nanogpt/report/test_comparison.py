@@ -1,0 +1,158 @@
+"""The table and what the picture is drawn from."""
+
+import json
+import math
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from nanogpt.report.comparison import (
+    baselines,
+    compare,
+    read_run,
+    report,
+)
+
+STEPS = (0, 10, 20, 30)
+CURVES = {  # validation losses at STEPS
+    "adamw": (6.0, 5.0, 4.5, 4.0),
+    "muon": (6.0, 4.5, 3.5, 3.0),
+    "shampoo": (6.0, 5.5, 4.2, 3.8),
+}
+
+
+def write_run(folder, optimizer, losses, *, name=None, finished=True, known=True):
+    start = {
+        "kind": "start",
+        "config": {
+            "name": name or optimizer,
+            "optimizer": optimizer,
+            "seed": 7,
+            "schedule": {"steps": STEPS[-1]},
+        },
+        "versions": {"jax": "1.2.3"},
+        "device": {"platform": "cpu", "kind": "abacus", "count": 1},
+        "git_commit": "0123456789abcdef",
+        "git_dirty": True,
+        "parameters": 1234567,
+        "optimizer_state_bytes": 2_500_000,
+        "baselines": {"unigram": 5.5, "bigram": 4.25, "bytes_per_token": 3.0} if known else {},
+    }
+    records: list[dict[str, Any]] = [start]
+    for step, loss in zip(STEPS, losses, strict=False):
+        records.append({"kind": "train", "step": step, "loss": 0.0})
+        records.append({"kind": "val", "step": step, "loss": loss, "train_time_s": 0.2 * step})
+    if finished:
+        records.append(
+            {
+                "kind": "end",
+                "loss": losses[-1],
+                "bits_per_byte": 1.75,
+                "train_time_s": 6.0,
+                "median_step_time_s": 0.19,
+                "tokens_per_s": 12345.0,
+                "compile_s": 8.8,
+                "peak_memory_bytes": 7.5e8,
+            }
+        )
+    folder.mkdir(parents=True)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [write_run(tmp_path / name, name, losses) for name, losses in CURVES.items()]
+
+
+def cells(text: str) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+
+
+def test_table(folders):
+    rows = cells(report([read_run(folder) for folder in folders]))
+    assert rows[0][:5] == [
+        *("optimizer", "steps", "final loss (nats/token)", "bits/byte"),
+        "steps to AdamW's final loss",
+    ]
+    rest = ["6.0", "190.0", "12,345", "750", "2.5", "8.8"]
+    assert rows[2:] == [
+        ["AdamW", "30", "4.0000", "1.7500", "30", *rest],
+        ["Muon", "30", "3.0000", "1.7500", "15", *rest],  # half-way from 4.5 to 3.5
+        ["Shampoo", "30", "3.8000", "1.7500", "25", *rest],  # half-way from 4.2 to 3.8
+    ]
+
+
+def test_machine_baselines_and_commit_are_told_once(folders):
+    text = report([read_run(folder) for folder in folders])
+    assert "unigram 5.5000, bigram 4.2500" in text
+    assert text.count("abacus") == 1
+    assert "0123456789ab with local changes" in text
+    assert "jax 1.2.3" in text and "1,234,567" in text
+
+
+def test_unfinished_run_has_dashes(tmp_path):
+    run = read_run(write_run(tmp_path / "a", "muon", (6.0, 5.0), finished=False))
+    assert cells(report([run]))[2] == [
+        *("Muon", "10 of 30", "5.0000", "-", "-", "2.0", "-", "-", "-", "2.5", "-")
+    ]
+
+
+def test_diverged_run_is_drawn_and_listed(tmp_path, folders):
+    diverged = write_run(tmp_path / "bad", "soap", (6.0, None, None, None))
+    compare([*folders, diverged], tmp_path / "out")
+    assert cells((tmp_path / "out" / "comparison.md").read_text())[-1][2] == "nan"
+
+
+def test_runs_of_one_optimizer_are_told_apart(tmp_path, folders):
+    again = write_run(tmp_path / "again", "muon", CURVES["muon"], name="seed1")
+    compare([*folders, again], tmp_path / "out")
+    labels = [row[0] for row in cells((tmp_path / "out" / "comparison.md").read_text())[2:]]
+    assert labels == ["AdamW", "Muon muon", "Shampoo", "Muon seed1"]
+
+
+def test_baselines_need_agreement(tmp_path, folders):
+    runs = [read_run(folder) for folder in folders]
+    assert baselines(runs) == {"unigram": 5.5, "bigram": 4.25}
+    other = read_run(write_run(tmp_path / "other", "soap", CURVES["muon"], known=False))
+    assert baselines([*runs, other]) == baselines([other, *runs]) == {}
+
+
+def test_picture_is_written(tmp_path, folders):
+    picture = compare(folders, tmp_path / "a" / "b")
+    height, width, _ = matplotlib.image.imread(picture).shape
+    assert width > 1000 and height > 400
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda folder: None, FileNotFoundError, "is not the folder of a run"),
+        (
+            lambda folder: write_run(folder, "muon", (), finished=False),
+            ValueError,
+            "holds no validation",
+        ),
+    ],
+)
+def test_folders_without_a_run_are_named(tmp_path, make, error, message):
+    make(tmp_path / "a")
+    with pytest.raises(error, match=f"a/metrics.jsonl .*{message}"):
+        compare([tmp_path / "a"], tmp_path)
+
+
+def test_nothing_to_compare(tmp_path):
+    with pytest.raises(ValueError, match="at least one"):
+        compare([], tmp_path)
+
+
+def test_null_losses_become_nan(tmp_path):
+    run = read_run(write_run(tmp_path / "a", "muon", (6.0, None, 5.0, 4.0)))
+    assert math.isnan(run.losses[1]) and np.nanmin(run.losses) == 4.0

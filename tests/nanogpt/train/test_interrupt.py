@@ -1,0 +1,60 @@
+"""Stop requests."""
+
+import os
+import signal
+
+import pytest
+
+from nanogpt.train.interrupt import Interrupted, stop_request
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_remembered(signum):
+    before = signal.getsignal(signum)
+    with stop_request() as request:
+        assert request.signum is None
+        os.kill(os.getpid(), signum)
+        assert request.signum == signum
+    assert signal.getsignal(signum) is before
+
+
+def test_second_ctrl_c_acts_at_once():
+    # A suite that runs in the background of a shell starts with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), stop_request():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_closed_terminal_may_say_so_twice_and_nohup_is_heeded():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which would end this process
+        with stop_request() as request:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+            assert request.signum == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stop_request() as request:
+            signal.raise_signal(signal.SIGHUP)
+            assert request.signum is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_handlers_come_back_after_an_error():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError), stop_request():
+        raise RuntimeError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_message_tells_how_to_go_on():
+    message = str(Interrupted(signal.SIGTERM, 7, "runs/cpu/muon"))
+    assert "SIGTERM after 7 steps" in message
+    assert "runs/cpu/muon" in message
+    assert "--resume" in message

@@ -1,0 +1,358 @@
+"""The loop: what it records, and that a run cut anywhere ends as if it had never been cut."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from data_pipeline import ShardError, write_shard
+from nanogpt.config.run import (
+    AuxiliaryConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    ScheduleConfig,
+)
+from nanogpt.config.settings import AdamWConfig, ShampooConfig
+from nanogpt.train import loop
+from nanogpt.train import progress as report
+from nanogpt.train.interrupt import Interrupted
+from nanogpt.train.loop import fit, validation_due
+from nanogpt.train.run_folder import RunFolder
+
+VOCAB, STEPS = 32, 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Runs share their compiled steps; compiling them again would be most of this file's time."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # jax decides once whether there is one
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A folder of shards with some structure to learn: each token tends to follow its half."""
+    folder = tmp_path_factory.mktemp("shards")
+    random = np.random.default_rng(0)
+    for name, count in (("train_000001", 3000), ("val_000000", 600)):
+        tokens = np.cumsum(random.integers(0, 3, count)) % VOCAB
+        write_shard(folder / f"text_{name}.bin", tokens.astype(np.uint16))
+    return folder
+
+
+def tiny(shards, directory, name="run", optimizer="adamw", **changes) -> Config:
+    matrices = {
+        "adamw": AdamWConfig(0.01, weight_decay=0.1),
+        "shampoo": ShampooConfig(0.01, weight_decay=0.1),
+    }
+    config = Config(
+        name=name,
+        seed=3,
+        model=ModelConfig(VOCAB, 1, 16, 8, 32, 8, dtype="float32"),  # bfloat16 embedding
+        data=DataConfig(str(shards), "shuffled", 4, 2, val_tokens=128),
+        schedule=ScheduleConfig(STEPS),
+        optimizer=optimizer,
+        matrices=matrices[optimizer],
+        auxiliary=AuxiliaryConfig(0.1, 0.01, 0.01),
+        output=OutputConfig(str(directory), log_every=1),
+        val_every=4,
+        val_every_final=1,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def records(config: Config, kind: str | None = None) -> list[dict]:
+    path = os.path.join(config.output.directory, config.name, "metrics.jsonl")
+    with open(path, encoding="utf-8") as file:
+        found = [json.loads(line) for line in file]
+    return [record for record in found if kind in (None, record["kind"])]
+
+
+def losses(config: Config) -> list[tuple]:
+    """Everything measured that does not depend on the clock."""
+    return [
+        (record["kind"], record["step"], record["loss"], record.get("grad_norm"))
+        for record in records(config)
+        if record["kind"] in ("train", "val", "end")
+    ]
+
+
+def saved(config: Config, step: int = STEPS) -> dict:
+    """State and data position of a checkpoint, as NumPy arrays."""
+    folder = os.path.join(config.output.directory, config.name, "checkpoints", str(step))
+    with ocp.StandardCheckpointer() as reader:
+        state = reader.restore(os.path.join(folder, "state"))
+    with open(os.path.join(folder, "data", "process_0-of-1.json"), encoding="utf-8") as file:
+        return {"state": jax.tree.map(np.asarray, state), "data": json.load(file)}
+
+
+def assert_equal(left: dict, right: dict) -> None:
+    """Bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+
+
+def interrupt_after(monkeypatch, batches: int, signum: int, rows: int = 4) -> None:
+    """Sends this process a signal while the loop fetches batch number `batches` of `rows` rows.
+
+    Training batches have 4 rows; validation batches have 2, and one validation is 8 of them.
+    """
+    fetched = iter(range(1, 10**6))
+    to_device = loop.to_device
+
+    def with_signal(batch, layout):
+        if batch["inputs"].shape[0] == rows and next(fetched) == batches:
+            os.kill(os.getpid(), signum)
+        return to_device(batch, layout)
+
+    monkeypatch.setattr(loop, "to_device", with_signal)
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """A run that nothing disturbs, of which every checkpoint is kept."""
+    output = OutputConfig(
+        str(tmp_path_factory.mktemp("whole")), log_every=1, checkpoint_every=3, keep_checkpoints=9
+    )
+    config = tiny(shards, "", output=output)
+    fit(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (10, [0, 4, 8, 9, 10]),
+        (3250, [*range(0, 2925, 125), *range(2925, 3250, 25), 3250]),
+        (2720, [*range(0, 2448, 125), *range(2450, 2720, 25), 2720]),
+    ],
+)
+def test_validation_follows_the_benchmarks_schedule(steps, expected):
+    every, final = (4, 1) if steps == 10 else (125, 25)
+    config = tiny("", "", schedule=ScheduleConfig(steps), val_every=every, val_every_final=final)
+    assert [s for s in range(steps + 1) if validation_due(s, config)] == expected
+
+
+def test_first_record_tells_what_the_run_is(whole):
+    start = records(whole)[0]
+    assert start["kind"] == "start"
+    assert start["config"] == json.loads(json.dumps(dataclasses.asdict(whole)))
+    assert start["versions"]["jax"] == jax.__version__
+    assert start["device"]["platform"] == "cpu"
+    assert set(start) > {"git_commit", "git_dirty", "baselines"}
+    # Embedding and head; q, k, v, proj, fc, proj with biases; four norms.
+    weights = 2 * VOCAB * 16 + VOCAB + 4 * (16 * 16 + 16) + 2 * 16 * 32 + 32 + 16 + 4 * 16
+    assert start["parameters"] == weights
+    # Two moments a parameter, the embedding's in bfloat16, and some counters.
+    moments = 2 * (4 * weights - 2 * VOCAB * 16)
+    assert moments <= start["optimizer_state_bytes"] <= moments + 64
+
+
+def test_losses_of_every_due_step_are_recorded(whole):
+    assert [record["step"] for record in records(whole, "train")] == list(range(STEPS))
+    steps = [record["step"] for record in records(whole)[1:]]
+    assert steps == sorted(steps)  # a step is settled, and its time taken, before a validation
+    validations = records(whole, "val")
+    assert [record["step"] for record in validations] == [0, 4, 8, 9, 10]
+    assert validations[0]["loss"] == pytest.approx(math.log(VOCAB), abs=1e-6)  # the head is zero
+    assert validations[-1]["loss"] < validations[0]["loss"] - 0.1
+    seconds = [record["train_time_s"] for record in validations]
+    assert seconds == sorted(seconds) and seconds[0] == 0.0 < seconds[1]
+
+
+def test_last_record_sums_the_run_up(whole):
+    end = records(whole)[-1]
+    assert end["kind"] == "end"
+    assert end["loss"] == records(whole, "val")[-1]["loss"]
+    assert end["train_time_s"] == records(whole, "val")[-1]["train_time_s"]
+    assert end["tokens_per_s"] == pytest.approx(4 * 8 / end["median_step_time_s"])
+    assert end["compile_s"] > 0
+    assert 1e7 < end["peak_memory_bytes"] < 1e11
+
+
+@pytest.mark.parametrize(
+    ("rows", "batches", "signum", "step", "validated"),
+    [
+        (4, 5, signal.SIGINT, 5, [0, 4]),
+        (2, 2 * 8 + 2, signal.SIGTERM, 8, [0, 4]),  # in the third validation
+        (2, 4 * 8 + 2, signal.SIGINT, 10, [0, 4, 8, 9]),  # in the last one
+    ],
+)
+def test_interrupted_run_goes_on_bit_for_bit(
+    shards, tmp_path, whole, monkeypatch, rows, batches, signum, step, validated
+):
+    config = tiny(shards, tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, batches, signum, rows)
+        with pytest.raises(Interrupted, match=f"after {step} steps.*--resume") as stopped:
+            fit(config)
+    assert (stopped.value.signum, stopped.value.step) == (signum, step)
+    assert [record["step"] for record in records(config, "train")] == list(range(step))
+    assert [record["step"] for record in records(config, "val")] == validated
+    fit(config, resume=True)
+    assert losses(config) == losses(whole)
+    assert_equal(saved(config), saved(whole))
+    assert saved(config)["data"] == {"next_index": STEPS}
+    assert [record["step"] for record in records(config, "resume")] == [step]
+    path = os.path.join(config.output.directory, config.name, "record.txt")
+    with open(path, encoding="utf-8") as file:
+        log = re.findall(r"^step:(\d+)/10 val_loss:(\S+) train_time:(\S+)s", file.read(), re.M)
+    assert log == [
+        (str(record["step"]), f"{record['loss']:.5f}", f"{record['train_time_s']:.3f}")
+        for record in records(config, "val")
+    ]
+
+
+def test_shampoo_goes_on_bit_for_bit(shards, tmp_path, monkeypatch):
+    straight = tiny(shards, tmp_path, "straight", "shampoo")
+    fit(straight)
+    cut = tiny(shards, tmp_path, "cut", "shampoo")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4, signal.SIGINT)
+        with pytest.raises(Interrupted):
+            fit(cut)
+    fit(cut, resume=True)
+    assert losses(cut) == losses(straight)
+    assert_equal(saved(cut), saved(straight))
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(shards, tmp_path, whole):
+    """What kill -9 leaves: records behind the checkpoint, the last one cut short."""
+    config = tiny(
+        shards, tmp_path, output=dataclasses.replace(whole.output, directory=str(tmp_path))
+    )
+    source, target = (os.path.join(c.output.directory, c.name) for c in (whole, config))
+    os.makedirs(os.path.join(target, "checkpoints"))
+    os.system(f"cp -r {source}/checkpoints/6 {target}/checkpoints/6")
+    kept = [json.dumps(record) for record in records(whole) if record.get("step", 0) < 9]
+    with open(os.path.join(target, "metrics.jsonl"), "w", encoding="utf-8") as file:
+        file.write("\n".join(kept) + '\n{"kind": "train", "st')
+    fit(config, resume=True)
+    assert losses(config) == losses(whole)
+    assert_equal(saved(config), saved(whole))
+    assert_equal(saved(config, 9), saved(whole, 9))
+
+
+def test_checkpoints_of_a_running_loop_hold_their_own_step(whole):
+    """Saves are asynchronous, and the state saved is donated to the next step."""
+    assert [saved(whole, step)["state"]["step"] for step in (3, 6, 9, 10)] == [3, 6, 9, 10]
+    assert saved(whole, 6)["data"] == {"next_index": 6}
+
+
+def test_nothing_is_compiled_during_the_loop(shards, tmp_path, monkeypatch):
+    compiled = []
+    counting = False
+    announce = report.Report.compiled
+
+    def start_counting(self, seconds):
+        nonlocal counting
+        announce(self, seconds)
+        counting = True
+
+    def listen(event, duration, **_):
+        if counting and "compile" in event:
+            compiled.append(event)
+
+    monkeypatch.setattr(report.Report, "compiled", start_counting)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    fit(tiny(shards, tmp_path))
+    assert compiled == []
+    jax.jit(lambda x: x + 1)(3)  # the listener does hear compilations
+    assert compiled
+    counting = False
+
+
+def test_finished_run_is_left_alone(whole):
+    before = records(whole)
+    assert fit(whole, resume=True) == before[-1]
+    assert records(whole) == before
+
+
+def test_finished_run_whose_checkpoints_were_deleted_is_left_alone(shards, tmp_path):
+    """They are large, and --seeds 8 --resume goes through the runs that there are."""
+    config = tiny(shards, tmp_path, schedule=ScheduleConfig(2))
+    fit(config)
+    before = records(config)
+    shutil.rmtree(RunFolder(config).checkpoints)
+    assert fit(config, resume=True) == before[-1]
+    with pytest.raises(ValueError, match="with seed=3, this run has seed=1"):
+        fit(dataclasses.replace(config, seed=1), resume=True)
+    assert records(config) == before
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}])
+def test_a_run_that_another_process_is_at_is_left_alone(whole, how):
+    before, other = records(whole), RunFolder(whole)
+    other.lock()
+    with contextlib.closing(other), pytest.raises(ValueError, match="another process is training"):
+        fit(whole, **how)
+    assert records(whole) == before
+
+
+def test_existing_run_is_not_overwritten(whole):
+    before = records(whole)
+    with pytest.raises(FileExistsError, match="--resume.*--overwrite.*--name"):
+        fit(whole)
+    assert records(whole) == before
+
+
+@pytest.mark.parametrize("possible", [False, True])
+def test_an_overwritten_run_goes_when_the_new_one_is_compiled(shards, tmp_path, possible):
+    config = tiny(shards, tmp_path, schedule=ScheduleConfig(2))
+    fit(config)
+    before = records(config)
+    again = dataclasses.replace(config, optimizer="adamw" if possible else "shampoo", seed=4)
+    if possible:
+        fit(again, overwrite=True)
+        assert records(again)[0]["config"]["seed"] == 4
+        assert saved(again, 2)["state"]["step"] == 2
+    else:
+        with pytest.raises(ValueError, match="shampoo"):
+            fit(again, overwrite=True)
+        assert records(config) == before
+        assert fit(config, resume=True) == before[-1]
+
+
+def test_resume_names_the_setting_that_differs(whole):
+    changed = dataclasses.replace(whole, schedule=ScheduleConfig(STEPS, cooldown=0.5))
+    with pytest.raises(ValueError, match=r"schedule\.cooldown=0\.7, this run has .*=0\.5"):
+        fit(changed, resume=True)
+
+
+def test_resume_refuses_other_data(whole, tmp_path):
+    random = np.random.default_rng(1)
+    for name in ("train_000001", "val_000000"):
+        write_shard(tmp_path / f"text_{name}.bin", random.integers(0, VOCAB, 700).astype(np.uint16))
+    changed = tiny(tmp_path, "", output=whole.output)
+    with pytest.raises(ValueError, match=r"data\.directory=.*are not those of the saved run"):
+        fit(changed, resume=True)
+
+
+def test_too_few_tokens_are_refused_before_anything_is_written(shards, tmp_path):
+    config = tiny(shards, tmp_path / "runs", schedule=ScheduleConfig(1000))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mode="sequential"))
+    with pytest.raises(ShardError, match="1000 steps"):
+        fit(config)
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,85 @@
+"""Runs are not overwritten by accident."""
+
+import copy
+import dataclasses
+
+import pytest
+
+from nanogpt.config.presets import preset
+from nanogpt.config.run import OutputConfig
+from nanogpt.train.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    output = OutputConfig(str(tmp_path))
+    return RunFolder(dataclasses.replace(preset("cpu", "adamw"), name="a/b", output=output))
+
+
+@pytest.fixture
+def used(folder):
+    (folder.checkpoints / "5").mkdir(parents=True)
+    folder.metrics.write_text("{}\n")
+    folder.record.write_text("log")
+    (folder.path / "notes.txt").write_text("mine")
+    return folder
+
+
+def test_fresh_folder_is_made(folder, tmp_path):
+    folder.claim(resume=False, overwrite=False)
+    assert (tmp_path / "a" / "b").is_dir()
+    assert not folder.holds_run()
+
+
+@pytest.mark.parametrize("left", ["metrics", "checkpoints"])
+def test_a_trace_of_a_run_is_enough_to_refuse(folder, left):
+    folder.path.mkdir(parents=True)
+    trace = getattr(folder, left)
+    trace.mkdir() if left == "checkpoints" else trace.touch()
+    with pytest.raises(FileExistsError, match="a/b already holds a run.*ARGS=--resume"):
+        folder.claim(resume=False, overwrite=False)
+
+
+def test_resume_keeps_everything(used):
+    used.claim(resume=True, overwrite=False)
+    assert used.metrics.exists() and (used.checkpoints / "5").exists()
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(used):
+    used.claim(resume=False, overwrite=True)
+    assert [path.name for path in used.path.iterdir()] == ["notes.txt"]
+
+
+def test_nothing_to_resume(folder):
+    with pytest.raises(FileNotFoundError, match="nothing to resume in .*a/b"):
+        folder.claim(resume=True, overwrite=False)
+
+
+def test_resume_and_overwrite_exclude_each_other(used):
+    with pytest.raises(ValueError, match="exclude each other"):
+        used.claim(resume=True, overwrite=True)
+    assert used.metrics.exists()
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_checkpoints_without_their_metrics_are_not_resumed(used, content):
+    used.metrics.unlink() if content is None else used.metrics.write_text(content)
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl is missing or empty.*--overwrite"):
+        used.check(resume=True, overwrite=False)
+    used.check(resume=False, overwrite=True)
+
+
+def test_one_process_at_a_time(used):
+    """A run may outlive the terminal that it was started from, and is then resumed beside it."""
+    other, fresh = copy.copy(used), copy.copy(used)
+    fresh.path = used.path / "none"
+    used.lock()
+    used.lock()
+    fresh.lock()  # there is nothing to protect yet
+    with pytest.raises(ValueError, match="a/b: another process is training this run: wait"):
+        other.lock()
+    used.close()
+    other.claim(resume=False, overwrite=True)
+    with pytest.raises(ValueError, match="another process"):
+        used.lock()
+    other.close()
