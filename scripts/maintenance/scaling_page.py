@@ -52,11 +52,9 @@ rates. Nothing here ran on a GPU or TPU.
 
 ## Load of the owners
 
-Work of the busiest owner in a refresh, as a multiple of the mean. *Equal counts*: stacks are padded
-to a multiple of the owners and every slot is computed. *Greedy*: blocks go to the owner with the
-least work, the dearest first, and slots without a block are skipped; `shampoo_jax` does this where
-equal counts lose more than 10 % against it. *Bound*: no placement of whole blocks is better.
-Statistics and application are computed for every slot either way.
+Work of the busiest owner in a refresh, as a multiple of the mean. *Padded*: stacks are filled with
+zero blocks to a multiple of the owners, and every block is computed. *Bound*: no placement of whole
+blocks is better. Fewer owners, a group of mesh axes, are the remedy where it matters.
 
 {balances}
 
@@ -100,12 +98,12 @@ def _predictions(found: Found) -> str:
                 continue
             times = [f"{1e3 * p[part]:.3g}" for part in parts]
             sizes = [f"{p[k] / 1e9:.3g}" for k in ("state_bytes", "memory")]
-            rows.append([model, str(n), *times, *sizes, f"{p['waiting']:.0%}"])
+            rows.append([model, str(n), *times, *sizes, f"{p['padding']:.0%}"])
     return table(
         [
             *("model", "devices", "statistics, ms", "application, ms", "roots, ms", "state, ms"),
             *("communication, ms", "forward and backward, ms", "state, GB", "memory, GB"),
-            "waiting in roots",
+            "roots of zero blocks",
         ],
         rows,
     )

@@ -59,7 +59,7 @@ def test_impossible_values_are_named(group, name, value):
         (MuonConfig, "mlp_decay", -1.0),
         (SoapConfig, "every", 0),
         (KLConfig, "tokens", 0),
-        (KLConfig, "cap", 0.0),
+        (KLConfig, "max_scale", 0.0),
         (KLConfig, "first_weight", 1.5),
         (PsgdConfig, "preconditioner_rate", 0.0),
         (PsgdConfig, "preconditioner_seed", -1),

@@ -137,7 +137,7 @@ def test_s5_factors_and_their_use_are_in_full_precision():
     params = {"blocks": {"0": {"mlp": {"fc": {"kernel": jnp.asarray(KERNEL)}}}}}
     tx = build_optimizer(config, params)
     state = tx.init(params)
-    assert {x.dtype.name for x in jax.tree.leaves(state)} <= {"float32", "int32", "uint32"}
+    assert {x.dtype.name for x in jax.tree.leaves(state)} <= {"float32", "int32", "uint32", "bool"}
     text = jax.jit(tx.update).lower(params, state, params).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) == 6  # for each side: factor, root, application

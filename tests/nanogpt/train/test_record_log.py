@@ -49,7 +49,7 @@ def test_source_is_complete_and_in_order():
     files = [p for package in packages for p in sorted((root / package).rglob("*.py"))]
     wanted = ["nanogpt/lab/speedrun.py", *(f.relative_to(root).as_posix() for f in files)]
     assert names[names.index("nanogpt/lab/speedrun.py") :] == wanted
-    assert (root / "shampoo_jax" / "blocks.py").read_text() in source_text()
+    assert (root / "shampoo_jax" / "blocks" / "blocks.py").read_text() in source_text()
 
 
 def test_no_line_of_the_source_is_read_as_a_loss():
