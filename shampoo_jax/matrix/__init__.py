@@ -15,17 +15,10 @@ from shampoo_jax.matrix.orthogonalize import newton_schulz, svd_orthogonalize
 from shampoo_jax.matrix.polynomial import polynomial_root
 from shampoo_jax.matrix.qr import adaptive_eigh, orthogonal_iteration
 
+# fmt: off
 __all__ = [
-    "RootResult",
-    "adaptive_eigh",
-    "coupled_higher_order",
-    "coupled_newton",
-    "map_matrices",
-    "newton_schulz",
-    "orthogonal_iteration",
-    "polynomial_root",
-    "rational_root",
-    "shifted_root",
-    "svd_orthogonalize",
-    "truncated_root",
+    "RootResult", "adaptive_eigh", "coupled_higher_order", "coupled_newton", "map_matrices",
+    "newton_schulz", "orthogonal_iteration", "polynomial_root", "rational_root", "shifted_root",
+    "svd_orthogonalize", "truncated_root",
 ]
+# fmt: on
