@@ -32,7 +32,8 @@ def directions(tx, grads):
         return updates
 
 
-ONE_SIDED = dict(bias_correction=False, rtol=0.0)
+ONE_SIDED = dict(bias_correction=False, solver=sj.TruncatedEigh(rtol=0.0))
+BEFORE = dict(when="before", skip_first=False)
 CASES = {
     "soap": (sj.scale_by_soap(0.9, 0.95, every=3), papers.soap, dict(b1=0.9, b2=0.95, every=3)),
     "kl_shampoo": (
@@ -77,7 +78,7 @@ def test_a_basis_that_stays_makes_two_routes_to_adam_equal():
     """in_eigenbasis(adam) and SOAP's two-input second moment agree until the first refresh."""
     grads = gradients()
     factors = sj.accumulate_factors(0.9)
-    frozen = dict(every=100, start=100)
+    frozen = dict(every=100, refresh=sj.BasisRefresh(start=100, **BEFORE))
     general = sj.blocked(
         optax.chain(factors, sj.in_eigenbasis(optax.scale_by_adam(0.9, 0.95, eps=1e-8), **frozen))
     )
@@ -93,10 +94,12 @@ def test_first_moments_are_carried_through_a_refresh():
     """Momentum inside the rotating basis equals momentum outside of it."""
     grads = gradients()
 
+    refresh = sj.BasisRefresh(start=2, **BEFORE)
+
     def soap(*, inside):
         moment, second = sj.filter_gradient(0.9), sj.scale_by_second_moment(0.95, 1e-8)
         inner = optax.chain(moment, second) if inside else second
-        parts = [sj.accumulate_factors(0.9), sj.eigenbasis(inner, every=2, start=2)]
+        parts = [sj.accumulate_factors(0.9), sj.eigenbasis(inner, every=2, refresh=refresh)]
         return sj.blocked(optax.chain(*([] if inside else [moment]), *parts))
 
     for a, b in zip(
@@ -116,9 +119,7 @@ def test_truncation_in_the_eigenbasis_stays_in_the_range():
         every=1,
         basis="eigh",
         rtol=None,
-        refresh="before",
-        skip_first=False,
-        reorder=False,
+        refresh=sj.BasisRefresh(reorder=False, **BEFORE),
     )
     for update in directions(tx, grads):
         outside = update - range_left @ (range_left.T @ update)

@@ -1,19 +1,22 @@
 """Factor statistics against contractions in numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from shampoo_jax.blocks.blocks import Blocks
-from shampoo_jax.blocks.exponents import resolve_exponents
-from shampoo_jax.parts.factors import accumulate_factors, contract, damp, normalize_by_trace
+from shampoo_jax.matrix.products import contract
+from shampoo_jax.parts.factors import accumulate_factors, damp, normalize_by_trace
 
 GRADIENTS = np.random.default_rng(0).normal(size=(4, 2, 3, 4)).astype(np.float32)
 
 
-def blocks_of(g):
-    return {"k": Blocks(gradient=jnp.asarray(g), update=jnp.zeros_like(g))}
+def blocks_of(g, exponents=None):
+    blocks = Blocks.of(jnp.asarray(g), exponents)
+    return {"k": dataclasses.replace(blocks, update=jnp.zeros_like(blocks.update))}
 
 
 def run(tx, gradients=GRADIENTS):
@@ -77,11 +80,11 @@ def test_a_traced_b2_of_one_sums():
 
 
 def test_dimensions_with_exponent_zero_have_no_factor():
-    tx = accumulate_factors(0.9, exponents=resolve_exponents({2: {1: 0.0}}))
-    state = tx.init(blocks_of(GRADIENTS[0]))
+    tx, blocks = accumulate_factors(0.9), blocks_of(GRADIENTS[0], (0.25, 0.0))
+    state = tx.init(blocks)
     assert state.factors["k"][0].shape == (2, 3, 3)
     assert state.factors["k"][1] is None
-    new, _ = tx.update(blocks_of(GRADIENTS[0]), state)
+    new, _ = tx.update(blocks, state)
     assert new["k"].matrices[1] is None
 
 
@@ -100,8 +103,7 @@ def test_decay_out_of_range_is_refused(b2):
 
 
 def factors_only(*factors):
-    x = jnp.zeros((1, 2, 2))
-    return {"k": Blocks(gradient=x, update=x, matrices=factors)}
+    return {"k": dataclasses.replace(Blocks.of(jnp.zeros((1, 2, 2))), matrices=factors)}
 
 
 def test_damp_and_trace_scaling():
@@ -111,7 +113,7 @@ def test_damp_and_trace_scaling():
     assert new["k"].matrices[1] is None
     new, _ = normalize_by_trace(0.5).update(factors_only(a, None), ())
     np.testing.assert_allclose(new["k"].matrices[0], a / 2, rtol=1e-6)
-    new, _ = normalize_by_trace(1.0, eps=8.0).update(factors_only(a), ())
+    new, _ = normalize_by_trace(1.0, floor=8.0).update(factors_only(a), ())
     np.testing.assert_allclose(new["k"].matrices[0], a / 8, rtol=1e-6)
     new, _ = normalize_by_trace(0.5).update(factors_only(0 * a), ())
     np.testing.assert_array_equal(new["k"].matrices[0], 0 * a)

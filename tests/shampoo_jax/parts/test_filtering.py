@@ -54,9 +54,9 @@ def test_a_constant_gradient_passes_unchanged():
 def test_the_average_can_be_stored_in_bfloat16():
     state, updates = run(filter_gradient(0.9, mu_dtype=jnp.bfloat16), GRADIENTS)
     exact_state, exact = run(filter_gradient(0.9), GRADIENTS)
-    assert (state.mu.dtype, updates.dtype) == (jnp.bfloat16, jnp.float32)
+    assert (state.mu[""].dtype, updates.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(updates, exact, atol=2**-7)
-    np.testing.assert_allclose(state.mu.astype(np.float32), exact_state.mu, atol=2**-8)
+    np.testing.assert_allclose(state.mu[""].astype(np.float32), exact_state.mu[""], atol=2**-8)
     with pytest.raises(ValueError, match="mu_dtype=int8: use bfloat16 or float32"):
         filter_gradient(mu_dtype=jnp.int8)
 

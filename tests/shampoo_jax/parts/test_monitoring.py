@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from shampoo_jax.blocks.blocks import Blocks, blocks_part, map_blocks
+from shampoo_jax.blocks.blocks import Blocks, stateless
 from shampoo_jax.parts.eigenbasis import eigenbasis
 from shampoo_jax.parts.factors import accumulate_factors
 from shampoo_jax.parts.grafting import graft, scale_by_second_moment
 from shampoo_jax.parts.kl_eigenbasis import kl_eigenbasis
+from shampoo_jax.parts.kl_factors import accumulate_kl_factors
 from shampoo_jax.parts.monitoring import (
     MonitorState,
     effective_rank,
@@ -21,19 +22,16 @@ from shampoo_jax.parts.monitoring import (
     rotation_angle,
 )
 from shampoo_jax.parts.roots import invert_roots, precondition
-from shampoo_jax.solvers.solver import ShiftedEigh, TruncatedEigh
+from shampoo_jax.solvers.carried import CarriedBasis
+from shampoo_jax.solvers.eigh import ShiftedEigh, TruncatedEigh
 from shampoo_jax.stacks.blocked import blocked
 
 
-def walk(monitor, solver=None, exponents=None, **schedule):
-    options = {} if exponents is None else {"exponents": exponents}
-    direction = optax.chain(
-        accumulate_factors(0.9, **options),
-        invert_roots(solver, **options, **schedule),
-        precondition(),
-    )
+def walk(monitor, solver=None, exponents=None, every=1):
+    roots = invert_roots(solver, every=every)
+    direction = optax.chain(accumulate_factors(0.9), roots, precondition())
     grafted = graft(scale_by_second_moment(0.9), direction)
-    return blocked(optax.chain(grafted, *monitor))
+    return blocked(optax.chain(grafted, *monitor), exponents=exponents)
 
 
 def low_rank(m, n, rank, seed=0, spread=100.0):
@@ -78,11 +76,7 @@ def test_figures_of_a_low_rank_factor_match_numpy(scale):
 @pytest.mark.parametrize("exponent", [0.25, 1 / 3, 0.5])
 def test_a_cutoff_that_drops_real_directions_shows_as_dropped_energy(exponent):
     g = low_rank(8, 8, rank=8, spread=30.0)
-    tx = walk(
-        [monitor_spectrum(exponents=lambda shape: (exponent,) * len(shape))],
-        TruncatedEigh(rtol=0.01),
-        lambda shape: (exponent,) * len(shape),
-    )
+    tx = walk([monitor_spectrum()], TruncatedEigh(rtol=0.01), exponent)
     _, state = one_step(tx, {"w": jnp.asarray(g, jnp.float32)})
     figures = read_monitor(state)["8x8/0"]
     expected = oracle(g @ g.T, exponent, rtol=0.01)
@@ -93,9 +87,9 @@ def test_a_cutoff_that_drops_real_directions_shows_as_dropped_energy(exponent):
 
 
 def test_residual_is_the_distance_from_the_projector():
-    """With damping, X^p A misses the identity by eps / (w + eps) in every direction."""
+    """With damping, X^p A misses the identity by e / (w + e) in every direction."""
     g = low_rank(6, 6, rank=6, spread=3.0)
-    _, state = one_step(walk([monitor_spectrum()], ShiftedEigh(eps=0.5)), {"w": jnp.asarray(g)})
+    _, state = one_step(walk([monitor_spectrum()], ShiftedEigh(damping=0.5)), {"w": jnp.asarray(g)})
     w = np.linalg.eigvalsh(g @ g.T)
     expected = np.sqrt(np.mean((0.5 / (w + 0.5)) ** 2))
     for key in ("6x6/0", "6x6/1"):
@@ -155,18 +149,13 @@ def test_records_are_made_at_step_1_and_every_interval():
 def report_basis(basis, previous):
     """Stands in for an eigenbasis part whose bases are known."""
 
-    def update(blocks, state, params):
-        del params
+    def report(b):
+        figures = {f"factor/{k}": s for k, s in enumerate(b.matrices)}
+        figures |= {f"previous/{k}": previous[None] for k in range(2)}
+        figures |= {f"basis/{k}": basis[None] for k in range(2)}
+        return dataclasses.replace(b, figures=figures)
 
-        def report(b):
-            figures = {f"factor/{k}": s for k, s in enumerate(b.matrices)}
-            figures |= {f"previous/{k}": previous[None] for k in range(2)}
-            figures |= {f"basis/{k}": basis[None] for k in range(2)}
-            return dataclasses.replace(b, figures=figures)
-
-        return map_blocks(report, blocks), state
-
-    return blocks_part(lambda params: optax.EmptyState(), update)
+    return stateless(report)
 
 
 def figures_of(factor, root=None, basis=None, previous=None):
@@ -174,9 +163,9 @@ def figures_of(factor, root=None, basis=None, previous=None):
     arrays = {"factor/0": factor, "basis/0": basis, "previous/0": previous}
     given = {name: jnp.asarray(x, jnp.float32)[None] for name, x in arrays.items() if x is not None}
     matrices = () if root is None else (jnp.asarray(root, jnp.float32)[None],)
-    update = jnp.ones((1, len(factor)))
-    blocks = {"k": Blocks(update, update, matrices, figures=given)}
-    tx = monitor_spectrum(exponents=lambda shape: (0.25,))
+    blocks = Blocks.of(jnp.ones((1, len(factor))), (0.25,))
+    blocks = {"k": dataclasses.replace(blocks, matrices=matrices, figures=given)}
+    tx = monitor_spectrum()
     _, state = tx.update(blocks, tx.init(blocks))
     return {name: float(value[0]) for name, value in read_monitor(state)["k/0"].items()}
 
@@ -272,8 +261,7 @@ def test_effective_rank_survives_the_range_of_float32():
 
 
 def test_a_dimension_without_exponent_has_no_figures():
-    one_sided = lambda shape: (0.5,) + (0.0,) * (len(shape) - 1)  # noqa: E731
-    tx = walk([monitor_spectrum(exponents=one_sided)], exponents=one_sided)
+    tx = walk([monitor_spectrum()], exponents="left")
     _, state = one_step(tx, {"w": jnp.ones((5, 3))})
     assert sorted(read_monitor(state)) == ["5x3", "5x3/0"]
 
@@ -336,14 +324,10 @@ def test_state_keeps_structure_dtypes_and_can_be_donated():
 
 def test_without_a_monitor_reported_factors_leave_nothing_in_the_program():
     """The walk with a stand-in that drops all figures compiles to as many operations."""
-
-    def forget(blocks, state, params):
-        del params
-        return map_blocks(lambda b: Blocks(b.gradient, b.update), blocks), state
-
+    forget = stateless(lambda b: Blocks(b.gradient, b.update))
     grads = {"w": jnp.ones((4, 3))}
     sizes = []
-    for tail in ([], [blocks_part(lambda params: optax.EmptyState(), forget)]):
+    for tail in ([], [forget]):
         tx = walk(tail)
         text = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
         sizes.append((text or "").count("\n"))
@@ -354,3 +338,39 @@ def test_monitor_state_is_exported_as_the_type_to_look_for():
     state = walk([monitor_spectrum()]).init({"w": jnp.ones((2, 2))})
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, MonitorState))
     assert sum(isinstance(x, MonitorState) for x in leaves) == 1
+
+
+forget = stateless(lambda b: dataclasses.replace(b, figures={}))
+inside = optax.chain(forget, scale_by_second_moment(0.9), forget)
+WALKS = {
+    "roots": [accumulate_factors(0.9), invert_roots(CarriedBasis(), every=2), precondition()],
+    "kl statistics": [accumulate_kl_factors(invert_roots(), 0.9), precondition()],
+    "eigenbasis": [accumulate_factors(0.9), eigenbasis(inside, every=2, rtol=None)],
+    "kl_shampoo": [kl_eigenbasis(forget, 0.9, scaled=True, every=2)],
+    "kl_soap": [kl_eigenbasis(inside, 0.9, scaled=False, every=2)],
+    "graft": [graft(inside, optax.chain(accumulate_factors(0.9), invert_roots(), precondition()))],
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_no_number_depends_on_figures(name):
+    """Parts that remove all figures, in the walk and inside of its parts, change no bit."""
+    fields = [f.name for f in dataclasses.fields(Blocks) if f.name != "figures"]
+
+    def keep(stacks):
+        return {k: {f: getattr(b, f) for f in fields} for k, b in stacks.items()}
+
+    def watched(b):  # as a part does that reports
+        return dataclasses.replace(b, figures={**b.figures, "eigenvalues/0": b.update, "noise": 1})
+
+    rng = np.random.default_rng(0)
+    steps = [{"w": Blocks.of(jnp.asarray(rng.normal(size=(2, 4, 3))))} for _ in range(4)]
+    results = []
+    for between in (forget, stateless(watched)):
+        tx = optax.chain(*(x for part in WALKS[name] for x in (between, part)), between)
+        state, update, found = tx.init(steps[0]), jax.jit(tx.update), []
+        for stacks in steps:
+            new, state = update(stacks, state)
+            found.append(keep(new))
+        results.append((found, state))
+    jax.tree.map(np.testing.assert_array_equal, *results)

@@ -8,15 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from shampoo_jax.blocks.blocks import Blocks, blocks_part
-from shampoo_jax.parts.refresh import in_chunks, refresh_slots
+from shampoo_jax.blocks.blocking import Blocking
+from shampoo_jax.blocks.blocks import Blocks, make_part
+from shampoo_jax.parts.eigenbasis import eigenbasis
+from shampoo_jax.parts.lift import on_updates
+from shampoo_jax.parts.refresh import BasisRefresh, Refresh, in_chunks, refresh_slots
 from shampoo_jax.parts.roots import invert_roots
-from shampoo_jax.solvers.bases import CarriedBasis
-from shampoo_jax.solvers.solver import Solver, TruncatedEigh
+from shampoo_jax.solvers.carried import CarriedBasis
+from shampoo_jax.solvers.eigh import TruncatedEigh
+from shampoo_jax.solvers.solver import Solver
 from shampoo_jax.stacks.blocked import blocked
 
 SIZES = {"a": 7, "b": 3, "c": 1}  # blocks a stack: one more than a multiple of 3, 3, fewer
@@ -42,9 +47,9 @@ def stacks(value):
     """Stacks of vectors of length 1 whose factors all are this value."""
     tree, begin = {}, 0
     for key, n in SIZES.items():
-        x = jnp.zeros((n, 1))
-        index = jnp.arange(begin, begin + n)
-        tree[key] = Blocks(x, x, (jnp.full((n, 1, 1), value, jnp.float32),), index=index)
+        blocks = Blocks.of(jnp.zeros((n, 1)), index=jnp.arange(begin, begin + n))
+        factor = jnp.full((n, 1, 1), value, jnp.float32)
+        tree[key] = dataclasses.replace(blocks, matrices=(factor,))
         begin += n
     return tree
 
@@ -79,7 +84,7 @@ def expected(steps, every, start, bad=None):
 @pytest.mark.parametrize(("every", "start"), [(3, None), (3, 5), (4, 4), (2, 3), (12, None)])
 def test_each_step_refreshes_the_slots_whose_turn_it_is(every, start):
     first = start or every
-    tx = invert_roots(Copy(bad=first + 1.0), every=every, start=start, stagger=True)
+    tx = invert_roots(Copy(bad=first + 1.0), every=every, refresh=Refresh(start, stagger=True))
     roots, state = run(tx, first + 3 * every)
     history, calls, failures = expected(first + 3 * every, every, first, first + 1)
     np.testing.assert_array_equal(roots, history)
@@ -90,7 +95,7 @@ def test_each_step_refreshes_the_slots_whose_turn_it_is(every, start):
 
 def test_only_what_is_due_is_computed_and_by_one_program():
     calls, traces = [], []
-    tx = invert_roots(Copy(called=calls.append), every=3, stagger=True)
+    tx = invert_roots(Copy(called=calls.append), every=3, refresh=Refresh(stagger=True))
 
     @jax.jit
     def step(state, t):
@@ -115,17 +120,17 @@ def test_a_stack_has_one_root_computation_whatever_part_of_it_is_refreshed():
     """7, 3 and 1 blocks of three sizes in turns of 3: one eigh each, as without turns."""
     sizes = {2: 7, 3: 3, 4: 1}
     tree = {
-        d: Blocks(jnp.ones((n, d)), jnp.ones((n, d)), (jnp.ones((n, d, d)),))
+        d: dataclasses.replace(Blocks.of(jnp.ones((n, d))), matrices=(jnp.ones((n, d, d)),))
         for d, n in sizes.items()
     }
-    tx = invert_roots(every=3, stagger=True)
+    tx = invert_roots(every=3, refresh=Refresh(stagger=True))
     text = jax.jit(tx.update).lower(tree, tx.init(tree)).as_text("hlo")
     assert len(re.findall("lapack_[sd]syevd", text)) == len(sizes)
 
 
 def test_an_interval_of_one_is_the_plain_program():
     def program(stagger, start):
-        tx = invert_roots(start=start, stagger=stagger)
+        tx = invert_roots(refresh=Refresh(start, stagger))
         return str(jax.make_jaxpr(tx.update)(stacks(1.0), tx.init(stacks(0.0))))
 
     for start in (None, 3):
@@ -134,7 +139,7 @@ def test_an_interval_of_one_is_the_plain_program():
 
 def test_a_traced_interval_cannot_be_staggered():
     with pytest.raises(ValueError, match=r"every=3 with stagger=True must be a Python int.*static"):
-        invert_roots(every=jnp.asarray(3), stagger=True)
+        invert_roots(every=jnp.asarray(3), refresh=Refresh(stagger=True))
 
 
 def test_the_schedule_is_the_same_however_the_slots_are_spread():
@@ -155,15 +160,14 @@ def test_the_schedule_is_the_same_however_the_slots_are_spread():
 
 
 def test_blocks_are_numbered_over_all_stacks():
-    seen = {}
+    def positions(blocks):
+        return {key: b.index for key, b in blocks.items()}
 
-    def look(blocks, state, params):
-        seen.update({key: b.index.tolist() for key, b in blocks.items()})
-        return blocks, state
-
-    tx = blocked(blocks_part(lambda params: (), look), block_size=4)
+    look = make_part(positions, lambda blocks, state, params: (blocks, positions(blocks)))
+    tx = blocked(look, blocking=Blocking(size=4))
     params = {"u": jnp.ones((6, 4)), "v": jnp.ones((4, 4)), "w": jnp.ones((4, 2))}
-    tx.update(params, tx.init(params))
+    _, state = tx.update(params, tx.init(params))
+    seen = {key: index.tolist() for key, index in state.inner_state.inner.items()}
     assert seen == {"4x4": [0, 1], "4x2": [2, 3]}
 
 
@@ -184,7 +188,7 @@ def test_chunks_change_what_is_computed_at_once_and_nothing_else(size):
 
 def test_roots_are_solved_in_chunks():
     calls = []
-    tx = invert_roots(Copy(called=calls.append), chunk=2)
+    tx = invert_roots(Copy(called=calls.append), refresh=Refresh(chunk=2))
     new, _ = jax.jit(tx.update)(stacks(4.0), tx.init(stacks(0.0)))
     jax.effects_barrier()
     assert sorted(calls) == [1, 1, 1, 2, 2, 2, 2]
@@ -194,8 +198,8 @@ def test_roots_are_solved_in_chunks():
 @pytest.mark.parametrize("solver", [TruncatedEigh(), CarriedBasis()])
 def test_roots_are_stored_in_the_dtype_asked_for_and_used_in_float32(solver):
     factor = jnp.diag(jnp.array([16.0, 81.0]))[None]
-    blocks = {"k": Blocks(jnp.ones((1, 2)), jnp.ones((1, 2)), (factor,))}
-    tx = invert_roots(solver, every=2, stagger=True, root_dtype=jnp.bfloat16)
+    blocks = {"k": dataclasses.replace(Blocks.of(jnp.ones((1, 2))), matrices=(factor,))}
+    tx = invert_roots(solver, every=2, refresh=Refresh(stagger=True), root_dtype=jnp.bfloat16)
     step = jax.jit(tx.update)
     _, state = step(blocks, tx.init(blocks))
     new, after = step(blocks, state)
@@ -209,3 +213,49 @@ def test_roots_are_stored_in_the_dtype_asked_for_and_used_in_float32(solver):
 def test_dtypes_that_cannot_hold_roots_are_refused():
     with pytest.raises(ValueError, match="root_dtype=float16: use bfloat16 or float32"):
         invert_roots(root_dtype=jnp.float16)
+
+
+@pytest.mark.parametrize(
+    "kind", [Refresh, functools.partial(BasisRefresh, when="before", skip_first=False)]
+)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 0}, "start=0 must be at least 1"),
+        ({"start": 2.5}, "start=2.5 must be a whole number"),
+        ({"chunk": 0}, "chunk=0 must be at least 1"),
+        ({"chunk": "all"}, "chunk='all' must be a whole number"),
+    ],
+)
+def test_refreshes_out_of_range_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"when": "never"}, "when='never': use one of 'before', 'after'"),
+        ({"when": "before"}, "skip_first=True needs when='after'"),
+        ({"start": 3}, "start=3 with when='after'.*drop start, or set when='before'"),
+        ({"start": 3, "skip_first": False}, "start=3 with when='after'"),
+    ],
+)
+def test_contradictions_of_a_basis_refresh_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        BasisRefresh(**options)
+
+
+@pytest.mark.parametrize(
+    ("part", "refresh"),
+    [
+        (invert_roots, Refresh(start=2)),
+        (
+            functools.partial(eigenbasis, on_updates(optax.identity())),
+            BasisRefresh(start=2, when="before", skip_first=False),
+        ),
+    ],
+)
+def test_a_start_before_the_first_interval_is_over_is_refused(part, refresh):
+    with pytest.raises(ValueError, match="start=2 must not be below every=3"):
+        part(every=3, refresh=refresh)

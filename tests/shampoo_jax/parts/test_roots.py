@@ -10,10 +10,12 @@ import pytest
 
 import shampoo_jax as sj
 from shampoo_jax.blocks.blocks import Blocks
-from shampoo_jax.blocks.exponents import resolve_exponents
+from shampoo_jax.matrix.products import apply_matrices
 from shampoo_jax.parts.factors import accumulate_factors
-from shampoo_jax.parts.roots import apply_matrices, invert_roots, precondition
-from shampoo_jax.solvers.solver import Solver, TruncatedEigh
+from shampoo_jax.parts.refresh import Refresh
+from shampoo_jax.parts.roots import invert_roots, precondition
+from shampoo_jax.solvers.eigh import TruncatedEigh
+from shampoo_jax.solvers.solver import Solver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +41,19 @@ class FailsOn(Solver):
         return jnp.where(ok[:, None, None], factor, jnp.nan), ok, state + 1
 
 
+def blocks_of(x, *matrices, exponents=None):
+    return {"k": dataclasses.replace(Blocks.of(x, exponents), matrices=matrices)}
+
+
 def run(tx, factors):
     """Runs over factors `[T, N, d, d]` of vectors; Blocks of every step and the last state."""
     zeros = jnp.zeros(factors.shape[1:3])
 
     def step(state, factor):
-        blocks = {"k": Blocks(gradient=zeros, update=zeros, matrices=(factor,))}
-        new, state = tx.update(blocks, state)
+        new, state = tx.update(blocks_of(zeros, factor), state)
         return state, new["k"]
 
-    init = tx.init({"k": Blocks(gradient=zeros, update=zeros)})
+    init = tx.init(blocks_of(zeros))
     state, blocks = jax.jit(lambda s, f: jax.lax.scan(step, s, f))(init, jnp.asarray(factors))
     return blocks, state
 
@@ -74,7 +79,7 @@ STEPS = np.arange(1, 13, dtype=np.float32).reshape(12, 1, 1, 1)
 def test_refresh_schedule(every, start, refreshes):
     first = every if start is None else start
     for interval in (every, jnp.asarray(every)):
-        blocks, state = run(invert_roots(Copy(), every=interval, start=start), STEPS)
+        blocks, state = run(invert_roots(Copy(), every=interval, refresh=Refresh(start)), STEPS)
         # A root of 1 before the first refresh is the identity, later the step of the last refresh.
         last = [max((r for r in refreshes if r <= t), default=1) for t in range(1, 13)]
         np.testing.assert_array_equal(blocks.matrices[0].ravel(), last)
@@ -83,14 +88,14 @@ def test_refresh_schedule(every, start, refreshes):
 
 
 def test_nothing_is_computed_between_refreshes():
-    _, state = run(invert_roots(FailsOn(()), every=3, start=4), STEPS)
+    _, state = run(invert_roots(FailsOn(()), every=3, refresh=Refresh(start=4)), STEPS)
     np.testing.assert_array_equal(state.solver["k"][0], [4])
 
 
 @pytest.mark.parametrize(("every", "start"), [(0, None), (-1, None), (3, 2), (1, 0)])
 def test_schedules_that_make_no_sense_are_refused(every, start):
     with pytest.raises(ValueError, match=r"(every|start)=-?\d must"):
-        invert_roots(every=every, start=start)
+        invert_roots(every=every, refresh=Refresh(start))
 
 
 def test_a_failed_root_keeps_the_last_good_one_and_counts():
@@ -109,10 +114,9 @@ def test_a_failed_root_keeps_the_last_good_one_and_counts():
 def test_a_block_that_fails_in_both_dimensions_counts_once_and_the_good_side_is_kept():
     zeros = jnp.zeros((2, 1, 1))
     tx = invert_roots(FailsOn((7.0,)))
-    state = tx.init({"k": Blocks(gradient=zeros, update=zeros)})
+    state = tx.init(blocks_of(zeros))
     left, right = jnp.float32([7, 7]).reshape(2, 1, 1), jnp.float32([2, 7]).reshape(2, 1, 1)
-    blocks = {"k": Blocks(gradient=zeros, update=zeros, matrices=(left, right))}
-    new, state = jax.jit(tx.update)(blocks, state)
+    new, state = jax.jit(tx.update)(blocks_of(zeros, left, right), state)
     assert [m.ravel().tolist() for m in new["k"].matrices] == [[1, 1], [2, 1]]
     assert state.failures["k"].tolist() == [1, 1]
 
@@ -128,12 +132,10 @@ def test_a_factor_that_is_not_finite_keeps_its_root_with_the_real_solver():
 def test_exponents_choose_root_and_dimensions():
     factors = tuple(jnp.eye(d)[None] * 16 for d in (2, 3))
     x = jnp.ones((1, 2, 3))
-    exponents = resolve_exponents({2: {0: 0.5, 1: 0.0}})
-    tx = invert_roots(exponents=exponents)
-    state = tx.init({"k": Blocks(gradient=x, update=x)})
+    tx, exponents = invert_roots(), (0.5, 0.0)
+    state = tx.init(blocks_of(x, exponents=exponents))
     assert state.roots["k"][1] is None
-    blocks = {"k": Blocks(gradient=x, update=x, matrices=(factors[0], None))}
-    new, _ = tx.update(blocks, state)
+    new, _ = tx.update(blocks_of(x, factors[0], None, exponents=exponents), state)
     np.testing.assert_allclose(new["k"].matrices[0][0], np.eye(2) / 4, rtol=1e-6)
     assert new["k"].matrices[1] is None
 
@@ -158,7 +160,7 @@ def test_application_of_matrices(shape, transpose):
 
 def test_precondition_without_matrices_changes_nothing():
     x = jnp.arange(6.0).reshape(1, 2, 3)
-    new, _ = precondition().update({"k": Blocks(gradient=x, update=x)}, optax.EmptyState())
+    new, _ = precondition().update(blocks_of(x), optax.EmptyState())
     np.testing.assert_array_equal(new["k"].update, x)
 
 
@@ -166,13 +168,15 @@ def test_preconditioning_one_gradient_orthogonalizes_it():
     """With b2 = 0 the walk is `(G G^T)^(-1/4) G (G^T G)^(-1/4) = U V^T`."""
     g = np.random.default_rng(3).normal(size=(1, 4, 3)).astype(np.float32)
     tx = optax.chain(accumulate_factors(0.0), invert_roots(), precondition())
-    blocks = {"k": Blocks(gradient=jnp.asarray(g), update=jnp.asarray(g))}
+    blocks = blocks_of(jnp.asarray(g))
     new, _ = jax.jit(tx.update)(blocks, tx.init(blocks))
     u, _, vt = np.linalg.svd(g[0], full_matrices=False)
     np.testing.assert_allclose(new["k"].update[0], u @ vt, atol=1e-4)
 
 
 def test_a_block_whose_exponent_the_solver_lacks_is_named_at_init():
-    tx = sj.scale_by_shampoo(solver="polynomial", merge=None, dimension_numbers=None)
+    tx = sj.scale_by_shampoo(
+        solver="polynomial", blocking=sj.Blocking(merge=None, dimension_numbers=None)
+    )
     with pytest.raises(ValueError, match="blocks of shape 2x1x1x1x1: exponent=0.1 is not.*'eigh'"):
         tx.init({"w": jnp.ones((2, 1, 1, 1, 1))})
