@@ -1,16 +1,17 @@
 """An inner state when the basis it lives in changes: what is carried along, what cannot be."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from shampoo_jax.base.paths import KeyPath, stack_of
-from shampoo_jax.blocks.blocks import Blocks, Matrices, Stacks, along
+from shampoo_jax.blocks.blocks import Matrices, Stacks, along
 from shampoo_jax.matrix.products import apply_matrices
 
 Array = jax.Array
+Replace = Callable[[dict[str, dict[KeyPath, Array]]], Any]
 
 
 class Move(NamedTuple):
@@ -51,33 +52,51 @@ def _fields(path: KeyPath) -> set[str]:
     return {k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)}
 
 
-def _per_block(state: Any, params: Stacks) -> list[tuple[KeyPath, Array, Blocks]]:
-    """Every leaf of a state that is about blocks, with its path and its stack of parameters."""
-    stacks = {(jax.tree_util.DictKey(key),): b for key, b in params.items()}
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    owned = [(path, leaf, stack_of(path, stacks)) for path, leaf in leaves if leaf.ndim]
-    return [(path, leaf, stacks[stack]) for path, leaf, stack in owned if stack is not None]
+def per_stack(state: Any, stacks: Stacks) -> tuple[dict[str, dict[KeyPath, Array]], Replace]:
+    """The leaves of a state that are about blocks, by stack and by their paths in the state.
+
+    Args:
+      state: Of any transformation of these stacks.
+      stacks: Only their names count.
+
+    Returns:
+      The leaves, and a function of such leaves giving the state with them in their places.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    names = [(jax.tree_util.DictKey(key),) for key in stacks]
+    found: dict[str, dict[KeyPath, Array]] = {key: {} for key in stacks}
+    for path, leaf in leaves:
+        name = stack_of(path, names) if jnp.ndim(leaf) else None
+        if name is not None:
+            found[name[0].key][path] = leaf
+
+    def replace(new: dict[str, dict[KeyPath, Array]]) -> Any:
+        changed = {path: leaf for own in new.values() for path, leaf in own.items()}
+        return structure.unflatten([changed.get(path, leaf) for path, leaf in leaves])
+
+    return found, replace
 
 
-def check_elementwise(state: Any, params: Stacks) -> None:
-    """Raises ValueError where a per-block state leaf does not have its block's shape."""
-    for path, leaf, p in _per_block(state, params):
-        if leaf.shape != p.update.shape:
-            raise ValueError(
-                f"the inner transformation keeps {jax.tree_util.keystr(path)} of shape "
-                f"{leaf.shape} for blocks of shape {p.update.shape}: only elementwise "
-                "transformations can run in an eigenbasis, factored ones cannot."
-            )
+def check_inner(state: Any, params: Stacks, first_moments: Sequence[str]) -> None:
+    """Raises ValueError where the state of an inner transformation cannot follow its blocks.
 
-
-def check_named(state: Any, params: Stacks, first_moments: Sequence[str]) -> None:
-    """Raises ValueError where a name is no field of the per-block state."""
-    if not params:
-        return
-    found = set().union(*(_fields(path) for path, _, _ in _per_block(state, params)))
-    unknown = [name for name in first_moments if name not in found]
-    if unknown:
+    That is where a leaf does not have the shape of its blocks, or a name is that of no field.
+    """
+    owned, _ = per_stack(state, params)
+    fields = set()
+    for key, leaves in owned.items():
+        shape = params[key].update.shape
+        for path, leaf in leaves.items():
+            fields |= _fields(path)
+            if leaf.shape != shape:
+                raise ValueError(
+                    f"the inner transformation keeps {jax.tree_util.keystr(path)} of shape "
+                    f"{leaf.shape} for blocks of shape {shape}: only elementwise "
+                    "transformations can run in an eigenbasis, factored ones cannot."
+                )
+    unknown = [name for name in first_moments if name not in fields]
+    if unknown and params:
         raise ValueError(
             f"first_moments names {unknown[0]!r}, which the inner transformation does not keep; it "
-            f"keeps {sorted(found)}: name fields as a tuple of strings, or leave first_moments out."
+            f"keeps {sorted(fields)}: name some as a tuple of strings, or leave first_moments out."
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.base.options import is_off
-from shampoo_jax.base.paths import stack_of
+from shampoo_jax.base.paths import KeyPath
 from shampoo_jax.blocks.blocks import (
     Blocks,
     Matrices,
@@ -19,26 +19,20 @@ from shampoo_jax.blocks.blocks import (
     Unread,
     along,
     each,
-    each_of,
     make_part,
     where_block,
 )
 from shampoo_jax.matrix import eigh
 from shampoo_jax.matrix.products import apply_matrices
-from shampoo_jax.parts.change_of_basis import Move, carry, check_elementwise, check_named
+from shampoo_jax.parts.change_of_basis import Move, carry, check_inner, per_stack
 from shampoo_jax.parts.lift import from_gradients
-from shampoo_jax.parts.refresh import (
-    BasisRefresh,
-    check_schedule,
-    in_chunks,
-    refresh_slots,
-    scheduled,
-)
+from shampoo_jax.parts.refresh import BasisRefresh, Schedule, make_schedule, when
 from shampoo_jax.parts.roots import no_failures
 from shampoo_jax.solvers.bases import Basis, EighBasis, reorders
 from shampoo_jax.solvers.solver import identities
 
 Array = jax.Array
+Old = tuple[Any, Any, Array, Any]  # bases, what they keep, failures, leaves that live in them
 FIRST_MOMENTS = ("mu", "trace")  # fields of stock and own transformations, linear in the gradient
 
 
@@ -52,13 +46,7 @@ class EigenbasisState(NamedTuple):
     inner: Any
 
 
-class Refreshed(NamedTuple):
-    """New bases of one stack, directions kept, how old columns were reordered, and failures."""
-
-    bases: Matrices
-    keep: Matrices
-    columns: Matrices
-    failed: Array  # bool[N], whether the block kept an old basis
+Step = tuple[Stacks, EigenbasisState]
 
 
 def eigenbasis(
@@ -112,46 +100,34 @@ def eigenbasis(
       [[0.0, 1.0], [1.0, 0.0]]
     """
     basis = EighBasis() if basis is None else basis
-    when = BasisRefresh(when="before", skip_first=False) if refresh is None else refresh
-    first = check_schedule(every, when)
-    first = first if when.when == "before" else 1 + when.skip_first
-    moving = _Moving(
-        *(basis, every, rtol, FIRST_MOMENTS if first_moments is None else first_moments),
-        *(_reorders(basis, when), when.chunk),
-    )
+    refresh = BasisRefresh(when="before", skip_first=False) if refresh is None else refresh
+    schedule = make_schedule(every, refresh)
+    first = schedule.start if refresh.when == "before" else 1 + refresh.skip_first
+    names = FIRST_MOMENTS if first_moments is None else first_moments
+    moving = _Moving(basis, schedule, rtol, names, _reorders(basis, refresh))
     tx = optax.with_extra_args_support(inner)
-    truncated = not is_off(rtol)
 
     def init(params: Stacks) -> EigenbasisState:
         state = tx.init(params)
-        check_elementwise(state, params)
-        check_named(state, params, first_moments or ())
-        bases = each(identity_bases, params)
-        keep = each(lambda p: _keep_all(p) if truncated else (), params)
+        check_inner(state, params, first_moments or ())
+        bases = each(_identities, params)
+        keep = each(lambda p: () if is_off(rtol) else _keep_all(p), params)
         failures = each(no_failures, params)
         return EigenbasisState(jnp.zeros([], jnp.int32), bases, keep, failures, state)
 
-    def update(
-        stacks: Stacks, old: EigenbasisState, params: Any, **extra: Any
-    ) -> tuple[Stacks, EigenbasisState]:
+    def update(stacks: Stacks, old: EigenbasisState, params: Any, **extra: Any) -> Step:
         count = optax.safe_increment(old.count)
-        state = old._replace(count=count)
-        renew = functools.partial(_renew, stacks, moving)
-        if when.when == "before":
-            state = scheduled(renew, count, every, first, when.stagger, state)
+        state, renew = old._replace(count=count), functools.partial(_renew, stacks, moving)
+        if refresh.when == "before":
+            state = schedule.run(renew, count, state)
         else:
-            begin = functools.partial(
-                _renew, stacks, moving._replace(basis=EighBasis(descending=True)), None
-            )
-            state = _when(count == 1, begin, state)
+            beginning = moving._replace(basis=EighBasis(descending=True))
+            state = when(count == 1, functools.partial(_renew, stacks, beginning, None), state)
         new, used = _use(tx, stacks, state, params, extra)
-        if when.skip_first:
+        if refresh.skip_first:
             new, used = _skip(count == 1, new, used, state)
-        if when.when == "after":
-            age = count - when.skip_first
-            due = (age > 0) & (when.stagger | (age % every == 0))
-            turn = age if when.stagger and every != 1 else None
-            used = _when(due, functools.partial(renew, turn), used)
+        if refresh.when == "after":
+            used = _renew_after(renew, schedule, count - refresh.skip_first, used)
         report = functools.partial(_report, ready=count >= first)
         return each(report, new, old.bases, used.bases, used.failures), used
 
@@ -162,11 +138,17 @@ class _Moving(NamedTuple):
     """How bases and what lives in them change."""
 
     basis: Basis
-    every: Any
+    schedule: Schedule
     rtol: Any
     first_moments: Sequence[str]
     reorder: bool
-    chunk: int | None
+
+
+def _renew_after(renew: Any, schedule: Schedule, age: Array, state: EigenbasisState) -> Any:
+    """Bases for the next gradient, after `age` steps that used some."""
+    due = (age > 0) & (schedule.stagger | (age % schedule.every == 0))
+    turn = age if schedule.stagger and schedule.every != 1 else None
+    return when(due, functools.partial(renew, turn), state)
 
 
 def _reorders(basis: Basis, refresh: BasisRefresh) -> bool:
@@ -218,62 +200,56 @@ def in_eigenbasis(
       >>> updates["w"].shape
       (3, 2)
     """
-    return eigenbasis(
-        from_gradients(inner),
-        basis=basis,
-        every=every,
-        refresh=refresh,
-        rtol=rtol,
-        first_moments=first_moments,
-    )
+    options: Any = dict(basis=basis, every=every, refresh=refresh, rtol=rtol)
+    return eigenbasis(from_gradients(inner), first_moments=first_moments, **options)
 
 
-def _renew(
-    stacks: Stacks, moving: _Moving, turn: Array | None, state: EigenbasisState
-) -> EigenbasisState:
+def _renew(stacks: Stacks, moving: _Moving, turn: Any, state: EigenbasisState) -> EigenbasisState:
     """The state in new bases, of the slots whose turn it is or of all."""
-    paths = [(jax.tree_util.DictKey(key),) for key in stacks]
-    leaves, structure = jax.tree_util.tree_flatten_with_path(state.inner)
-    inner = [leaf for _, leaf in leaves]
-    owned: dict[str, list[int]] = {key: [] for key in stacks}
-    for i, (path, leaf) in enumerate(leaves):
-        owner = stack_of(path, paths) if jnp.ndim(leaf) else None
-        if owner is not None:
-            owned[owner[0].key].append(i)
-
-    def one(b: Blocks, own: list[int], *old: Any) -> tuple[Matrices, Matrices, Array]:
-        def renew(old: Any, factors: Matrices) -> Any:
-            bases, keep, failures, kept = old
-            new = _refresh(factors, bases, keep, moving)
-            move = Move(bases, new.bases, new.columns)
-            carried = [
-                carry(leaves[i][0], leaf, move, moving.first_moments, moving.reorder)
-                for i, leaf in zip(own, kept, strict=True)
-            ]
-            return new.bases, new.keep, failures + new.failed, carried
-
-        before = (*old, [inner[i] for i in own])
-        if turn is None:
-            *new, carried = renew(before, b.per_dimension)
-        else:
-            *new, carried = refresh_slots(
-                renew, b.index, turn, moving.every, before, b.per_dimension
-            )
-        for i, leaf in zip(own, carried, strict=True):
-            inner[i] = leaf
-        return tuple(new)
-
-    new = each_of(3, one, stacks, owned, state.bases, state.keep, state.failures)
-    return EigenbasisState(state.count, *new, jax.tree.unflatten(structure, inner))
+    new = state._replace(bases={}, keep={}, failures={})
+    inner, replace = per_stack(state.inner, stacks)
+    for key, b in stacks.items():
+        paths, leaves = list(inner[key]), list(inner[key].values())
+        old = state.bases[key], state.keep[key], state.failures[key], leaves
+        refresh = functools.partial(_refresh, moving, paths)
+        new.bases[key], new.keep[key], new.failures[key], leaves = moving.schedule.share(
+            refresh, b.index, turn, old, b.per_dimension
+        )
+        inner[key] = dict(zip(paths, leaves, strict=True))
+    return new._replace(inner=replace(inner))
 
 
-def _use(
-    inner: optax.GradientTransformationExtraArgs,
-    stacks: Stacks,
-    state: EigenbasisState,
-    params: Any,
-    extra: dict[str, Any],
-) -> tuple[Stacks, EigenbasisState]:
+def _refresh(moving: _Moving, paths: list[KeyPath], old: Old, factors: Matrices) -> Old:
+    """New bases of some blocks of a stack, and what is kept in them carried along.
+
+    A factor that is not finite keeps its old basis, and the directions that this keeps.
+    """
+    bases, keep, failures, inner = old
+    new, new_keep, failed = list(bases), list(keep), jnp.array(False)
+    columns: list[Array | None] = [None] * len(bases)
+    for k, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
+        if factor is None or basis is None:
+            continue
+        ok = eigh.finite(factor)
+        values, found, moved = moving.basis(where_block(ok, factor, jnp.zeros_like(factor)), basis)
+        ok &= eigh.finite(found)
+        failed |= ~ok
+        new[k] = where_block(ok, found, basis)
+        if keep:
+            kept = eigh.truncated_power(values, 0.0, rtol=moving.rtol) > 0
+            new_keep[k] = where_block(ok, kept, keep[k])
+        if moved is not None:
+            same = jnp.broadcast_to(jnp.arange(basis.shape[-1]), moved.shape)
+            columns[k] = where_block(ok, moved, same)
+    move = Move(bases, tuple(new), tuple(columns))
+    carried = [
+        carry(path, leaf, move, moving.first_moments, moving.reorder)
+        for path, leaf in zip(paths, inner, strict=True)
+    ]
+    return tuple(new), tuple(new_keep), failures + failed, carried
+
+
+def _use(inner: Any, stacks: Stacks, state: EigenbasisState, params: Any, extra: Any) -> Step:
     """One step of `inner` in the bases."""
     rotated = each(_rotate, stacks, state.bases)
     weights = params
@@ -281,8 +257,7 @@ def _use(
         # Weight decay inside adds parameters to the update, which is rotated back.
         weights = each(_rotate, params, state.bases)
     done, inner_state = inner.update(rotated, state.inner, weights, **extra)
-    done = each(_truncate, done, state.keep)
-    new = each(_rotate_back, done, stacks, state.bases)
+    new = each(_rotate_back, done, stacks, state.bases, state.keep)
     return new, state._replace(inner=inner_state)
 
 
@@ -293,34 +268,26 @@ def _rotate(b: Blocks, bases: Matrices) -> Blocks:
     return dataclasses.replace(b, gradient=gradient, update=update)
 
 
-def _rotate_back(done: Blocks, original: Blocks, bases: Matrices) -> Blocks:
-    """The update of `done` in the parameter's own basis, with the original raw gradient."""
-    return dataclasses.replace(
-        done, gradient=original.gradient, update=apply_matrices(done.update, bases)
-    )
-
-
-def _when(condition: Array, f: Any, operand: Any) -> Any:
-    """`f(operand)` if the condition holds, else the operand."""
-    return jax.lax.cond(condition, f, lambda same: same, operand)
+def _rotate_back(done: Blocks, original: Blocks, bases: Matrices, keep: Matrices) -> Blocks:
+    """The update without truncated directions rotated back, and the gradient that it is of."""
+    update = done.update
+    for k, mask in enumerate(keep):
+        if mask is not None:
+            update = update * along(mask, k, update.ndim)
+    update = apply_matrices(update, bases)
+    return dataclasses.replace(done, gradient=original.gradient, update=update)
 
 
 def _report(b: Blocks, old: Matrices, new: Matrices, failures: Array, ready: Array) -> Blocks:
     """Says whether bases are in use, and adds figures for a monitor."""
-    named = {"factor": b.per_dimension, "previous": old, "basis": new}
-    figures = {
-        f"{name}/{k}": matrix
-        for name, matrices in named.items()
-        for k, matrix in enumerate(matrices)
-        if matrix is not None
-    }
-    return dataclasses.replace(
-        b, ready=ready, figures={**b.figures, **figures, "failures": failures}
-    )
+    figures: dict[str, Any] = {**b.figures, "failures": failures}
+    for k, factor in enumerate(b.per_dimension):
+        if factor is not None:
+            figures |= {f"factor/{k}": factor, f"previous/{k}": old[k], f"basis/{k}": new[k]}
+    return dataclasses.replace(b, ready=ready, figures=figures)
 
 
-def identity_bases(p: Blocks) -> Matrices:
-    """Identity matrices `[N, d, d]` for every dimension of a stack with a non-zero exponent."""
+def _identities(p: Blocks) -> Matrices:
     return p.per_factor(lambda n, d, e: identities(n, d, p.update.dtype))
 
 
@@ -328,40 +295,7 @@ def _keep_all(p: Blocks) -> Matrices:
     return p.per_factor(lambda n, d, e: jnp.ones((n, d), bool))
 
 
-def _refresh(factors: Matrices, bases: Matrices, keep: Matrices, moving: _Moving) -> Refreshed:
-    """New bases of one stack; a factor that is not finite keeps its old one, and what it keeps."""
-    new, new_keep = list(bases), list(keep)
-    columns: list[Array | None] = [None] * len(bases)
-    failed = jnp.array(False)
-    for k, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
-        if factor is None or basis is None:
-            continue
-        ok = eigh.finite(factor)
-        safe = where_block(ok, factor, jnp.zeros_like(factor))
-        values, found, moved = in_chunks(moving.basis, moving.chunk, safe, basis)
-        ok &= eigh.finite(found)
-        failed |= ~ok
-        new[k] = where_block(ok, found, basis)
-        old_keep = keep[k] if keep else None
-        if old_keep is not None:
-            kept = eigh.truncated_power(values, 0.0, rtol=moving.rtol) > 0
-            new_keep[k] = where_block(ok, kept, old_keep)
-        if moved is not None:
-            same = jnp.broadcast_to(jnp.arange(basis.shape[-1]), moved.shape)
-            columns[k] = where_block(ok, moved, same)
-    return Refreshed(tuple(new), tuple(new_keep), tuple(columns), failed)
-
-
-def _truncate(b: Blocks, keep: Matrices) -> Blocks:
-    """Zero update along truncated directions."""
-    update = b.update
-    for k, mask in enumerate(keep):
-        if mask is not None:
-            update = update * along(mask, k, update.ndim)
-    return dataclasses.replace(b, update=update)
-
-
-def _skip(skipped: Array, new: Stacks, used: Any, state: Any) -> tuple[Stacks, Any]:
+def _skip(skipped: Array, new: Stacks, used: EigenbasisState, state: EigenbasisState) -> Step:
     """Zero updates and the old state where the step is skipped."""
     new = each(lambda b: dataclasses.replace(b, update=jnp.where(skipped, 0.0, b.update)), new)
     return new, jax.tree.map(lambda u, s: jnp.where(skipped, s, u), used, state)

@@ -1,26 +1,16 @@
 """Factor statistics: moving averages of G G^T along each dimension of a block."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from shampoo_jax.base.options import check_range
-from shampoo_jax.blocks.blocks import (
-    Blocks,
-    Matrices,
-    Part,
-    Stacks,
-    each,
-    each_of,
-    make_part,
-    stateless,
-)
+from shampoo_jax.blocks.blocks import Blocks, Matrices, Part, stateless
 from shampoo_jax.matrix.products import contract
-from shampoo_jax.parts.filtering import power
+from shampoo_jax.parts.filtering import Average, counted
 
 Array = jax.Array
 
@@ -62,29 +52,13 @@ def accumulate_factors(
       ([[[9.0, 12.0], [12.0, 16.0]]], [[[25.0, 0.0], [0.0, 0.0]]])
     """
     check_range("b2", b2, closed=True)
+    average = Average(b2, bias_correction, weighted)
 
-    def init(params: Stacks) -> AccumulateFactorsState:
-        return AccumulateFactorsState(jnp.zeros([], jnp.int32), each(zero_factors, params))
+    def step(count: Array, b: Blocks, old: Matrices) -> tuple[Blocks, Matrices]:
+        squares = [None if s is None else contract(b.gradient, k) for k, s in enumerate(old)]
+        return averaged(average, count, b, old, tuple(squares))
 
-    def update(
-        stacks: Stacks, state: AccumulateFactorsState, params: Any, **extra: Any
-    ) -> tuple[Stacks, AccumulateFactorsState]:
-        del params, extra
-        count = optax.safe_increment(state.count)
-
-        def one(b: Blocks, factors: Matrices) -> tuple[Blocks, Matrices]:
-            squares: list[Any] = [None] * len(factors)
-            for k, factor in enumerate(factors):
-                if factor is not None:
-                    squares[k] = contract(b.gradient, k)
-            new = decay_factors(factors, squares, b2, weighted)
-            scale = factor_correction(b2, count, b.gradient.dtype, bias_correction and weighted)
-            return dataclasses.replace(b, matrices=jax.tree.map(lambda s: s / scale, new)), new
-
-        new, factors = each_of(2, one, stacks, state.factors)
-        return new, AccumulateFactorsState(count, factors)
-
-    return make_part(init, update)
+    return counted(AccumulateFactorsState, zero_factors, step)
 
 
 def zero_factors(params: Blocks) -> Matrices:
@@ -93,19 +67,13 @@ def zero_factors(params: Blocks) -> Matrices:
     return params.per_factor(lambda n, d, e: jnp.zeros((n, d, d), dtype))
 
 
-def decay_factors(
-    old: Matrices, new: Sequence[Array | None], b2: float | Array, weighted: bool
-) -> Matrices:
-    """`b2 * old + w * new` for every dimension that has a factor."""
-    weight = jnp.where(jnp.asarray(b2) == 1, 1.0, 1 - b2) if weighted else 1.0
-    return jax.tree.map(lambda s, c: (b2 * s + weight * c).astype(s.dtype), old, tuple(new))
-
-
-def factor_correction(b2: float | Array, count: Array, dtype: Any, corrected: bool) -> Array:
-    """`1 - b2^t`, or 1 where factors are sums or correction is off."""
-    if not corrected:
-        return jnp.ones([], dtype)
-    return jnp.where(jnp.asarray(b2) == 1, 1.0, 1 - power(b2, count, dtype)).astype(dtype)
+def averaged(
+    average: Average, count: Array, b: Blocks, old: Matrices, squares: Matrices
+) -> tuple[Blocks, Matrices]:
+    """Blocks with the corrected factors for matrices, and the factors to keep."""
+    new = jax.tree.map(average.add, old, squares)
+    scale = average.correction(count, b.gradient.dtype)
+    return dataclasses.replace(b, matrices=jax.tree.map(lambda s: s / scale, new)), new
 
 
 def map_factors(f: Callable[[Array], Array]) -> Part:

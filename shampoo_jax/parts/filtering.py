@@ -1,6 +1,8 @@
-"""The first moment: an exponential moving average of the gradient."""
+"""Moving averages of what gradients give, and the first of them: the first moment."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,27 +60,68 @@ def filter_gradient(
     check_dtype("mu_dtype", mu_dtype)
     b3 = b1 if b3 is None else b3
 
-    def init(params: Stacks) -> FilterGradientState:
-        mu = each(lambda p: jnp.zeros_like(p.update, mu_dtype), params)
-        return FilterGradientState(jnp.zeros([], jnp.int32), mu)
+    def step(count: Array, b: Blocks, mu: Array) -> tuple[Blocks, Array]:
+        g, old = b.gradient, mu.astype(b.gradient.dtype)
+        out = b3 * old + (1 - b3) * g
+        if bias_correction:
+            out = out / (1 - b3 * power(b1, count - 1, out.dtype))
+        new = b1 * old + (1 - b1) * g
+        return dataclasses.replace(b, update=out.astype(g.dtype)), new.astype(mu.dtype)
 
-    def update(
-        stacks: Stacks, state: FilterGradientState, params: Any, **extra: Any
-    ) -> tuple[Stacks, FilterGradientState]:
-        del params, extra
+    return counted(FilterGradientState, lambda p: jnp.zeros_like(p.update, mu_dtype), step)
 
-        def one(b: Blocks, mu: Array) -> tuple[Blocks, Array]:
-            g, old = b.gradient, mu.astype(b.gradient.dtype)
-            out = b3 * old + (1 - b3) * g
-            if bias_correction:
-                out = out / (1 - b3 * power(b1, state.count, out.dtype))
-            new = b1 * old + (1 - b1) * g
-            return dataclasses.replace(b, update=out.astype(g.dtype)), new.astype(mu.dtype)
 
-        new, mu = each_of(2, one, stacks, state.mu)
-        return new, FilterGradientState(optax.safe_increment(state.count), mu)
+def counted(
+    kind: Callable[[Array, Any], Any],
+    first: Callable[[Blocks], Any],
+    step: Callable[[Array, Blocks, Any], tuple[Blocks, Any]],
+) -> Part:
+    """A part whose state is a count of steps and one entry a stack.
+
+    Args:
+      kind: Type of the state, of the count, int32[], and the entries by stack.
+      first: Function of a stack of parameters giving its first entry.
+      step: Function of (count with this step, blocks, entry) giving new blocks and entry.
+
+    Returns:
+      The part.
+    """
+
+    def init(params: Stacks) -> Any:
+        return kind(jnp.zeros([], jnp.int32), each(first, params))
+
+    def update(stacks: Stacks, state: Any, params: Any, **extra: Any) -> tuple[Stacks, Any]:
+        count = optax.safe_increment(state[0])
+        new, entries = each_of(2, functools.partial(step, count), stacks, state[1])
+        return new, kind(count, entries)
 
     return make_part(init, update)
+
+
+class Average(NamedTuple):
+    """A moving average, or with `b2 = 1` a sum, of what every gradient gives.
+
+    Attributes:
+      b2: Decay in [0, 1].
+      bias_correction: Whether `correction` is that of the weights' sum.
+      weighted: Whether new values have weight `1 - b2`; with weight 1 there is no correction.
+    """
+
+    b2: Any
+    bias_correction: bool
+    weighted: bool
+
+    def add(self, old: Array, new: Array) -> Array:
+        """`b2 * old + w * new` in the dtype of the old."""
+        weight = jnp.where(jnp.asarray(self.b2) == 1, 1.0, 1 - self.b2) if self.weighted else 1.0
+        return (self.b2 * old + weight * new).astype(old.dtype)
+
+    def correction(self, count: Array, dtype: Any) -> Array:
+        """What the average is to be divided by: `1 - b2^t`, or 1."""
+        if not (self.bias_correction and self.weighted):
+            return jnp.ones([], dtype)
+        sums = jnp.asarray(self.b2) == 1
+        return jnp.where(sums, 1.0, 1 - power(self.b2, count, dtype)).astype(dtype)
 
 
 def power(base: float | Array, count: Array, dtype: Any) -> Array:

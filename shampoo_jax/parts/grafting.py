@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.base.options import check_choice, check_options, is_number
-from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, each_of, make_part, norms
-from shampoo_jax.parts.factors import factor_correction
+from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, make_part, norms
+from shampoo_jax.parts.filtering import Average, counted
 from shampoo_jax.parts.lift import from_gradients
 
 Array = jax.Array
@@ -120,31 +120,18 @@ def scale_by_second_moment(
       [1.0, -1.0]
     """
     check_options({"b2": b2, "eps": eps})
+    average = Average(b2, bias_correction, weighted)
 
-    def init(params: Stacks) -> ScaleBySecondMomentState:
-        nu = each(lambda p: jnp.zeros_like(p.update), params)
-        return ScaleBySecondMomentState(jnp.zeros([], jnp.int32), nu)
+    def step(count: Array, b: Blocks, nu: Array) -> tuple[Blocks, Array]:
+        new = average.add(nu, b.gradient**2)
+        n = new / average.correction(count, new.dtype)
+        e = exponent(b.ndim) if callable(exponent) else exponent
+        root = (jnp.sqrt(n) if e == 0.5 else n**e) + eps
+        # 0/0 where a gradient has been zero so far and eps is 0 or underflows.
+        quotient = jnp.where(root > 0, b.update / jnp.where(root > 0, root, 1.0), 0.0)
+        return dataclasses.replace(b, update=quotient.astype(b.update.dtype)), new
 
-    def update(
-        stacks: Stacks, state: ScaleBySecondMomentState, params: Any, **extra: Any
-    ) -> tuple[Stacks, ScaleBySecondMomentState]:
-        del params, extra
-        count = optax.safe_increment(state.count)
-        weight = jnp.where(jnp.asarray(b2) == 1, 1.0, 1 - b2) if weighted else 1.0
-
-        def one(b: Blocks, nu: Array) -> tuple[Blocks, Array]:
-            new = (b2 * nu + weight * b.gradient**2).astype(nu.dtype)
-            n = new / factor_correction(b2, count, new.dtype, bias_correction and weighted)
-            e = exponent(b.ndim) if callable(exponent) else exponent
-            root = (jnp.sqrt(n) if e == 0.5 else n**e) + eps
-            # 0/0 where a gradient has been zero so far and eps is 0 or underflows.
-            quotient = jnp.where(root > 0, b.update / jnp.where(root > 0, root, 1.0), 0.0)
-            return dataclasses.replace(b, update=quotient.astype(b.update.dtype)), new
-
-        new, nu = each_of(2, one, stacks, state.nu)
-        return new, ScaleBySecondMomentState(count, nu)
-
-    return make_part(init, update)
+    return counted(ScaleBySecondMomentState, lambda p: jnp.zeros_like(p.update), step)
 
 
 def make_magnitude(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.base.options import check_options, check_range
-from shampoo_jax.base.paths import stack_of
 from shampoo_jax.blocks.blocks import (
     Blocks,
     Matrices,
@@ -17,12 +16,12 @@ from shampoo_jax.blocks.blocks import (
     Stacks,
     along,
     each,
-    each_of,
     make_part,
     stateless,
     where_block,
 )
 from shampoo_jax.matrix.products import apply_matrices
+from shampoo_jax.parts.change_of_basis import per_stack
 from shampoo_jax.parts.eigenbasis import eigenbasis
 from shampoo_jax.parts.factors import zero_factors
 from shampoo_jax.parts.kl_factors import whitened_contractions
@@ -43,6 +42,9 @@ class KLEigenbasisState(NamedTuple):
     factors: Any  # per stack a tuple over dimensions of [N, d, d] or None
     eigenvalues: Any  # per stack a tuple over dimensions of [N, d] or None, tracked on their own
     inner: Any  # `EigenbasisState`; its failures count steps that kept old values as well
+
+
+Step = tuple[Stacks, KLEigenbasisState]
 
 
 def kl_eigenbasis(
@@ -110,36 +112,27 @@ def kl_eigenbasis(
     check_range("b2", b2)
     check_options({"eps": eps, "first_weight": first_weight, "max_scale": max_scale})
     when = BasisRefresh() if refresh is None else refresh
-    tx = eigenbasis(
-        optax.chain(inner, _scale_by_eigenvalues(eps)) if scaled else inner,
-        basis=make_basis(basis, keep_order=True),
-        every=every,
-        refresh=when,
-        rtol=rtol,
-    )
+    inside = optax.chain(inner, _scale_by_eigenvalues(eps)) if scaled else inner
+    method = make_basis(basis, keep_order=True)
+    tx = eigenbasis(inside, basis=method, every=every, refresh=when, rtol=rtol)
     form = _Form(b2, 1 - b2 if first_weight is None else first_weight, normalize, max_scale)
 
     def init(params: Stacks) -> KLEigenbasisState:
-        return KLEigenbasisState(
-            jnp.zeros([], jnp.int32),
-            each(zero_factors, params),
-            each(_first_eigenvalues, params),
-            tx.init(params),
-        )
+        factors, eigenvalues = each(zero_factors, params), each(_first_eigenvalues, params)
+        return KLEigenbasisState(jnp.zeros([], jnp.int32), factors, eigenvalues, tx.init(params))
 
-    def update(
-        stacks: Stacks, old: KLEigenbasisState, params: Any, **extra: Any
-    ) -> tuple[Stacks, KLEigenbasisState]:
-        statistics = functools.partial(_statistics, form, old.count == 0)
-        factors, eigenvalues = each_of(
-            2, statistics, stacks, old.factors, old.eigenvalues, old.inner.bases
-        )
-        used = eigenvalues if when.when == "before" else old.eigenvalues
-        given = each(_hand_on, stacks, factors, used)
-        new, inner_state = tx.update(given, old.inner, params, **extra)
+    def update(stacks: Stacks, old: KLEigenbasisState, params: Any, **extra: Any) -> Step:
+        factors, eigenvalues, given = {}, {}, {}
+        for key, b in stacks.items():
+            before = old.factors[key], old.eigenvalues[key]
+            after = _statistics(form, old.count == 0, b, *before, old.inner.bases[key])
+            factors[key], eigenvalues[key] = after
+            used = eigenvalues[key] if when.when == "before" else old.eigenvalues[key]
+            # Factors where `eigenbasis` reads them, eigenvalues where `_scale_by_eigenvalues` does.
+            given[key] = dataclasses.replace(b, matrices=factors[key], eigenvalues=used)
+        new, inner = tx.update(given, old.inner, params, **extra)
         count = optax.safe_increment(old.count)
-        state = KLEigenbasisState(count, factors, eigenvalues, inner_state)
-        return _keep_finite(new, state, old)
+        return _keep_finite(new, KLEigenbasisState(count, factors, eigenvalues, inner), old)
 
     return make_part(init, update)
 
@@ -178,11 +171,6 @@ def _first_eigenvalues(p: Blocks) -> Matrices:
     return p.per_factor(lambda n, d, e: jnp.full((n, d), EIGENVALUE_INIT, p.update.dtype))
 
 
-def _hand_on(b: Blocks, factors: Matrices, eigenvalues: Matrices) -> Blocks:
-    """Factors where `eigenbasis` reads them, eigenvalues where `_scale_by_eigenvalues` does."""
-    return dataclasses.replace(b, matrices=factors, eigenvalues=eigenvalues)
-
-
 def _scale_by_eigenvalues(eps: Any) -> Part:
     """Multiplies the update by `s / (1 + eps s)` of the eigenvalues."""
 
@@ -211,28 +199,18 @@ def _bounded(d: Array, max_scale: str | float) -> Array:
     return jnp.maximum(jnp.maximum(d, EIGENVALUE_FLOOR), largest**-2)
 
 
-def _keep_finite(
-    stacks: Stacks, new: KLEigenbasisState, old: KLEigenbasisState
-) -> tuple[Stacks, KLEigenbasisState]:
+def _keep_finite(stacks: Stacks, new: KLEigenbasisState, old: KLEigenbasisState) -> Step:
     """Zero update, old state and a failure more for blocks in which something is not finite."""
-    paths = [(jax.tree_util.DictKey(key),) for key in stacks]
-    leaves, structure = jax.tree_util.tree_flatten_with_path(new)
-    before = jax.tree.leaves(old)
-    owners = [stack_of(path, paths) if jnp.ndim(x) else None for path, x in leaves]
-    kept, updates, sound = [x for _, x in leaves], {}, {}
+    (inner, replace), (before, _) = per_stack(new, stacks), per_stack(old, stacks)
+    kept, failures = {}, {}
     for key, b in stacks.items():
-        own = [i for i, owner in enumerate(owners) if owner and owner[0].key == key]
-        arrays = [b.update, *(kept[i] for i in own)]
+        arrays = [b.update, *inner[key].values()]
         each_finite = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in arrays]
-        sound[key] = ok = functools.reduce(jnp.logical_and, each_finite)
-        for i in own:
-            kept[i] = where_block(ok, kept[i], before[i])
-        updates[key] = where_block(ok, b.update, jnp.zeros_like(b.update))
-    state = structure.unflatten(kept)
-    failures = each(lambda n, ok: n + ~ok, state.inner.failures, sound)
-    state = state._replace(inner=state.inner._replace(failures=failures))
-    return each(_reported, stacks, updates, failures), state
-
-
-def _reported(b: Blocks, update: Array, failures: Array) -> Blocks:
-    return dataclasses.replace(b, update=update, figures={**b.figures, "failures": failures})
+        ok = functools.reduce(jnp.logical_and, each_finite)
+        inner[key] = {path: where_block(ok, x, before[key][path]) for path, x in inner[key].items()}
+        failures[key] = where_block(ok, new.inner.failures[key], old.inner.failures[key]) + ~ok
+        update = where_block(ok, b.update, jnp.zeros_like(b.update))
+        figures = {**b.figures, "failures": failures[key]}
+        kept[key] = dataclasses.replace(b, update=update, figures=figures)
+    state = replace(inner)
+    return kept, state._replace(inner=state.inner._replace(failures=failures))

@@ -1,6 +1,5 @@
 """Factors of the gradient whitened by the roots of its other dimensions."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,18 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_jax.base.options import check_range
-from shampoo_jax.blocks.blocks import (
-    Blocks,
-    Matrices,
-    Part,
-    Stacks,
-    each,
-    each_of,
-    make_part,
-    where_block,
-)
+from shampoo_jax.blocks.blocks import Matrices, Part, Stacks, each, make_part, where_block
 from shampoo_jax.matrix.products import apply_matrices, contract
-from shampoo_jax.parts.factors import decay_factors, factor_correction, zero_factors
+from shampoo_jax.parts.factors import averaged, zero_factors
+from shampoo_jax.parts.filtering import Average
 from shampoo_jax.solvers.solver import identities
 
 Array = jax.Array
@@ -81,6 +72,7 @@ def accumulate_kl_factors(
     """
     check_range("b2", b2, closed=True)
     tx = optax.with_extra_args_support(inner_roots)
+    average = Average(b2, bias_correction, weighted)
 
     def init(params: Stacks) -> AccumulateKLFactorsState:
         inner = tx.init(params)
@@ -90,16 +82,12 @@ def accumulate_kl_factors(
     def update(
         stacks: Stacks, state: AccumulateKLFactorsState, params: Any, **extra: Any
     ) -> tuple[Stacks, AccumulateKLFactorsState]:
-        count = optax.safe_increment(state.count)
-
-        def one(b: Blocks, factors: Matrices, roots: Matrices) -> tuple[Blocks, Matrices]:
-            roots = jax.tree.map(_identity_for_zero, roots)
-            squares = whitened_contractions(b.gradient, factors, roots, normalize)
-            new = decay_factors(factors, squares, b2, weighted)
-            scale = factor_correction(b2, count, b.gradient.dtype, bias_correction and weighted)
-            return dataclasses.replace(b, matrices=jax.tree.map(lambda s: s / scale, new)), new
-
-        given, factors = each_of(2, one, stacks, state.factors, _roots_in(state.inner))
+        count, roots = optax.safe_increment(state.count), _roots_in(state.inner)
+        given, factors = {}, {}
+        for key, b in stacks.items():
+            old, whitening = state.factors[key], jax.tree.map(_identity_for_zero, roots[key])
+            squares = whitened_contractions(b.gradient, old, whitening, normalize)
+            given[key], factors[key] = averaged(average, count, b, old, squares)
         new, inner = tx.update(given, state.inner, params, **extra)
         return new, AccumulateKLFactorsState(count, factors, inner)
 

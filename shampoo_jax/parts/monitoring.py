@@ -1,29 +1,26 @@
 """Telemetry: what the factors, their roots and the graft look like while training."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from shampoo_jax.base.options import check_options
 from shampoo_jax.base.paths import name_of, nodes_of
-from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, make_part
+from shampoo_jax.blocks.blocks import Blocks, Part
 from shampoo_jax.matrix.eigh import eigh, power_of_two_scale
 from shampoo_jax.matrix.products import matmul
-from shampoo_jax.parts.refresh import check_schedule
+from shampoo_jax.parts.filtering import counted
+from shampoo_jax.parts.refresh import refresh_due, when
 
 Array = jax.Array
+Figures = dict[str, Array]
 
 # Figures of one dimension of a stack, and of a whole stack; each is an array [N].
-DIMENSION_FIGURES = (
-    "effective_rank",
-    "kept_rank",
-    "condition_number",
-    "dropped_energy",
-    "root_residual",
-    "rotation",
-)
+SPECTRUM_FIGURES = ("effective_rank", "kept_rank", "condition_number", "dropped_energy")
+DIMENSION_FIGURES = (*SPECTRUM_FIGURES, "root_residual", "rotation")
 STACK_FIGURES = ("graft_ratio", "failures", "fallbacks")
 
 
@@ -89,32 +86,21 @@ def monitor_spectrum(*, every: int | Array = 1) -> Part:
       >>> [float(figures[key]["kept_rank"][0]) for key in ("3x2/0", "3x2/1")]
       [2.0, 2.0]
     """
-    check_schedule(every)
+    check_options({"every": every})
 
-    def init(params: Stacks) -> MonitorState:
-        return MonitorState(jnp.zeros([], jnp.int32), each(_no_figures, params))
+    def step(count: Array, b: Blocks, old: dict[str, Any]) -> tuple[Blocks, dict[str, Any]]:
+        return b, when(refresh_due(count, every, 1), functools.partial(_record, b), old)
 
-    def update(
-        stacks: Stacks, state: MonitorState, params: Any, **extra: Any
-    ) -> tuple[Stacks, MonitorState]:
-        del params, extra
-        count = optax.safe_increment(state.count)
-        due = (count == 1) | (count % every == 0)
-        figures = jax.lax.cond(
-            due, lambda old: each(_record, stacks, old), lambda same: same, state.figures
-        )
-        return stacks, MonitorState(count, figures)
-
-    return make_part(init, update)
+    return counted(MonitorState, _no_figures, step)
 
 
 def _no_figures(p: Blocks) -> dict[str, Any]:
-    # One array a figure: donating a state that names a buffer twice is an error.
-    new = lambda: jnp.zeros(len(p.update), p.update.dtype)  # noqa: E731
-    dimensions = [str(k) for k, e in enumerate(p.exponents) if e]
-    return {k: {name: new() for name in DIMENSION_FIGURES} for k in dimensions} | {
-        name: new() for name in STACK_FIGURES
-    }
+    def zeros(names: tuple[str, ...]) -> dict[str, Any]:
+        # One array a figure: donating a state that names a buffer twice is an error.
+        return {name: jnp.zeros(len(p.update), p.update.dtype) for name in names}
+
+    dimensions = {str(k): zeros(DIMENSION_FIGURES) for k, e in enumerate(p.exponents) if e}
+    return dimensions | zeros(STACK_FIGURES)
 
 
 def _record(b: Blocks, old: dict[str, Any]) -> dict[str, Any]:
@@ -140,28 +126,30 @@ def _record(b: Blocks, old: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(lambda n, o: jnp.where(b.ready, n, o).astype(o.dtype), new, old)
 
 
-def _root_figures(factor: Array, root: Array, exponent: float) -> dict[str, Array]:
+def _root_figures(factor: Array, root: Array, exponent: float) -> Figures:
     """Figures of factors `[N, d, d]` and their roots, in the eigenbasis of the roots."""
     values, vectors = eigh(root)
     # Dropped directions carry rounding noise of a few eps; kept ones reach down to a hundredth of
     # the largest or so, because a root compresses the spectrum.
-    kept = values > 4 * np.sqrt(values.shape[-1]) * _eps(values) * values[:, -1:]
+    noise = 4 * np.sqrt(values.shape[-1]) * float(jnp.finfo(values.dtype).eps)
+    kept = values > noise * values[:, -1:]
     # X^(p/2), bounded by dividing by X's largest eigenvalue inside the power.
     half = jnp.where(kept, values, 0.0) ** (0.5 / exponent)
     rotated = matmul(jnp.matrix_transpose(vectors), matmul(factor, vectors))
     product = half[:, :, None] * rotated * half[:, None, :]
     residual = product - kept[:, :, None] * jnp.eye(kept.shape[-1], dtype=factor.dtype)
-    figures = _spectrum_figures(factor, _diagonal(rotated), kept, values, 1 / exponent)
+    figures = _spectrum_figures(factor, jnp.linalg.diagonal(rotated), kept, values, 1 / exponent)
     rank = jnp.maximum(figures["kept_rank"], 1)
     return figures | {"root_residual": jnp.linalg.norm(residual, axis=(1, 2)) / jnp.sqrt(rank)}
 
 
-def _basis_figures(
-    factor: Array, basis: Array, previous: Array, rotation: Array
-) -> dict[str, Array]:
+def _basis_figures(factor: Array, basis: Array, previous: Array, rotation: Array) -> Figures:
     """Figures of factors `[N, d, d]` and their eigenbases, now and before this step."""
-    values = jnp.maximum(_diagonal(matmul(jnp.matrix_transpose(basis), matmul(factor, basis))), 0.0)
-    kept = values > values.shape[-1] * _eps(values) * values.max(-1, keepdims=True)
+    values = jnp.maximum(
+        jnp.linalg.diagonal(matmul(jnp.matrix_transpose(basis), matmul(factor, basis))), 0.0
+    )
+    noise = values.shape[-1] * float(jnp.finfo(values.dtype).eps)
+    kept = values > noise * values.max(-1, keepdims=True)
     turned = (basis != previous).any((1, 2))
     angle = jnp.where(turned, rotation_angle(basis, previous, values), rotation)
     return _spectrum_figures(factor, values, kept, values) | {"rotation": angle}
@@ -169,7 +157,7 @@ def _basis_figures(
 
 def _spectrum_figures(
     factor: Array, energies: Array, kept: Array, spectrum: Array, power: float = 1.0
-) -> dict[str, Array]:
+) -> Figures:
     """Figures of both kinds: `energies` in each direction, `spectrum^power` as it is used."""
     energies, rank = jnp.maximum(energies, 0.0), kept.sum(-1)
     total = energies.sum(-1)
@@ -200,7 +188,7 @@ def effective_rank(factor: Array) -> Array:
       [2.0]
     """
     factor = factor / power_of_two_scale(factor)
-    trace, square = _diagonal(factor).sum(-1), jnp.sum(factor * factor, axis=(1, 2))
+    trace, square = jnp.linalg.diagonal(factor).sum(-1), jnp.sum(factor * factor, axis=(1, 2))
     return jnp.where(square > 0, trace * trace / jnp.where(square > 0, square, 1.0), 0.0)
 
 
@@ -233,14 +221,6 @@ def rotation_angle(basis: Array, previous: Array, weights: Array) -> Array:
     sine_squared = chord * (1 - chord / 4)
     mean = jnp.sum(weights * sine_squared, -1) / jnp.where(total > 0, total, 1.0)
     return jnp.arcsin(jnp.sqrt(jnp.clip(mean, 0.0, 1.0)))
-
-
-def _eps(x: Array) -> float:
-    return float(jnp.finfo(x.dtype).eps)
-
-
-def _diagonal(matrices: Array) -> Array:
-    return jnp.diagonal(matrices, axis1=-2, axis2=-1)
 
 
 def read_monitor(opt_state: Any) -> dict[str, dict[str, np.ndarray]]:

@@ -1,13 +1,14 @@
 """When a refresh is due, and refreshing a part of a stack at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from shampoo_jax.base.options import Checked, check_choice
+from shampoo_jax.base.options import Checked, check_choice, check_options
 
 Array = jax.Array
 T = TypeVar("T")
@@ -88,12 +89,65 @@ def refresh_due(count: Array, every: int | Array, start: int | Array) -> Array:
     return (count == start) | ((count % every == 0) & (count > start))
 
 
-def check_schedule(every: Any, refresh: Refresh | None = None) -> Any:
-    """The first step that refreshes; raises ValueError where what is known now makes no sense."""
-    refresh = Refresh() if refresh is None else refresh
+class Schedule(NamedTuple):
+    """When what is refreshed; made by `make_schedule`.
+
+    Attributes:
+      every: Steps between refreshes.
+      start: First step that refreshes.
+      stagger: Whether each later step refreshes a share.
+      chunk: Most slots of a stack that are computed at a time; None for all.
+    """
+
+    every: Any
+    start: Any
+    stagger: bool
+    chunk: int | None
+
+    @property
+    def always(self) -> bool:
+        """Whether every step is known to refresh all slots."""
+        known = isinstance(self.every, int) and isinstance(self.start, int)
+        return known and self.every == self.start == 1
+
+    def run(self, refresh: Callable[[Array | None, T], T], count: Array, state: T) -> T:
+        """Runs a refresh where it is due; without a branch where it always is.
+
+        Staggered, none runs before step `start`, all shares at it, then one share a step. Those of
+        step `start` run one after the other through the code of a single one, so it needs no
+        program and no memory of its own.
+
+        Args:
+          refresh: Function of (turn, state), see `share`.
+          count: Step, 1-based.
+          state: What `refresh` changes.
+
+        Returns:
+          The new state.
+        """
+        if self.always:
+            return refresh(None, state)
+        if not self.stagger or self.every == 1:
+            due = refresh_due(count, self.every, self.start)
+            return when(due, functools.partial(refresh, None), state)
+        turns = jnp.where(count == self.start, self.every, (count > self.start).astype(int))
+        return jax.lax.fori_loop(0, turns, lambda i, s: refresh(count + i, s), state)
+
+    def share(self, f: Callable[..., T], slots: Any, turn: Any, old: T, *reads: Any) -> T:
+        """`refresh_slots`, a chunk at a time; turn None is that of all slots."""
+        if self.chunk is not None:
+            f = functools.partial(in_chunks, f, self.chunk)
+        return (
+            f(old, *reads)
+            if turn is None
+            else refresh_slots(f, slots, turn, self.every, old, *reads)
+        )
+
+
+def make_schedule(every: Any, refresh: Refresh) -> Schedule:
+    """A schedule; raises ValueError where what is known now makes no sense."""
     start = every if refresh.start is None else refresh.start
-    if isinstance(every, int) and every < 1:
-        raise ValueError(f"every={every} must be at least 1 step.")
+    check_options({"every": every})
     if isinstance(start, int) and isinstance(every, int) and start < every:
         raise ValueError(
             f"start={start} must not be below every={every}: the first refresh is at step start."
@@ -103,67 +157,16 @@ def check_schedule(every: Any, refresh: Refresh | None = None) -> Any:
             f"every={every} with stagger=True must be a Python int, since it decides how many "
             "blocks a step refreshes: name it in static_args, or set stagger=False."
         )
-    return start
+    return Schedule(every, start, refresh.stagger, refresh.chunk)
 
 
-def scheduled(
-    refresh: Callable[[Array | None, T], T],
-    count: Array,
-    every: Any,
-    start: Any,
-    stagger: bool,
-    state: T,
-) -> T:
-    """Runs a refresh where it is due; without a branch where it always is.
-
-    Args:
-      refresh: Function of (turn, state), see `staggered`; turn None refreshes all slots.
-      count: Step, 1-based.
-      every: Steps between refreshes.
-      start: First step that refreshes.
-      stagger: Whether each step refreshes a share.
-      state: What `refresh` changes.
-
-    Returns:
-      The new state.
-    """
-    if isinstance(every, int) and isinstance(start, int) and every == start == 1:
-        return refresh(None, state)
-    if stagger and every != 1:
-        return staggered(refresh, count, every, start, state)
-    due = refresh_due(count, every, start)
-    return jax.lax.cond(due, lambda s: refresh(None, s), lambda same: same, state)
-
-
-def staggered(
-    refresh: Callable[[Array, T], T], count: Array, every: Any, start: int | Array, state: T
-) -> T:
-    """Runs a refresh of one slot in `every`: none before `start`, all at `start`, then one share.
-
-    The shares of step `start` run one after the other through the code of a single one, so it needs
-    no program and no memory of its own.
-
-    Args:
-      refresh: Function of (turn, state) that refreshes the slots of that turn, see `refresh_slots`.
-      count: Step, 1-based.
-      every: Static number of shares.
-      start: First step that refreshes.
-      state: What `refresh` changes.
-
-    Returns:
-      The new state.
-    """
-    turns = jnp.where(count == start, every, (count > start).astype(int))
-    return jax.lax.fori_loop(0, turns, lambda i, s: refresh(count + i, s), state)
+def when(condition: Array, f: Callable[[T], T], operand: T) -> T:
+    """`f(operand)` if the condition holds, else the operand."""
+    return jax.lax.cond(condition, f, lambda same: same, operand)
 
 
 def refresh_slots(
-    f: Callable[..., T],
-    slots: Array,
-    turn: Array,
-    every: Any,
-    old: T,
-    *reads: Any,
+    f: Callable[..., T], slots: Any, turn: Array, every: int, old: T, *reads: Any
 ) -> T:
     """Applies `f` to the slots of a stack whose turn it is: those equal to `turn` modulo `every`.
 
@@ -198,12 +201,12 @@ def refresh_slots(
     return share() if n >= every else jax.lax.cond(first < n, share, lambda: old)
 
 
-def in_chunks(f: Callable[..., Any], size: int | None, *stacks: Any) -> Any:
+def in_chunks(f: Callable[..., Any], size: int, *stacks: Any) -> Any:
     """`f(*stacks)` computed for at most `size` slots at a time, to bound its working memory.
 
     Args:
       f: Function of trees of arrays `[n, ...]`, for any n, returning such a tree.
-      size: Slots at a time; None for all.
+      size: Slots at a time.
       *stacks: Trees of arrays `[N, ...]`.
 
     Returns:
@@ -213,7 +216,7 @@ def in_chunks(f: Callable[..., Any], size: int | None, *stacks: Any) -> Any:
     [0, 2, 4, 6, 8]
     """
     n = len(jax.tree.leaves(stacks)[0])
-    if size is None or n <= size:
+    if n <= size:
         return f(*stacks)
     whole = n - n % size
     chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), stacks)

@@ -15,13 +15,12 @@ from shampoo_jax.blocks.blocks import (
     Part,
     Stacks,
     each,
-    each_of,
     make_part,
     stateless,
     where_block,
 )
 from shampoo_jax.matrix.products import apply_matrices
-from shampoo_jax.parts.refresh import Refresh, check_schedule, in_chunks, refresh_slots, scheduled
+from shampoo_jax.parts.refresh import Refresh, Schedule, make_schedule
 from shampoo_jax.solvers.eigh import TruncatedEigh
 from shampoo_jax.solvers.solver import Solver
 
@@ -36,6 +35,9 @@ class InvertRootsState(NamedTuple):
     roots: Any  # per stack a tuple over dimensions of [N, d, d] or None
     solver: Any  # per stack a tuple over dimensions of what the solver carries
     failures: Any  # per stack int32[N], refreshes so far that kept an old root
+
+
+Step = tuple[Stacks, InvertRootsState]
 
 
 def invert_roots(
@@ -73,28 +75,23 @@ def invert_roots(
       [(1, 3, 3), (1, 2, 2)]
     """
     solve = TruncatedEigh() if solver is None else solver
-    plan = Refresh() if refresh is None else refresh
-    first = check_schedule(every, plan)
+    schedule = make_schedule(every, refresh or Refresh())
     check_dtype("root_dtype", root_dtype)
-    always = isinstance(every, int) and isinstance(first, int) and every == first == 1
+    always = schedule.always
 
     def init(params: Stacks) -> InvertRootsState:
         roots = each(functools.partial(_first_roots, solve, root_dtype), params)
-        carried = each(functools.partial(_first_carried, solve), params)
+        carried = each(
+            lambda p: p.per_factor(lambda n, d, e: solve.init(n, d, p.update.dtype)), params
+        )
         return InvertRootsState(jnp.zeros([], jnp.int32), roots, carried, each(no_failures, params))
 
-    def update(
-        stacks: Stacks, state: InvertRootsState, params: Any, **extra: Any
-    ) -> tuple[Stacks, InvertRootsState]:
-        del params, extra
+    def update(stacks: Stacks, state: InvertRootsState, params: Any, **extra: Any) -> Step:
         count = optax.safe_increment(state.count)
         state = state._replace(count=count)
-        renew = functools.partial(_renew, stacks, solve, every, plan.chunk)
-        if always:
-            state = renew(None, state)
-        else:
-            state = scheduled(renew, count, every, first, plan.stagger, state)
-        report = functools.partial(_report, solve, count >= first)
+        renew = functools.partial(_renew, stacks, solve, schedule)
+        state = renew(None, state) if always else schedule.run(renew, count, state)
+        report = functools.partial(_report, solve, count >= schedule.start)
         return each(report, stacks, state.roots, state.solver, state.failures), state
 
     return make_part(init, update)
@@ -111,54 +108,36 @@ def _first_roots(solve: Solver, root_dtype: Any, p: Blocks) -> Matrices:
     return p.per_factor(lambda n, d, e: solve.init_root(n, d, dtype, e).astype(root_dtype or dtype))
 
 
-def _first_carried(solve: Solver, p: Blocks) -> tuple[Any, ...]:
-    return p.per_factor(lambda n, d, e: solve.init(n, d, p.update.dtype))
-
-
 def no_failures(p: Blocks) -> Array:
     """A count per block of a stack, `int32[N]`."""
     return jnp.zeros(len(p.update), jnp.int32)
 
 
 def _renew(
-    stacks: Stacks,
-    solve: Solver,
-    every: Any,
-    chunk: int | None,
-    turn: Array | None,
-    old: InvertRootsState,
+    stacks: Stacks, solve: Solver, schedule: Schedule, turn: Any, old: InvertRootsState
 ) -> InvertRootsState:
     """The state with new roots, of the slots whose turn it is or of all."""
-    refresh = functools.partial(_refresh, solve, chunk)
-    if turn is None:
-        return InvertRootsState(old.count, *each_of(3, refresh, stacks, *old[1:]))
-
-    def share(b: Blocks, *old: Any) -> Old:
-        def some(old: Any, factors: Matrices) -> Old:
-            return refresh(dataclasses.replace(b, matrices=factors), *old)
-
-        return refresh_slots(some, b.index, turn, every, old, b.per_dimension)
-
-    return InvertRootsState(old.count, *each_of(3, share, stacks, *old[1:]))
+    new = old._replace(roots={}, solver={}, failures={})
+    for key, b in stacks.items():
+        refresh = functools.partial(_refresh, solve, b.exponents)
+        before = old.roots[key], old.solver[key], old.failures[key]
+        if turn is not None or schedule.chunk is not None:
+            refresh = functools.partial(schedule.share, refresh, b.index, turn)
+        new.roots[key], new.solver[key], new.failures[key] = refresh(before, b.per_dimension)
+    return new
 
 
-def _refresh(
-    solve: Solver, chunk: int | None, b: Blocks, roots: Matrices, carried: Any, failures: Array
-) -> Old:
-    """New roots of one stack; a failed one keeps its old value and its block counts one failure."""
+def _refresh(solve: Solver, exponents: tuple[float, ...], old: Old, factors: Matrices) -> Old:
+    """New roots of some blocks of a stack; a failed one keeps its old value and is counted."""
+    roots, carried, failures = old
     new_roots, new_carried = list(roots), list(carried)
     failed = jnp.zeros(failures.shape, bool)
-    for k, (factor, exponent) in enumerate(zip(b.per_dimension, b.exponents, strict=True)):
+    for k, (factor, exponent) in enumerate(zip(factors, exponents, strict=True)):
         if factor is None:
             continue
-        if chunk is None:
-            root, ok, state = solve(factor, exponent, carried[k])
-        else:
-            solved = lambda f, s, e=exponent: solve(f, e, s)  # noqa: E731
-            root, ok, state = in_chunks(solved, chunk, factor, carried[k])
+        root, ok, state = solve(factor, exponent, carried[k])
         keep = functools.partial(where_block, ok)
-        old = (roots[k], carried[k])
-        new_roots[k], new_carried[k] = jax.tree.map(keep, (root, state), old)
+        new_roots[k], new_carried[k] = jax.tree.map(keep, (root, state), (roots[k], carried[k]))
         failed |= ~ok
     return tuple(new_roots), tuple(new_carried), failures + failed
 
@@ -167,14 +146,16 @@ def _report(
     solve: Solver, ready: Array, b: Blocks, roots: Matrices, carried: Any, failures: Array
 ) -> Blocks:
     """Hands the roots on, with figures for a monitor, which stands where the factors are gone."""
-    matrices, figures = list(roots), {**b.figures, "failures": failures}
+    matrices = list(roots)
+    figures: dict[str, Any] = {**b.figures, "failures": failures}
     for k, root in enumerate(roots):
         if root is None:
             continue
         matrices[k] = root.astype(b.update.dtype)
         figures[f"factor/{k}"] = b.matrices[k]
-        nothing = isinstance(carried[k], tuple) and not carried[k]
-        for name, value in () if nothing else solve.figures(carried[k]).items():
+        if isinstance(carried[k], tuple) and not carried[k]:
+            continue  # a solver that keeps nothing has nothing to say
+        for name, value in solve.figures(carried[k]).items():
             figures[name] = figures.get(name, 0) + value
     return dataclasses.replace(b, matrices=tuple(matrices), ready=ready, figures=figures)
 
@@ -193,8 +174,4 @@ def precondition() -> Part:
       >>> tx.update(grads, tx.init(grads))[0]["w"].round(2).tolist()  # U V^T of the gradient
       [[0.0, 1.0], [1.0, 0.0]]
     """
-    return stateless(_precondition)
-
-
-def _precondition(b: Blocks) -> Blocks:
-    return dataclasses.replace(b, update=apply_matrices(b.update, b.matrices))
+    return stateless(lambda b: dataclasses.replace(b, update=apply_matrices(b.update, b.matrices)))
