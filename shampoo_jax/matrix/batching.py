@@ -32,12 +32,11 @@ def map_matrices(function: Callable[..., Any], leading: tuple[int, ...], *arrays
     count, axes = math.prod(leading), len(leading)
     if axes != 1:
         arrays = tuple(array.reshape(count, *array.shape[axes:]) for array in arrays)
-
-    def one(matrices: Any) -> Any:
-        return function(*matrices)
-
+    operand, one = arrays[0], function
+    if len(arrays) > 1:
+        operand, one = arrays, lambda matrices: function(*matrices)
     mapped = jax.lax.platform_dependent(
-        arrays, cpu=functools.partial(jax.lax.map, one), default=jax.vmap(one)
+        operand, cpu=functools.partial(jax.lax.map, one), default=jax.vmap(one)
     )
     if axes == 1:
         return mapped

@@ -70,29 +70,35 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
         state = tx.init(widen(params))
         return optax.ApplyIfFiniteState(in_a_row, jnp.array(True), total, state)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        filled, absent = _fill_missing(updates, params)
-        gradients = jax.tree.leaves(filled)
-        ok = _usable(gradients)
+    def step(absent: Paths, updates: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
+        known = {**extra, "absent": absent} if absent else extra
 
         # The branch gets the gradients themselves: as checked they would be copied for it.
-        def step() -> tuple[Any, Any]:
-            known = {**extra, "absent": extra.get("absent", absent) | absent} if absent else extra
+        def take() -> tuple[Any, Any]:
             wide = None if params is None else widen(params)
-            new, inner_state = tx.update(widen(filled), state.inner_state, wide, **known)
+            new, inner_state = tx.update(widen(updates), state.inner_state, wide, **known)
             if absent:
                 inner_state = _restore(inner_state, state.inner_state, params, absent)
-            return cast_like(new, filled), inner_state
+            return cast_like(new, updates), inner_state
 
         def skip() -> tuple[Any, Any]:
-            return jax.tree.map(jnp.zeros_like, filled), state.inner_state
+            return jax.tree.map(jnp.zeros_like, updates), state.inner_state
 
-        new, inner_state = jax.lax.cond(ok, step, skip)
-        if absent:
-            new = _drop(new, absent)
+        ok = _usable(jax.tree.leaves(updates))
+        new, inner_state = jax.lax.cond(ok, take, skip)
         in_a_row = jnp.where(ok, 0, optax.safe_increment(state.notfinite_count))
         total = jnp.where(ok, state.total_notfinite, optax.safe_increment(state.total_notfinite))
         return new, optax.ApplyIfFiniteState(in_a_row, ok, total, inner_state)
+
+    # Outside of jit, too, a step is one program, compiled once; inside it is part of the other.
+    compiled = jax.jit(step, static_argnums=0)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        filled, own = _fill_missing(updates, params)
+        absent = own | extra.pop("absent", frozenset())
+        run = compiled if not extra or _are_arrays(extra) else step
+        new, state = run(absent, filled, state, params, extra)
+        return (_drop(new, own) if own else new), state
 
     guarded = Guarded(init, update)
     guarded.inner, guarded.design = tx, design
@@ -102,6 +108,12 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
 def unguarded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """The transformation inside of a `Guarded` one, any other as it is."""
     return tx.inner if isinstance(tx, Guarded) else tx
+
+
+def _are_arrays(extra: dict[str, Any]) -> bool:
+    """Whether jit can take them: a function, such as a line search is given, cannot be traced."""
+    kinds = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+    return all(isinstance(x, kinds) for x in jax.tree.leaves(extra))
 
 
 def _usable(gradients: list[Any]) -> Array:
