@@ -27,7 +27,7 @@ ALLOWED = {
     },
     "nanogpt": {
         *("nanogpt", "shampoo_jax", "data_pipeline", "jax", "optax", "numpy", "flax", "orbax"),
-        *("grain", "rich", "tyro", "matplotlib"),
+        *("grain", "rich", "tyro", "matplotlib", "yaml"),
     },
     "scripts": {
         *(
@@ -113,7 +113,7 @@ def floors(root: Path) -> list[str]:
 
 
 def rooms(root: Path) -> list[str]:
-    """Inside nanogpt every file has a room, and imports go down only; nobody imports the command."""
+    """Inside nanogpt every file has a room, imports go down only, nobody imports the command."""
     complaints = []
     for path, tree in sources(root, "nanogpt"):
         here = path.split("/")[1]

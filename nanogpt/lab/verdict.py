@@ -10,12 +10,11 @@ import dataclasses
 import itertools
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import tyro
 
 from nanogpt.report.curves import COLUMN
-from nanogpt.report.groups import read_groups
-from nanogpt.report.verdict_tables import acceptance_table, pairwise_rule, pairwise_table, rule
 from nanogpt.report.verdicts import TARGET
 
 
@@ -23,14 +22,14 @@ from nanogpt.report.verdicts import TARGET
 class Options:
     """What to read."""
 
-    runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]  # CSV files, folders of runs
+    runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]  # folders; CSV files or their names
     target: float = TARGET  # loss to reach, nats per token; 2.92 for the medium track
     column: str = COLUMN  # losses of the CSV files; those of averaged weights are in val_ema_loss
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(Options, prog="python -m scripts.verdict", description=__doc__)
+    options = tyro.cli(Options, prog="nanogpt verdict", description=__doc__, args=arguments)
     try:
         print(verdicts(options))
     except (ValueError, FileNotFoundError) as error:
@@ -39,6 +38,10 @@ def main() -> None:
 
 def verdicts(options: Options) -> str:
     """Returns everything that is printed, in Markdown."""
+    # They import matplotlib, for which no help should wait.
+    from nanogpt.report.groups import read_groups
+    from nanogpt.report.verdict_tables import acceptance_table, pairwise_rule, pairwise_table, rule
+
     groups = read_groups(options.runs, options.column)
     parts = [rule(options.target), acceptance_table(groups, options.target)]
     if len(groups) > 1:

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from nanogpt.report.curves import Curve, read_reference, steps_to_reach
+from nanogpt.report.curves import Curve, published_file, read_reference, steps_to_reach
 from nanogpt.report.plotting import draw
 from nanogpt.report.tables import markdown, shown
 from nanogpt.train.metrics import read_records
@@ -75,7 +75,7 @@ def compare(
     out = pathlib.Path(out_dir)
     runs = _distinct([read_run(pathlib.Path(folder)) for folder in run_dirs])
     lines = [run.curve for run in runs]
-    curves = [read_reference(pathlib.Path(path)) for path in references]
+    curves = [read_reference(published_file(pathlib.Path(path))) for path in references]
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "comparison.png"
     draw(picture, lines, curves, baselines(runs))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanogpt.report.comparison import Run, read_run
-from nanogpt.report.curves import COLUMN, Curve, mean_curve, read_curves, step_time
+from nanogpt.report.curves import COLUMN, Curve, mean_curve, published_file, read_curves, step_time
 
 # What may differ between runs of one set.
 FREE = ("seed", "name", "output")
@@ -77,7 +77,7 @@ def read_groups(paths: Sequence[pathlib.Path], column: str = COLUMN) -> list[Gro
         raise ValueError("no runs: name folders of runs or CSV files of published ones.")
     published = []
     sets: dict[str, dict[pathlib.Path, Run]] = {}
-    for path in paths:
+    for path in map(published_file, paths):
         if path.is_file():
             name = path.name.removesuffix(".csv")
             published.append(Group(name, read_curves(path, column), reference=True))

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from nanogpt.lab import compare
+from nanogpt.report import comparison
 
 
 def test_arguments_reach_the_comparison(monkeypatch, tmp_path, capsys):
@@ -15,7 +16,7 @@ def test_arguments_reach_the_comparison(monkeypatch, tmp_path, capsys):
         (out / "comparison.md").write_text("| table |")
         return out / "comparison.png"
 
-    monkeypatch.setattr(compare, "compare", record)
+    monkeypatch.setattr(comparison, "compare", record)
     a, b, c = (tmp_path / name for name in "abc")
     command = ["compare", str(a), str(b), "--out", str(tmp_path), "--reference", str(c)]
     monkeypatch.setattr(sys, "argv", command)

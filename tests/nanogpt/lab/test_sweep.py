@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import write_shard
-from nanogpt.lab import speedrun, sweep
+from nanogpt.lab import preset_data, sweep
 from nanogpt.lab import trials as trials_module
 from nanogpt.train.interrupt import Interrupted
 from nanogpt.train.metrics import read_records
@@ -82,7 +82,7 @@ def test_many_axes_have_names_that_fit():
 )
 def test_impossible_searches_are_refused(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(speedrun, "prepare_data", lambda config: pytest.fail("work was done"))
+    monkeypatch.setattr(preset_data, "prepare_data", lambda config: pytest.fail("work was done"))
     with pytest.raises(SystemExit) as stopped:
         sweep.main(["--optimizers", "adamw", *arguments])
     assert message in f"{stopped.value} {capsys.readouterr().err}"
@@ -93,7 +93,7 @@ def test_a_signal_ends_it_with_its_code(monkeypatch, tmp_path, capsys):
         raise Interrupted(signal.SIGTERM, 5, "runs/x")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(speedrun, "prepare_data", lambda config: None)
+    monkeypatch.setattr(preset_data, "prepare_data", lambda config: None)
     monkeypatch.setattr(trials_module, "run_trials", stopped)
     with pytest.raises(SystemExit) as ended:
         sweep.main(["--optimizers", "adamw", *GRID])
