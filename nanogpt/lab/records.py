@@ -20,7 +20,7 @@ class Options:
 
     runs: tyro.conf.Positional[tuple[pathlib.Path, ...]] = ()  # folders of full-size runs
     curves: pathlib.Path = PUBLISHED_CURVES  # folder of the published curves
-    out: pathlib.Path = pathlib.Path("docs/leaderboard")  # folder of track3.md and track3.png
+    out: pathlib.Path = pathlib.Path("runs")  # folder of track3.md and track3.png
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

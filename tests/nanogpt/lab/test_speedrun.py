@@ -171,9 +171,8 @@ def demo_folder(tmp_path, monkeypatch):
     documents = [
         Document(f"{i}", "We the people. " * 20, "val" if i < 2 else "train") for i in range(6)
     ]
-    monkeypatch.setattr(
-        speedrun, "sotu", lambda: Corpus("tiny", "1", "none", "first two", lambda: iter(documents))
-    )
+    corpus = Corpus("tiny", "1", "none", "first two", lambda: iter(documents))
+    monkeypatch.setattr(preset_data, "sotu", lambda: corpus)
     monkeypatch.chdir(tmp_path)
 
     def prepare(*arguments):
