@@ -14,6 +14,7 @@ class Options:
 
     runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]  # folders that hold a metrics.jsonl
     out: pathlib.Path = pathlib.Path("runs")  # folder of comparison.png and comparison.md
+    unchecked: bool = False  # draw runs without a fingerprint, too; the picture says which
     reference: tuple[pathlib.Path, ...] = ()  # CSV files of published curves, or their names
 
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nanogpt.report.comparison import compare
 
     try:
-        picture = compare(options.runs, options.out, options.reference)
+        picture = compare(options.runs, options.out, options.reference, unchecked=options.unchecked)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print((options.out / "comparison.md").read_text(encoding="utf-8"))

@@ -11,11 +11,14 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import tyro
 
 from nanogpt.report.curves import COLUMN
-from nanogpt.report.verdicts import TARGET
+
+if TYPE_CHECKING:
+    from nanogpt.report.groups import Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Options:
     """What to read."""
 
     runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]  # folders; CSV files or their names
-    target: float = TARGET  # loss to reach, nats per token; 2.92 for the medium track
+    target: float | None = None  # loss to reach, nats per token; None: the one of the runs' track
+    unchecked: bool = False  # take runs without a fingerprint, too
     column: str = COLUMN  # losses of the CSV files; those of averaged weights are in val_ema_loss
 
 
@@ -42,13 +46,25 @@ def verdicts(options: Options) -> str:
     from nanogpt.report.groups import read_groups
     from nanogpt.report.verdict_tables import acceptance_table, pairwise_rule, pairwise_table, rule
 
-    groups = read_groups(options.runs, options.column)
-    parts = [rule(options.target), acceptance_table(groups, options.target)]
+    groups = read_groups(options.runs, options.column, unchecked=options.unchecked)
+    target = options.target or _target(groups)
+    parts = [rule(target), acceptance_table(groups, target)]
     if len(groups) > 1:
         pairs = itertools.combinations(groups, 2)
-        parts += [pairwise_rule(), pairwise_table(pairs, options.target)]
+        parts += [pairwise_rule(), pairwise_table(pairs, target)]
     return "\n\n".join(parts)
 
 
-if __name__ == "__main__":
-    main()
+def _target(groups: "Sequence[Group]") -> float:
+    """The loss that the track of the runs is about."""
+    from nanogpt.report.tracks import TARGETS, common_track
+
+    published = [group.label for group in groups if group.reference]
+    configs = {group.label: group.config for group in groups if not group.reference}
+    track = common_track(published, configs)
+    if track is None:
+        raise ValueError(
+            "no target: these runs are of no track of the benchmark, whose 3.28 would mean nothing "
+            "for them. Say by --target which loss they are to reach."
+        )
+    return TARGETS[track]

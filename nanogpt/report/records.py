@@ -2,10 +2,9 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from nanogpt.config.presets import preset
 from nanogpt.optimizers.flops import (
     block_shapes,
     model_flops,
@@ -17,19 +16,13 @@ from nanogpt.optimizers.flops import (
 from nanogpt.report.board import board_table, draw_board
 from nanogpt.report.curves import COLUMN, PUBLISHED_CURVES, read_curves
 from nanogpt.report.groups import Group, read_groups
+from nanogpt.report.tracks import BENCHMARK, departure
 from nanogpt.report.verdict_tables import acceptance_table, pairwise_rule, pairwise_table, rule
 from nanogpt.report.verdicts import TARGET
 
 COMMON = "8 x H100"  # machine of the results whose times are drawn
 BASELINE = "#36 Muon, tuned"
-BENCHMARK = preset("track3", "muon_track3")
 SHAPES = block_shapes(BENCHMARK.model)
-# What the rules fix; of another vocabulary or data set the validation loss is another quantity.
-FIXED = (
-    *("model.vocab_size", "model.num_layers", "model.model_dim", "model.head_dim", "model.mlp_dim"),
-    *("model.sequence_length", "data.mode", "data.batch_rows", "data.val_tokens"),
-)
-_BENCHMARK = dataclasses.asdict(BENCHMARK)
 MODEL = model_flops(BENCHMARK.model, BENCHMARK.data.batch_rows * BENCHMARK.model.sequence_length)
 MUON = muon_flops(SHAPES, 12)  # the first results may have iterated less often
 SOAP = soap_flops(SHAPES, 1)
@@ -145,13 +138,11 @@ def own_groups(runs: Sequence[pathlib.Path]) -> list[Group]:
     """
     groups = read_groups(runs)
     for group in groups:
-        for path in FIXED:
-            found, wanted = (_setting(config, path) for config in (group.config, _BENCHMARK))
-            if found != wanted:
-                raise ValueError(
-                    f"{group.config['name']} has {path}={found!r}, the benchmark {wanted!r}: name "
-                    "full-size runs of preset track3 only."
-                )
+        left = departure(group.config)
+        if left:
+            raise ValueError(
+                f"{group.config['name']} has {left}: name full-size runs of preset track3 only."
+            )
     return [
         dataclasses.replace(
             group,
@@ -161,11 +152,6 @@ def own_groups(runs: Sequence[pathlib.Path]) -> list[Group]:
         )
         for group in groups
     ]
-
-
-def _setting(config: Mapping[str, Any], path: str) -> Any:
-    part, name = path.split(".")
-    return config[part][name]
 
 
 def published_group(entry: Published, curves: pathlib.Path) -> Group:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -24,6 +25,7 @@ class Report:
         config: the run.
         path: metrics.jsonl; records from update `resumed` on are cut, all if that is None.
         resumed: updates done by earlier processes, None for a fresh run.
+        identity: what the losses are about, see `nanogpt.train.batches.RunData`.
         baselines: losses to compare with, see `nanogpt.train.batches.RunData`.
         record: the log in the benchmark's layout, where this process writes one.
         console: where progress is shown; standard output by default.
@@ -35,12 +37,13 @@ class Report:
         path: pathlib.Path,
         resumed: int | None,
         *,
+        identity: Mapping[str, str | None],
         baselines: Baselines | None,
         record: RecordLog | None = None,
         console: rich.console.Console | None = None,
     ):
         self._config, self._baselines, self._resumed = config, baselines, resumed
-        self._record = record
+        self._record, self._identity = record, identity
         self._tokens = config.data.batch_rows * config.model.sequence_length
         self._val_loss = math.nan
         if resumed is None:
@@ -66,6 +69,7 @@ class Report:
         self._writer.write(
             "start",
             config=dataclasses.asdict(self._config),
+            fingerprint=dict(self._identity),
             **provenance(),
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             optimizer_state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),

@@ -11,8 +11,8 @@ from nanogpt.report import comparison
 def test_arguments_reach_the_comparison(monkeypatch, tmp_path, capsys):
     seen = []
 
-    def record(runs, out, references):
-        seen.append((runs, out, references))
+    def record(runs, out, references, *, unchecked):
+        seen.append((runs, out, references, unchecked))
         (out / "comparison.md").write_text("| table |")
         return out / "comparison.png"
 
@@ -21,7 +21,7 @@ def test_arguments_reach_the_comparison(monkeypatch, tmp_path, capsys):
     command = ["compare", str(a), str(b), "--out", str(tmp_path), "--reference", str(c)]
     monkeypatch.setattr(sys, "argv", command)
     compare.main()
-    assert seen == [((a, b), tmp_path, (c,))]
+    assert seen == [((a, b), tmp_path, (c,), False)]
     printed = capsys.readouterr().out
     assert "| table |" in printed and str(tmp_path / "comparison.png") in printed
 

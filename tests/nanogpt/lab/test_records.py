@@ -39,7 +39,7 @@ def test_every_published_result_of_track_3_is_listed():
 def test_runs_of_ours_stand_beside_them(write, tmp_path):
     for seed in (0, 1):
         config = dataclasses.asdict(preset("track3", "shampoo")) | {"seed": seed}
-        start = {"kind": "start", "config": config}
+        start = {"kind": "start", "config": config, "fingerprint": {"data": "d"}}
         start["device"] = {"platform": "gpu", "kind": "NVIDIA H100 80GB HBM3", "count": 8}
         losses = ((0, 10.8), (3375, 3.275 + 0.001 * seed))
         validations = [
@@ -62,6 +62,7 @@ def test_runs_of_ours_stand_beside_them(write, tmp_path):
 def test_runs_of_another_size_do_not_stand_beside_them(tmp_path):
     """A smaller model's loss on other text may well be below 3.28."""
     start = {"kind": "start", "config": dataclasses.asdict(preset("board", "adamw"))}
+    start["fingerprint"] = {"data": "d"}
     start["device"] = {"platform": "cpu", "kind": "abacus", "count": 1}
     end = {"kind": "val", "step": 1, "loss": 3.0, "train_time_s": 1.0}
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(end)}\n")

@@ -58,6 +58,7 @@ def children(monkeypatch):
         folder.path.mkdir(parents=True, exist_ok=True)
         start = {
             "kind": "start",
+            "fingerprint": {"data": "d", "tokenizer": "t", "model": "m", "validation": "v"},
             "config": {
                 "name": config.name,
                 "optimizer": config.optimizer,
@@ -348,7 +349,7 @@ def test_ctrl_c_and_resume_in_real_processes(settings, tmp_path, monkeypatch):
     """The whole command is interrupted in its first run, which then goes on bit for bit."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    command = [sys.executable, "-m", "nanogpt", "train", *settings]
+    command = [sys.executable, "-m", "nanogpt", "demo", *settings]
     metrics = tmp_path / "runs" / "cpu" / "adamw" / "metrics.jsonl"
     with (tmp_path / "errors").open("w") as errors:
         whole = subprocess.Popen(command, stderr=errors)

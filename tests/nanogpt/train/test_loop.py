@@ -158,6 +158,9 @@ def test_validation_follows_the_benchmarks_schedule(steps, expected):
 def test_first_record_tells_what_the_run_is(whole):
     start = records(whole)[0]
     assert start["kind"] == "start"
+    assert start["fingerprint"]["model"] == "GPT 1x16x8x32, 32 ids, rows of 8"
+    assert start["fingerprint"]["tokenizer"] is None  # no manifest tells it
+    assert start["host"] and start["argv"] and start["started"].endswith("+00:00")
     assert start["config"] == json.loads(json.dumps(dataclasses.asdict(whole)))
     assert start["versions"]["jax"] == jax.__version__
     assert start["device"]["platform"] == "cpu"
