@@ -90,6 +90,7 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
     from nanogpt.train import distributed
     from nanogpt.train.interrupt import Interrupted
     from nanogpt.train.loop import fit
+    from nanogpt.train.nonfinite import EXIT_CODE, DivergedError
 
     first = distributed.start(**process_flags(options), detect=options.distributed) == 0
     with distributed.failing_for_all():
@@ -102,6 +103,9 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
         except Interrupted as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(128 + stopped.signum)
+        except DivergedError as diverged:
+            print(f"error: {diverged}", file=sys.stderr)
+            sys.exit(EXIT_CODE)
         except distributed.JobFailedError as failed:
             sys.exit(f"error: {failed}")
     if first and not options.one_of_seeds:

@@ -12,7 +12,7 @@ from nanogpt.report.comparison import Run, read_run
 from nanogpt.report.curves import COLUMN, Curve, mean_curve, published_file, read_curves, step_time
 
 # What may differ between runs of one set.
-FREE = ("seed", "name", "output")
+FREE = ("seed", "name", "output", "nonfinite_limit")
 
 
 @dataclasses.dataclass(frozen=True)

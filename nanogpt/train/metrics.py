@@ -107,16 +107,20 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def advance(self, step: int, loss: float, tokens_per_s: float, step_time_s: float) -> None:
+    def advance(
+        self, step: int, loss: float, tokens_per_s: float, step_time_s: float, skipped: int
+    ) -> None:
         """Moves the bar behind step `step`; draws nothing where there is no terminal."""
-        figures = _figures(loss, tokens_per_s, step_time_s)
+        figures = _figures(loss, tokens_per_s, step_time_s, skipped)
         self._bar.update(self._task, completed=step + 1, figures=figures)
 
-    def log(self, step: int, loss: float, tokens_per_s: float, step_time_s: float) -> None:
+    def log(
+        self, step: int, loss: float, tokens_per_s: float, step_time_s: float, skipped: int
+    ) -> None:
         """Prints what `advance` shows, with the time left, where there is no terminal."""
         if not self._console.is_terminal:
             left = _clock_time((self._steps - step - 1) * step_time_s)
-            figures = _figures(loss, tokens_per_s, step_time_s)
+            figures = _figures(loss, tokens_per_s, step_time_s, skipped)
             self.note(f"step {step:>{len(str(self._steps))}}/{self._steps}  {figures}  ETA {left}")
 
     def note(self, message: str) -> None:
@@ -124,8 +128,9 @@ class Progress:
         self._console.print(f"{self._label}: {message}", markup=False)
 
 
-def _figures(loss: float, tokens_per_s: float, step_time_s: float) -> str:
-    return f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {step_time_s * 1e3:.0f} ms/step"
+def _figures(loss: float, tokens_per_s: float, step_time_s: float, skipped: int) -> str:
+    speed = f"{tokens_per_s:,.0f} tokens/s  {step_time_s * 1e3:.0f} ms/step"
+    return f"loss {loss:.4f}  {speed}" + (f"  {skipped} skipped" if skipped else "")
 
 
 def _clock_time(seconds: float) -> str:

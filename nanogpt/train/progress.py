@@ -45,7 +45,7 @@ class Report:
         self._config, self._baselines, self._resumed = config, baselines, resumed
         self._record, self._identity = record, identity
         self._tokens = config.data.batch_rows * config.model.sequence_length
-        self._val_loss = math.nan
+        self._val_loss, self._skipped = math.nan, 0
         if resumed is None:
             path.unlink(missing_ok=True)
         else:
@@ -84,22 +84,27 @@ class Report:
         """Shows the seconds spent on compiling, which no other figure includes."""
         self._progress.note(f"compiled in {seconds:.1f} s")
 
-    def step(self, step: int, metrics: dict[str, jax.Array], clock: StepClock) -> None:
+    def step(
+        self, step: int, metrics: dict[str, jax.Array], clock: StepClock, skipped: int
+    ) -> None:
         """Reports a finished step; writes a record every log_every steps.
 
         Args:
             step: updates before this one.
             metrics: the step's "loss" in nats per token and "grad_norm".
             clock: its last lap is this step.
+            skipped: steps so far whose gradient was not finite.
         """
         loss, last = float(metrics["loss"]), clock.recent(1)
-        self._progress.advance(step, loss, self._tokens / last, last)
+        self._skipped = skipped
+        self._progress.advance(step, loss, self._tokens / last, last, skipped)
         if step % self._config.output.log_every == 0 or step + 1 == self._config.schedule.steps:
             mean = clock.recent(self._config.output.log_every)
             speed = {"tokens_per_s": self._tokens / mean, "step_time_s": mean}
             norm = float(metrics["grad_norm"])
-            self._writer.write("train", step=step, loss=loss, grad_norm=norm, **speed)
-            self._progress.log(step, loss, **speed)
+            shared = {**speed, "skipped": skipped}
+            self._writer.write("train", step=step, loss=loss, grad_norm=norm, **shared)
+            self._progress.log(step, loss, **shared)
 
     def validation(self, step: int, loss: float, clock: StepClock) -> None:
         """Writes the validation loss (nats per token) before update `step`."""
@@ -120,6 +125,7 @@ class Report:
             loss=self._val_loss,
             **self._bits_per_byte(self._val_loss),
             train_time_s=clock.elapsed,
+            skipped=self._skipped,
             median_step_time_s=median,
             tokens_per_s=median and self._tokens / median,
             compile_s=compile_s,

@@ -24,6 +24,7 @@ from nanogpt.optimizers import build as optimizers
 from nanogpt.optimizers.build import register
 from nanogpt.report.verdicts import verdict_line
 from nanogpt.train.metrics import read_records
+from nanogpt.train.nonfinite import DivergedError
 from nanogpt.train.run_folder import RunFolder
 
 SETTINGS = """
@@ -433,3 +434,14 @@ def test_a_target_that_nothing_proves(target, capsys):
     with pytest.raises(SystemExit):
         command_line.split_arguments(["--target", target])
     assert f"--target: {target} is no loss" in capsys.readouterr().err
+
+
+def test_a_diverged_run_ends_with_a_status_of_its_own(settings, monkeypatch, capsys):
+    def diverge(*arguments, **options):
+        raise DivergedError("diverged: the gradients of steps 1 to 10 are not finite.")
+
+    monkeypatch.setattr("nanogpt.train.loop.fit", diverge)
+    with pytest.raises(SystemExit) as ended:
+        speedrun.main([*settings, "--optimizer", "adamw"])
+    assert ended.value.code == 3
+    assert "error: diverged: the gradients of steps 1 to 10" in capsys.readouterr().err
