@@ -135,6 +135,7 @@ def installed(wheel, tmp_path_factory):
     # editable install of this tree, are not read.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment["XDG_CACHE_HOME"] = str(place / "cache")
 
     def run(*words: str) -> str:
         done = subprocess.run(

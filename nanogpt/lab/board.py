@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanogpt.config.board import BOARD
 from nanogpt.config.presets import is_own, preset
+from nanogpt.lab import compile_cache
 from nanogpt.lab.sweep import at_least_one, exit_on_signal
 from nanogpt.report.tables import markdown
 from nanogpt.report.verdicts import result_at
@@ -59,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = pathlib.Path("runs", plan.name)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `speedrun`
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Seeds share their programs.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((folder / "compiled").absolute()))
+    compile_cache.use()  # seeds share their programs
     signal.signal(signal.SIGTERM, exit_on_signal)
     import jax
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from nanogpt.config.presets import PRESETS, is_own
 from nanogpt.config.published import PUBLISHED
 from nanogpt.config.run import Config
-from nanogpt.lab import run_file
+from nanogpt.lab import compile_cache, run_file
 from nanogpt.lab.children import run_child
 from nanogpt.lab.command_line import DEMO, flags, process_flags, read_config, split_arguments
 from nanogpt.report.verdicts import verdict_line
@@ -39,6 +39,7 @@ def _run(arguments: Sequence[str] | None, otherwise: Callable[..., None]) -> Non
     # OpenBLAS spins a thread pool for every decomposition, which is slower on few cores; it reads
     # this when jax is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    compile_cache.use()
     try:
         options, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
         if options.print_config:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt.config.presets import PRESETS
 from nanogpt.config.run import Config
+from nanogpt.lab import compile_cache
 from nanogpt.lab.command_line import read_config
 from nanogpt.lab.search_space import parse_list, parse_range, points
 from nanogpt.report.tables import shown
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `speedrun`
+    compile_cache.use()
     options, rest = parser().parse_known_args(arguments)
     # These import jax, which must see the environment.
     from nanogpt.lab.preset_data import prepare_data

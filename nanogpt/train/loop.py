@@ -17,7 +17,7 @@ from nanogpt.train.clock import StepClock
 from nanogpt.train.distributed import agreed, largest_of_all
 from nanogpt.train.interrupt import Interrupted, StopRequest, stop_request
 from nanogpt.train.mesh import Layout, make_layout
-from nanogpt.train.metrics import read_records
+from nanogpt.train.metrics import plain_console, read_records
 from nanogpt.train.nonfinite import NonFiniteSteps
 from nanogpt.train.progress import Report
 from nanogpt.train.record_log import RecordLog, source_text
@@ -63,6 +63,7 @@ def fit(
         folder.lock()
     if jax.process_index():
         console = rich.console.Console(quiet=True)
+    console = console or plain_console()
     with (
         contextlib.closing(folder),
         stop_request() as stop,
@@ -71,6 +72,7 @@ def fit(
         if resume:
             run.open_checkpoints()
         if not (resume and run.finished()):
+            console.print(f"{config.name}: compiling ...", markup=False)
             with agreed("compiling and making the run's folder"):
                 run.compile()
                 if not resume:

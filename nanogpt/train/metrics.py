@@ -72,6 +72,11 @@ def keep_before(path: pathlib.Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+def plain_console() -> rich.console.Console:
+    """Returns standard output as runs write to it."""
+    return rich.console.Console(highlight=False, soft_wrap=True)
+
+
 class Progress:
     """One line of live figures on a terminal, a plain line a record anywhere else.
 
@@ -85,7 +90,7 @@ class Progress:
     def __init__(
         self, label: str, steps: int, done: int = 0, console: rich.console.Console | None = None
     ):
-        self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
+        self._console = console or plain_console()
         self._steps = steps
         self._label = label
         self._bar = rich.progress.Progress(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import rich.console
 from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipeline import ShardError, write_shard
@@ -395,3 +397,15 @@ def test_too_many_in_a_row_end_the_run(shards, tmp_path, monkeypatch):
         fit(config)
     last = read_records(RunFolder(config).metrics)[-1]
     assert (last["kind"], last["step"], last["skipped"]) == ("train", 7, 4)
+
+
+def test_it_says_at_once_that_it_compiles(shards, tmp_path, monkeypatch):
+    said = io.StringIO()
+
+    def compile(self):
+        assert said.getvalue() == "run: compiling ...\n"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "compile", compile)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny(shards, tmp_path), console=rich.console.Console(file=said))
