@@ -8,8 +8,7 @@ The matrix parameters are those of the blocks and the head: the embedding is loo
 term is causal attention's two products, of which the lower half is needed. Norms, activations and
 the softmax are left out.
 
-An optimizer's own work counts its matrix products and decompositions (`shampoo_jax.costs` says what
-a decomposition costs) and leaves out what it does element by element, some ten operations a
+An optimizer's own work counts its matrix products and decompositions and leaves out what it does element by element, some ten operations a
 parameter, 1e-5 of a step. Methods without a formula here are not counted.
 """
 
@@ -17,7 +16,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nanogpt.config.run import ModelConfig
-from shampoo_jax.costs import EIGH, PRODUCT, QR
+
+# Multiples of d^3 for a d x d matrix. A product, such as Q diag(w^-e) Q^T.
+PRODUCT = 2.0
+# Golub and Van Loan, Matrix Computations, 4th edition, algorithm 8.3.3: eigenvalues and
+# eigenvectors of a symmetric matrix by tridiagonal QR, 4/3 of which is the reduction.
+EIGH = 9.0
+# Algorithm 5.2.1, Householder QR, and as much again to form Q.
+QR = 8 / 3
 
 Shapes = Iterable[tuple[int, int]]
 

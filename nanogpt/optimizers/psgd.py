@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.matrix.batching import map_matrices
-
 Array = jax.Array
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -93,15 +91,20 @@ def _by_shape(each: list[tuple[Array, ...]], rate: float) -> list[list[Array]]:
     """Updates, left and right factors; matrices of one shape together, so as to compile once.
 
     But on CPU one after the other: batched triangular solves of several shapes in one program can
-    wait for each other's threads for ever, as the decompositions can that `map_matrices` is for.
+    wait for each other's threads for ever.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, (m, *_) in enumerate(each):
         groups.setdefault(m.shape, []).append(i)
     out: list[tuple[Array, ...]] = [()] * len(each)
+    one = functools.partial(_one, rate=rate)
+
+    def in_turn(*stacks: Array) -> tuple[Array, ...]:
+        return jax.lax.map(lambda matrices: one(*matrices), stacks)
+
     for members in groups.values():
         stacked = [jnp.stack(parts) for parts in zip(*(each[i] for i in members), strict=True)]
-        new = map_matrices(functools.partial(_one, rate=rate), (len(members),), *stacked)
+        new = jax.lax.platform_dependent(*stacked, cpu=in_turn, default=jax.vmap(one))
         for place, i in enumerate(members):
             out[i] = tuple(x[place] for x in new)
     return [list(part) for part in zip(*out, strict=True)]

@@ -23,7 +23,7 @@ def departure(config: Mapping[str, Any]) -> str | None:
     >>> departure({"model": {"vocab_size": 300}})
     'model.vocab_size=300, the benchmark 50304'
     """
-    benchmark = dataclasses.asdict(BENCHMARK)
+    benchmark: Mapping[str, Any] = dataclasses.asdict(BENCHMARK)
     for path in FIXED:
         part, name = path.split(".")
         found, wanted = config.get(part, {}).get(name), benchmark[part][name]

@@ -82,9 +82,15 @@ def fit(
                 run.open_checkpoints()
             first = jax.process_index() == 0
             record = RecordLog(folder.record, config, source, run.saved) if first else None
-            shown = {"identity": data.identity, "baselines": data.baselines}
-            shown |= {"record": record, "console": console}
-            with Report(config, folder.metrics, run.saved, **shown) as report:
+            with Report(
+                config,
+                folder.metrics,
+                run.saved,
+                identity=data.identity,
+                baselines=data.baselines,
+                record=record,
+                console=console,
+            ) as report:
                 run.train(report)
         return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
 
