@@ -8,8 +8,9 @@ The matrix parameters are those of the blocks and the head: the embedding is loo
 term is causal attention's two products, of which the lower half is needed. Norms, activations and
 the softmax are left out.
 
-An optimizer's own work counts its matrix products and decompositions and leaves out what it does element by element, some ten operations a
-parameter, 1e-5 of a step. Methods without a formula here are not counted.
+An optimizer's own work counts its matrix products and decompositions and leaves out what it does
+element by element, some ten operations a parameter, 1e-5 of a step. Methods without a formula here
+are not counted.
 """
 
 from collections.abc import Iterable, Mapping
