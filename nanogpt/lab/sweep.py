@@ -71,8 +71,9 @@ def make_trials(options: argparse.Namespace, rest: list[str]) -> "list[Trial]":
     """
     from nanogpt.lab.trials import Trial
 
-    lists = [parse_list(text) for text in options.grid]
-    ranges = [parse_range(text) for text in options.random]
+    # Flags are spelt with hyphens and fields with underscores: one axis, however it is spelt.
+    lists = [(_field(name), values) for name, values in map(parse_list, options.grid)]
+    ranges = [(_field(name), ends) for name, ends in map(parse_range, options.random)]
     names = [name for name, _ in [*lists, *ranges]]
     for name in names:
         if names.count(name) > 1:
@@ -148,9 +149,13 @@ def _scaled(base: Config, name: str, value: str) -> str:
     return repr(int(product) if isinstance(before, int) and product.is_integer() else product)
 
 
+def _field(name: str) -> str:
+    return name.replace("-", "_")
+
+
 def _value(config: Config, name: str) -> Any:
     found: Any = config
-    for field in name.replace("-", "_").split("."):
+    for field in name.split("."):
         found = getattr(found, field)
     return found
 

@@ -70,6 +70,10 @@ def test_many_axes_have_names_that_fit():
         (["--random", "seed=log:0:1", "--runs", "2"], "above 0 for log"),
         (["--random", "seed=log:1:2"], "say by --runs how many"),
         (["--grid", "seed=1", "--grid", "seed=2"], "seed is given 2 times"),
+        (
+            ["--grid", "matrices.learning-rate=x1", "--grid", "matrices.learning_rate=x2"],
+            "matrices.learning_rate is given 2 times",
+        ),
         (["--grid", "matrices.rate=x2"], "matrices.rate must be a number"),
         (["--grid", "matrices.learning_rate=-1"], "learning_rate=-1.0: must be positive"),
         (["--grid", "name=a,b"], "--grid name: decides no number"),
