@@ -35,10 +35,10 @@ $(STAMP):
 	@touch $@
 
 speedrun: venv  ## Train a small GPT with AdamW, Muon and Shampoo, draw the comparison (ARGS=--resume goes on)
-	@$(BIN)/python -m scripts.speedrun $(ARGS)
+	@$(BIN)/nanogpt demo $(ARGS)
 
 leaderboard: venv  ## Tune and train every optimizer at one small size, write the board (ARGS=--quick: minutes)
-	@$(BIN)/python -m scripts.leaderboard $(ARGS)
+	@$(BIN)/nanogpt board $(ARGS)
 
 test: venv  ## Run the test suite (PYTEST_ARGS="-k blocks" chooses tests)
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)

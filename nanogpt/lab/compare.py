@@ -3,10 +3,9 @@
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import tyro
-
-from nanogpt.report.comparison import compare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,14 +14,18 @@ class Options:
 
     runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]  # folders that hold a metrics.jsonl
     out: pathlib.Path = pathlib.Path("runs")  # folder of comparison.png and comparison.md
-    reference: tuple[pathlib.Path, ...] = ()  # CSV files of published curves: step, val_loss, ...
+    unchecked: bool = False  # draw runs without a fingerprint, too; the picture says which
+    reference: tuple[pathlib.Path, ...] = ()  # CSV files of published curves, or their names
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(Options, prog="python -m scripts.compare", description=__doc__)
+    options = tyro.cli(Options, prog="nanogpt compare", description=__doc__, args=arguments)
+    # It imports matplotlib, for which no help should wait.
+    from nanogpt.report.comparison import compare
+
     try:
-        picture = compare(options.runs, options.out, options.reference)
+        picture = compare(options.runs, options.out, options.reference, unchecked=options.unchecked)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print((options.out / "comparison.md").read_text(encoding="utf-8"))

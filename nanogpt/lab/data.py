@@ -4,15 +4,18 @@ import dataclasses
 import math
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from data_pipeline import Manifest, describe, fineweb, folder, gpt2, prepare, sotu
-from data_pipeline.download import SOURCE, VAL_TOKENS
 from nanogpt.config.presets import preset
 
+if TYPE_CHECKING:
+    from data_pipeline import Manifest
+
+# `data_pipeline` loads data by Grain, which imports jax: no help should wait for that.
 DEMO = preset("cpu", "adamw")
 
 
@@ -24,8 +27,10 @@ class Sotu:
     vocab_size: int = DEMO.model.vocab_size  # ids of the tokenizer: 257 to 50257
     val_tokens: int = DEMO.data.val_tokens  # validation tokens that the count models score
 
-    def run(self) -> Manifest:
+    def run(self) -> "Manifest":
         """Prepares the corpus."""
+        from data_pipeline import gpt2, prepare, sotu
+
         return prepare(sotu(), self.directory, gpt2(self.vocab_size), val_tokens=self.val_tokens)
 
 
@@ -38,8 +43,10 @@ class Folder:
     vocab_size: int = 50257  # ids of the tokenizer: 257 to 50257, fewer for a smaller head
     val_tokens: int | None = None  # as many as the run's data.val_tokens; default: preset cpu's
 
-    def run(self) -> Manifest:
+    def run(self) -> "Manifest":
         """Prepares the corpus."""
+        from data_pipeline import folder, gpt2, prepare
+
         corpus, tokenizer = folder(self.path), gpt2(self.vocab_size)
         manifest = prepare(corpus, self.directory, tokenizer, val_tokens=self.val_tokens)
         if self.val_tokens is not None:
@@ -55,8 +62,11 @@ class Fineweb:
     directory: Path = Path("data/fineweb10B")  # folder to write; where preset track3 reads
     shards: int = 18  # training shards, 1 to 103; 18 are enough for 3375 steps of track 3
 
-    def run(self) -> Manifest:
+    def run(self) -> "Manifest":
         """Downloads what is missing and counts n-grams, some minutes for 18 shards."""
+        from data_pipeline import describe, fineweb, gpt2
+        from data_pipeline.download import SOURCE, VAL_TOKENS
+
         fineweb(self.directory, self.shards)
         manifest = describe(self.directory, SOURCE, gpt2(), VAL_TOKENS)
         manifest.write(self.directory)
@@ -80,7 +90,7 @@ def fitting_val_tokens(held_out: int) -> int:
     return min(DEMO.data.val_tokens, (held_out - 1) // batch * batch)
 
 
-def summary(manifest: Manifest) -> str:
+def summary(manifest: "Manifest") -> str:
     """A few lines about a prepared folder."""
     counts = manifest.baselines
     val_tokens = sum(shard.tokens for shard in manifest.val)
@@ -97,9 +107,11 @@ def summary(manifest: Manifest) -> str:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    command: Sotu | Folder | Fineweb = tyro.cli(Command, description=__doc__)
+    command: Sotu | Folder | Fineweb = tyro.cli(
+        Command, prog="nanogpt data", description=__doc__, args=arguments
+    )
     try:
         manifest = command.run()
     except (ValueError, OSError) as error:

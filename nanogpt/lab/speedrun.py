@@ -1,10 +1,4 @@
-"""Trains one optimizer after another on the same batches and draws the comparison.
-
-Without --optimizer: AdamW, Muon and Shampoo, each in a process of its own. --seeds N trains one
-optimizer N times and applies the benchmark's acceptance rule. Every setting below can be changed;
-the values shown are those of the preset. `--optimizer shampoo --help` shows that optimizer's own
-settings, --matrices.*, in the place of AdamW's.
-"""
+"""Trains one optimizer, from one or several seeds, or those of the demo one after another."""
 
 import argparse
 import dataclasses
@@ -14,43 +8,48 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import tyro
-
-from data_pipeline import fineweb, gpt2, missing, prepare, shards_needed, sotu
-from data_pipeline.download import shard_bytes
-from data_pipeline.manifest import FILE_NAME
-from data_pipeline.tokenizer import GPT2_VOCAB_SIZE
-from nanogpt.config.presets import PRESETS, is_own, preset
+from nanogpt.config.presets import PRESETS, is_own
 from nanogpt.config.published import PUBLISHED
 from nanogpt.config.run import Config
+from nanogpt.lab import compile_cache, run_file
 from nanogpt.lab.children import run_child
-from nanogpt.report.comparison import compare
+from nanogpt.lab.command_line import DEMO, flags, process_flags, read_config, split_arguments
 from nanogpt.report.verdicts import verdict_line
 from nanogpt.train.metrics import read_records
 from nanogpt.train.run_folder import RunFolder
 
-DEMO = ("adamw", "muon", "shampoo")
-PROGRAM = "python -m scripts.speedrun"
 # Losses that the acceptance rule is about, where a preset has one.
 TARGETS = {"track3": 3.28}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Runs the command line: the one optimizer that it names, or the three of the demo."""
+    _run(arguments, train_all)
+
+
+def train_command(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line of one optimizer."""
+    _run(arguments, _refuse_without_optimizer)
+
+
+def _run(arguments: Sequence[str] | None, otherwise: Callable[..., None]) -> None:
+    """Does what the command line says; `otherwise` is for one that names no optimizer."""
     # OpenBLAS spins a thread pool for every decomposition, which is slower on few cores; it reads
     # this when jax is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    options, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
+    compile_cache.use()
     try:
-        if options.seeds is not None:
+        options, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
+        if options.print_config:
+            print_config(options, rest)
+        elif options.seeds is not None:
             train_seeds(options, rest)
         elif options.optimizer is not None:
             train(options, rest)
         else:
-            train_all(options, rest)
+            otherwise(options, rest)
     except (ValueError, FileExistsError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -66,48 +65,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Separates what chooses a run from the settings of `Config`, which tyro parses.
-
-    >>> options, rest = split_arguments(["--optimizer", "muon", "--seed", "1"])
-    >>> options.preset, options.optimizer, rest
-    ('cpu', 'muon', ['--seed', '1'])
-    """
-    return _parser().parse_known_args(arguments)
-
-
-def process_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says about this process; see `nanogpt.train.distributed`."""
-    names = ("coordinator_address", "num_processes", "process_id")
-    return {name: getattr(options, name) for name in names}
-
-
-def read_config(options: argparse.Namespace, optimizer: str, name: str, rest: list[str]) -> Config:
-    """Returns the preset with the settings of the command line in it.
-
-    Args:
-        options: from `split_arguments`.
-        optimizer: which of the preset's recipes.
-        name: of the run, unless the settings name it.
-        rest: settings, as in ["--schedule.steps", "100"].
-    """
-    default = dataclasses.replace(preset(options.preset, optimizer), name=name)
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[Config],
-        prog=PROGRAM,
-        description=f"{__doc__}\n{_parser().format_help()}",
-        default=default,
-        args=rest,
+def _refuse_without_optimizer(options: argparse.Namespace, rest: list[str]) -> None:
+    if {"-h", "--help"} & set(rest):
+        read_config(options, DEMO[0], options.preset, rest)
+    raise ValueError(
+        f"--optimizer is missing: choose one of {', '.join(PRESETS[options.preset][0])}. "
+        "`nanogpt demo` trains three and draws them together."
     )
+
+
+def print_config(options: argparse.Namespace, rest: list[str]) -> None:
+    """Prints all settings of a run in YAML, as --config takes them."""
+    if options.optimizer is None:
+        raise ValueError("--print-config shows one run: name its optimizer by --optimizer.")
+    name = f"{options.preset}/{options.optimizer}"
+    config = read_config(options, options.optimizer, name, rest)
+    print(run_file.text(options.preset, options.optimizer, config), end="")
 
 
 def train(options: argparse.Namespace, rest: list[str]) -> None:
     """Trains one optimizer in this process; a stop request ends it with 128 + signal."""
     config = read_config(options, options.optimizer, f"{options.preset}/{options.optimizer}", rest)
     # These import jax, which must see the environment that `main` sets.
+    from nanogpt.lab.preset_data import prepare_data
     from nanogpt.train import distributed
     from nanogpt.train.interrupt import Interrupted
     from nanogpt.train.loop import fit
+    from nanogpt.train.nonfinite import EXIT_CODE, DivergedError
 
     first = distributed.start(**process_flags(options), detect=options.distributed) == 0
     with distributed.failing_for_all():
@@ -120,6 +104,9 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
         except Interrupted as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(128 + stopped.signum)
+        except DivergedError as diverged:
+            print(f"error: {diverged}", file=sys.stderr)
+            sys.exit(EXIT_CODE)
         except distributed.JobFailedError as failed:
             sys.exit(f"error: {failed}")
     if first and not options.one_of_seeds:
@@ -128,12 +115,18 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
 
 def train_all(options: argparse.Namespace, rest: list[str]) -> None:
     """Trains the optimizers of `DEMO`, each in a process, so that each has its own peak memory."""
+    for word in rest:
+        if word.startswith("--matrices."):
+            raise ValueError(
+                f"{word}: the settings of matrices are one optimizer's: name it by --optimizer."
+            )
+    group = read_config(options, DEMO[0], options.preset, rest)
+    from nanogpt.report.comparison import compare
     from nanogpt.train.distributed import join_arguments
 
     told = process_flags(options)
     if join_arguments(os.environ, told, detect=options.distributed) is not None:
         raise ValueError("several processes train one optimizer at a time: name it by --optimizer.")
-    group = read_config(options, DEMO[0], options.preset, rest)
     configs = [
         read_config(options, optimizer, optimizer, [*rest, "--name", f"{group.name}/{optimizer}"])
         for optimizer in DEMO
@@ -198,22 +191,9 @@ def train_group(
                     other.clear()
 
 
-def flags(options: argparse.Namespace, **changed: object) -> list[str]:
-    """The command line that gives these options, some of them changed.
-
-    >>> flags(split_arguments(["--optimizer", "muon", "--resume"])[0], seeds=2, resume=False)
-    ['--preset', 'cpu', '--optimizer', 'muon', '--seeds', '2']
-    """
-    words = []
-    for name, value in (vars(options) | changed).items():
-        if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return words
-
-
 def run(arguments: Sequence[str]) -> None:
-    """Runs this script in another process; ends this one if that one fails or is stopped."""
-    run_child([sys.executable, "-m", "scripts.speedrun", *arguments])
+    """Runs `nanogpt train` in another process; ends this one if that one fails or is stopped."""
+    run_child([sys.executable, "-m", "nanogpt", "train", *arguments])
 
 
 def results(options: argparse.Namespace, configs: Sequence[Config]) -> str:
@@ -245,33 +225,6 @@ def results(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     return "\n".join(lines)
 
 
-def prepare_data(config: Config) -> None:
-    """Brings a preset's own folder up to date; nothing is done where it fits the run already."""
-    directory = config.data.directory
-    if directory == preset("track3", DEMO[0]).data.directory:
-        download(config)
-    elif directory in [preset(name, DEMO[0]).data.directory for name in ("cpu", "board")]:
-        if not os.path.exists(os.path.join(directory, FILE_NAME)):
-            print(f"preparing text in {directory}", flush=True)
-        tokenizer = gpt2(min(config.model.vocab_size, GPT2_VOCAB_SIZE))
-        prepare(sotu(), directory, tokenizer, val_tokens=config.data.val_tokens)
-
-
-def download(config: Config) -> None:
-    """Downloads the shards of FineWeb that the run reads and the folder does not hold."""
-    batch_tokens = config.data.batch_rows * config.model.sequence_length
-    shards = shards_needed(config.schedule.steps, batch_tokens)
-    names = missing(config.data.directory, shards)
-    if names:
-        print(
-            f"{config.schedule.steps} steps need {shards} training shards and one for validation: "
-            f"downloading {len(names)} of them, {len(names) * shard_bytes() / 1e9:.1f} GB, to "
-            f"{config.data.directory}",
-            flush=True,
-        )
-        fineweb(config.data.directory, shards)
-
-
 def warn_without_accelerator(name: str) -> None:
     """Says so if a preset that is made for an accelerator is about to run on the CPU."""
     import jax
@@ -282,48 +235,6 @@ def warn_without_accelerator(name: str) -> None:
             "run `make venv EXTRAS=cuda12` first",
             file=sys.stderr,
         )
-
-
-def _loss(text: str) -> float:
-    """A loss that runs can prove."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no loss: give a positive number of nats.")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    """What chooses a run. No abbreviations: --opt could be meant for tyro."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="cpu", help="complete set of settings (default: cpu)"
-    )
-    parser.add_argument(
-        "--optimizer", help=f"train this one alone (default: {', '.join(DEMO)}, one by one)"
-    )
-    parser.add_argument(
-        "--seeds", type=int, help="train it so many times, from seeds 0, 1, ..., and judge them all"
-    )
-    # For the runs that --seeds starts: one run's verdict would be taken for that of them all.
-    parser.add_argument("--one-of-seeds", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--target", type=_loss, help="loss that the runs are to prove (nats; of track3: 3.28)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoints, bit for bit"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="delete earlier runs of the same name"
-    )
-    parser.add_argument(
-        "--coordinator-address", help="of several processes: HOST:PORT of the first one"
-    )
-    parser.add_argument("--num-processes", type=int, help="of several processes: how many")
-    parser.add_argument("--process-id", type=int, help="of several processes: this one, from 0")
-    parser.add_argument(
-        "--distributed", action="store_true", help="one of several processes; let jax ask which"
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Trains many runs that differ in a few settings, and records what came out of each.
 
-    python -m scripts.sweep --optimizers adamw muon --grid matrices.learning_rate=x0.5,x1,x2
-    python -m scripts.sweep --optimizers shampoo --random matrices.b2=lin:0.8:0.99 --runs 12
+    nanogpt sweep --optimizers adamw muon --grid matrices.learning_rate=x0.5,x1,x2
+    nanogpt sweep --optimizers shampoo --random matrices.b2=lin:0.8:0.99 --runs 12
 
 A value such as x2 is the preset's times 2. Without --random, every combination of the grid is a
 trial, or --runs of them; with it, --runs draws, and the combinations of the grid take turns. Every
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt.config.presets import PRESETS
 from nanogpt.config.run import Config
-from nanogpt.lab import speedrun
+from nanogpt.lab import compile_cache
+from nanogpt.lab.command_line import read_config
 from nanogpt.lab.search_space import parse_list, parse_range, points
 from nanogpt.report.tables import shown
 
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in nanogpt.lab.speedrun
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `speedrun`
+    compile_cache.use()
     options, rest = parser().parse_known_args(arguments)
     # These import jax, which must see the environment.
+    from nanogpt.lab.preset_data import prepare_data
     from nanogpt.lab.trials import run_trials
     from nanogpt.train.interrupt import Interrupted
 
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = pathlib.Path(trials[0].config.output.directory, options.name, "trials.jsonl")
         configs = [trial.config for trial in trials]
         for config in {(c.data, c.schedule.steps): c for c in configs}.values():
-            speedrun.prepare_data(config)
+            prepare_data(config)
         records = run_trials(trials, path, jobs=options.jobs)
     except (ValueError, FileExistsError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"error: {error}")
@@ -68,8 +71,9 @@ def make_trials(options: argparse.Namespace, rest: list[str]) -> "list[Trial]":
     """
     from nanogpt.lab.trials import Trial
 
-    lists = [parse_list(text) for text in options.grid]
-    ranges = [parse_range(text) for text in options.random]
+    # Flags are spelt with hyphens and fields with underscores: one axis, however it is spelt.
+    lists = [(_field(name), values) for name, values in map(parse_list, options.grid)]
+    ranges = [(_field(name), ends) for name, ends in map(parse_range, options.random)]
     names = [name for name, _ in [*lists, *ranges]]
     for name in names:
         if names.count(name) > 1:
@@ -118,7 +122,7 @@ def at_least_one(text: str) -> int:
 def _read_config(options: argparse.Namespace, optimizer: str, settings: list[str]) -> Config:
     """The preset's run with these settings; says whose they are if it has none of that name."""
     try:
-        return speedrun.read_config(options, optimizer, optimizer, settings)
+        return read_config(options, optimizer, optimizer, settings)
     except SystemExit:
         print(f"error: in the trials of optimizer {optimizer!r}, see above", file=sys.stderr)
         raise
@@ -145,9 +149,13 @@ def _scaled(base: Config, name: str, value: str) -> str:
     return repr(int(product) if isinstance(before, int) and product.is_integer() else product)
 
 
+def _field(name: str) -> str:
+    return name.replace("-", "_")
+
+
 def _value(config: Config, name: str) -> Any:
     found: Any = config
-    for field in name.replace("-", "_").split("."):
+    for field in name.split("."):
         found = getattr(found, field)
     return found
 
@@ -162,12 +170,14 @@ def _flag(name: str, value: str) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """Returns the flags; no abbreviations, since what it does not know is a setting."""
     found = argparse.ArgumentParser(
+        prog="nanogpt sweep",
         description=__doc__,
-        epilog="Any other flag is a setting of all trials, as of nanogpt.lab.speedrun.",
+        epilog="Any other flag is a setting of all trials, as of `nanogpt train`.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     found.add_argument("--preset", choices=PRESETS, default="cpu", help="where settings start")
+    found.add_argument("--config", metavar="FILE", help="settings of all trials in YAML or JSON")
     found.add_argument(
         "--optimizers", nargs="+", default=["adamw", "muon", "shampoo"], help="as in the preset"
     )

@@ -24,6 +24,7 @@ from nanogpt.train.checkpoint import FREE_SETTINGS, plain
 from nanogpt.train.interrupt import Interrupted
 from nanogpt.train.loop import fit
 from nanogpt.train.metrics import MetricsWriter, Record, read_records
+from nanogpt.train.nonfinite import DivergedError
 from nanogpt.train.run_folder import RunFolder
 
 
@@ -139,19 +140,21 @@ def describe(record: Record) -> str:
 def run_trial(trial: Trial) -> Record:
     """Trains one trial in this process and returns its record; see `run_trials`."""
     folder = RunFolder(trial.config)
-    _fit(trial.config, folder)
+    with contextlib.suppress(DivergedError):  # what came of it is in its metrics
+        _fit(trial.config, folder)
     shutil.rmtree(folder.checkpoints)
     jax.clear_caches()  # programs of this trial, which no other one uses
     run = read_run(folder.path)
     loss = run.losses[-1]
-    diverged = not loss <= run.losses[0]
+    diverged = not run.end or not loss <= run.losses[0]
+    loss = loss if run.end else math.nan
     return {
         "name": trial.config.name,
         "settings": trial.settings,
         "seed": trial.config.seed,
         "status": "diverged" if diverged else "finished",
         "loss": _finite(loss),
-        "step_time_s": run.end["median_step_time_s"],
+        "step_time_s": run.end.get("median_step_time_s"),
         "step_times_s": [
             r["step_time_s"] for r in read_records(folder.metrics) if r["kind"] == "train"
         ],

@@ -10,27 +10,30 @@ import dataclasses
 import itertools
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import tyro
 
 from nanogpt.report.curves import COLUMN
-from nanogpt.report.groups import read_groups
-from nanogpt.report.verdict_tables import acceptance_table, pairwise_rule, pairwise_table, rule
-from nanogpt.report.verdicts import TARGET
+
+if TYPE_CHECKING:
+    from nanogpt.report.groups import Group
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to read."""
 
-    runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]  # CSV files, folders of runs
-    target: float = TARGET  # loss to reach, nats per token; 2.92 for the medium track
+    runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]  # folders; CSV files or their names
+    target: float | None = None  # loss to reach, nats per token; None: the one of the runs' track
+    unchecked: bool = False  # take runs without a fingerprint, too
     column: str = COLUMN  # losses of the CSV files; those of averaged weights are in val_ema_loss
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(Options, prog="python -m scripts.verdict", description=__doc__)
+    options = tyro.cli(Options, prog="nanogpt verdict", description=__doc__, args=arguments)
     try:
         print(verdicts(options))
     except (ValueError, FileNotFoundError) as error:
@@ -39,13 +42,29 @@ def main() -> None:
 
 def verdicts(options: Options) -> str:
     """Returns everything that is printed, in Markdown."""
-    groups = read_groups(options.runs, options.column)
-    parts = [rule(options.target), acceptance_table(groups, options.target)]
+    # They import matplotlib, for which no help should wait.
+    from nanogpt.report.groups import read_groups
+    from nanogpt.report.verdict_tables import acceptance_table, pairwise_rule, pairwise_table, rule
+
+    groups = read_groups(options.runs, options.column, unchecked=options.unchecked)
+    target = options.target or _target(groups)
+    parts = [rule(target), acceptance_table(groups, target)]
     if len(groups) > 1:
         pairs = itertools.combinations(groups, 2)
-        parts += [pairwise_rule(), pairwise_table(pairs, options.target)]
+        parts += [pairwise_rule(), pairwise_table(pairs, target)]
     return "\n\n".join(parts)
 
 
-if __name__ == "__main__":
-    main()
+def _target(groups: "Sequence[Group]") -> float:
+    """The loss that the track of the runs is about."""
+    from nanogpt.report.tracks import TARGETS, common_track
+
+    published = [group.label for group in groups if group.reference]
+    configs = {group.label: group.config for group in groups if not group.reference}
+    track = common_track(published, configs)
+    if track is None:
+        raise ValueError(
+            "no target: these runs are of no track of the benchmark, whose 3.28 would mean nothing "
+            "for them. Say by --target which loss they are to reach."
+        )
+    return TARGETS[track]

@@ -116,6 +116,8 @@ def build_optimizer(
             f"optimizer={config.optimizer!r}: its direction is {direction!r}, no Optax "
             "transformation."
         )
+    if presets.is_own(config.optimizer):
+        _refuse_climbing(config)
     aux = config.auxiliary
     transforms = {
         "matrices": optax.chain(direction, *_descent(config)),
@@ -129,6 +131,26 @@ def build_optimizer(
         },
     }
     return _of_whole_params(optax.partition(transforms, route(params)))
+
+
+def _refuse_climbing(config: Config) -> None:
+    """Refuses a direction that points downhill, since the learning rate turns it: it would climb.
+
+    Tried on one small matrix with a linear loss; a complete optimizer shows itself so.
+    """
+    gradient = {"blocks": {"0": {"mlp": {"fc": {"kernel": jnp.eye(8) + 0.1}}}}}
+    params = jax.tree.map(jnp.zeros_like, gradient)
+    direction = _entry(config).direction(config.matrices, None)
+    update = optax.with_extra_args_support(direction).update
+    step = update(
+        gradient, direction.init(params), params, obj_fn=lambda p: optax.tree.vdot(gradient, p)
+    )[0]
+    if optax.tree.vdot(step, gradient) < 0:
+        raise ValueError(
+            f"optimizer={config.optimizer!r}: its direction goes against the gradient, so that "
+            "training would climb. Register the direction alone, as optax.scale_by_adam(), not a "
+            "complete optimizer such as optax.adamw(...): the learning rate is added around it."
+        )
 
 
 def _descent(config: Config) -> list[optax.GradientTransformation]:

@@ -8,23 +8,25 @@ The matrix parameters are those of the blocks and the head: the embedding is loo
 term is causal attention's two products, of which the lower half is needed. Norms, activations and
 the softmax are left out.
 
-An optimizer's own work counts its matrix products and decompositions (what a decomposition costs is
-what the solvers of `shampoo_jax` say) and leaves out what it does element by element, some ten operations a
-parameter, 1e-5 of a step. Methods without a formula here are not counted.
+An optimizer's own work counts its matrix products and decompositions and leaves out what it does
+element by element, some ten operations a parameter, 1e-5 of a step. Methods without a formula here
+are not counted.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nanogpt.config.run import ModelConfig
-from shampoo_jax import QRBasis, TruncatedEigh
+
+# Multiples of d^3 for a d x d matrix. A product, such as Q diag(w^-e) Q^T.
+PRODUCT = 2.0
+# Golub and Van Loan, Matrix Computations, 4th edition, algorithm 8.3.3: eigenvalues and
+# eigenvectors of a symmetric matrix by tridiagonal QR, 4/3 of which is the reduction.
+EIGH = 9.0
+# Algorithm 5.2.1, Householder QR, and as much again to form Q.
+QR = 8 / 3
 
 Shapes = Iterable[tuple[int, int]]
-
-# Multiples of d^3: a root by eigh; a product and a QR decomposition, without the further product
-# that estimates eigenvalues.
-EIGH_ROOT = TruncatedEigh().cost(1, "float32", 0.25).flops
-QR_STEP = QRBasis(sort=None).cost().flops - 2
 
 
 def block_shapes(model: ModelConfig) -> list[tuple[int, int]]:
@@ -73,7 +75,7 @@ def shampoo_flops(shapes: Shapes, every: int) -> float:
         shapes: of the blocks, see `cut`.
         every: steps between refreshes of the roots.
     """
-    return sum(4.0 * m * n * (m + n) + EIGH_ROOT * (m**3 + n**3) / every for m, n in shapes)
+    return sum(4.0 * m * n * (m + n) + (EIGH + PRODUCT) * (m**3 + n**3) / every for m, n in shapes)
 
 
 def soap_flops(shapes: Shapes, every: int) -> float:
@@ -86,7 +88,7 @@ def soap_flops(shapes: Shapes, every: int) -> float:
         shapes: of the matrices.
         every: steps between refreshes of the bases.
     """
-    return sum(8.0 * m * n * (m + n) + QR_STEP * (m**3 + n**3) / every for m, n in shapes)
+    return sum(8.0 * m * n * (m + n) + (PRODUCT + QR) * (m**3 + n**3) / every for m, n in shapes)
 
 
 def step_flops(config: Mapping[str, Any]) -> float:

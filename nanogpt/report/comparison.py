@@ -9,9 +9,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from nanogpt.report.curves import Curve, read_reference, steps_to_reach
+from nanogpt.report.comparable import check_comparable, same_clock
+from nanogpt.report.curves import Curve, published_file, read_reference, steps_to_reach
 from nanogpt.report.plotting import draw
 from nanogpt.report.tables import markdown, shown
+from nanogpt.report.tracks import common_track
 from nanogpt.train.metrics import read_records
 
 # Names of the field; a run of an unlisted optimizer is called by its registry name.
@@ -54,6 +56,8 @@ def compare(
     run_dirs: Sequence[pathlib.Path | str],
     out_dir: pathlib.Path | str,
     references: Sequence[pathlib.Path | str] = (),
+    *,
+    unchecked: bool = False,
 ) -> pathlib.Path:
     """Writes comparison.png and comparison.md.
 
@@ -61,24 +65,31 @@ def compare(
         run_dirs: folders that hold a metrics.jsonl.
         out_dir: where both files go; created if missing.
         references: CSV files of published curves, see `nanogpt.report.curves`.
+        unchecked: draw runs without a fingerprint, too; the picture says which.
 
     Returns:
         Path of the picture.
 
     Raises:
         FileNotFoundError: a folder without metrics.jsonl.
-        ValueError: no folder is given, a metrics file holds no validation, or a CSV file lacks
-            a column.
+        ValueError: no folder is given, a metrics file holds no validation, a CSV file lacks a
+            column, or runs cannot be compared, see `nanogpt.report.comparable`.
     """
     if not run_dirs:
         raise ValueError("no runs to compare: name at least one folder of a run.")
     out = pathlib.Path(out_dir)
     runs = _distinct([read_run(pathlib.Path(folder)) for folder in run_dirs])
+    starts = {run.label: run.start for run in runs}
+    unknown = check_comparable(starts, unchecked=unchecked)
+    configs = {label: start["config"] for label, start in starts.items()}
+    common_track([pathlib.Path(path).name for path in references], configs)
     lines = [run.curve for run in runs]
-    curves = [read_reference(pathlib.Path(path)) for path in references]
+    curves = [read_reference(published_file(pathlib.Path(path))) for path in references]
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "comparison.png"
-    draw(picture, lines, curves, baselines(runs))
+    note = f"not checked to be comparable: {', '.join(unknown)}" if unknown else ""
+    timed = same_clock(list(starts.values()))
+    draw(picture, lines, curves, baselines(runs), note=note, timed=timed)
     (out / "comparison.md").write_text(report(runs), encoding="utf-8")
     return picture
 
@@ -124,15 +135,20 @@ def baselines(runs: Sequence[Run]) -> dict[str, float]:
 
 def report(runs: Sequence[Run]) -> str:
     """Returns the text of comparison.md."""
-    finals = [run.losses[-1] for run in runs if run.optimizer == TARGET]
+    # Nothing reaches a loss that is not finite.
+    last = [run.losses[-1] for run in runs if run.optimizer == TARGET]
+    finals = [loss for loss in last if math.isfinite(loss)]
     target = min(finals) if finals else None
     head = [
         "optimizer", "steps", "final loss (nats/token)", "bits/byte",
         "steps to AdamW's final loss", "training time (s)", "step time (ms, median)", "tokens/s",
         "peak memory (MB)", "optimizer state (MB)", "compile (s)",
     ]  # fmt: skip
-    table = markdown(head, [_row(run, target) for run in runs])
+    timed = same_clock([run.start for run in runs])
+    table = markdown(head, [_row(run, target, timed) for run in runs])
     parts = ["# Comparison of optimizers", table, "![validation loss](comparison.png)"]
+    if not timed:
+        parts.append("The runs are from different hosts or devices, so their times are left out.")
     lines = [f"{name} {loss:.4f}" for name, loss in baselines(runs).items()]
     if lines:
         parts.append(
@@ -142,7 +158,8 @@ def report(runs: Sequence[Run]) -> str:
     return "\n\n".join(parts + _machines(runs)) + "\n"
 
 
-def _row(run: Run, target: float | None) -> list[str]:
+def _row(run: Run, target: float | None, timed: bool) -> list[str]:
+    end = run.end if timed else {}
     reached = None if target is None else steps_to_reach(run.curve, target)
     if run.optimizer == TARGET and run.losses[-1] == target:
         reached = float(run.steps[-1])
@@ -153,12 +170,12 @@ def _row(run: Run, target: float | None) -> list[str]:
         f"{run.losses[-1]:.4f}",
         shown(run.end.get("bits_per_byte"), ".4f"),
         shown(reached, ".0f"),
-        f"{run.seconds[-1]:.1f}",
-        shown(run.end.get("median_step_time_s"), ".1f", 1e3),
-        shown(run.end.get("tokens_per_s"), ",.0f"),
+        shown(run.seconds[-1] if timed else None, ".1f"),
+        shown(end.get("median_step_time_s"), ".1f", 1e3),
+        shown(end.get("tokens_per_s"), ",.0f"),
         shown(run.end.get("peak_memory_bytes"), ",.0f", 1e-6),
         shown(run.start["optimizer_state_bytes"], ",.1f", 1e-6),
-        shown(run.end.get("compile_s"), ".1f"),
+        shown(end.get("compile_s"), ".1f"),
     ]
 
 

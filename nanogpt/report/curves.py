@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 COLUMN = "val_loss"
+PUBLISHED_CURVES = pathlib.Path(__file__).parent / "published"
 
 
 class Curve(NamedTuple):
@@ -18,6 +19,16 @@ class Curve(NamedTuple):
     steps: Sequence[int]
     losses: Sequence[float]  # nats per token
     seconds: Sequence[float]  # training time
+
+
+def published_file(path: pathlib.Path) -> pathlib.Path:
+    """Returns where a curve lies: a bare name that is no file here is one of the package's own.
+
+    >>> published_file(pathlib.Path("t3_36_muon_tuned_3250.csv")).parent == PUBLISHED_CURVES
+    True
+    """
+    own = PUBLISHED_CURVES / path
+    return own if path.name == str(path) and not path.exists() and own.is_file() else path
 
 
 def read_curves(path: pathlib.Path, column: str = COLUMN) -> list[Curve]:

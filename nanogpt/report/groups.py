@@ -7,11 +7,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nanogpt.report.comparable import check_comparable
 from nanogpt.report.comparison import Run, read_run
-from nanogpt.report.curves import COLUMN, Curve, mean_curve, read_curves, step_time
+from nanogpt.report.curves import COLUMN, Curve, mean_curve, published_file, read_curves, step_time
 
 # What may differ between runs of one set.
-FREE = ("seed", "name", "output")
+FREE = ("seed", "name", "output", "nonfinite_limit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Group:
         return time if math.isfinite(time) else None
 
 
-def read_groups(paths: Sequence[pathlib.Path], column: str = COLUMN) -> list[Group]:
+def read_groups(
+    paths: Sequence[pathlib.Path], column: str = COLUMN, *, unchecked: bool = False
+) -> list[Group]:
     """Reads sets of runs.
 
     Args:
@@ -64,20 +67,21 @@ def read_groups(paths: Sequence[pathlib.Path], column: str = COLUMN) -> list[Gro
             folders at any depth. Of those, runs whose configurations agree in everything but seed,
             name and output make a set.
         column: which losses of the CSV files.
+        unchecked: take runs without a fingerprint, too.
 
     Returns:
         The sets, those of folders called by optimizer, in order of appearance.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without runs.
-        ValueError: no path, a file that is no curve, a run that has no validation yet, or two of
-            one setting and seed.
+        ValueError: no path, a file that is no curve, a run that has no validation yet, two of one
+            setting and seed, or runs that cannot be compared, see `nanogpt.report.comparable`.
     """
     if not paths:
         raise ValueError("no runs: name folders of runs or CSV files of published ones.")
     published = []
     sets: dict[str, dict[pathlib.Path, Run]] = {}
-    for path in paths:
+    for path in map(published_file, paths):
         if path.is_file():
             name = path.name.removesuffix(".csv")
             published.append(Group(name, read_curves(path, column), reference=True))
@@ -85,6 +89,8 @@ def read_groups(paths: Sequence[pathlib.Path], column: str = COLUMN) -> list[Gro
         for folder in run_folders(path):
             run = read_run(folder)
             sets.setdefault(_setting(run), {})[folder.resolve()] = run
+    starts = {str(folder): run.start for runs in sets.values() for folder, run in runs.items()}
+    check_comparable(starts, unchecked=unchecked)
     for runs in sets.values():
         _refuse_repeats(runs)
     return _own([list(runs.values()) for runs in sets.values()]) + published

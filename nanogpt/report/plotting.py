@@ -30,6 +30,9 @@ def draw(
     lines: Sequence[Curve],
     references: Sequence[Curve] = (),
     baselines: Mapping[str, float] | None = None,
+    *,
+    note: str = "",
+    timed: bool = True,
 ) -> None:
     """Draws the picture.
 
@@ -40,6 +43,8 @@ def draw(
         lines: the runs.
         references: published curves, drawn grey behind them.
         baselines: {label: loss} drawn as horizontal lines.
+        note: a line below the picture.
+        timed: whether the runs' times mean the same; else the panel by time says why it is empty.
     """
     baselines = baselines or {}
     low, high = limits(lines, references, baselines)
@@ -47,7 +52,8 @@ def draw(
         figure = Figure(figsize=(13.5, 5.6), dpi=110, layout="constrained")
         by_step, by_time = figure.subplots(1, 2, sharey=True)
         for axes, column in ((by_step, "steps"), (by_time, "seconds")):
-            _draw_runs(axes, lines, column)
+            if timed or column == "steps":
+                _draw_runs(axes, lines, column)
             _draw_baselines(axes, baselines)
             axes.set_ylim(low, high)
         _draw_references(by_step, references)
@@ -56,6 +62,11 @@ def draw(
         by_time.set_xlim(0, 1.05 * max(line.seconds[-1] for line in lines) or 1)
         by_step.set(xlabel="optimizer step", ylabel="validation loss (nats per token)")
         by_time.set(xlabel="training time (seconds)")
+        if not timed:
+            middle = {"transform": by_time.transAxes, "ha": "center", "color": GREY}
+            by_time.text(0.5, 0.5, "different hosts or devices: times left out", **middle)
+        if note:
+            figure.supxlabel(note, color=GREY, fontsize=11)
         _label_ends(by_step, lines)
         _label_baselines(by_time, baselines)
         figure.legend(

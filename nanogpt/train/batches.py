@@ -25,6 +25,8 @@ class RunData:
         training: yields this process's rows of batch after batch; checkpointable.
         validation: returns the validation batches, from the first, at each call.
         fingerprint: identifies shards and order.
+        identity: what the losses are about: data, tokenizer (None where the folder's manifest does
+            not tell), model, validation tokens; runs that differ in one cannot be compared.
         baselines: losses of n-gram models on the tokens that validation scores; None if the
             folder's manifest does not tell.
         notes: what the user should know about these data before training on them.
@@ -33,6 +35,7 @@ class RunData:
     training: grain.DatasetIterator
     validation: Callable[[], Iterator[data_pipeline.Batch]]
     fingerprint: str
+    identity: dict[str, str | None]
     baselines: Baselines | None
     notes: tuple[str, ...]
 
@@ -49,6 +52,7 @@ def open_data(config: Config) -> RunData:
     scored = data_pipeline.shard_paths(data.directory, "val")[0]
     baselines, notes = _read_manifest(config)
     order = {"sequence_length": length, "batch_rows": data.batch_rows, "mode": data.mode}
+    identity = _identity(config, training[0], scored)
     training = data_pipeline.needed_shards(training, steps=config.schedule.steps, **order)
     data_pipeline.check_shards([*training, scored], config.model.vocab_size)
     place = {"rank": jax.process_index(), "world": jax.process_count()}
@@ -63,6 +67,7 @@ def open_data(config: Config) -> RunData:
         training=data_pipeline.train_batches(training, seed=data.seed, **order, **place),
         validation=validation,
         fingerprint=data_pipeline.fingerprint([*training, scored], seed=data.seed, **order),
+        identity=identity,
         baselines=baselines,
         notes=notes,
     )
@@ -82,6 +87,27 @@ def batch_pattern(
     shape, sharding = (rows, config.model.sequence_length), layout and layout.rows
     tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     return {"inputs": tokens, "targets": tokens}
+
+
+def _identity(
+    config: Config, training: pathlib.Path, scored: pathlib.Path
+) -> dict[str, str | None]:
+    """See `RunData.identity`. A longer run reads more shards: the first one stands for the data."""
+    model, manifest = config.model, pathlib.Path(config.data.directory) / "manifest.json"
+    tokenizer = None
+    if manifest.exists():
+        source = data_pipeline.read_manifest(manifest.parent).source
+        tokenizer = f"{source.tokenizer} {source.vocab_size} {source.merges_sha256[:12]}"
+    sizes = (model.num_layers, model.model_dim, model.head_dim, model.mlp_dim)
+    scored_tokens = {"val_tokens": config.data.val_tokens}
+    return {
+        "data": data_pipeline.fingerprint([training])[:16],
+        "tokenizer": tokenizer,
+        "model": f"GPT {'x'.join(map(str, sizes))}, {model.vocab_size} ids, "
+        f"rows of {model.sequence_length}",
+        "validation": f"{config.data.val_tokens} tokens of "
+        f"{data_pipeline.fingerprint([scored], **scored_tokens)[:16]}",
+    }
 
 
 def _read_manifest(config: Config) -> tuple[Baselines | None, tuple[str, ...]]:

@@ -15,7 +15,9 @@ from shampoo_jax import FORMAT, state_layout
 Meta = dict[str, Any]
 
 # Settings that decide where things lie and how often they are shown, but no number of the run.
-FREE_SETTINGS = ("name", "output", "data.directory", "mesh", "scatter_gradients")
+FREE_SETTINGS = (
+    *("name", "output", "data.directory", "mesh", "scatter_gradients", "nonfinite_limit"),
+)
 
 
 class Checkpoints:

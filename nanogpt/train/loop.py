@@ -1,6 +1,7 @@
 """The training loop: data in, metrics and checkpoints out."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,7 +17,8 @@ from nanogpt.train.clock import StepClock
 from nanogpt.train.distributed import agreed, largest_of_all
 from nanogpt.train.interrupt import Interrupted, StopRequest, stop_request
 from nanogpt.train.mesh import Layout, make_layout
-from nanogpt.train.metrics import read_records
+from nanogpt.train.metrics import plain_console, read_records
+from nanogpt.train.nonfinite import NonFiniteSteps
 from nanogpt.train.progress import Report
 from nanogpt.train.record_log import RecordLog, source_text
 from nanogpt.train.run_folder import RunFolder
@@ -50,6 +52,7 @@ def fit(
         ValueError: resume, and the saved run had other settings or data; or another process is at
             the same run.
         Interrupted: a signal stopped the run; its state is saved.
+        DivergedError: too many steps in a row had a gradient that is not finite.
         JobFailedError: with several processes, instead of the others where one cannot start.
     """
     source = source_text()  # now: files may be edited while the run compiles
@@ -60,6 +63,7 @@ def fit(
         folder.lock()
     if jax.process_index():
         console = rich.console.Console(quiet=True)
+    console = console or plain_console()
     with (
         contextlib.closing(folder),
         stop_request() as stop,
@@ -68,6 +72,7 @@ def fit(
         if resume:
             run.open_checkpoints()
         if not (resume and run.finished()):
+            console.print(f"{config.name}: compiling ...", markup=False)
             with agreed("compiling and making the run's folder"):
                 run.compile()
                 if not resume:
@@ -77,8 +82,15 @@ def fit(
                 run.open_checkpoints()
             first = jax.process_index() == 0
             record = RecordLog(folder.record, config, source, run.saved) if first else None
-            shown = {"baselines": data.baselines, "record": record, "console": console}
-            with Report(config, folder.metrics, run.saved, **shown) as report:
+            with Report(
+                config,
+                folder.metrics,
+                run.saved,
+                identity=data.identity,
+                baselines=data.baselines,
+                record=record,
+                console=console,
+            ) as report:
                 run.train(report)
         return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
 
@@ -115,6 +127,7 @@ class _Run:
         self.graphdef, self.state = init_state(config, self.optimizer, self.layout)
         self.saved: int | None = None
         self.clock = StepClock(0.0)
+        self.nonfinite = NonFiniteSteps(config.nonfinite_limit)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
         self.resources = contextlib.ExitStack()
         self.resources.callback(data.training.close)
@@ -184,7 +197,11 @@ class _Run:
             (step, metrics), self.in_flight = self.in_flight, None
             jax.block_until_ready(metrics)
             self.clock.lap()
-            report.step(step, metrics, self.clock)
+            skipped = not math.isfinite(float(metrics["grad_norm"]))
+            try:
+                self.nonfinite.add(step, skipped)
+            finally:
+                report.step(step, metrics, self.clock, self.nonfinite.total)
 
     def _validate_if_due(self, step: int, report: Report) -> None:
         """Measures the loss before update `step`, off the clock; gives up when asked to stop."""

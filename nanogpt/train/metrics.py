@@ -72,6 +72,11 @@ def keep_before(path: pathlib.Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+def plain_console() -> rich.console.Console:
+    """Returns standard output as runs write to it."""
+    return rich.console.Console(highlight=False, soft_wrap=True)
+
+
 class Progress:
     """One line of live figures on a terminal, a plain line a record anywhere else.
 
@@ -85,7 +90,7 @@ class Progress:
     def __init__(
         self, label: str, steps: int, done: int = 0, console: rich.console.Console | None = None
     ):
-        self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
+        self._console = console or plain_console()
         self._steps = steps
         self._label = label
         self._bar = rich.progress.Progress(
@@ -107,16 +112,20 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def advance(self, step: int, loss: float, tokens_per_s: float, step_time_s: float) -> None:
+    def advance(
+        self, step: int, loss: float, tokens_per_s: float, step_time_s: float, skipped: int
+    ) -> None:
         """Moves the bar behind step `step`; draws nothing where there is no terminal."""
-        figures = _figures(loss, tokens_per_s, step_time_s)
+        figures = _figures(loss, tokens_per_s, step_time_s, skipped)
         self._bar.update(self._task, completed=step + 1, figures=figures)
 
-    def log(self, step: int, loss: float, tokens_per_s: float, step_time_s: float) -> None:
+    def log(
+        self, step: int, loss: float, tokens_per_s: float, step_time_s: float, skipped: int
+    ) -> None:
         """Prints what `advance` shows, with the time left, where there is no terminal."""
         if not self._console.is_terminal:
             left = _clock_time((self._steps - step - 1) * step_time_s)
-            figures = _figures(loss, tokens_per_s, step_time_s)
+            figures = _figures(loss, tokens_per_s, step_time_s, skipped)
             self.note(f"step {step:>{len(str(self._steps))}}/{self._steps}  {figures}  ETA {left}")
 
     def note(self, message: str) -> None:
@@ -124,8 +133,9 @@ class Progress:
         self._console.print(f"{self._label}: {message}", markup=False)
 
 
-def _figures(loss: float, tokens_per_s: float, step_time_s: float) -> str:
-    return f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {step_time_s * 1e3:.0f} ms/step"
+def _figures(loss: float, tokens_per_s: float, step_time_s: float, skipped: int) -> str:
+    speed = f"{tokens_per_s:,.0f} tokens/s  {step_time_s * 1e3:.0f} ms/step"
+    return f"loss {loss:.4f}  {speed}" + (f"  {skipped} skipped" if skipped else "")
 
 
 def _clock_time(seconds: float) -> str:

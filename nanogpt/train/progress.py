@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -24,6 +25,7 @@ class Report:
         config: the run.
         path: metrics.jsonl; records from update `resumed` on are cut, all if that is None.
         resumed: updates done by earlier processes, None for a fresh run.
+        identity: what the losses are about, see `nanogpt.train.batches.RunData`.
         baselines: losses to compare with, see `nanogpt.train.batches.RunData`.
         record: the log in the benchmark's layout, where this process writes one.
         console: where progress is shown; standard output by default.
@@ -35,14 +37,15 @@ class Report:
         path: pathlib.Path,
         resumed: int | None,
         *,
+        identity: Mapping[str, str | None],
         baselines: Baselines | None,
         record: RecordLog | None = None,
         console: rich.console.Console | None = None,
     ):
         self._config, self._baselines, self._resumed = config, baselines, resumed
-        self._record = record
+        self._record, self._identity = record, identity
         self._tokens = config.data.batch_rows * config.model.sequence_length
-        self._val_loss = math.nan
+        self._val_loss, self._skipped = math.nan, 0
         if resumed is None:
             path.unlink(missing_ok=True)
         else:
@@ -66,6 +69,7 @@ class Report:
         self._writer.write(
             "start",
             config=dataclasses.asdict(self._config),
+            fingerprint=dict(self._identity),
             **provenance(),
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             optimizer_state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
@@ -80,22 +84,27 @@ class Report:
         """Shows the seconds spent on compiling, which no other figure includes."""
         self._progress.note(f"compiled in {seconds:.1f} s")
 
-    def step(self, step: int, metrics: dict[str, jax.Array], clock: StepClock) -> None:
+    def step(
+        self, step: int, metrics: dict[str, jax.Array], clock: StepClock, skipped: int
+    ) -> None:
         """Reports a finished step; writes a record every log_every steps.
 
         Args:
             step: updates before this one.
             metrics: the step's "loss" in nats per token and "grad_norm".
             clock: its last lap is this step.
+            skipped: steps so far whose gradient was not finite.
         """
         loss, last = float(metrics["loss"]), clock.recent(1)
-        self._progress.advance(step, loss, self._tokens / last, last)
+        self._skipped = skipped
+        self._progress.advance(step, loss, self._tokens / last, last, skipped)
         if step % self._config.output.log_every == 0 or step + 1 == self._config.schedule.steps:
             mean = clock.recent(self._config.output.log_every)
             speed = {"tokens_per_s": self._tokens / mean, "step_time_s": mean}
             norm = float(metrics["grad_norm"])
-            self._writer.write("train", step=step, loss=loss, grad_norm=norm, **speed)
-            self._progress.log(step, loss, **speed)
+            shared = {**speed, "skipped": skipped}
+            self._writer.write("train", step=step, loss=loss, grad_norm=norm, **shared)
+            self._progress.log(step, loss, **shared)
 
     def validation(self, step: int, loss: float, clock: StepClock) -> None:
         """Writes the validation loss (nats per token) before update `step`."""
@@ -116,6 +125,7 @@ class Report:
             loss=self._val_loss,
             **self._bits_per_byte(self._val_loss),
             train_time_s=clock.elapsed,
+            skipped=self._skipped,
             median_step_time_s=median,
             tokens_per_s=median and self._tokens / median,
             compile_s=compile_s,

@@ -1,5 +1,6 @@
 """Where a run's numbers come from: versions, device, source revision, memory."""
 
+import datetime
 import importlib.metadata
 import os
 import pathlib
@@ -18,13 +19,17 @@ def provenance() -> dict[str, Any]:
     """Returns what a reader needs to repeat the run on the same footing.
 
     Returns:
-        {"versions": {package: version}, "device": {...}, "git_commit": str | None,
-        "git_dirty": bool | None}; the last two are None outside a git checkout.
+        {"versions": {package: version}, "device": {...}, "host": str, "argv": [str], "started":
+        str (UTC, ISO 8601), "git_commit": str | None, "git_dirty": bool | None}; the last two are
+        None outside a git checkout.
     """
     commit, dirty = _git_state()
     return {
         "versions": _versions(),
         "device": _device(),
+        "host": platform.node(),
+        "argv": sys.argv,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": commit,
         "git_dirty": dirty,
     }

@@ -28,18 +28,14 @@ def source_text() -> str:
     """The code that trains, as one text.
 
     Returns:
-        The program that runs, if it is none of ours and so may hold an own optimizer;
-        nanogpt/lab/speedrun.py; every .py file of nanogpt, shampoo_jax and data_pipeline, by path.
+        The program that runs, if it is none of ours and so may hold an own optimizer; every .py
+        file of nanogpt, shampoo_jax and data_pipeline, by path.
         Each after a line "# ==== path ====".
     """
-    files = [_ROOT / "scripts" / "speedrun.py"]
+    files: list[pathlib.Path] = []
     for package in ("nanogpt", "shampoo_jax", "data_pipeline"):
         files += sorted((_ROOT / package).rglob("*.py"))
-    texts = {
-        path.relative_to(_ROOT).as_posix(): path.read_text(encoding="utf-8")
-        for path in files
-        if path.exists()  # an installed package comes without scripts
-    }
+    texts = {path.relative_to(_ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
     program = pathlib.Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     if program.suffix == ".py" and program.resolve() not in files:
         texts = {program.name: program.read_text(encoding="utf-8")} | texts

@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [ -d .venv ] || make venv EXTRAS="${EXTRAS:-cuda12}"
-exec .venv/bin/python -m scripts.speedrun --mesh data=-1 "$@"
+exec .venv/bin/python -m nanogpt train --mesh data=-1 "$@"

@@ -5,7 +5,7 @@
 # Every host needs a clone in ~/shampoo-jax (REPOSITORY is cloned where there is none) and sees the
 # same DATA (shards made before) and OUTPUT, in a mounted bucket say: all hosts write checkpoints into
 # one folder. Ctrl-C does not reach the hosts. A signal to one of them stops all, with a checkpoint:
-#   gcloud compute tpus tpu-vm ssh $TPU --zone $ZONE --command "pkill -INT -f 'scripts[.]speedrun'"
+#   gcloud compute tpus tpu-vm ssh $TPU --zone $ZONE --command "pkill -INT -f 'nanogpt[ ]train'"
 set -euo pipefail
 : "${TPU:?name of the slice}" "${ZONE:?its zone}" "${DATA:?folder of shards that all hosts share}"
 : "${OUTPUT:?folder of runs that all hosts share}" "${1:?settings of the run, --optimizer at least}"
@@ -20,5 +20,5 @@ command="set -e
 [ -d shampoo-jax ] || $clone
 cd shampoo-jax
 [ -d .venv ] || make venv EXTRAS=tpu
-exec .venv/bin/python -m scripts.speedrun --distributed $arguments"
+exec .venv/bin/python -m nanogpt train --distributed $arguments"
 exec gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command "$command"

@@ -25,7 +25,7 @@ import tyro
 
 from nanogpt.config.presets import preset
 from nanogpt.config.run import Config
-from nanogpt.lab.speedrun import prepare_data
+from nanogpt.lab.preset_data import prepare_data
 from nanogpt.optimizers.build import build_optimizer
 from nanogpt.train.batches import open_data, to_device
 from nanogpt.train.provenance import provenance

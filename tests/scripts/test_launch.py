@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts" / "launch"
-RUN = ["-m", "scripts.speedrun"]
+RUN = ["-m", "nanogpt", "train"]
 # What a shell could take apart, and what it could run.
 SETTINGS = ["--optimizer", "shampoo", "--name", "it's a $(name)"]
 STAND_IN = """#!/usr/bin/env python3

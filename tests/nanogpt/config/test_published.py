@@ -234,3 +234,12 @@ def test_a_direction_that_returns_something_else_is_refused_by_name(monkeypatch)
     )
     with pytest.raises(ValueError, match="optimizer='own': its direction is 3"):
         build_optimizer(config, {})
+
+
+@pytest.mark.parametrize("complete", [optax.adamw(0.1), optax.sgd(0.1), optax.lion(0.1)])
+def test_a_complete_optimizer_is_no_direction(monkeypatch, complete):
+    monkeypatch.setattr(optimizers, "REGISTRY", dict(REGISTRY))
+    monkeypatch.setattr(presets, "OWN", {})
+    register("own", lambda settings, placement: complete, MatrixConfig(0.1, 0.0))
+    with pytest.raises(ValueError, match="optimizer='own': its direction goes against the grad"):
+        build_optimizer(preset("board", "own"), {})

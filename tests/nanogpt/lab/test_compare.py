@@ -5,22 +5,23 @@ import sys
 import pytest
 
 from nanogpt.lab import compare
+from nanogpt.report import comparison
 
 
 def test_arguments_reach_the_comparison(monkeypatch, tmp_path, capsys):
     seen = []
 
-    def record(runs, out, references):
-        seen.append((runs, out, references))
+    def record(runs, out, references, *, unchecked):
+        seen.append((runs, out, references, unchecked))
         (out / "comparison.md").write_text("| table |")
         return out / "comparison.png"
 
-    monkeypatch.setattr(compare, "compare", record)
+    monkeypatch.setattr(comparison, "compare", record)
     a, b, c = (tmp_path / name for name in "abc")
     command = ["compare", str(a), str(b), "--out", str(tmp_path), "--reference", str(c)]
     monkeypatch.setattr(sys, "argv", command)
     compare.main()
-    assert seen == [((a, b), tmp_path, (c,))]
+    assert seen == [((a, b), tmp_path, (c,), False)]
     printed = capsys.readouterr().out
     assert "| table |" in printed and str(tmp_path / "comparison.png") in printed
 

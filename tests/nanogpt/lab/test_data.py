@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 
+import data_pipeline
 from data_pipeline import read_manifest
 from nanogpt.config.presets import preset
 from nanogpt.lab import data as prepare_data
@@ -66,7 +67,7 @@ def test_what_goes_wrong_outside_ends_in_one_line(tmp_path, monkeypatch, error, 
     def fail(*arguments, **settings):
         raise error
 
-    monkeypatch.setattr(prepare_data, "prepare", fail)
+    monkeypatch.setattr(data_pipeline, "prepare", fail)
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, "sotu", "--directory", tmp_path)
     assert stopped.value.code == code

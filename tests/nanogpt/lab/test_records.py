@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import pathlib
-import sys
 
 import pytest
 
 from nanogpt.config.presets import preset
-from nanogpt.lab import records as track3_board
+from nanogpt.lab import records as command
+from nanogpt.report import records
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -16,18 +16,10 @@ ROOT = pathlib.Path(__file__).parents[3]
 @pytest.fixture
 def write(monkeypatch, tmp_path):
     """Runs the command on some folders; returns the page."""
-    monkeypatch.setattr(track3_board, "draw_board", lambda groups, out, **_: out / "track3.png")
+    monkeypatch.setattr(records, "draw_board", lambda groups, out, **_: out / "track3.png")
 
     def run(*folders):
-        arguments = [
-            *folders,
-            "--curves",
-            ROOT / "nanogpt" / "report" / "published",
-            "--out",
-            tmp_path,
-        ]
-        monkeypatch.setattr(sys, "argv", ["track3_board", *map(str, arguments)])
-        track3_board.main()
+        command.main([*map(str, folders), "--out", str(tmp_path)])
         return (tmp_path / "track3.md").read_text()
 
     return run
@@ -39,7 +31,7 @@ def test_committed_page_is_up_to_date(write):
 
 def test_every_published_result_of_track_3_is_listed():
     files = {path.name for path in (ROOT / "nanogpt" / "report" / "published").glob("t3_*.csv")}
-    listed = {f"{name}.csv" for entry in track3_board.PUBLISHED for name in entry[2::5] if name}
+    listed = {f"{name}.csv" for entry in records.PUBLISHED for name in entry[2::5] if name}
     missing = {name for name in files - listed if not name.endswith(".mean.csv")}
     assert missing == {"t3_12b_muon_3150_ablation.csv"}
 
@@ -47,7 +39,7 @@ def test_every_published_result_of_track_3_is_listed():
 def test_runs_of_ours_stand_beside_them(write, tmp_path):
     for seed in (0, 1):
         config = dataclasses.asdict(preset("track3", "shampoo")) | {"seed": seed}
-        start = {"kind": "start", "config": config}
+        start = {"kind": "start", "config": config, "fingerprint": {"data": "d"}}
         start["device"] = {"platform": "gpu", "kind": "NVIDIA H100 80GB HBM3", "count": 8}
         losses = ((0, 10.8), (3375, 3.275 + 0.001 * seed))
         validations = [
@@ -63,23 +55,23 @@ def test_runs_of_ours_stand_beside_them(write, tmp_path):
     row = "| 2 | 3375 | 3.27550 | 0.00071 | 0.00636 | accepted | 3375 | - |"
     assert f"| Shampoo, this project {row}" in page
     assert "| 400 | 427.7 | 8 x NVIDIA H100 80GB HBM3 |" in page
-    (group,) = track3_board.own_groups([tmp_path])
+    (group,) = records.own_groups([tmp_path])
     assert group.timed and not group.reference
 
 
 def test_runs_of_another_size_do_not_stand_beside_them(tmp_path):
     """A smaller model's loss on other text may well be below 3.28."""
     start = {"kind": "start", "config": dataclasses.asdict(preset("board", "adamw"))}
+    start["fingerprint"] = {"data": "d"}
     start["device"] = {"platform": "cpu", "kind": "abacus", "count": 1}
     end = {"kind": "val", "step": 1, "loss": 3.0, "train_time_s": 1.0}
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(end)}\n")
     with pytest.raises(ValueError, match=r"board-adamw has model\.vocab_size=1024, the benchmark"):
-        track3_board.own_groups([tmp_path])
+        records.own_groups([tmp_path])
 
 
-def test_missing_curves_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["track3_board", "--curves", str(tmp_path)])
+def test_missing_curves_are_named(tmp_path):
     with pytest.raises(
         SystemExit, match=r"error: .*t3_01_muon_3600.csv does not exist: --curves must"
     ):
-        track3_board.main()
+        command.main(["--curves", str(tmp_path)])

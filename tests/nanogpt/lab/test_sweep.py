@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import write_shard
-from nanogpt.lab import speedrun, sweep
+from nanogpt.lab import preset_data, sweep
 from nanogpt.lab import trials as trials_module
 from nanogpt.train.interrupt import Interrupted
 from nanogpt.train.metrics import read_records
@@ -70,6 +70,10 @@ def test_many_axes_have_names_that_fit():
         (["--random", "seed=log:0:1", "--runs", "2"], "above 0 for log"),
         (["--random", "seed=log:1:2"], "say by --runs how many"),
         (["--grid", "seed=1", "--grid", "seed=2"], "seed is given 2 times"),
+        (
+            ["--grid", "matrices.learning-rate=x1", "--grid", "matrices.learning_rate=x2"],
+            "matrices.learning_rate is given 2 times",
+        ),
         (["--grid", "matrices.rate=x2"], "matrices.rate must be a number"),
         (["--grid", "matrices.learning_rate=-1"], "learning_rate=-1.0: must be positive"),
         (["--grid", "name=a,b"], "--grid name: decides no number"),
@@ -82,7 +86,7 @@ def test_many_axes_have_names_that_fit():
 )
 def test_impossible_searches_are_refused(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(speedrun, "prepare_data", lambda config: pytest.fail("work was done"))
+    monkeypatch.setattr(preset_data, "prepare_data", lambda config: pytest.fail("work was done"))
     with pytest.raises(SystemExit) as stopped:
         sweep.main(["--optimizers", "adamw", *arguments])
     assert message in f"{stopped.value} {capsys.readouterr().err}"
@@ -93,7 +97,7 @@ def test_a_signal_ends_it_with_its_code(monkeypatch, tmp_path, capsys):
         raise Interrupted(signal.SIGTERM, 5, "runs/x")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(speedrun, "prepare_data", lambda config: None)
+    monkeypatch.setattr(preset_data, "prepare_data", lambda config: None)
     monkeypatch.setattr(trials_module, "run_trials", stopped)
     with pytest.raises(SystemExit) as ended:
         sweep.main(["--optimizers", "adamw", *GRID])

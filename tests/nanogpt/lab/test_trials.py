@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import json
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from nanogpt.config.presets import preset
 from nanogpt.lab import trials
 from nanogpt.lab.trials import Trial, run_trial, run_trials
+from nanogpt.train.nonfinite import DivergedError
 from nanogpt.train.run_folder import RunFolder
 
 
@@ -73,3 +75,23 @@ def test_one_trial_that_fails_does_not_keep_the_others_from_training(tmp_path, m
         run_trials(made, path)
     assert "no room for 8192" in capsys.readouterr().err
     assert [record["name"] for record in trials.read_trials(path)] == ["run-1"]
+
+
+def test_a_run_that_stopped_itself_is_recorded_as_diverged(tmp_path, monkeypatch):
+    config = preset("board", "adamw")
+    output = dataclasses.replace(config.output, directory=str(tmp_path))
+    config = dataclasses.replace(config, output=output)
+    folder = RunFolder(config)
+
+    def fit(config, *, overwrite, console):
+        folder.checkpoints.mkdir(parents=True)
+        start = {"kind": "start", "config": {"optimizer": "adamw"}}
+        val = {"kind": "val", "step": 0, "loss": 4.0, "train_time_s": 0.0}
+        train = {"kind": "train", "step": 10, "loss": None, "step_time_s": 0.1}
+        lines = [json.dumps(record) for record in (start, val, train)]
+        folder.metrics.write_text("\n".join(lines))
+        raise DivergedError("diverged")
+
+    monkeypatch.setattr(trials, "fit", fit)
+    record = run_trial(Trial({}, config))
+    assert (record["status"], record["loss"], record["losses"]) == ("diverged", None, [4.0])

@@ -26,6 +26,8 @@ CURVES = {  # validation losses at STEPS
 def write_run(folder, optimizer, losses, *, name=None, finished=True, known=True):
     start = {
         "kind": "start",
+        "fingerprint": {"data": "d", "tokenizer": "t", "model": "m", "validation": "v"},
+        "host": "here",
         "config": {
             "name": name or optimizer,
             "optimizer": optimizer,

@@ -20,6 +20,7 @@ def write_run(folder, optimizer, seed, rate=0.1):
     }
     start = {
         "kind": "start",
+        "fingerprint": {"data": "d", "tokenizer": "t", "model": "m", "validation": "v"},
         "config": config | {"matrices": {"learning_rate": rate}},
         "device": {"platform": "cpu", "kind": "abacus", "count": 2},
     }

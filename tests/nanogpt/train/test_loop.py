@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import rich.console
 from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipeline import ShardError, write_shard
@@ -29,6 +31,8 @@ from nanogpt.train import loop
 from nanogpt.train import progress as report
 from nanogpt.train.interrupt import Interrupted
 from nanogpt.train.loop import fit, validation_due
+from nanogpt.train.metrics import read_records
+from nanogpt.train.nonfinite import DivergedError
 from nanogpt.train.run_folder import RunFolder
 
 VOCAB, STEPS = 32, 10
@@ -158,6 +162,9 @@ def test_validation_follows_the_benchmarks_schedule(steps, expected):
 def test_first_record_tells_what_the_run_is(whole):
     start = records(whole)[0]
     assert start["kind"] == "start"
+    assert start["fingerprint"]["model"] == "GPT 1x16x8x32, 32 ids, rows of 8"
+    assert start["fingerprint"]["tokenizer"] is None  # no manifest tells it
+    assert start["host"] and start["argv"] and start["started"].endswith("+00:00")
     assert start["config"] == json.loads(json.dumps(dataclasses.asdict(whole)))
     assert start["versions"]["jax"] == jax.__version__
     assert start["device"]["platform"] == "cpu"
@@ -356,3 +363,49 @@ def test_too_few_tokens_are_refused_before_anything_is_written(shards, tmp_path)
     with pytest.raises(ShardError, match="1000 steps"):
         fit(config)
     assert not (tmp_path / "runs").exists()
+
+
+def poison(monkeypatch, bad):
+    """Makes the gradients of some steps infinite, by an optimizer step that says so."""
+    made = loop.make_train_step
+
+    def make(*arguments):
+        step = made(*arguments)
+
+        def poisoned(state, batch):
+            before = state.step
+            state, metrics = step(state, batch)
+            wrong = jax.numpy.isin(before, jax.numpy.array(bad))
+            norm = jax.numpy.where(wrong, jax.numpy.inf, metrics["grad_norm"])
+            return state, metrics | {"grad_norm": norm}
+
+        return jax.jit(poisoned)
+
+    monkeypatch.setattr(loop, "make_train_step", make)
+
+
+def test_skipped_steps_are_counted_and_shown(shards, tmp_path, monkeypatch):
+    poison(monkeypatch, [2, 5])
+    end = fit(tiny(shards, tmp_path, nonfinite_limit=2))
+    assert end["kind"] == "end" and end["skipped"] == 2
+
+
+def test_too_many_in_a_row_end_the_run(shards, tmp_path, monkeypatch):
+    poison(monkeypatch, [2, 5, 6, 7])
+    config = tiny(shards, tmp_path, nonfinite_limit=3)
+    with pytest.raises(DivergedError, match="the gradients of steps 5 to 7 are not finite"):
+        fit(config)
+    last = read_records(RunFolder(config).metrics)[-1]
+    assert (last["kind"], last["step"], last["skipped"]) == ("train", 7, 4)
+
+
+def test_it_says_at_once_that_it_compiles(shards, tmp_path, monkeypatch):
+    said = io.StringIO()
+
+    def compile(self):
+        assert said.getvalue() == "run: compiling ...\n"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "compile", compile)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny(shards, tmp_path), console=rich.console.Console(file=said))

@@ -64,8 +64,8 @@ def shown(terminal: bool) -> str:
         file=screen, force_terminal=terminal, width=100, soft_wrap=True, highlight=False
     )
     with Progress("cpu/[muon]", steps=2000, done=1000, console=console) as progress:
-        progress.advance(1009, loss=3.25, tokens_per_s=12345.6, step_time_s=4.0)
-        progress.log(1009, loss=3.25, tokens_per_s=12345.6, step_time_s=4.0)
+        progress.advance(1009, loss=3.25, tokens_per_s=12345.6, step_time_s=4.0, skipped=0)
+        progress.log(1009, loss=3.25, tokens_per_s=12345.6, step_time_s=4.0, skipped=0)
         progress.note("hello")
     return screen.getvalue()
 

@@ -47,8 +47,8 @@ def test_source_is_complete_and_in_order():
     ]
     packages = ("nanogpt", "shampoo_jax", "data_pipeline")
     files = [p for package in packages for p in sorted((root / package).rglob("*.py"))]
-    wanted = ["nanogpt/lab/speedrun.py", *(f.relative_to(root).as_posix() for f in files)]
-    assert names[names.index("nanogpt/lab/speedrun.py") :] == wanted
+    wanted = [f.relative_to(root).as_posix() for f in files]
+    assert names[names.index("nanogpt/__init__.py") :] == wanted
     assert (root / "shampoo_jax" / "blocks" / "blocks.py").read_text() in source_text()
 
 
@@ -63,7 +63,7 @@ def test_source_begins_with_a_program_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("my_optimizer = 1\n")
     program = types.SimpleNamespace(__file__=str(tmp_path / "mine.py"))
     monkeypatch.setitem(sys.modules, "__main__", program)
-    assert source_text().startswith("# ==== mine.py ====\nmy_optimizer = 1\n\n# ==== scripts/")
+    assert source_text().startswith("# ==== mine.py ====\nmy_optimizer = 1\n\n# ==== nanogpt/")
 
 
 @pytest.fixture

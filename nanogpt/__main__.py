@@ -1,0 +1,5 @@
+"""`python -m nanogpt` is the command `nanogpt`."""
+
+from nanogpt.cli import main
+
+main()

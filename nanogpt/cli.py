@@ -1,0 +1,61 @@
+"""The command `nanogpt`: its subcommands, each imported when it is called."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nanogpt.config.published import PUBLISHED
+
+
+class Command(NamedTuple):
+    """A subcommand: the function that takes its arguments, and one line of help."""
+
+    function: str  # module:name
+    help: str
+
+
+COMMANDS = {
+    "Train": {
+        "demo": Command(
+            "nanogpt.lab.speedrun:main", "AdamW, Muon and Shampoo on the same text, and a picture"
+        ),
+        "train": Command(
+            "nanogpt.lab.speedrun:train_command", "one optimizer, one seed or several"
+        ),
+        "sweep": Command("nanogpt.lab.sweep:main", "many runs that differ in a few settings"),
+        "board": Command("nanogpt.lab.board:main", "every optimizer at a small size, tuned"),
+    },
+    "Look": {
+        "compare": Command("nanogpt.lab.compare:main", "draw any runs and published curves"),
+        "verdict": Command("nanogpt.lab.verdict:main", "what sets of runs prove"),
+        "records": Command("nanogpt.lab.records:main", "the board of track 3 as published"),
+    },
+    "Prepare": {
+        "data": Command("nanogpt.lab.data:main", "token shards of your text, or the benchmark's"),
+    },
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(help_text())
+        return
+    commands = {key: value for group in COMMANDS.values() for key, value in group.items()}
+    if name not in commands:
+        sys.exit(f"error: {name!r} is no command: choose one of {', '.join(commands)}.")
+    module, _, function = commands[name].function.partition(":")
+    getattr(importlib.import_module(module), function)(rest)
+
+
+def help_text() -> str:
+    """Returns the commands by group, and the optimizers of track 3 with their sources."""
+    lines = ["usage: nanogpt COMMAND ..., nanogpt COMMAND --help"]
+    for group, commands in COMMANDS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<18}{command.help}" for name, command in commands.items()]
+    lines += ["", "Optimizers (--optimizer of train), with the source of their settings:"]
+    lines += [f"  {name:<18}{entry.source}" for name, entry in PUBLISHED.items()]
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""A run's settings as a file in YAML or JSON: the sections and names of `Config`."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from nanogpt.config.run import Config
+
+CHOICES = ("preset", "optimizer")  # what the file may say beside the settings
+
+
+def read(path: str) -> dict[str, Any]:
+    """Returns what a file holds; of YAML only plain data is read, so a file cannot run code.
+
+    Raises:
+        ValueError: no such file, no YAML or JSON, or something else than names with values.
+    """
+    try:
+        found = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: is neither YAML nor JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"--config {path}: must hold names with values, as --print-config writes them."
+        )
+    return found
+
+
+def chosen(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the settings say about preset and optimizer."""
+    return {name: settings[name] for name in CHOICES if settings.get(name) is not None}
+
+
+def words(settings: Mapping[str, Any], default: Config) -> list[str]:
+    """Returns the command line that gives the same settings, so that both are checked alike.
+
+    Args:
+        settings: of a file.
+        default: the run whose values they replace.
+
+    >>> from nanogpt.config.presets import preset
+    >>> words({"model": {"num_layers": 2}, "mesh": None}, preset("cpu", "adamw"))
+    ['--model.num-layers', '2', '--mesh', 'None']
+    """
+    own = {name: value for name, value in settings.items() if name not in CHOICES}
+    return [word for name, value in own.items() for word in _words(str(name), value, default)]
+
+
+def text(preset: str, recipe: str, config: Config) -> str:
+    """Returns a run's settings in YAML, in the order of `Config`.
+
+    Args:
+        preset: that the run starts from.
+        recipe: of the preset; several train one optimizer.
+        config: the run.
+    """
+    found = {"preset": preset, **dataclasses.asdict(config), "optimizer": recipe}
+    plain = json.loads(json.dumps(found))  # tuples become lists
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _words(name: str, value: Any, default: Any) -> Iterator[str]:
+    before = default
+    for part in name.split("."):
+        before = getattr(before, part.replace("-", "_"), None)
+    section, dot, field = name.replace("_", "-").rpartition(".")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _words(f"{name}.{key}", inner, default)
+    elif value is None and before is None:
+        return  # a part that the run does not have has no flag
+    elif isinstance(value, bool) and before is not None:
+        yield f"--{section}{dot}{field}" if value else f"--{section}{dot}no-{field}"
+    else:
+        yield f"--{section}{dot}{field}"
+        yield from _leaves(value)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield str(value)
