@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scripts import golden_adapter, replay_golden
+from scripts.maintenance import golden_adapter, replay_golden
 from shampoo_jax.parts import filtering, grafting, refresh
 
 FILES = {
