@@ -2,9 +2,10 @@
 
     python -m scripts.maintenance.device_report --minutes 9
 
-Writes <device>.md, <device>.json and <device>.log into the folder of `--out` after every part. Parts
-run in processes of their own, each with its share of the time, and what they measured is kept when
-they fail or hang. docs/devices/README.md says how to prepare a machine without network.
+Writes <device>.md and <device>.json into the folder of `--out` after every part, and
+<device>.log at the end. Parts run in processes of their own, each with its share of the time, and
+what they measured is kept when they fail or hang. docs/devices/README.md says how to prepare a
+machine without network.
 """
 
 import argparse
@@ -145,14 +146,14 @@ class Report:
             SystemExit: the device is no GPU, and this no rehearsal.
         """
         self.result["parts"][name] = part
-        for device in part["figures"].get("device", []):
-            if not self.result["rehearsal"]:
-                self._name = slug(device["kind"])
-                if device["platform"] != "gpu":
-                    sys.exit(
-                        f"error: jax found no GPU but {device['kind']!r}: install jax for CUDA, or "
-                        "add --rehearse."
-                    )
+        devices = [] if self.result["rehearsal"] else part["figures"].get("device", [])
+        for device in devices:
+            if device["platform"] != "gpu":
+                sys.exit(
+                    f"error: jax found no GPU but {device['kind']!r}: install jax for CUDA, or add "
+                    "--rehearse."
+                )
+            self._name = slug(device["kind"])
         self.result["seconds"] = round(time.monotonic() - self._begin, 1)
         self._write(".json", json.dumps(self.result, indent=1) + "\n")
         self._write(".md", page.render(self.result))

@@ -12,6 +12,8 @@ import pathlib
 import sys
 import traceback
 
+import jax
+
 from scripts.maintenance.device import records
 from scripts.maintenance.device.sizes import sizes
 
@@ -39,6 +41,8 @@ def main() -> None:
         if not seconds:  # the supervisor gave up before this part's turn
             os._exit(1)
         recorder = records.Recorder(args.records, float(seconds))
+        if not args.rehearse:
+            refuse_cpu(recorder)
         module.run(args.part, recorder, sizes(args.rehearse), args.carried)
     except BaseException as error:
         traceback.print_exc()
@@ -47,6 +51,14 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def refuse_cpu(recorder: records.Recorder) -> None:
+    """Raises RuntimeError, with the device on record, where hours would pass at full size."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        recorder.add("device", kind=device.device_kind, platform=device.platform)
+        raise RuntimeError(f"jax found no GPU but {device.device_kind!r}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Compiling many programs at once, and timing one of them on an accelerator."""
 
 import concurrent.futures
+import itertools
 import os
 import statistics
 import time
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple
 import jax
 
 from scripts.benchmarking.costs import compile_function
+
+COMPILE_SHARE = 0.6  # of the time that is left; the rest is for what is ready by then
+SLOW_S = 0.25  # a call that takes longer is timed less often
 
 
 class Program(NamedTuple):
@@ -31,19 +35,18 @@ class Compiled(NamedTuple):
 
     call: Callable[..., Any] | None
     costs: dict[str, float]
-    error: str | None = None
+    error: BaseException | None = None
 
 
 def compile_all(programs: Mapping[str, Program], seconds: float) -> dict[str, Compiled]:
     """Compiles programs in as many threads as there are cores, and waits for all of them.
 
     Nothing may be timed while the compiler tries kernels on the device, hence the wait. A program
-    that is not ready in time is left behind: its thread goes on, and whatever is timed then is
-    disturbed, which its error says.
+    that is not ready in time is left behind; its thread goes on and may disturb what is timed.
 
     Args:
         programs: By name.
-        seconds: To wait at most.
+        seconds: That are left for compiling and measuring.
 
     Returns:
         One entry a program.
@@ -55,28 +58,28 @@ def compile_all(programs: Mapping[str, Program], seconds: float) -> dict[str, Co
         return Compiled(*compile_function(function, *arguments, donate=donate))
 
     futures = {name: pool.submit(one, program) for name, program in programs.items()}
-    concurrent.futures.wait(futures.values(), timeout=max(seconds, 0.0))
+    patience = max(seconds, 0.0) * COMPILE_SHARE
+    concurrent.futures.wait(futures.values(), timeout=patience)
     pool.shutdown(wait=False, cancel_futures=True)
-    return {name: _result(future, seconds) for name, future in futures.items()}
+    return {name: _result(future, patience) for name, future in futures.items()}
 
 
 def _result(future: "concurrent.futures.Future[Compiled]", seconds: float) -> Compiled:
     if not future.done() or future.cancelled():
-        return Compiled(None, {}, f"not compiled in {seconds:.0f} s")
+        return Compiled(None, {}, TimeoutError(f"not compiled in {seconds:.0f} s"))
     error = future.exception()
-    if error is not None:
-        return Compiled(None, {}, f"{type(error).__name__}: {str(error)[:300]}")
-    return future.result()
+    return future.result() if error is None else Compiled(None, {}, error)
 
 
 def ready(compiled: Compiled) -> Callable[..., Any]:
     """The program to call.
 
     Raises:
-        RuntimeError: it could not be compiled, or not in time.
+        BaseException: what compiling it ended with, or that it was not ready in time.
     """
-    if compiled.call is None:
-        raise RuntimeError(compiled.error)
+    if compiled.error is not None:
+        raise compiled.error
+    assert compiled.call is not None
     return compiled.call
 
 
@@ -85,7 +88,7 @@ def seconds_per_call(
     *,
     rounds: int,
     calls: int,
-    warmup: int = 2,
+    period: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Median over rounds of the time of a call, without waiting for the device between calls.
@@ -95,24 +98,25 @@ def seconds_per_call(
     Args:
         call: Of a running number; returns arrays that are ready when its work is done.
         rounds: How many means are taken.
-        calls: Calls a round: a multiple of the period of the cost.
-        warmup: Calls before the first round.
+        calls: Calls a round: a multiple of the period.
+        period: Of the cost. Calls that are slow are timed over one period only, once.
         clock: Of seconds.
 
     Returns:
         Seconds.
     """
-    numbers = iter(range(warmup + rounds * calls))
-    result = None
-    for _ in range(warmup):
-        result = call(next(numbers))
-    jax.block_until_ready(result)
+    numbers = itertools.count()
+    jax.block_until_ready(call(next(numbers)))
+    begin = clock()
+    jax.block_until_ready(call(next(numbers)))
+    if clock() - begin > SLOW_S:
+        rounds, calls = 1, period
     means = []
     for _ in range(rounds):
         begin = clock()
-        for _ in range(calls):
-            result = call(next(numbers))
-        jax.block_until_ready(result)
+        for _ in range(calls - 1):
+            call(next(numbers))
+        jax.block_until_ready(call(next(numbers)))
         means.append((clock() - begin) / calls)
     return statistics.median(means)
 

@@ -1,6 +1,7 @@
 """What the device computes: recordings, roots and attention against references."""
 
 import concurrent.futures
+import os
 import pathlib
 from typing import Any
 
@@ -29,14 +30,15 @@ def run(part: str, recorder: Recorder, sizes: Sizes, carried: pathlib.Path) -> N
 
 def _recordings(recorder: Recorder, sizes: Sizes) -> None:
     """Replays trajectories, many at a time: what they take is compiling."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(sizes.recordings))) as pool:
-        futures = {name: pool.submit(candidates.replay, name) for name in sizes.recordings}
-        for name, future in futures.items():
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    futures = {name: pool.submit(candidates.replay, name) for name in sizes.recordings}
+    for name, future in futures.items():
 
-            def wait(future: Any = future) -> dict[str, float]:
-                return {"error_over_tolerance": future.result(max(recorder.left(), 0.0))}
+        def wait(future: Any = future) -> dict[str, float]:
+            return {"error_over_tolerance": future.result(max(recorder.left(), 0.0))}
 
-            recorder.attempt("recordings", name, wait)
+        recorder.attempt("recordings", name, wait)
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def spectra(edge: int) -> dict[str, np.ndarray]:

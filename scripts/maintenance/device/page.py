@@ -247,7 +247,7 @@ def _roots(result: Result) -> str:
         for r in roots
         if "seconds" in r
     ]
-    whole = [[r["name"], f"{1e3 * r['seconds']:.4g}"] for r in steps if "seconds" in r]
+    whole = [[r["name"], f"{1e3 * r['step_s']:.4g}"] for r in steps if "step_s" in r]
     return _join(
         markdown(["solver, model", "factors", "ms", "accepted", "compile (s)"], lines)
         if lines

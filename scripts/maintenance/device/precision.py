@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from scripts.benchmarking.fidelity import update_cosines
-from scripts.benchmarking.gradients import coloured_factors, coloured_gradients
+from scripts.benchmarking.gradients import coloured_gradients
 from scripts.maintenance.device import candidates
 from scripts.maintenance.device.candidates import EXPONENT, PRECISIONS, Roots, product
 from scripts.maintenance.device.measure import Program, compile_all, ready, seconds_per_call
 from scripts.maintenance.device.records import Recorder
+from scripts.maintenance.device.roots import repeated_factors
 from scripts.maintenance.device.sizes import Sizes
 
 BASE = "float32"
@@ -29,7 +30,7 @@ def run(part: str, recorder: Recorder, sizes: Sizes, carried: pathlib.Path) -> N
     matrices = [jax.ShapeDtypeStruct((edge, edge), jnp.float32)] * MATRICES
     make = coloured_gradients(matrices)
     gradients = jnp.stack([jnp.stack(make(i)) for i in range(HISTORY)])
-    stack = jnp.tile(coloured_factors(MATRICES, edge), (-(-count // MATRICES), 1, 1))[:count]
+    stack = repeated_factors(count, edge)
     timed = timed_programs(stack)
     updates = update_programs(gradients)
     compiled = compile_all(timed | updates, recorder.left())

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from scripts.benchmarking.gradients import coloured_factors
 from scripts.maintenance.device import candidates
 from scripts.maintenance.device.measure import (
     Compiled,
@@ -17,55 +17,53 @@ from scripts.maintenance.device.measure import (
 )
 from scripts.maintenance.device.records import Recorder
 from scripts.maintenance.device.sizes import Sizes
-from scripts.maintenance.device.step import complete, timed
+from scripts.maintenance.device.step import programs_of, stepping, time_step
 
+Stacks = tuple[tuple[int, int], ...]
 # Different factors of an edge; a stack repeats them, since no solver here shares work among them.
 DIFFERENT = 4
-STACKS = {"GPT-2 124M": "stacks", "DASH": "dash_factors"}
 
 
 def run(part: str, recorder: Recorder, sizes: Sizes, carried: pathlib.Path) -> None:
     """Measures the part."""
     del part, carried
     stacks = {"GPT-2 124M": sizes.stacks, "DASH": sizes.dash_factors()}
-    edges = sorted({edge for shapes in stacks.values() for _, edge in shapes})
-    factors = {edge: coloured_factors(DIFFERENT, edge) for edge in edges}
-    solvers = candidates.solvers()
-    programs: dict[str, Program] = {}
-    for name, roots in solvers.items():
-        for model, shapes in stacks.items():
-            structs = [jax.ShapeDtypeStruct((n, d, d), jnp.float32) for n, d in shapes]
-            # Thousands of milliseconds a call, and no figure to compare it with.
-            if name != "eigh" or model != "DASH":
-                programs[f"{name}, {model}"] = Program(_all_roots(roots), (structs,))
-    steps = {name: complete(candidates.dash_step(sizes, name)) for name in list(solvers)[:2]}
-    params = {
-        str(i): jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(sizes.dash)
+    steps = {
+        f"step by {name}": stepping(candidates.dash_step(sizes, name), _dash_params(sizes))
+        for name in ("polynomial", "polynomial_clip")
     }
-    programs |= {
-        f"step, {name}": Program(step, (params, jax.eval_shape(init, params), params), (0, 1))
-        for name, (init, step) in steps.items()
-    }
-    compiled = compile_all(programs, recorder.left())
-    _record_roots(recorder, sizes, stacks, factors, compiled)
-    for name, (init, _) in steps.items():
-        arguments = (compiled[f"step, {name}"], init, params)
-        recorder.attempt("dash_step", name, lambda a=arguments: _dash(sizes, *a))
-
-
-def _record_roots(
-    recorder: Recorder, sizes: Sizes, stacks: Any, factors: Any, compiled: dict[str, Compiled]
-) -> None:
+    compiled = compile_all(_root_programs(stacks) | programs_of(steps), recorder.left())
     for model, shapes in stacks.items():
-        repeats = [(jnp.tile(factors[d], (-(-n // DIFFERENT), 1, 1))[:n]) for n, d in shapes]
+        factors = [repeated_factors(count, edge) for count, edge in shapes]
         for name in candidates.solvers():
             label = f"{name}, {model}"
             if label in compiled:
+                recorder.attempt(
+                    "roots", label, lambda x=label, f=factors: _time(compiled[x], f, sizes)
+                )
+    gradients = _dash_gradients(sizes)
+    for key in steps:
+        recorder.attempt("dash_step", key, lambda k=key: time_step(compiled, k, gradients, sizes))
 
-                def measure(label: str = label, repeats: Any = repeats) -> dict[str, Any]:
-                    return _time(compiled[label], repeats, sizes, slow=label.startswith("eigh"))
 
-                recorder.attempt("roots", label, measure)
+def repeated_factors(count: int, edge: int) -> jax.Array:
+    """Averages of Gram matrices with spectra that fall like `i^-1.5`, `[count, edge, edge]`."""
+    random = np.random.default_rng(edge)
+    strength = np.arange(1, edge + 1) ** -0.75
+    frames = random.normal(size=(DIFFERENT, edge, edge)).astype(np.float32) * strength
+    grams = (frames @ frames.swapaxes(1, 2)).astype(np.float32)
+    return jnp.tile(grams, (-(-count // DIFFERENT), 1, 1))[:count]
+
+
+def _root_programs(stacks: dict[str, Stacks]) -> dict[str, Program]:
+    programs = {}
+    for name, roots in candidates.solvers().items():
+        for model, shapes in stacks.items():
+            structs = [jax.ShapeDtypeStruct((n, d, d), jnp.float32) for n, d in shapes]
+            # eigh of DASH's stack takes seconds, and there is no figure to compare it with.
+            if name != "eigh" or model != "DASH":
+                programs[f"{name}, {model}"] = Program(_all_roots(roots), (structs,))
+    return programs
 
 
 def _all_roots(roots: candidates.Roots) -> Any:
@@ -75,33 +73,29 @@ def _all_roots(roots: candidates.Roots) -> Any:
     return every
 
 
-def _time(compiled: Compiled, stacks: list[Any], sizes: Sizes, *, slow: bool) -> dict[str, Any]:
+def _time(compiled: Compiled, stacks: list[Any], sizes: Sizes) -> dict[str, Any]:
     call = ready(compiled)
-    good = [int(jnp.sum(good)) for _, good in call(stacks)]
-    times = 1 if slow else sizes.rounds
-    seconds = seconds_per_call(
-        lambda _: call(stacks),
-        rounds=times,
-        calls=1 if slow else sizes.calls,
-        warmup=0 if slow else 2,
-    )
+    seconds = seconds_per_call(lambda _: call(stacks), rounds=sizes.rounds, calls=sizes.calls)
     return {
         "seconds": seconds,
         "stacks": [f"{len(s)} x {s.shape[-1]}^2" for s in stacks],
-        "good": sum(good),
+        "good": sum(int(jnp.sum(good)) for _, good in call(stacks)),
         "factors": sum(len(s) for s in stacks),
         **compiled.costs,
     }
 
 
-def _dash(sizes: Sizes, compiled: Compiled, init: Any, params: Any) -> dict[str, float]:
-    """The whole step on the first device's blocks; DASH's exchanges have no counterpart here."""
+def _dash_params(sizes: Sizes) -> dict[str, Any]:
+    """The first device's gradients, stacked by shape; the exchanges have no counterpart here."""
+    return {str(i): jax.ShapeDtypeStruct(s, jnp.float32) for i, s in enumerate(sizes.dash)}
+
+
+def _dash_gradients(sizes: Sizes) -> list[dict[str, jax.Array]]:
     key = jax.random.key(0, impl="rbg")
-    gradients = [
+    return [
         {
             name: jax.random.normal(jax.random.fold_in(key, 10 * i + j), s.shape, s.dtype)
-            for j, (name, s) in enumerate(params.items())
+            for j, (name, s) in enumerate(_dash_params(sizes).items())
         }
         for i in range(2)
     ]
-    return {"seconds": timed(compiled, init, params, gradients, sizes), **compiled.costs}

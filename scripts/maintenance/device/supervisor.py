@@ -114,14 +114,17 @@ def run_parts(
             child = waiting or start(part, _path(folder, part))
             waiting = start(parts[i + 1], _path(folder, parts[i + 1])) if parts[i + 1 :] else None
             begin = clock()
-            state, error = child.run(seconds)
-            result: dict[str, Any] = {
-                "state": state,
-                "seconds": round(clock() - begin, 1),
-                "allotted_s": round(seconds, 1),
-                "figures": records.read(_path(folder, part)),
-            }
-            report(part.name, result | ({"error": error} if error else {}))
+            state, error = "ended", "the report was interrupted; what it had measured is kept"
+            try:
+                state, error = child.run(seconds)
+            finally:
+                result: dict[str, Any] = {
+                    "state": state,
+                    "seconds": round(clock() - begin, 1),
+                    "allotted_s": round(seconds, 1),
+                    "figures": records.read(_path(folder, part)),
+                }
+                report(part.name, result | ({"error": error} if error else {}))
     finally:
         if waiting is not None:
             waiting.end()

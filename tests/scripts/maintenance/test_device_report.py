@@ -1,0 +1,143 @@
+"""The whole report, rehearsed as a user runs it; and what must hold before a part may begin."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from scripts.maintenance import device_report
+from scripts.maintenance.device import budget, prepare
+from scripts.maintenance.device.child import MODULES
+from scripts.maintenance.device.sizes import REHEARSAL
+
+ROOT = pathlib.Path(__file__).parents[3]
+SHARDS = ROOT / "tests" / "golden" / "loader" / "shards"
+# What a CPU cannot do; everything else of the report it can.
+NOT_ON_CPU = ("is not supported by dot_general on CPU", "cuDNN", "nvidia-smi")
+
+
+def report(*arguments, **environment):
+    """Runs the command line in a process."""
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.maintenance.device_report", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rehearsal")
+    prepare.write_text(SHARDS, folder, REHEARSAL)
+    # So long that no part is ever ended, however busy the machine.
+    flags = ["--rehearse", "--minutes", 120, "--carried", folder, "--out", folder / "out"]
+    done = report(*flags)
+    path = folder / "out" / "rehearsal.json"
+    assert path.exists(), done.stderr
+    return done, json.loads(path.read_text())["parts"], folder / "out"
+
+
+def test_every_part_runs_to_its_end(rehearsed):
+    done, parts, out = rehearsed
+    assert {name: part["state"] for name, part in parts.items()} == {
+        part.name: "done" for part in budget.PARTS
+    }, (out / "rehearsal.log").read_text()[-3000:]
+    assert done.returncode == 0 and done.stdout.endswith("rehearsal.md\n")
+
+
+def test_only_what_a_cpu_cannot_do_is_missing(rehearsed):
+    errors = [
+        row["error"]
+        for part in rehearsed[1].values()
+        for rows in part["figures"].values()
+        for row in rows
+        if "error" in row
+    ]
+    assert errors and [e for e in errors if not any(text in e for text in NOT_ON_CPU)] == []
+
+
+def test_every_optimizer_of_the_step_has_its_parts(rehearsed):
+    steps = {row["name"]: row for row in rehearsed[1]["step"]["figures"]["steps"]}
+    whole = {"rest", "statistics", "apply", "roots"}
+    for every in (1, REHEARSAL.every):
+        for kind in ("polynomial", "polynomial_clip", "eigh"):
+            assert whole <= set(steps[f"shampoo_{kind}_{every}"])
+        assert whole <= set(steps[f"one_sided_polynomial_{every}"])
+        assert whole <= set(steps[f"soap_{every}"])
+        assert whole - {"statistics"} <= set(steps[f"kl_shampoo_{every}"])
+    assert {"adamw", "muon_5", "muon_12_bfloat16"} < set(steps)
+    for row in steps.values():
+        assert sum(row.get(part, 0.0) for part in whole) == pytest.approx(row["step_s"])
+
+
+def test_every_optimizer_trains_on_the_same_batches(rehearsed):
+    names = ("train_adamw", "train_muon", "train_shampoo")
+    windows = [rehearsed[1][name]["figures"]["window"] for name in names]
+    losses = [[loss for window in each for loss in window["losses"]] for each in windows]
+    assert all(len(each) == REHEARSAL.steps for each in losses)
+    # Equal weights and an equal batch at first, another update after it.
+    assert len({each[0] for each in losses}) == 1 and len({each[-1] for each in losses}) == 3
+
+
+def test_the_page_is_written_anew_from_the_figures(rehearsed):
+    out = rehearsed[2]
+    before = (out / "rehearsal.md").read_text()
+    (out / "rehearsal.md").unlink()
+    assert report("--page", out / "rehearsal.json").returncode == 0
+    assert (out / "rehearsal.md").read_text() == before
+
+
+def test_a_machine_without_gpu_is_refused_and_told_the_remedy(tmp_path):
+    out = tmp_path / "out"
+    done = report("--out", out, "--carried", tmp_path, "--parts", "step", JAX_PLATFORMS="cpu")
+    assert done.returncode == 1 and not out.exists()
+    assert "error: jax found no GPU but" in done.stderr and "add --rehearse" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--parts", "steps"], "parts=['steps']: choose from probe"),
+        (["--minutes", "0"], "--minutes 0.0: must be positive."),
+    ],
+)
+def test_bad_flags_are_refused(flags, error, capsys):
+    with pytest.raises(SystemExit) as raised:
+        device_report.main([*flags, "--carried", "none"])
+    assert error in f"{raised.value} {capsys.readouterr().err}"
+
+
+def test_wheels_that_pip_refuses_are_named_with_the_remedy(tmp_path):
+    (tmp_path / "x-1-cp30-cp30-manylinux_2_17_x86_64.whl").write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"cp30.*name another folder by --carried"):
+        device_report.install(tmp_path, tmp_path / "site")
+    assert device_report.install(tmp_path / "none", tmp_path / "site") is None
+
+
+def test_a_waiting_part_does_not_touch_the_device():
+    """It is imported while another part measures: a second user of the memory would break that."""
+    modules = {MODULES.get(part.name, part.name) for part in budget.PARTS}
+    imports = "; ".join(f"import scripts.maintenance.device.{name}" for name in sorted(modules))
+    # Asking for any device fails there.
+    done = subprocess.run(
+        [sys.executable, "-c", imports],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "no_such_platform"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_reports_own_process_imports_neither_jax_nor_numpy():
+    script = (
+        "import sys; from scripts.maintenance import device_report; "
+        "sys.exit(str([m for m in ('jax', 'numpy', 'optax', 'flax') if m in sys.modules] or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "", done.stderr
