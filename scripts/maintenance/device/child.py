@@ -10,6 +10,7 @@ import importlib
 import os
 import pathlib
 import sys
+import threading
 import traceback
 
 import jax
@@ -23,6 +24,9 @@ MODULES = {
     "train_muon": "training",
     "train_shampoo": "training",
 }
+
+# After its time a part is ended by the supervisor; so long after it, by itself.
+ORPHAN_S = 15.0
 
 
 def main() -> None:
@@ -40,6 +44,10 @@ def main() -> None:
         seconds = sys.stdin.readline()
         if not seconds:  # the supervisor gave up before this part's turn
             os._exit(1)
+        # Should the supervisor itself be killed, nobody else would end this.
+        watchdog = threading.Timer(float(seconds) + ORPHAN_S, os._exit, (1,))
+        watchdog.daemon = True
+        watchdog.start()
         recorder = records.Recorder(args.records, float(seconds))
         if not args.rehearse:
             refuse_cpu(recorder)

@@ -92,7 +92,7 @@ class Sizes:
 
 
 FULL = Sizes()
-# Two layers' worth of everything, at sizes that a CPU does at once; programs are the same.
+# Sizes that a CPU does at once, one stack of blocks in all; the programs are the same.
 REHEARSAL = Sizes(
     product=64,
     stream=2**12,
@@ -106,12 +106,12 @@ REHEARSAL = Sizes(
     length=32,
     rows=2,
     microbatch=1,
-    block=32,
+    block=16,
     rounds=1,
     calls=2,
     every=2,
     stacks=((2, 32), (3, 16)),
-    dash=((3, 32, 32), (1, 16, 32)),
+    dash=((3, 16, 16), (1, 8, 16)),
     steps=6,
     train_rows=2,
     precision=(2, 16),
