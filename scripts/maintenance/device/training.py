@@ -9,6 +9,7 @@ import numpy as np
 
 from nanogpt.provenance import peak_memory_bytes
 from nanogpt.train_step import init_state, make_train_step
+from scripts.benchmarking.costs import compile_function
 from scripts.maintenance.device import candidates
 from scripts.maintenance.device.measure import on_gpu
 from scripts.maintenance.device.records import Recorder
@@ -26,9 +27,8 @@ def run(part: str, recorder: Recorder, sizes: Sizes, carried: pathlib.Path) -> N
     recorder.add("run", optimizer=words, steps=sizes.steps, rows=sizes.train_rows, text=text.shape)
     graphdef, state = init_state(config, tx)
     step = make_train_step(graphdef, tx, config)
-    begin = time.perf_counter()
-    compiled = step.lower(state, _batch(text[0])).compile()
-    recorder.add("compiled", seconds=time.perf_counter() - begin)
+    compiled, costs = compile_function(step, state, _batch(text[0]), donate=(0,))
+    recorder.add("compiled", **costs)
     losses: list[Any] = []
     window = min(WINDOW, sizes.steps)
     begin = time.perf_counter()

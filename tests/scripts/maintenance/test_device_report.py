@@ -30,39 +30,34 @@ def report(*arguments, **environment):
     )
 
 
-@pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rehearsal")
-    prepare.write_text(SHARDS, folder, REHEARSAL)
+def test_a_rehearsal_runs_every_part_to_its_end(tmp_path):
+    """One test, since a second worker would rehearse once more."""
+    prepare.write_text(SHARDS, tmp_path, REHEARSAL)
     # So long that no part is ever ended, however busy the machine.
-    flags = ["--rehearse", "--minutes", 120, "--carried", folder, "--out", folder / "out"]
+    flags = ["--rehearse", "--minutes", 120, "--carried", tmp_path, "--out", tmp_path / "out"]
     done = report(*flags)
-    path = folder / "out" / "rehearsal.json"
+    path = tmp_path / "out" / "rehearsal.json"
     assert path.exists(), done.stderr
-    return done, json.loads(path.read_text())["parts"], folder / "out"
-
-
-def test_every_part_runs_to_its_end(rehearsed):
-    done, parts, out = rehearsed
+    parts = json.loads(path.read_text())["parts"]
     assert {name: part["state"] for name, part in parts.items()} == {
         part.name: "done" for part in budget.PARTS
-    }, (out / "rehearsal.log").read_text()[-3000:]
+    }, path.with_suffix(".log").read_text()[-3000:]
     assert done.returncode == 0 and done.stdout.endswith("rehearsal.md\n")
+    figures = {name: part["figures"] for name, part in parts.items()}
+    check_only_what_a_cpu_cannot_do_is_missing(figures)
+    check_every_optimizer_has_its_parts(figures["step"]["steps"])
+    check_all_train_on_the_same_batches(figures)
+    check_the_page_is_written_anew(path)
 
 
-def test_only_what_a_cpu_cannot_do_is_missing(rehearsed):
-    errors = [
-        row["error"]
-        for part in rehearsed[1].values()
-        for rows in part["figures"].values()
-        for row in rows
-        if "error" in row
-    ]
+def check_only_what_a_cpu_cannot_do_is_missing(figures):
+    rows = [row for groups in figures.values() for found in groups.values() for row in found]
+    errors = [row["error"] for row in rows if "error" in row]
     assert errors and [e for e in errors if not any(text in e for text in NOT_ON_CPU)] == []
 
 
-def test_every_optimizer_of_the_step_has_its_parts(rehearsed):
-    steps = {row["name"]: row for row in rehearsed[1]["step"]["figures"]["steps"]}
+def check_every_optimizer_has_its_parts(rows):
+    steps = {row["name"]: row for row in rows}
     whole = {"rest", "statistics", "apply", "roots"}
     for every in (1, REHEARSAL.every):
         for kind in ("polynomial", "polynomial_clip", "eigh"):
@@ -75,21 +70,21 @@ def test_every_optimizer_of_the_step_has_its_parts(rehearsed):
         assert sum(row.get(part, 0.0) for part in whole) == pytest.approx(row["step_s"])
 
 
-def test_every_optimizer_trains_on_the_same_batches(rehearsed):
+def check_all_train_on_the_same_batches(figures):
     names = ("train_adamw", "train_muon", "train_shampoo")
-    windows = [rehearsed[1][name]["figures"]["window"] for name in names]
+    windows = [figures[name]["window"] for name in names]
     losses = [[loss for window in each for loss in window["losses"]] for each in windows]
     assert all(len(each) == REHEARSAL.steps for each in losses)
     # Equal weights and an equal batch at first, another update after it.
     assert len({each[0] for each in losses}) == 1 and len({each[-1] for each in losses}) == 3
 
 
-def test_the_page_is_written_anew_from_the_figures(rehearsed):
-    out = rehearsed[2]
-    before = (out / "rehearsal.md").read_text()
-    (out / "rehearsal.md").unlink()
-    assert report("--page", out / "rehearsal.json").returncode == 0
-    assert (out / "rehearsal.md").read_text() == before
+def check_the_page_is_written_anew(path):
+    page = path.with_suffix(".md")
+    before = page.read_text()
+    page.unlink()
+    assert report("--page", path).returncode == 0
+    assert page.read_text() == before
 
 
 def test_a_machine_without_gpu_is_refused_and_told_the_remedy(tmp_path):
