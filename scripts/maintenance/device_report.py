@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         except (ValueError, RuntimeError) as error:
             sys.exit(f"error: {error}")
         report = Report(out, args.minutes, args.rehearse)
-        environment = _environment(site, args.rehearse)
+        environment = _environment(site, folder / "cache", args.rehearse)
 
         def start(part: Part, path: pathlib.Path) -> supervisor.Child:
             words = supervisor.command(part, path, args.carried.resolve(), args.rehearse)
@@ -107,7 +107,8 @@ def install(wheels: pathlib.Path, site: pathlib.Path) -> pathlib.Path | None:
     return site
 
 
-def _environment(site: pathlib.Path | None, rehearse: bool) -> dict[str, str]:
+def _environment(site: pathlib.Path | None, cache: pathlib.Path, rehearse: bool) -> dict[str, str]:
+    """Of the parts' processes."""
     environment = dict(os.environ)
     paths = [str(site)] if site else []
     paths += [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
@@ -117,8 +118,10 @@ def _environment(site: pathlib.Path | None, rehearse: bool) -> dict[str, str]:
     if rehearse:
         # Programs of a rehearsal are compiled, run once or twice and thrown away.
         flags = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    return environment
+        return environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    # jax puts the kernels that it found fastest for a product beside it, so that later parts need
+    # not try them again.
+    return environment | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
 
 
 class Report:

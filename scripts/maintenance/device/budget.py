@@ -27,9 +27,9 @@ class Part(NamedTuple):
 # The most valuable first. Weights are seconds of nine minutes, starts and compilation included.
 PARTS = (
     Part("probe", 35, "Device"),
-    Part("numerics", 70, "Numerics"),
-    Part("step", 165, "The optimizer's step on the matrices of GPT-2 124M"),
-    Part("roots", 65, "Roots alone, every step"),
+    Part("numerics", 60, "Numerics"),
+    Part("step", 160, "The optimizer's step on the matrices of GPT-2 124M"),
+    Part("roots", 80, "Roots alone, every step"),
     Part("train_adamw", 50, "Training: AdamW"),
     Part("train_muon", 55, "Training: Muon"),
     Part("train_shampoo", 70, "Training: Shampoo"),

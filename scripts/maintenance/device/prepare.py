@@ -15,6 +15,7 @@ import sys
 import numpy as np
 
 import data_pipeline
+from scripts.maintenance.device.probe import REVISION
 from scripts.maintenance.device.sizes import FULL, Sizes
 from scripts.maintenance.device.training import TEXT
 
@@ -44,6 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         write_text(args.text, args.out, FULL)
+        (args.out / REVISION).write_text(_git("rev-parse", "HEAD"), encoding="utf-8")
         download(args.out / WHEELS)
         print(account(args.out))
     except (ValueError, RuntimeError) as error:
@@ -114,9 +116,7 @@ def account(folder: pathlib.Path) -> str:
     Raises:
         ValueError: more than `LIMIT_MB`.
     """
-    tracked = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True
-    ).stdout.split("\0")
+    tracked = _git("ls-files", "-z").split("\0")
     files = {
         "checkout": [ROOT / name for name in tracked if name and (ROOT / name).is_file()],
         "text": [folder / TEXT],
@@ -128,6 +128,12 @@ def account(folder: pathlib.Path) -> str:
     if total > LIMIT_MB:
         raise ValueError(f"{parts}: {total:.1f} MB together, more than {LIMIT_MB}; carry less.")
     return f"{parts}: {total:.1f} MB together, in this checkout and {folder}"
+
+
+def _git(*words: str) -> str:
+    """Output of a git command on this checkout."""
+    command = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

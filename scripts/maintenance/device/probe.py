@@ -15,13 +15,19 @@ from scripts.maintenance.device.measure import Program, compile_all, on_gpu, rea
 from scripts.maintenance.device.records import Recorder
 from scripts.maintenance.device.sizes import Sizes
 
+# File of the revision that is carried, for a copy of the checkout that git does not know.
+REVISION = "revision"
 QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.max.memory,power.limit,memory.total"
 
 
 def run(part: str, recorder: Recorder, sizes: Sizes, carried: pathlib.Path) -> None:
     """Measures the part."""
-    del part, carried
-    recorder.add("device", **device())
+    del part
+    found = device()
+    path = carried / REVISION
+    if found["commit"] is None and path.exists():
+        found["commit"] = path.read_text(encoding="utf-8").strip()
+    recorder.add("device", **found)
     backend = jax.default_backend()
     for edge in sorted({edge for _, edge in sizes.stacks} | {128}):
         recorder.add("choices", name=f"edge {edge}", **candidates.choices(edge, backend))
