@@ -97,17 +97,17 @@ class Stand:
         self.ended = True
 
 
-def run(tmp_path, takes, outcomes, minutes=5.0):
+def run(tmp_path, takes, outcomes, minutes=5.0, parts=PARTS):
     """Runs three parts by stand-ins; returns their results, and the stand-ins by part."""
     clock, stands, results = [0.0], {}, {}
 
     def start(part, path):
-        i = PARTS.index(part)
+        i = parts.index(part)
         path.write_text(f'{{"group": "g", "of": "{part.name}"}}\n')
         return stands.setdefault(part.name, Stand(clock, takes[i], outcomes[i]))
 
     supervisor.run_parts(
-        PARTS, 60 * minutes, start, tmp_path, results.__setitem__, clock=lambda: clock[0]
+        parts, 60 * minutes, start, tmp_path, results.__setitem__, clock=lambda: clock[0]
     )
     return results, stands
 
@@ -135,6 +135,14 @@ def test_parts_without_time_are_skipped_and_no_process_is_left(tmp_path):
     assert [r["state"] for r in results.values()] == ["skipped", "ended", "ended"]
     assert results["a"]["error"] == "not begun: 30 s were left for 3 parts"
     assert all(stand.ended for stand in stands.values())
+
+
+def test_a_part_that_is_skipped_while_it_waits_is_ended_and_the_next_has_its_own_process(tmp_path):
+    parts = (Part("a", 1, "a"), Part("b", 0.1, "b"), Part("c", 1, "c"))
+    outcomes = [DONE, ("failed", "it was not b's turn"), DONE]
+    results, stands = run(tmp_path, [1000] * 3, outcomes, minutes=1.75, parts=parts)
+    assert [r["state"] for r in results.values()] == ["done", "skipped", "done"]
+    assert stands["b"].ended and stands["c"].ended
 
 
 def test_an_interrupted_report_keeps_the_part_that_ran_and_ends_the_one_that_waited(tmp_path):
