@@ -48,12 +48,17 @@ def product(name: str) -> Product:
 
 
 def solver_roots(solver: shampoo_jax.Solver) -> Roots:
-    """A solver as a function of factors and exponent that gives roots and which are good."""
+    """A solver as a function of factors and exponent that gives roots and which are its own.
+
+    A root that is not is one that a polynomial left to eigh, or that failed altogether.
+    """
 
     def roots(factors: Array, exponent: float) -> tuple[Array, Array]:
         count, edge, _ = factors.shape
-        root, good, _ = solver(factors, exponent, solver.init(count, edge, factors.dtype))
-        return root, good
+        state = solver.init(count, edge, factors.dtype)
+        root, good, state = solver(factors, exponent, state)
+        fallbacks = solver.figures(state).get("fallbacks", jnp.zeros(count, jnp.int32))
+        return root, good & (fallbacks == 0)
 
     return roots
 

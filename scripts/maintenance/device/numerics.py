@@ -82,7 +82,7 @@ def _roots(recorder: Recorder, edge: int) -> None:
                     "error": float(
                         np.linalg.norm(roots[i] - expected[i]) / np.linalg.norm(expected[i])
                     ),
-                    "good": bool(good[i]),
+                    "passed": bool(good[i]),
                 }
                 for i, spectrum in enumerate(names)
             }

@@ -48,7 +48,10 @@ def run(part: str, recorder: Recorder, sizes: Sizes, carried: pathlib.Path) -> N
                 lambda _: program(stack), rounds=sizes.rounds, calls=sizes.calls
             )
             cosine = _least_cosine(update(label), update(f"update {stage} in {BASE}"))
-            return {"stage": stage, "precision": name, "seconds": seconds, "cosine": cosine}
+            figures = {"stage": stage, "precision": name, "seconds": seconds, "cosine": cosine}
+            if stage == "roots":
+                figures |= {"passed": int(jnp.sum(program(stack)[1])), "of": len(stack)}
+            return figures
 
         recorder.attempt("trials", label.removeprefix("update "), measure)
     recorder.attempt("reference", BASE, lambda: _against_float64(gradients))

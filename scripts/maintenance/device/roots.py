@@ -85,7 +85,7 @@ def _time(compiled: Compiled, stacks: list[Any], sizes: Sizes) -> dict[str, Any]
     return {
         "seconds": seconds,
         "stacks": [f"{len(s)} x {s.shape[-1]}^2" for s in stacks],
-        "good": sum(int(jnp.sum(good)) for _, good in call(stacks)),
+        "passed": sum(int(jnp.sum(good)) for _, good in call(stacks)),
         "factors": sum(len(s) for s in stacks),
         **compiled.costs,
     }

@@ -94,7 +94,7 @@ def numerics_section(result: Result) -> str:
         for spectrum, figures in r.items():
             if isinstance(figures, dict):
                 cells = [f"{figures['cosine']:.6f}", f"{figures['error']:.2g}"]
-                lines.append([f"{r['name']}, {spectrum}", *cells, str(figures["good"])])
+                lines.append([f"{r['name']}, {spectrum}", *cells, str(figures["passed"])])
     heads = ["kernel", "output", "dq", "dk", "dv"]
     attention = [
         [r["name"], *(f"{r[key]:.2g}" for key in heads[1:])]
@@ -104,7 +104,7 @@ def numerics_section(result: Result) -> str:
     return join(
         "Roots of exponent 1/4 against float64: cosine of `root M` with M in the factor's range, "
         "and relative error of the root.\n\n"
-        + markdown(["solver, edge, spectrum", "cosine", "error", "accepted"], lines)
+        + markdown(["solver, edge, spectrum", "cosine", "error", "passes"], lines)
         if lines
         else "",
         "Attention in bfloat16 against float32, relative errors:\n\n" + markdown(heads, attention)
@@ -174,7 +174,7 @@ def roots_section(result: Result) -> str:
             r["name"],
             " and ".join(r["stacks"]),
             f"{1e3 * r['seconds']:.4g}",
-            f"{r['good']} of {r['factors']}",
+            f"{r['passed']} of {r['factors']}",
             shown(r.get("compile_s"), ".3g"),
         ]
         for r in roots
@@ -182,7 +182,8 @@ def roots_section(result: Result) -> str:
     ]
     whole = [[r["name"], f"{1e3 * r['step_s']:.4g}"] for r in steps if "step_s" in r]
     return join(
-        markdown(["solver, model", "factors", "ms", "accepted", "compile (s)"], lines)
+        "Roots that do not pass are left to eigh, in the time that is given.\n\n"
+        + markdown(["solver, model", "factors", "ms", "pass", "compile (s)"], lines)
         if lines
         else "",
         DASH if whole else "",
@@ -224,18 +225,26 @@ def precision_section(result: Result) -> str:
     """What narrower products save, and what they do to the update."""
     trials = rows(result, "precision", "trials")
     lines = [
-        [r["stage"], r["precision"], f"{1e3 * r['seconds']:.3g}", f"{r['cosine']:.6f}"]
+        [
+            f"{r['stage']} in {r['precision']}",
+            f"{1e3 * r['seconds']:.3g}",
+            f"{r['cosine']:.6f}",
+            f"{r['passed']} of {r['of']}" if "passed" in r else "-",
+        ]
         for r in sorted(trials, key=lambda r: r.get("stage", ""))
         if "cosine" in r
     ]
     reference = named(result, "precision", "reference", "float32")
     text = (
         "Time of the stage alone on its whole stack, and least cosine of the update with all "
-        "other stages in float32"
+        "other stages in float32. Roots that do not pass their checks are left to eigh, whose time "
+        "and accuracy theirs then are."
     )
     if reference:
-        text += f"; the float32 update's own with float64 is {reference['cosine']:.6f}"
+        text += f" The float32 update has {reference['cosine']:.6f} with float64."
     return join(
-        f"{text}.\n\n" + markdown(["stage", "operands", "ms", "cosine"], lines) if lines else "",
+        text + "\n\n" + markdown(["stage", "ms", "cosine", "roots that pass"], lines)
+        if lines
+        else "",
         errors([*trials, *rows(result, "precision", "reference")]),
     )

@@ -28,7 +28,7 @@ FIGURES = {
         "clock": [{"name": "after", "clocks.sm": "1980 MHz"}],
     },
     "numerics": {
-        "roots": [{"name": "eigh, 768", "flat": {"cosine": 1.0, "error": 1e-6, "good": True}}],
+        "roots": [{"name": "eigh, 768", "flat": {"cosine": 1.0, "error": 1e-6, "passed": True}}],
         "attention": [{"name": "cudnn", "output": 0.002, "dq": 0.003, "dk": 0.004, "dv": 0.005}],
         "recordings": [{"name": "01_root_nograft", "error_over_tolerance": 0.25}],
     },
@@ -48,7 +48,7 @@ FIGURES = {
                 "name": "polynomial, DASH",
                 "seconds": 0.031,
                 "stacks": ["230 x 1024^2"],
-                "good": 229,
+                "passed": 229,
                 "factors": 230,
             }
         ],
@@ -70,7 +70,16 @@ FIGURES = {
                 "precision": "TF32",
                 "seconds": 0.002,
                 "cosine": 0.9999996,
-            }
+            },
+            {
+                "name": "roots in fp16",
+                "stage": "roots",
+                "precision": "fp16",
+                "seconds": 0.004,
+                "cosine": 0.99,
+                "passed": 7,
+                "of": 168,
+            },
         ],
         "reference": [{"name": "float32", "cosine": 0.99995}],
     },
@@ -104,7 +113,8 @@ def test_every_figure_is_on_the_page(whole):
     assert step[:7] == ["40", "6", "12", "11.9", "10.1", "2", "28.6"]
     assert found["polynomial, DASH"][:3] == ["230 x 1024^2", "31", "229 of 230"]
     assert found["step by polynomial"] == ["62.5"] and "119 ms (float16)" in whole
-    assert found["statistics"] == ["TF32", "2", "1.000000"]  # the last of this name: precision's
+    assert found["statistics in TF32"] == ["2", "1.000000", "-"]
+    assert found["roots in fp16"] == ["4", "0.990000", "7 of 168"]
     assert found["mean loss of 10 steps to"] == ["10", "20", "ms a step", "peak (GB)"]
     # The first window's time holds the first call.
     assert found["adamw"] == ["10.5000", "7.5000", "70", "31"]
