@@ -1,8 +1,11 @@
 """How the report's minutes are shared: nothing saved is lost, nothing is begun in vain."""
 
+import pathlib
+
 import pytest
 
 from scripts.maintenance.device.budget import LEAST_S, PARTS, RESERVE_S, Part, allot, select
+from scripts.maintenance.device.prediction import table_under
 
 
 def test_parts_that_take_what_they_get_fill_the_time_and_no_more():
@@ -31,3 +34,11 @@ def test_parts_keep_the_reports_order_and_unknown_ones_are_named():
     assert select(()) == PARTS
     with pytest.raises(ValueError, match=r"parts=\['steps'\]: choose from probe, numerics, step"):
         select(("probe", "steps"))
+
+
+def test_the_documented_shares_are_those_of_nine_minutes():
+    text = (pathlib.Path(__file__).parents[3] / "docs" / "devices" / "README.md").read_text()
+    rows = {row["part"]: row["s of 540"] for row in table_under(text, "How the time is shared")}
+    whole = sum(part.weight for part in PARTS)
+    shares = {part.name: f"{part.weight / whole * (540 - RESERVE_S):.0f}" for part in PARTS}
+    assert rows == shares
