@@ -159,8 +159,15 @@ class Report:
             self._name = slug(device["kind"])
         self.result["seconds"] = round(time.monotonic() - self._begin, 1)
         self._write(".json", json.dumps(self.result, indent=1) + "\n")
-        self._write(".md", page.render(self.result))
+        self._write(".md", self._page())
         print(f"{name}: {part['state']} {part.get('error', '')}", flush=True)
+
+    def _page(self) -> str:
+        """The page; its own failure must not cost the parts that are still to be measured."""
+        try:
+            return page.render(self.result)
+        except Exception as error:
+            return f"No page: {type(error).__name__}: {error}\n\nMend it and use --page.\n"
 
     def finish(self, log: pathlib.Path) -> None:
         """Keeps the parts' output."""

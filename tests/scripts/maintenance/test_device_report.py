@@ -114,6 +114,15 @@ def test_wheels_that_pip_refuses_are_named_with_the_remedy(tmp_path):
     assert device_report.install(tmp_path / "none", tmp_path / "site") is None
 
 
+def test_a_page_that_fails_costs_no_figures(tmp_path):
+    written = device_report.Report(tmp_path, 9.0, rehearse=True)
+    figures = {"trials": [{"name": "x", "cosine": 1.0}]}  # no stage: the page does not expect that
+    written.add("precision", {"state": "done", "figures": figures})
+    saved = json.loads(written.path(".json").read_text())
+    assert saved["parts"]["precision"]["figures"] == figures
+    assert "No page: KeyError: 'stage'" in written.path(".md").read_text()
+
+
 def test_a_waiting_part_does_not_touch_the_device():
     """It is imported while another part measures: a second user of the memory would break that."""
     modules = {MODULES.get(part.name, part.name) for part in budget.PARTS}
