@@ -62,9 +62,9 @@ def write_text(folder: pathlib.Path, out: pathlib.Path, sizes: Sizes) -> None:
 
     Raises:
         ShardError: there are no shards, or bad ones.
+        ValueError: a token that the model does not know.
     """
     paths = data_pipeline.shard_paths(folder, "train")
-    data_pipeline.check_shards(paths, sizes.vocabulary)
     batches = data_pipeline.train_batches(
         paths, sequence_length=sizes.length, batch_rows=sizes.train_rows, mode="shuffled"
     )
@@ -74,8 +74,14 @@ def write_text(folder: pathlib.Path, out: pathlib.Path, sizes: Sizes) -> None:
         whole = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
         rows.append(whole.astype(np.uint16))
     batches.close()
+    text = np.stack(rows)
+    if text.max() >= sizes.vocabulary:
+        raise ValueError(
+            f"{folder}: token {text.max()} is none of the {sizes.vocabulary} of the model; prepare "
+            "the text with GPT-2's tokens."
+        )
     out.mkdir(parents=True, exist_ok=True)
-    np.save(out / TEXT, np.stack(rows))
+    np.save(out / TEXT, text)
 
 
 def pins(text: str) -> dict[str, str]:

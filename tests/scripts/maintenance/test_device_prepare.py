@@ -33,6 +33,14 @@ def test_batches_are_the_loaders_and_a_run_reads_a_part_of_them(tmp_path):
         read_text(tmp_path, dataclasses.replace(sizes, steps=6))
 
 
+def test_tokens_that_the_model_does_not_know_are_refused_and_the_shards_left_as_they_are(tmp_path):
+    before = sorted(SHARDS.iterdir())
+    sizes = dataclasses.replace(REHEARSAL, vocabulary=2)
+    with pytest.raises(ValueError, match=r"token \d+ is none of the 2 of the model; prepare"):
+        prepare.write_text(SHARDS, tmp_path, sizes)
+    assert not list(tmp_path.iterdir()) and sorted(SHARDS.iterdir()) == before
+
+
 def test_without_text_the_remedy_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no text is carried; make it with `python -m scr"):
         read_text(tmp_path, REHEARSAL)
