@@ -1,6 +1,7 @@
 """What an optimizer will do with a set of parameters, before any training."""
 
 import collections
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,11 +13,12 @@ import optax
 from jax.sharding import AbstractMesh
 
 from shampoo_jax.base.paths import name_of
-from shampoo_jax.blocks.plan import Cell, Plan, make_plan
+from shampoo_jax.blocks.plan import Plan, make_plan
 from shampoo_jax.directions.walk import Work
 from shampoo_jax.inspect.report import Report, Row
 from shampoo_jax.optimizers.aliases import shampoo
 from shampoo_jax.optimizers.optimizer import Routed
+from shampoo_jax.solvers.bases import Basis
 from shampoo_jax.solvers.solver import Cost
 from shampoo_jax.stacks.blocked import Design
 from shampoo_jax.stacks.exchanges import OnMesh, abstract, elementwise_moves, on_mesh
@@ -102,10 +104,11 @@ def explain(
     plan = make_plan(ours, design.blocking, design.exponents)
     sides = _sides(plan, state)
     statistics, application = _products(plan, sides, design.work, state)
+    kinds = _by_kind(state)
     return Report(
         rows=_rows(params, ours, plan, sides),
-        state_bytes=_bytes_by_kind(state),
-        dtypes=_dtypes_by_kind(state),
+        state_bytes={kind: sum(map(_size, leaves)) for kind, leaves in kinds.items()},
+        dtypes={kind: _dtypes(leaves) for kind, leaves in kinds.items()},
         adamw_bytes=state_bytes(optax.scale_by_adam(), params),
         muon_bytes=state_bytes(optax.trace(0.9), ours)
         + (state_bytes(optax.scale_by_adam(), others) if jax.tree.leaves(others) else 0),
@@ -151,36 +154,27 @@ def _designs(optimizer: Any) -> tuple[Design, Routed | None]:
 def _routes(params: Any, routed: Routed | None) -> tuple[Any, Any]:
     """Parameters that the direction takes, and the others."""
     rule = routed.rule if routed else lambda path, leaf: True
-    pairs = jax.tree_util.tree_map_with_path(
-        lambda p, x: (x, None) if rule(p, x) else (None, x), params
-    )
-    is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
-    return tuple(jax.tree.map(lambda x, i=i: x[i], pairs, is_leaf=is_pair) for i in range(2))  # type: ignore
 
+    def those(taken: bool) -> Any:
+        keep = lambda path, x: x if rule(path, x) == taken else None  # noqa: E731
+        return jax.tree_util.tree_map_with_path(keep, params)
 
-def _bytes_by_kind(state: Any) -> dict[str, int]:
-    return {kind: sum(map(_size, leaves)) for kind, leaves in _by_kind(state).items()}
-
-
-def _dtypes_by_kind(state: Any) -> dict[str, str]:
-    dtypes = {
-        k: [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
-        for k, leaves in _by_kind(state).items()
-    }
-    return {kind: ", ".join(sorted({x.name for x in each})) for kind, each in dtypes.items()}
+    return those(True), those(False)
 
 
 def _by_kind(state: Any) -> dict[str, list[Any]]:
+    """Leaves of a state by kind, in the order of the report."""
     found: dict[str, list[Any]] = {kind: [] for kind in [*KINDS.values(), ADAM, OTHER]}
-    nodes = jax.tree_util.tree_leaves_with_path(
-        state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
-    )
-    for path, node in nodes:
+    is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_adam):
         fields = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
-        kind = KINDS.get(fields[-1], OTHER) if fields else OTHER
-        kind = ADAM if isinstance(node, optax.ScaleByAdamState) else kind
+        kind = ADAM if is_adam(node) else KINDS.get("".join(fields[-1:]), OTHER)
         found[kind] += jax.tree.leaves(node)
     return found
+
+
+def _dtypes(leaves: list[Any]) -> str:
+    return ", ".join(sorted({x.dtype.name for x in leaves if jnp.issubdtype(x.dtype, np.floating)}))
 
 
 def _sides(plan: Plan, state: Any) -> collections.Counter[Side]:
@@ -287,10 +281,10 @@ def _on_mesh(
 
 def _cost(work: Work | None, side: Side, dtype: Any) -> Cost:
     if work is None:
-        return Cost(0.0, "parts of one's own")
-    if hasattr(work.method, "init_root"):
-        return work.method.cost(side.size, dtype, side.exponent)
-    return work.method.cost()
+        return Cost(0.0, "parts of one's own", matrices=0)
+    if isinstance(work.method, Basis):
+        return work.method.cost()
+    return work.method.cost(side.size, dtype, side.exponent)
 
 
 def _method(costs: Mapping[Side, Cost]) -> str:
@@ -308,25 +302,22 @@ def _size(x: Any) -> int:
     return x.size * x.dtype.itemsize
 
 
-def _edges(cell: Cell, sides: Mapping[Side, int]) -> list[int]:
-    """Edge lengths of the factors of one block."""
-    return [side.size for side in sides if side.key == cell.key]
-
-
 def _rows(params: Any, ours: Any, plan: Plan, sides: Mapping[Side, int]) -> tuple[Row, ...]:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(ours)]
     plans = dict(zip(paths, plan.leaves, strict=True))
+    edges: dict[str, list[int]] = {key: [] for key in plan.shapes}
+    for side in sides:
+        edges[side.key].append(side.size)
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, shape, own = name_of(path) or "params", np.shape(leaf), plans.get(path)
-        if own is None:
-            rows.append(Row(name, shape, preconditioned=False))
-            continue
-        blocks: collections.Counter[tuple[int, ...]] = collections.Counter()
-        factors: collections.Counter[int] = collections.Counter()
-        for cell in own.cells:
-            blocks[cell.stored] += own.batch
-            for d in _edges(cell, sides):
-                factors[d] += own.batch
-        rows.append(Row(name, shape, True, own.batch, own.merged, blocks, factors))
+        row = Row(name_of(path) or "params", np.shape(leaf), path in plans)
+        if row.preconditioned:
+            own = plans[path]
+            cells = own.cells * own.batch
+            blocks = collections.Counter(cell.stored for cell in cells)
+            factors = collections.Counter(d for cell in cells for d in edges[cell.key])
+            row = dataclasses.replace(
+                row, batch=own.batch, merged=own.merged, blocks=blocks, factors=factors
+            )
+        rows.append(row)
     return tuple(rows)

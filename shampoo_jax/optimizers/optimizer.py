@@ -1,4 +1,4 @@
-"""From a direction to a complete optimizer: decay, momentum, learning rate, AdamW for the others."""
+"""From a direction to a complete optimizer: decay, momentum, learning rate, AdamW for the rest."""
 
 from typing import Any, NamedTuple
 
@@ -93,10 +93,8 @@ def as_optimizer(
     rate = optax.scale_by_learning_rate(learning_rate)
     matrices = optax.chain(*before, unguarded(direction), *after, rate)
     if others is None:
-        mask = None if decay is None else decay.mask
-        others = optax.adamw(
-            learning_rate, b2=0.95, eps=1e-15, weight_decay=weight_decay, mask=mask
-        )
+        form: Any = {"weight_decay": weight_decay, "mask": decay and decay.mask}
+        others = optax.adamw(learning_rate, b2=0.95, eps=1e-15, **form)
     rule = is_hidden_matrix if preconditioned is None else preconditioned
 
     def rebuild(placement: Placement | None) -> optax.GradientTransformation:

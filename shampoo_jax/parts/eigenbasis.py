@@ -178,8 +178,10 @@ def in_eigenbasis(
         (Adafactor) are refused.
       basis: How bases are refreshed; None means `EighBasis()`.
       every: Steps between refreshes.
-      refresh: When bases are refreshed, as in `eigenbasis`.
-      rtol: Truncation of null directions, as in `eigenbasis`.
+      refresh: When bases are refreshed, and what happens in the first step; None means Meta's
+        `BasisRefresh(when="before", skip_first=False)`.
+      rtol: Directions whose eigenvalue is at most `rtol` times the largest get a zero update; 0.0
+        truncates nothing, None means `d * eps` of the dtype.
       first_moments: Names of its state fields that are linear in the gradient: they are carried
         into the new basis at each refresh. None means `mu` and `trace`, where there are any.
 

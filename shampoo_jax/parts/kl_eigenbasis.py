@@ -81,7 +81,7 @@ def kl_eigenbasis(
       b2: Decay of factors and eigenvalues.
       scaled: True multiplies the update by `s / (1 + eps s)`, `s_ij = sl_i sr_j` (KL-Shampoo);
         False leaves the scaling to `inner` (KL-SOAP).
-      eps: See `scaled`.
+      eps: Damping of s, with `scaled` alone.
       first_weight: Weight of the first gradient in the factors; None means `1 - b2`.
       normalize: Whether factors and eigenvalues are means over the other dimensions (the `1/n` and
         the mean above); False sums over them.
@@ -93,7 +93,8 @@ def kl_eigenbasis(
         step `every`. Without `skip_first` the first update is made with eigenvalues 0.1, so that
         with `scaled` it is on the scale of the gradients.
       max_scale: Largest s: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
-      rtol: Truncation of null directions of the factors, see `eigenbasis`.
+      rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
+        update; 0.0 truncates nothing, None means `d * eps` of the dtype.
 
     Returns:
       A part that stands for statistics, roots and preconditioning together.

@@ -44,8 +44,8 @@ def accumulate_kl_factors(
 
     A truncated root maps to 0 what its factor has not seen, so the part of a gradient that is new
     to the roots of *both* sides of a matrix never enters the factors. Where supports may change, as
-    with rows that are not used at first, take `ShiftedEigh`, or `scale_by_kl_shampoo` with a
-    basis that has `rtol`, which truncates updates, not statistics.
+    with rows that are not used at first, take `ShiftedEigh`, or
+    `scale_by_kl_shampoo(rtol=None)`, which truncates updates, not statistics.
 
     Unlike Shampoo's, directions depend on the scale of the gradients: the identities that whiten
     the first ones do not scale with them.

@@ -44,8 +44,9 @@ class BasisRefresh(Refresh):
 
     Attributes:
       start: First step that refreshes, with `when="before"` alone; None means `every`.
-      stagger: As in `Refresh`, once all blocks have had their first basis.
-      chunk: As in `Refresh`.
+      stagger: Whether refreshes are spread over the steps, once all blocks have had their first
+        basis: each step refreshes those whose index equals it modulo `every`.
+      chunk: Most bases of one shape that are computed at the same time.
       when: `"after"` uses each gradient before the bases have seen it: the first step's factors are
         decomposed, and from then on the old basis is used and then refreshed (the papers).
         `"before"` refreshes from factors that include this step's gradient, then uses the new basis

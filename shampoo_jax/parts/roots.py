@@ -55,7 +55,7 @@ def invert_roots(
     keeps its last good value and is counted. Exponents are those of `Blocks`.
 
     Args:
-      solver: See `Solver`; None means `TruncatedEigh()`.
+      solver: How roots are computed, with its cutoffs or damping; None means `TruncatedEigh()`.
       every: Steps between refreshes, at least 1.
       refresh: First step that refreshes, and how refreshes are spread; None means `Refresh()`.
       root_dtype: Of the stored roots; None means that of the factors, which are never narrowed.

@@ -158,7 +158,9 @@ def test_grafts_of_all_kinds():
 def test_the_smaller_side_is_each_blocks_own_and_the_other_one_is_not_cut():
     shapes = {"tall": (6, 3), "wide": (3, 6), "square": (4, 4), "vector": (3,)}
     gradients = gradients_like({name: jnp.ones(shape) for name, shape in shapes.items()}, 3)
-    smaller, state = run(scale_by_one_sided_shampoo(side="smaller", blocking=Blocking(4)), gradients)
+    smaller, state = run(
+        scale_by_one_sided_shampoo(side="smaller", blocking=Blocking(4)), gradients
+    )
     left, right = (run(scale_by_one_sided_shampoo(side=s), gradients)[0] for s in ("left", "right"))
     for new, of_left, of_right in zip(smaller, left, right, strict=True):
         expected = {**of_right, "wide": of_left["wide"]}

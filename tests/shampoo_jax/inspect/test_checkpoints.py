@@ -94,11 +94,15 @@ def test_entries_are_the_blocks_of_each_parameter():
     by_name = tree["parameters"]
     np.testing.assert_array_equal(by_name["fc/w"]["inner_state/inner/0/mu/6x4"], mu["6x4"][:1])
     np.testing.assert_array_equal(by_name["fc/w"]["inner_state/inner/0/mu/4x4"], mu["4x4"])
-    np.testing.assert_array_equal(by_name["layers/1/w"]["inner_state/inner/0/mu/6x4"], mu["6x4"][2:])
+    np.testing.assert_array_equal(
+        by_name["layers/1/w"]["inner_state/inner/0/mu/6x4"], mu["6x4"][2:]
+    )
     np.testing.assert_array_equal(by_name["layers/1/bias"]["inner_state/inner/0/mu/6"], mu["6"][1:])
     cut = filled(scale_by_shampoo(blocking=Blocking(3)).init(PARAMS))
     entry = state_to_tree(cut, PARAMS)["parameters"]["layers/1/w"]
-    np.testing.assert_array_equal(entry["inner_state/inner/0/mu/3x3"], cut.inner_state.inner[0].mu["3x3"][-2:])
+    np.testing.assert_array_equal(
+        entry["inner_state/inner/0/mu/3x3"], cut.inner_state.inner[0].mu["3x3"][-2:]
+    )
     assert sorted(tree["shared"]) == [
         "inner_state/inner/0/count",
         "inner_state/inner/1/0/count",

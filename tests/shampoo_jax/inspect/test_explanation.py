@@ -314,8 +314,9 @@ def test_a_direction_is_read_as_its_optimizer_routes_it():
     """`as_optimizer`, its rule, its momentum and its others, whatever the direction is."""
     others = optax.sgd(0.1, momentum=0.9)
     rule = lambda path, leaf: path[-1].key == "fc"  # noqa: E731
+    direction = scale_by_soap(blocking=SIX, basis="eigh")
     tx = as_optimizer(
-        scale_by_soap(blocking=SIX, basis="eigh"),
+        direction,
         0.1,
         momentum=momentum(0.9),
         preconditioned=rule,
@@ -323,7 +324,9 @@ def test_a_direction_is_read_as_its_optimizer_routes_it():
     )
     report = explain(PARAMS, tx)
     assert [r.name for r in report.rows if r.preconditioned] == [f"layers/{i}/fc" for i in range(3)]
-    alone = explain({str(i): struct(4, 10) for i in range(3)}, scale_by_soap(blocking=SIX, basis="eigh"))
+    alone = explain(
+        {str(i): struct(4, 10) for i in range(3)}, scale_by_soap(blocking=SIX, basis="eigh")
+    )
     for field in ("refresh_flops", "refresh_method", "every", "root_batches", "apply_flops"):
         assert getattr(report, field) == getattr(alone, field)
     assert report.state_bytes["factors"] == alone.state_bytes["factors"] == 4 * 3 * (36 + 3 * 16)
@@ -337,6 +340,15 @@ def test_a_direction_is_read_as_its_optimizer_routes_it():
 def by_hand(placement=None):
     parts = accumulate_factors(0.9), invert_roots(TruncatedEigh(), every=2), precondition()
     return blocked(optax.chain(*parts), blocking=SIX, placement=placement)
+
+
+@pytest.mark.parametrize("container", [tuple, list])
+def test_parameters_may_lie_in_any_container(container):
+    params = container([struct(6, 4), struct(4), struct(4, 10)])
+    report = explain(params, shampoo(0.1, blocking=SIX))
+    named = explain(dict(zip("012", params, strict=True)), shampoo(0.1, blocking=SIX))
+    assert [r.preconditioned for r in report.rows] == [True, False, True]
+    assert report == named
 
 
 def test_parts_chained_by_hand_are_read_from_the_state():

@@ -297,7 +297,7 @@ def test_it_converges_on_an_ill_conditioned_quadratic(kind):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("polyak", {}, "averaging kind='polyak' is unknown: choose from primal, schedule_free"),
+        ("polyak", {}, "kind='polyak': use one of 'primal', 'schedule_free'"),
         ("primal", {"train_coeff": 0.0}, r"train_coeff=0.0 must lie in \(0, 1\]"),
         ("primal", {"train_coeff": 1.1}, "train_coeff=1.1"),
         ("primal", {"eval_coeff": 1.0}, r"eval_coeff=1.0 must lie in \[0, 1\)"),
