@@ -107,8 +107,7 @@ def scale_by_soap(
     options = locals()
     check_static(options)
     check_options(options)
-    when = BasisRefresh() if refresh is None else refresh
-    method = make_basis(basis)
+    when, method = refresh or BasisRefresh(), make_basis(basis)
     weighting: Any = {"bias_correction": bias_correction, "weighted": weighted}
     first_moment = filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype)
     second = scale_by_second_moment(b2, eps, exponent=exponent, **weighting)

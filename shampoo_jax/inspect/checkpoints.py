@@ -188,8 +188,7 @@ def check_state(state: Any, params: Any, tx: optax.GradientTransformation | None
             f"them in {len(wanted)}: build it as it was when the state was saved."
         )
     for rows, expected in zip(held, wanted, strict=True):
-        difference = _difference(rows, expected, known)
-        if difference:
+        if difference := _difference(rows, expected, known):
             raise ValueError(
                 f"the optimizer state does not fit its parameters: {difference}. Restore it with "
                 "the parameters and options that it was saved with, or carry it over by "

@@ -95,6 +95,8 @@ def averaging(
     _check_options(kind, train_coeff, eval_coeff, lr_power)
     inner = optax.with_extra_args_support(unguarded(inner))
     decay = optax.with_extra_args_support(optax.identity() if decay is None else decay)
+    coeff = 0.9 if eval_coeff is None else eval_coeff
+    power = 2.0 if lr_power is None else lr_power
 
     def init_fn(params: Any) -> AveragingState:
         # A copy even of float32 parameters: state and parameters may both be donated.
@@ -110,23 +112,19 @@ def averaging(
             raise ValueError("averaging needs the parameters: call update(updates, state, params).")
         lr = jnp.asarray(value_at(learning_rate, state.count), jnp.float32)
         mix = jnp.asarray(train_coeff, jnp.float32)
-        if kind == "primal":
-            c = jnp.asarray(0.9 if eval_coeff is None else eval_coeff, jnp.float32)
-            total = state.weight_sum
-        else:
-            c, total = _weighted(lr ** (2.0 if lr_power is None else lr_power), state.weight_sum)
+        c, total = jnp.asarray(coeff, jnp.float32), state.weight_sum
+        if kind == "schedule_free":
+            c, total = _weighted(lr**power, total)
         step, inner_state = inner.update(updates, state.inner, params, **extra)
-        step = widen(step)
+        step, y = widen(step), widen(params)
         zeros = jax.tree.map(jnp.zeros_like, state.z)
         alpha_z, decay_state = decay.update(zeros, state.decay, state.z, **extra)
         z = jax.tree.map(lambda z, a: z - lr * a, state.z, alpha_z)
         # The difference of new and old y, written so that small steps are not lost in large y.
-        moved = jax.tree.map(
-            lambda u, z, y: (1 - mix * c) * u + (1 - c) * (z - y), step, z, widen(params)
-        )
+        moved = jax.tree.map(lambda u, z, y: (1 - mix * c) * u + (1 - c) * (z - y), step, z, y)
         z, count = jax.tree.map(jnp.add, z, step), optax.safe_increment(state.count)
-        new = AveragingState(count, mix, total, z, inner_state, decay_state)
-        return cast_like(moved, updates), new
+        state = AveragingState(count, mix, total, z, inner_state, decay_state)
+        return cast_like(moved, updates), state
 
     return guard(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 

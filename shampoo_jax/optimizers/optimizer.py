@@ -77,7 +77,7 @@ def as_optimizer(
       >>> updates["w"].round(3).tolist()  # -0.1 * (1 + 0.5)
       [[-0.15, -0.15], [-0.15, -0.15]]
     """
-    options = locals()
+    options: dict[str, Any] = locals()
     check_static(options)
     check_options(options)
     design = direction.design if isinstance(direction, Guarded) else None
@@ -98,8 +98,9 @@ def as_optimizer(
     rule = is_hidden_matrix if preconditioned is None else preconditioned
 
     def rebuild(placement: Placement | None) -> optax.GradientTransformation:
-        again = direction if design is None else design.rebuild(placement)
-        return as_optimizer(**{**options, "direction": again, "placement": placement})
+        again: Any = direction if design is None else design.rebuild(placement)
+        changed: dict[str, Any] = {"direction": again, "placement": placement}
+        return as_optimizer(**(options | changed))
 
     tx = optax.partition({"matrices": matrices, "others": split(others)}, labels_by(rule))
     return guard(tx, Routed(design, rule, placement, momentum is not None, rebuild))

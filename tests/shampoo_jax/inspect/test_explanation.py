@@ -377,9 +377,9 @@ def rule_of(tx):
 
 def test_a_missing_option_is_named_where_the_optimizer_is_built():
     with pytest.raises(TypeError, match="'block_size'"):
-        explain(PARAMS, block_size=4)
+        explain(PARAMS, block_size=4)  # pyrefly: ignore
     with pytest.raises(TypeError, match="shampoo has no option 'blocksize'"):
-        explain(PARAMS, shampoo(0.1, blocksize=4))
+        explain(PARAMS, shampoo(0.1, blocksize=4))  # pyrefly: ignore
 
 
 SQUARES = {f"w{i}": struct(16, 16) for i in range(6)} | {"bias": struct(16)}

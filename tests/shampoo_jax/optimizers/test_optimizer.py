@@ -89,4 +89,4 @@ def test_bad_options_are_named(options, message):
 
 def test_options_of_former_versions_are_answered():
     with pytest.raises(TypeError, match="as_optimizer has no option 'adamw_eps': .*others=optax"):
-        sj.as_optimizer(optax.scale_by_lion(), 0.1, adamw_eps=1e-8)
+        sj.as_optimizer(optax.scale_by_lion(), 0.1, adamw_eps=1e-8)  # pyrefly: ignore
