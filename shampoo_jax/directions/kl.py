@@ -182,16 +182,7 @@ def _kl(
     check_static(options)
     check_options(options)
     method = make_basis(options["basis"], keep_order=True)
-    direction = kl_eigenbasis(
-        inner,
-        b2,
-        first_weight=options["first_weight"],
-        normalize=options["normalize"],
-        basis=method,
-        every=options["every"],
-        refresh=options["refresh"],
-        max_scale=options["max_scale"],
-        rtol=options["rtol"],
-        **scaling,
-    )
+    names = ("first_weight", "normalize", "every", "refresh", "max_scale", "rtol")
+    shared = {name: options[name] for name in names}
+    direction = kl_eigenbasis(inner, b2, basis=method, **shared, **scaling)
     return walk(direction, options, factory, method, whitened=True)
