@@ -191,7 +191,7 @@ def test_a_factor_at_the_upper_end_of_float32_has_a_root():
     factor = np.diag(np.float32([2.0**127, 2.0**123]))[None]
     root, ok = jax.jit(lambda a: eigh.truncated_root(a, 0.25))(factor)
     assert ok.all()
-    np.testing.assert_allclose(root[0], np.diag([2.0**-31.75, 2.0**-30.75]), rtol=1e-6)
+    assert_near(root[0], np.diag([2.0**-31.75, 2.0**-30.75]), 1e-6)
 
 
 def test_power_of_two_scale():
