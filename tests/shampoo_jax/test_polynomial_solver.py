@@ -135,7 +135,7 @@ def test_auto_with_a_cutoff_that_polynomials_lack_is_eigh():
 def test_the_backend_that_is_compiled_for_decides():
     """One state for all of them; on CPU not one product of the polynomials is in the program."""
     tx, ones = sj.invert_roots(sj.Auto()), jnp.ones((2, 130))
-    blocks = {"k": sj.Blocks(ones, ones, (jnp.asarray(factors(2, d=130)),))}
+    blocks = {"k": sj.Blocks(ones, ones, (jnp.eye(130) + factors(2, d=130),))}
     state = jax.eval_shape(tx.init, blocks)
     traced = jax.jit(tx.update).trace(blocks, state)
     products = {
@@ -146,7 +146,8 @@ def test_the_backend_that_is_compiled_for_decides():
     exact = sj.invert_roots(sj.TruncatedEigh())
     got, after = jax.jit(tx.update)(blocks, tx.init(blocks))
     expected, _ = jax.jit(exact.update)(blocks, exact.init(blocks))
-    np.testing.assert_array_equal(got["k"].matrices[0], expected["k"].matrices[0])
+    # Far nearer than the polynomials come, which are 0.7 % off.
+    np.testing.assert_allclose(got["k"].matrices[0], expected["k"].matrices[0], rtol=0, atol=1e-4)
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, tx.init(blocks))
 
 
