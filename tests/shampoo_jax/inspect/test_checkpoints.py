@@ -168,14 +168,18 @@ def test_training_goes_on_bit_for_bit_after_orbax(tmp_path):
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(tmp_path / "state")
 
+    same = tree_to_state(tree, tx.init(params), params)
     larger = {"a": jnp.ones((4, 6)), **params}
-    restored = tree_to_state(tree, tx.init(larger), larger)
+    regrouped = tree_to_state(tree, tx.init(larger), larger)
     for seed in range(2, 4):
         g = gradients(params, seed)
         expected, state = update(g, state, params)
-        got, restored = update({"a": jnp.ones((4, 6)), **g}, restored, larger)
+        resumed, same = update(g, same, params)
+        assert_equal(resumed, expected)
+        # Another program, of larger stacks: XLA may round it otherwise.
+        got, regrouped = update({"a": jnp.ones((4, 6)), **g}, regrouped, larger)
         for name in params:
-            np.testing.assert_array_equal(got[name], expected[name])
+            np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=1e-5)
     assert jnp.isfinite(got["a"]).all()
     assert jnp.abs(got["a"]).max() > 0
 

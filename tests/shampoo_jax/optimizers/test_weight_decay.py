@@ -109,7 +109,7 @@ def test_decay_itself_may_be_a_schedule():
     state = tx.init(params)
     for expected in (0.0, 4.0, 8.0):
         updates, state = tx.update(jnp.zeros(2), state, params)
-        np.testing.assert_allclose(updates, [expected] * 2)
+        np.testing.assert_allclose(updates, [expected] * 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["l2", "decoupled", "lr_over_peak", "over_peak"])
@@ -143,11 +143,11 @@ def test_injected_hyperparameters_follow_their_values():
     state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update)
     updates, state = update(jnp.zeros(2), state, params)
-    np.testing.assert_allclose(updates, 0.25)
+    np.testing.assert_allclose(updates, 0.25, rtol=1e-6)
     state.hyperparams["learning_rate"] = jnp.asarray(0.2)
     state.hyperparams["weight_decay"] = jnp.asarray(1.0)
     updates, state = update(jnp.zeros(2), state, params)
-    np.testing.assert_allclose(updates, 1.0)
+    np.testing.assert_allclose(updates, 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
