@@ -8,7 +8,7 @@ from shampoo_jax.base.hyperparameters import check_static
 from shampoo_jax.base.options import check_options
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.optimizers.momentum import momentum as momentum_part
-from shampoo_jax.optimizers.routing import Rule, is_hidden_matrix, labels_by
+from shampoo_jax.optimizers.routing import Rule, hidden_matrix_of, labels_by
 from shampoo_jax.optimizers.weight_decay import Decay, wide_decay_parts
 from shampoo_jax.stacks.guard import Guarded, guard, unguarded
 from shampoo_jax.stacks.placement import Placement
@@ -95,7 +95,11 @@ def as_optimizer(
     if others is None:
         form: Any = {"weight_decay": weight_decay, "mask": decay and decay.mask}
         others = optax.adamw(learning_rate, b2=0.95, eps=1e-15, **form)
-    rule = is_hidden_matrix if preconditioned is None else preconditioned
+    rule = preconditioned
+    if rule is None:
+        # Batch axes that the direction is told of are no dimensions of a matrix.
+        blocking = getattr(design, "blocking", None)
+        rule = hidden_matrix_of(None if blocking is None else blocking.dimension_numbers)
 
     def rebuild(placement: Placement | None) -> optax.GradientTransformation:
         again: Any = direction if design is None else design.rebuild(placement)

@@ -9,7 +9,11 @@ import jax
 import numpy as np
 
 from shampoo_jax.base.options import check_real
-from shampoo_jax.blocks.dimension_numbers import component_names
+from shampoo_jax.blocks.dimension_numbers import (
+    DimensionOption,
+    component_names,
+    resolve_dimension_numbers,
+)
 from shampoo_jax.stacks.blocked import described
 
 Rule = Callable[[tuple[Any, ...], Any], bool]
@@ -20,6 +24,11 @@ _TABLES = re.compile(
     r"embed|vocab|logits|(^|_)emb($|_)|^w[tp]e$|^(?!(multi|attn|attention)_)(\w*_)?(lm)?head(_\d+)?$"
 )
 
+# What Flax, Equinox, Haiku and Keras call vectors. Stacked by vmap or scan they have two axes.
+_VECTORS = {"bias", "b", "scale", "offset", "gamma", "beta"}
+# Modules whose `weight` is a vector.
+_NORMS = re.compile(r"norm\d*(_\w+)?$|(^|_)ln\d*(_\w+)?$")
+
 
 def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     """The default rule: two or more dimensions above 1, no bias, embedding or output head.
@@ -27,8 +36,9 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     Args:
       path: Key path of the parameter. A component that contains `embed`, `vocab`, `logits` or the
         word `emb`, is `wte` or `wpe`, or ends in the word `head` (but `multi_head`, `attn_head`),
-        names a table. Slashes separate components, as in Haiku's names. A parameter `bias` or
-        `scale` is a vector even where it has more axes (heads, scanned layers).
+        names a table. Slashes separate components, as in Haiku's names. A parameter `bias`, `b`,
+        `scale`, `offset`, `gamma` or `beta`, and the `weight` of what is named a norm or `ln`, is
+        a vector even where it has more axes (heads, scanned layers).
       leaf: The parameter or its shape.
 
     Returns:
@@ -43,8 +53,24 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     """
     ndim = sum(d > 1 for d in np.shape(leaf))
     names = component_names(path)
-    is_vector = names[-1:] in (["bias"], ["scale"])
-    return ndim >= 2 and not is_vector and not any(_TABLES.search(name) for name in names)
+    is_vector = not _VECTORS.isdisjoint(names[-1:]) or (
+        names[-1:] == ["weight"] and any(map(_NORMS.search, names[:-1]))
+    )
+    return ndim >= 2 and not is_vector and not any(map(_TABLES.search, names))
+
+
+def hidden_matrix_of(dimension_numbers: DimensionOption) -> Rule:
+    """`is_hidden_matrix` of one slice where a rule names batch axes: a stack of vectors is none."""
+    numbers = resolve_dimension_numbers(dimension_numbers)
+
+    def rule(path: tuple[Any, ...], leaf: Any) -> bool:
+        named = numbers(path, leaf)
+        if named is not None and named.batch:
+            sizes = [d for axis, d in enumerate(np.shape(leaf)) if axis not in named.batch]
+            leaf = jax.ShapeDtypeStruct(sizes, leaf.dtype)
+        return is_hidden_matrix(path, leaf)
+
+    return rule
 
 
 def labels_by(rule: Rule) -> Callable[[Any], Any]:

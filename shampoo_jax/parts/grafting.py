@@ -145,11 +145,12 @@ def make_magnitude(
       A part, or None.
 
     Raises:
-      ValueError: An unknown name.
+      ValueError: An unknown name, or a complete optimizer: its learning rate would count twice.
     """
     if graft is None or isinstance(graft, Part):
         return graft
     if not isinstance(graft, str):
+        _refuse_descent(graft)
         return from_gradients(graft)
     check_choice("graft", graft, ("adam", "rmsprop", "adagrad", "sgd"))
     if graft == "sgd":
@@ -158,3 +159,15 @@ def make_magnitude(
         return scale_by_second_moment(1.0)
     decay = (0.999 if b2 == 1 else b2) if is_number(b2) else jnp.where(b2 == 1, 0.999, b2)
     return scale_by_second_moment(decay, bias_correction=graft == "adam")
+
+
+def _refuse_descent(tx: optax.GradientTransformation) -> None:
+    """Raises ValueError for a transformation whose update points against the gradient."""
+    with jax.ensure_compile_time_eval():
+        gradient = jnp.ones((2, 2))
+        update, _ = tx.update(gradient, tx.init(gradient), gradient)
+        if bool((update < 0).any()):
+            raise ValueError(
+                f"graft={tx} is a complete optimizer, its update points against the gradient: give "
+                "a direction without learning rate, optax.scale_by_adam() for optax.adam(...)."
+            )

@@ -13,6 +13,40 @@ import pytest
 import shampoo_jax as sj
 from shampoo_jax.optimizers.routing import labels_by
 
+VECTORS = [
+    # Stacked by vmap, scan or a layer stack: two axes, but vectors.
+    "layers/norm1/weight",  # Equinox
+    "layers/post_attention_layernorm/weight",
+    "h/ln_1/weight",
+    "layers/q_norm/weight",
+    "layer_stack/linear/b",  # Haiku
+    "layer_stack/layer_norm/offset",
+    "block/layer_normalization/gamma",  # Keras
+    "layers/LayerNorm_0/scale",  # Flax
+]
+
+
+@pytest.mark.parametrize("path", VECTORS)
+def test_stacked_vectors_are_no_matrices(path):
+    assert not is_hidden(path, (32, 4096))
+
+
+@pytest.mark.parametrize("path", ["normed_linear/weight", "lnear/weight", "block/weight"])
+def test_weights_of_other_modules_are_matrices(path):
+    assert is_hidden(path, (32, 4096))
+
+
+def test_batch_axes_are_no_dimensions_of_a_matrix():
+    params = {"layers": {"g": jnp.ones((4, 8)), "w": jnp.ones((4, 8, 8))}, "w": jnp.ones((4, 8))}
+    blocking = sj.Blocking(dimension_numbers=sj.batch_axes({"layers": 0}))
+    report = sj.explain(params, sj.shampoo(0.1, blocking=blocking))
+    taken = {row.name: row.preconditioned for row in report.rows}
+    assert taken == {"layers/g": False, "layers/w": True, "w": True}
+    # A rule of one's own sees the whole parameter.
+    rule = lambda path, leaf: leaf.ndim > 1  # noqa: E731
+    report = sj.explain(params, sj.shampoo(0.1, blocking=blocking, preconditioned=rule))
+    assert all(row.preconditioned for row in report.rows)
+
 
 def is_hidden(path, shape):
     """The default rule for a parameter under nested dictionary keys, `"a/b"` being two."""

@@ -117,7 +117,7 @@ def test_norms_of_extreme_directions(scale):
 @pytest.mark.parametrize("name", ["sgd", "sign", "adam", "lion", "adagrad", "chain"])
 def test_any_stock_transformation_sizes_the_update_from_raw_gradients(name):
     stock = {
-        "sgd": optax.sgd(0.1),
+        "sgd": optax.trace(0.9),
         "sign": optax.scale_by_sign(),
         "adam": optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-6),
         "lion": optax.scale_by_lion(),
@@ -173,3 +173,17 @@ def test_an_unknown_name_is_refused_with_the_choice():
 def test_decay_out_of_range_is_refused(b2):
     with pytest.raises(ValueError, match=f"b2={b2} must lie in"):
         scale_by_second_moment(b2)
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.sgd(0.1), optax.adamw(0.1)])
+def test_a_complete_optimizer_is_no_graft(optimizer):
+    with pytest.raises(ValueError, match="graft=.* is a complete optimizer"):
+        make_magnitude(optimizer, 0.9)
+
+
+def test_a_graft_is_looked_at_under_jit_as_well():
+    def update(gradient):
+        tx = blocked(make_magnitude(optax.scale_by_adam(), 0.9))
+        return tx.update({"w": gradient}, tx.init({"w": gradient}))[0]
+
+    assert jax.jit(update)(jnp.ones((2, 2)))["w"].shape == (2, 2)
