@@ -1,4 +1,7 @@
-"""Matrix functions against 99 recorded cases of Meta's package, see `scripts.golden_matrix`."""
+"""Matrix functions against 99 recorded cases of Meta's package.
+
+See `scripts.maintenance.golden_matrix`.
+"""
 
 import json
 from pathlib import Path

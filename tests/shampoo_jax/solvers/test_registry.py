@@ -1,37 +1,46 @@
-"""Solvers by name: defaults, zeros, and names of one's own."""
+"""Solvers by name: defaults, objects, and names of one's own."""
 
 import pytest
 
 import shampoo_jax as sj
 from shampoo_jax.solvers.registry import SOLVERS, make_solver
 
-
-@pytest.mark.parametrize(
-    ("name", "default", "undamped"),
-    [
-        ("shifted_eigh", sj.ShiftedEigh(), sj.ShiftedEigh(0.0)),
-        ("coupled_newton", sj.CoupledNewton(), sj.CoupledNewton(0.0)),
-        ("higher_order_newton", sj.HigherOrderNewton(), sj.HigherOrderNewton(0.0, 0.0)),
-        ("eigh", sj.TruncatedEigh(), sj.TruncatedEigh()),
-    ],
-)
-def test_eps_of_none_is_the_solvers_own_and_zero_is_no_damping(name, default, undamped):
-    assert make_solver(name) == default
-    assert make_solver(name, eps=0.0) == undamped
-    assert make_solver(name, rtol=None, atol=0.0) == default
+NAMED = {
+    "auto": sj.Auto(),
+    "eigh": sj.TruncatedEigh(),
+    "shifted_eigh": sj.ShiftedEigh(),
+    "coupled_newton": sj.CoupledNewton(),
+    "higher_order_newton": sj.HigherOrderNewton(),
+    "polynomial": sj.Polynomial(),
+    "polynomial_clip": sj.Polynomial(semantics="clip"),
+}
 
 
-def test_positive_cutoff_keeps_every_positive_eigenvalue():
-    assert make_solver("eigh", cutoff="positive") == sj.TruncatedEigh(0.0, 0.0)
-    assert make_solver("eigh", rtol=1e-3, atol=1.0) == sj.TruncatedEigh(1e-3, 1.0)
+@pytest.mark.parametrize("name", NAMED)
+def test_a_name_is_the_solver_with_its_defaults(name):
+    assert make_solver(name) == NAMED[name]
 
 
-def test_own_solver_gets_the_options_it_names(monkeypatch):
-    monkeypatch.setitem(SOLVERS, "mine", lambda rtol=0.5: sj.TruncatedEigh(rtol))
-    assert make_solver("mine") == sj.TruncatedEigh(0.5)
-    assert make_solver("mine", rtol=0.1, eps=0.0) == sj.TruncatedEigh(0.1)
-    with pytest.raises(ValueError, match="eps=0.1 has .*solver='mine'.*'shifted_eigh'"):
-        make_solver("mine", eps=0.1)
+def test_every_name_is_listed():
+    assert set(sj.solver_names()) >= set(NAMED)
+
+
+def test_an_object_is_itself():
+    solver = sj.TruncatedEigh(rtol=1e-3, atol=1.0)
+    assert make_solver(solver) is solver
+
+
+def test_an_unknown_name_is_answered_with_those_there_are():
+    with pytest.raises(ValueError, match=r"solver='cholesky' is unknown: .*'eigh'.*Solver such as"):
+        make_solver("cholesky")
+
+
+def test_own_solver_by_name(monkeypatch):
+    monkeypatch.setitem(SOLVERS, "other", SOLVERS["eigh"])  # so that the names added go again
+    monkeypatch.delitem(SOLVERS, "other")
+    sj.register_solver("other", lambda rtol=0.5: sj.TruncatedEigh(rtol))
+    assert make_solver("other") == sj.TruncatedEigh(0.5)
+    assert "other" in sj.solver_names()
 
 
 def test_a_name_is_taken_once(monkeypatch):

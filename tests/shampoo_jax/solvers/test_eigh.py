@@ -1,0 +1,68 @@
+"""Eigenvalue solvers: what a cutoff of 0 keeps, what no damping means, and XLA's algorithms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import shampoo_jax as sj
+from shampoo_jax.solvers.bases import EighBasis
+from shampoo_jax.solvers.eigh import ShiftedEigh, TruncatedEigh
+
+
+def test_a_relative_cutoff_of_zero_keeps_every_positive_eigenvalue():
+    factor = jnp.diag(jnp.array([1.0, 1e-30, 0.0, -1e-3]))[None]
+    root, ok, _ = TruncatedEigh(rtol=0.0)(factor, 0.5, ())
+    assert ok.all()
+    np.testing.assert_allclose(jnp.diag(root[0]), [1, 1e15, 0, 0], rtol=1e-5)
+    root, _, _ = TruncatedEigh()(factor, 0.5, ())
+    np.testing.assert_allclose(jnp.diag(root[0]), [1, 0, 0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_without_damping_a_singular_factor_has_no_root(before):
+    factors = jnp.array([[[1.0, 0.0], [0.0, 0.0]], [[4.0, 0.0], [0.0, 1.0]]])
+    root, ok, _ = ShiftedEigh(damping=0.0, before=before)(factors, 0.5, ())
+    assert ok.tolist() == [False, True]
+    np.testing.assert_allclose(root[1], np.diag([0.5, 1.0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TruncatedEigh(rtol=1.0),
+        lambda: TruncatedEigh(atol=-1.0),
+        lambda: ShiftedEigh(damping=-1e-3),
+        lambda: sj.CoupledNewton(damping=-1e-3),
+        lambda: sj.HigherOrderNewton(relative_damping=-1e-3),
+        lambda: sj.HigherOrderNewton(absolute_damping=-1e-3),
+    ],
+)
+def test_cutoffs_and_damping_out_of_range_are_refused(make):
+    with pytest.raises(ValueError, match=r"(rtol|atol|damping)=-?[0-9.]+ must"):
+        make()
+
+
+CHOOSING = {
+    "truncated": lambda name, a: TruncatedEigh(implementation=name)(a, 0.5, ())[0],
+    "shifted": lambda name, a: ShiftedEigh(implementation=name)(a, 0.5, ())[0],
+    "basis": lambda name, a: EighBasis(implementation=name)(a, a)[1],
+    "adaptive": lambda name, a: EighBasis(0.1, implementation=name)(a, a)[1],
+}
+
+
+@pytest.mark.parametrize("root", CHOOSING.values(), ids=CHOOSING)
+def test_the_implementation_can_be_chosen_where_the_backend_has_it(root, monkeypatch):
+    a = jnp.array([[[2.0, 1.0], [1.0, 2.0]]])
+    np.testing.assert_array_equal(root("qr", a), root(None, a))
+    for name in ("jacobi", "lanczos"):
+        message = rf"implementation='{name}' of eigh does not exist on cpu: use one of \['qr'\]"
+        with pytest.raises(ValueError, match=message):
+            root(name, a)
+    # The program for another machine, not run.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    program = {
+        name: jax.jit(lambda a, n=name: root(n, a)).trace(a).lower(lowering_platforms=("cuda",))
+        for name in ("qr", "jacobi")
+    }
+    assert program["qr"].as_text() != program["jacobi"].as_text()
