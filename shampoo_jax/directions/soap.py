@@ -1,5 +1,6 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from shampoo_jax.base.hyperparameters import check_static
 from shampoo_jax.base.options import check_options, is_off
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
-from shampoo_jax.blocks.exponents import ExponentOption
+from shampoo_jax.blocks.exponents import ExponentOption, default_exponents
 from shampoo_jax.directions.walk import walk
 from shampoo_jax.parts.eigenbasis import eigenbasis
 from shampoo_jax.parts.factors import accumulate_factors, damp
@@ -21,6 +22,22 @@ from shampoo_jax.stacks.guard import Guarded
 from shampoo_jax.stacks.placement import Placement
 
 WHOLE = Blocking(size=None)  # the authors' code does not cut matrices
+LARGEST_FACTOR = 10_000  # edge; the authors' `max_precond_dim`
+LARGEST_SHARE = 64  # entries of a factor as a multiple of its block's
+
+
+def bounded_exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
+    """Shampoo's exponents, but 0 where a factor would be out of proportion.
+
+    That is of a dimension of more than 10,000, and of one whose square has more than 64 times the
+    entries of the whole block, unless it is the only one: the long side of a thin matrix.
+
+    >>> bounded_exponents((4096, 8)), bounded_exponents((50257, 768)), bounded_exponents((512, 8))
+    ((0.0, 0.25), (0.0, 0.25), (0.25, 0.25))
+    """
+    entries = math.prod(shape) if len(shape) > 1 else math.inf
+    fits = (d <= LARGEST_FACTOR and d * d <= LARGEST_SHARE * entries for d in shape)
+    return tuple(e * fit for e, fit in zip(default_exponents(shape), fits, strict=True))
 
 
 @suggests
@@ -36,7 +53,7 @@ def scale_by_soap(
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = WHOLE,
-    exponents: ExponentOption = None,
+    exponents: ExponentOption = bounded_exponents,
     basis: str | Basis | None = None,
     every: Any = 10,
     refresh: BasisRefresh | None = None,
@@ -59,10 +76,9 @@ def scale_by_soap(
     Weight decay in `soap` acts as AdamW's, on the parameters before the step; the authors' code
     shrinks them after it, which differs by `lr^2 * weight_decay * U`.
 
-    The authors' code leaves a dimension of more than 10,000 unrotated (`max_precond_dim`); here
-    every dimension of every block gets a factor, d x d. `soap` leaves embeddings and heads to
-    AdamW; for other long dimensions set `blocking`, or exclude a side of all matrices by
-    `exponents={2: {0: 0.0}}`. `explain` names the largest factor.
+    As in the authors' code a dimension of more than 10,000 is left unrotated; so is the long side
+    of a very thin matrix, whose factor would have more than 64 times its entries. `explain` names
+    the largest factor.
 
     Args:
       b1: Decay of the first moment, in [0, 1).
@@ -77,7 +93,9 @@ def scale_by_soap(
       weighted: Whether new statistics have weight `1 - b2`; False adds them with weight 1.
       blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
         None means `Blocking()`, blocks of up to 1024 x 1024.
-      exponents: Dimensions with exponent 0 keep their basis; other values do not matter.
+      exponents: Dimensions with exponent 0 keep their basis; other values do not matter. By default
+        those are left alone that `bounded_exponents` names: of more than 10,000, and the long side
+        of very thin matrices. None leaves none alone.
       basis: `"eigh"`, `"qr"` (Meta's), a `Basis`, or None for the authors' sorted QR step.
       every: Steps between refreshes of the bases.
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from shampoo_jax.stacks.exchanges import OnMesh
 
+LARGE_STATE = 10  # times AdamW's, above which a report warns
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -109,6 +111,12 @@ class Report:
             + (f", {self.fallback_batches} by eigh as fallback" if self.fallback_batches else ""),
             f"largest factor    {self.largest_factor} x {self.largest_factor}",
         ]
+        if total > LARGE_STATE * self.adamw_bytes:
+            times = f"{total / self.adamw_bytes:.0f} times AdamW's"
+            lines.append(
+                f"warning           the state is {times}: bound factors by "
+                "blocking=Blocking(size=1024), or leave long sides alone by exponents"
+            )
         return "\n".join(lines if self.on_mesh is None else [*lines, "", *_device(self.on_mesh)])
 
     def _narrow(self, kind: str) -> str:
