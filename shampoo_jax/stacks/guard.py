@@ -82,7 +82,7 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
             return cast_like(new, updates), inner_state
 
         def skip() -> tuple[Any, Any]:
-            return jax.tree.map(jnp.zeros_like, updates), state.inner_state
+            return _zeros(updates, params), state.inner_state
 
         ok = _usable(jax.tree.leaves(updates))
         new, inner_state = jax.lax.cond(ok, take, skip)
@@ -103,6 +103,14 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
     guarded = Guarded(init, update)
     guarded.inner, guarded.design = tx, design
     return guarded
+
+
+def _zeros(updates: Any, params: Any) -> Any:
+    """Updates of a skipped step; they lie as parameters do, which gradients need not."""
+    alike = jax.tree.structure(params) == jax.tree.structure(updates)
+    return jax.tree.map(
+        lambda g, p: jnp.zeros_like(p, jnp.result_type(g)), updates, params if alike else updates
+    )
 
 
 def unguarded(tx: optax.GradientTransformation) -> optax.GradientTransformation:

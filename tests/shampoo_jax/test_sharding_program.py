@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shampoo_jax as sj
@@ -33,11 +33,19 @@ def lowered(layout, make, shapes, **options):
 
 def whole(placement):
     rule = sj.batch_axes({"w": 0})
-    return sj.scale_by_shampoo(dimension_numbers=rule, placement=placement)
+    blocking = sj.Blocking(dimension_numbers=rule)
+    return sj.scale_by_shampoo(blocking=blocking, placement=placement)
 
 
-def only_moves(placement):
-    return sj.blocked(optax.identity(), placement=placement)
+def only_moves(placement, blocking=None):
+    """What `guard` adds, checks that are reduced over all devices, is left out."""
+    return sj.blocked(optax.identity(), blocking=blocking, placement=placement).inner
+
+
+def planned(shapes, placement, blocking=None):
+    shapes = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    tx = sj.scale_by_shampoo(blocking=blocking, placement=placement)
+    return sj.explain(shapes, tx).on_mesh.exchanges
 
 
 @pytest.mark.parametrize("layout", ["replicated", "rows", "rows and columns"])
@@ -74,14 +82,14 @@ def test_an_unplanned_change_of_layout_is_reported(capfd):
 def test_the_way_takes_the_planned_exchanges_and_a_copy_of_the_update(layout, copies, capfd):
     step = lowered(layout, only_moves, SHAPES).compile()
     axes, owners, spec = se.LAYOUTS[layout]
-    shapes = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in SHAPES.items()}
-    options = {"mesh": axes, "owners": owners, "parameter_spec": spec}
-    planned = sj.explain(shapes, sj.scale_by_shampoo, **options).on_mesh.exchanges
+    expected = planned(
+        SHAPES, sj.Placement(AbstractMesh(tuple(axes.values()), tuple(axes)), owners, spec)
+    )
     found = st.exchanges(step.as_text())
     permuted = found.pop("collective-permute", (0, 0))[1]
     assert permuted <= (SIZE / 8 if layout == "rows and columns" else 0)
-    assert found.keys() == planned.keys()
-    for kind, (_, size) in planned.items():
+    assert found.keys() == expected.keys()
+    for kind, (_, size) in expected.items():
         assert found[kind][1] == size or (kind == "all-to-all" and found[kind][1] < 1.3 * size)
     assert step.memory_analysis().temp_size_in_bytes < copies * SIZE
     assert "rematerialization" not in capfd.readouterr().err
@@ -102,7 +110,7 @@ def test_bfloat16_travels_as_bfloat16(layout, tmp_path):
 
 def test_cuts_across_a_split_dimension_are_made_where_it_is_whole():
     def small_blocks(placement):
-        return sj.blocked(optax.identity(), block_size=8, placement=placement)
+        return only_moves(placement, sj.Blocking(8))
 
     text = lowered("rows", small_blocks, {"w": (32, 16)}).compile().as_text()
     assert set(st.exchanges(text)) == {"all-to-all"}  # no permutation of single rows
@@ -122,13 +130,21 @@ def test_experts_split_on_three_axes_are_cut_without_replication(capfd):
     mesh = jax.make_mesh((2, 2, 2), ("expert", "fsdp", "tensor"))
     spec = P("expert", "fsdp", "tensor")
     placement = sj.Placement(mesh, ("expert", "fsdp", "tensor"), lambda path, leaf: spec)
-    options = {"dimension_numbers": sj.batch_axes({"w": 0}), "block_size": 8}
-    tx = sj.blocked(optax.identity(), placement=placement, **options)
-    shape = jax.ShapeDtypeStruct((4, 16, 16), jnp.float32)
-    split = {
-        "w": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
-    }
+    blocking = sj.Blocking(8, dimension_numbers=sj.batch_axes({"w": 0}))
+    tx = only_moves(placement, blocking)
+    shape = jax.ShapeDtypeStruct((4, 16, 16), jnp.float32, sharding=NamedSharding(mesh, spec))
+    split = {"w": shape}
     step = jax.jit(tx.update).lower(split, jax.eval_shape(tx.init, split)).compile()
     assert "rematerialization" not in capfd.readouterr().err
-    planned = sj.explain({"w": shape}, sj.scale_by_shampoo, placement=placement, **options)
-    assert st.exchanges(step.as_text()) == planned.on_mesh.exchanges
+    assert st.exchanges(step.as_text()) == planned({"w": shape.shape}, placement, blocking)
+
+
+def test_the_check_of_gradients_exchanges_truth_values_alone():
+    def moves(placement):
+        return sj.blocked(optax.identity(), placement=placement)
+
+    bare = st.exchanges(lowered("rows", only_moves, SHAPES).compile().as_text())
+    found = st.exchanges(lowered("rows", moves, SHAPES).compile().as_text())
+    reduced = found.pop("all-reduce")
+    assert found == bare
+    assert reduced[1] <= 4 * len(SHAPES)

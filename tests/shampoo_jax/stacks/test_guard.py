@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shampoo_jax as sj
-from shampoo_jax.stacks.guard import skip_nonfinite_steps
+from shampoo_jax.stacks.guard import in_float32, unguarded
 
 rng = np.random.default_rng(0)
 
@@ -59,8 +59,8 @@ OPTIMIZERS = {
     "scale_by_shampoo": lambda: sj.scale_by_shampoo(b2=0.8, every=2),
     "scale_by_kl_soap": lambda: sj.scale_by_kl_soap(b2=0.8, every=2),
     "shampoo": shampoo,
-    "shampoo l2": functools.partial(shampoo, weight_decay_kind="l2"),
-    "soap": functools.partial(sj.soap, 0.1, weight_decay=0.1, nonfinite="skip_blocks"),
+    "shampoo l2": functools.partial(shampoo, decay=sj.Decay("l2")),
+    "soap": functools.partial(sj.soap, 0.1, weight_decay=0.1),
 }
 CASES = [(o, n) for o in OPTIMIZERS for n in ("a", "v") if n == "a" or "scale_by" not in o]
 
@@ -112,7 +112,7 @@ def test_a_missing_gradient_leaves_its_parameter_and_its_state_alone(optimizer, 
 
 def test_a_missing_gradient_in_formulas():
     """The missed step counts in AdamW's bias correction, not in its moments, as in golden 50."""
-    tx = sj.shampoo(0.1, adamw_b1=0.9, adamw_b2=0.8, adamw_eps=0.0)
+    tx = sj.shampoo(0.1, others=optax.adamw(0.1, 0.9, 0.8, 0.0, weight_decay=0.0))
     gradients = [GRADIENTS[0], without(GRADIENTS[1], "v"), GRADIENTS[2]]
     (_, _, update), _ = run(tx, gradients)
     first, third = np.asarray(GRADIENTS[0]["v"]), np.asarray(GRADIENTS[2]["v"])
@@ -171,89 +171,115 @@ BAD = {
 }
 
 
+BARE = {
+    "blocked": lambda: sj.blocked(sj.filter_gradient(0.9), blocking=sj.Blocking(2)),
+    "scale_by_shampoo": OPTIMIZERS["scale_by_shampoo"],
+    "scale_by_kl_soap": OPTIMIZERS["scale_by_kl_soap"],
+    "shampoo": shampoo,
+    "averaging": lambda: sj.averaging(shampoo(), learning_rate=0.1),
+}
+
+
 @functools.cache
-def without_the_second_step():
-    return run(shampoo(), [GRADIENTS[0], *GRADIENTS[2:]])[0]
+def without_the_second_step(optimizer):
+    return run(BARE[optimizer](), [GRADIENTS[0], *GRADIENTS[2:]])[0]
 
 
+@pytest.mark.parametrize("optimizer", BARE)
 @pytest.mark.parametrize(
     ("name", "bad"),
     [("a", "nan"), ("a", "overflow"), ("v", "inf"), ("v", "all"), ("v", "overflow")],
 )
-def test_one_bad_gradient_skips_the_whole_step(name, bad):
-    tx = shampoo()
+def test_one_bad_gradient_skips_the_whole_step(optimizer, name, bad):
+    tx = BARE[optimizer]()
     spoiled = {**GRADIENTS[1], name: BAD[bad](GRADIENTS[1][name])}
     updates, states = run(tx, [GRADIENTS[0], spoiled, spoiled, *GRADIENTS[2:]])
     assert all((x == 0).all() for u in updates[1:3] for x in jax.tree.leaves(u))
-    assert int(states[3].total_notfinite) == 2
+    assert int(states[3].total_notfinite) == int(states[3].notfinite_count) == 2
     assert_equal(states[3].inner_state, states[1].inner_state)
+    assert int(states[4].total_notfinite) == 2 and int(states[4].notfinite_count) == 0
     # As if the steps had not been.
-    assert_equal(updates[3:], without_the_second_step()[1:])
+    assert_equal(updates[3:], without_the_second_step(optimizer)[1:])
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_block_freezes_all_of_its_matrix_and_of_the_others(bad):
+    """A matrix of four blocks with one bad entry, beside a good one: the step is skipped whole."""
+    tx = sj.scale_by_soap(blocking=sj.Blocking(2), every=2)
+    params, good, spoiled = ({"w": normal(4, 4), "x": normal(2, 2)} for _ in range(3))
+    spoiled["w"] = spoiled["w"].at[:2, 2:].set(BAD[bad](spoiled["w"][:2, 2:]))
+    updates, states = run(tx, [good, spoiled], params)
+    assert all((x == 0).all() for x in jax.tree.leaves(updates[1]))
+    assert_equal(states[2].inner_state, states[1].inner_state)
+
+
+def test_both_missing_and_bad():
+    """A gradient that is missing hides no other that is not finite."""
+    spoiled = {**without(GRADIENTS[1], "a"), "b": BAD["nan"](GRADIENTS[1]["b"])}
+    updates, states = run(shampoo(), [GRADIENTS[0], spoiled])
+    assert updates[1]["a"] is None and all((x == 0).all() for x in jax.tree.leaves(updates[1]))
+    assert_equal(states[2].inner_state, states[1].inner_state)
 
 
 def test_the_check_of_a_step_copies_no_gradient():
     gradient = jax.ShapeDtypeStruct((1 << 16,), jnp.float32)
-    tx = skip_nonfinite_steps(optax.sgd(0.1))
+    tx = sj.guard(optax.sgd(0.1))
     state = jax.eval_shape(tx.init, gradient)
     step = jax.jit(tx.update).lower(gradient, state).compile()
     assert step.memory_analysis().temp_size_in_bytes < 4 * gradient.size / 2
 
 
-def test_propagate_is_the_bare_optimizer():
-    tx = shampoo(nonfinite="propagate")
+def test_the_optimizer_inside_is_not_guarded():
+    tx = unguarded(shampoo())
+    assert unguarded(tx) is tx
     updates, _ = run(tx, [{**GRADIENTS[0], "a": BAD["nan"](GRADIENTS[0]["a"])}])
     assert jnp.isnan(updates[0]["a"]).any() and jnp.isfinite(updates[0]["b"]).all()
 
 
+def test_a_step_outside_of_jit_is_one_program():
+    """A Python side effect inside of it happens once for each structure, not once a step."""
+    seen = []
+
+    def update(updates, state, params=None, **extra):
+        seen.append(extra)
+        return updates, state
+
+    tx = sj.guard(optax.GradientTransformationExtraArgs(lambda params: None, update))
+    state = tx.init(PARAMS)
+    for g in GRADIENTS:
+        tx.update(g, state, PARAMS)
+    assert len(seen) == 1
+    tx.update(GRADIENTS[0], state, PARAMS, value=jnp.array(1.0))
+    assert len(seen) == 2 and seen[-1].keys() == {"value"}
+    # A function cannot be traced: the step runs as it is written.
+    tx.update(GRADIENTS[0], state, PARAMS, value_fn=jnp.sum)
+    assert seen[-1]["value_fn"] is jnp.sum
+
+
+@pytest.mark.parametrize("wrap", [sj.guard, in_float32])
+def test_narrow_gradients_are_computed_wide_and_come_back_narrow(wrap):
+    tx = wrap(optax.chain(optax.trace(0.9), optax.scale(jnp.array(0.1))))
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    updates, state = tx.update(narrow, tx.init(narrow), narrow)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+    moments = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
+    assert {x.dtype for x in moments} == {jnp.dtype(jnp.float32)}
+    for u, g in zip(*map(jax.tree.leaves, (updates, narrow)), strict=True):
+        np.testing.assert_array_equal(u, (0.1 * g.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "bad"),
+    ("gradients", "complaint"),
     [
-        *(("scale_by_shampoo", "nan"), ("scale_by_soap", "inf"), ("scale_by_kl_shampoo", "all")),
-        *((f"scale_by_{name}", "overflow") for name in ("shampoo", "soap", "kl_shampoo")),
+        ({**PARAMS, "a": normal(3, 2)}, r"'a' has shape \(3, 3\), its gradient \(3, 2\)"),
+        ({k: x for k, x in PARAMS.items() if k != "a"}, r"'a' has shape .*its gradient None"),
+        ({**PARAMS, "z": normal(2)}, r"'z' has shape None, its gradient \(2,\)"),
     ],
 )
-def test_only_the_blocks_that_are_affected_are_skipped(optimizer, bad):
-    """A matrix of four blocks with one bad entry, beside a good one: bit for bit, without jit."""
-    tx = getattr(sj, optimizer)(block_size=2, nonfinite="skip_blocks", every=2)
-    params, *gradients = ({"w": normal(4, 4), "x": normal(2, 2)} for _ in range(5))
-    spoiled = dict(gradients[2])
-    spoiled["w"] = spoiled["w"].at[:2, 2:].set(BAD[bad](spoiled["w"][:2, 2:]))
-    clean, (*_, clean_state) = run(tx, gradients, params)
-    sick = [*gradients[:2], spoiled, gradients[3]]
-    updates, states = run(tx, sick, params)
-    for t, (new, expected) in enumerate(zip(updates, clean, strict=True)):
-        same = np.asarray(new["w"] == expected["w"])
-        np.testing.assert_array_equal(new["x"], expected["x"])
-        assert same[2:].all() and same[:, :2].all()
-        assert same[:2, 2:].all() == (t < 2)
-    assert (updates[2]["w"][:2, 2:] == 0).all()
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((updates, states)))
-    # Four blocks of w in rows, then x: only the second differs, and was not touched in step 3.
-    inner = [s.inner.inner for s in (states[2], states[3], clean_state, states[4])]
-    for before, after, expected, last in zip(*map(jax.tree.leaves, inner), strict=True):
-        if before.ndim:
-            np.testing.assert_array_equal(before[1], after[1])
-            rest = np.array([0, 2, 3, 4])
-            np.testing.assert_array_equal(last[rest], expected[rest])
-    np.testing.assert_array_equal(states[4].inner.skipped["2x2"], [0, 1, 0, 0, 0])
-
-
-def test_skipping_blocks_reaches_the_parameters_of_adamw():
-    tx = OPTIMIZERS["soap"]()
-    names = ("b", "v")
-    spoiled = {k: BAD["nan"](g) if k in names else g for k, g in GRADIENTS[1].items()}
-    updates, states = run(tx, [GRADIENTS[0], spoiled, GRADIENTS[2]])
-    clean, _ = complete("soap")
-    for new, expected in zip(updates, clean, strict=True):
-        for name in PARAMS.keys() - set(names):
-            np.testing.assert_array_equal(new[name], expected[name])
-    assert (updates[1]["v"] == 0).all()  # no decay either
-    # Matrices go on decaying: their direction alone is zero.
-    np.testing.assert_allclose(updates[1]["b"], -0.01 * PARAMS["b"], rtol=1e-6)
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((updates, states)))
-    before, after = (state_of(s, "soap", "v") for s in states[1:3])
-    assert sum(x.size for x in before) == 2 * 2  # mu and nu
-    assert_equal(before, after)
+def test_gradients_of_another_tree_are_refused(gradients, complaint):
+    tx = sj.scale_by_shampoo()
+    with pytest.raises(ValueError, match=complaint):
+        tx.update(gradients, tx.init(PARAMS), PARAMS)
 
 
 def assert_only_the_first_is_frozen(before, after, params):
@@ -266,64 +292,39 @@ ALIKE = {"w": normal(3), "z": {"w": normal(3)}}
 
 
 def test_a_missing_gradient_leaves_longer_paths_with_the_same_end_alone():
-    tx = sj.accept_missing(optax.trace(0.9))
+    tx = sj.guard(optax.trace(0.9))
     _, before = tx.update(ALIKE, tx.init(ALIKE), ALIKE)
     new, after = tx.update({**ALIKE, "w": None}, before, ALIKE)
     assert new["w"] is None
-    assert_only_the_first_is_frozen(before.trace, after.trace, ALIKE)
-
-
-def test_a_bad_gradient_leaves_longer_paths_with_the_same_end_alone():
-    tx = sj.skip_nonfinite_parameters(optax.trace(0.9))
-    _, before = tx.update(ALIKE, tx.init(ALIKE), ALIKE)
-    new, after = tx.update({**ALIKE, "w": BAD["nan"](ALIKE["w"])}, before, ALIKE)
-    assert (new["w"] == 0).all()
-    assert_only_the_first_is_frozen(before.inner.trace, after.inner.trace, ALIKE)
-
-
-PACKS = {"tuple": lambda a, b: (a, b), "nested": lambda a, b: {"w": a, "z": {"w": b}}}
-
-
-@pytest.mark.parametrize("bad", [0, 1])
-@pytest.mark.parametrize("pack", PACKS)
-def test_skipping_blocks_alone_on_a_plain_tree(pack, bad):
-    """Paths in a tuple look like positions in the chain, and `w` is the end of `z/w`."""
-    tx = sj.skip_nonfinite_blocks(optax.chain(sj.filter_gradient(0.9), sj.accumulate_factors(0.8)))
-    good = [normal(3, 3), normal(3, 3)]
-    spoiled = list(good)
-    spoiled[bad] = BAD["nan"](good[bad])
-    updates, states = run(tx, [PACKS[pack](*good), PACKS[pack](*spoiled)], PACKS[pack](*good))
-    assert [bool((u == 0).all()) for u in jax.tree.leaves(updates[1])] == [bad == 0, bad == 1]
-    (old_filter, old), (new_filter, new) = (s.inner for s in states[1:])
-    same = lambda a, b: [  # noqa: E731
-        bool((x == y).all()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
-    ]
-    frozen = [bad == 0, bad == 1]
-    assert same(old_filter.mu, new_filter.mu) == frozen
-    assert same(old.factors, new.factors) == [f for f in frozen for _ in range(2)]
-    assert [int(n[0]) for n in jax.tree.leaves(states[2].skipped)] == frozen
+    before, after = before.inner_state.trace, after.inner_state.trace
+    assert_only_the_first_is_frozen(before, after, ALIKE)
 
 
 class TestCheckFinite:
     spoiled = {k: BAD["nan"](g) for k, g in GRADIENTS[0].items()}
 
-    @pytest.mark.parametrize(
-        ("nonfinite", "message"),
-        [("skip", "2 steps and 0 blocks"), ("skip_blocks", "0 steps and 10 blocks")],
-    )
-    def test_it_says_how_much_was_skipped(self, nonfinite, message):
-        tx = optax.chain(optax.identity(), shampoo(nonfinite=nonfinite))
+    def test_it_says_how_much_was_skipped(self):
+        tx = optax.chain(optax.identity(), shampoo())
         _, states = run(tx, [*GRADIENTS[:1], self.spoiled, self.spoiled])
         sj.check_finite(states[1])
-        with pytest.raises(FloatingPointError, match=message):
+        with pytest.raises(FloatingPointError, match="1 step was skipped"):
+            sj.check_finite(states[2])
+        with pytest.raises(FloatingPointError, match="2 steps were skipped"):
             sj.check_finite(states[3])
 
     def test_wrappers_within_wrappers_are_read(self):
-        tx = optax.apply_if_finite(sj.scale_by_shampoo(nonfinite="skip_blocks"), 0)
+        tx = optax.apply_if_finite(sj.scale_by_shampoo(), 0)
         bad = {**GRADIENTS[0], "a": self.spoiled["a"]}
         _, states = run(tx, [bad])  # it gives up at once and hands the gradients on
-        with pytest.raises(FloatingPointError, match="1 step and 1 block were"):
+        assert_equal(states[1].inner_state.inner_state, states[0].inner_state.inner_state)
+        with pytest.raises(FloatingPointError, match="2 steps were"):  # counted by both
             sj.check_finite(states[1])
+
+    def test_directions_and_blocked_count_by_themselves(self):
+        for name in ("blocked", "scale_by_shampoo", "averaging"):
+            _, states = run(BARE[name](), [self.spoiled])
+            with pytest.raises(FloatingPointError, match="1 step was"):
+                sj.check_finite(states[1])
 
     def test_nnx(self):
         model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
@@ -332,12 +333,12 @@ class TestCheckFinite:
         bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), nnx.state(model, nnx.Param))
         with jax.disable_jit():
             optimizer.update(model, bad)
-        with pytest.raises(FloatingPointError, match="1 step and 0 blocks"):
+        with pytest.raises(FloatingPointError, match="1 step was"):
             sj.check_finite(optimizer.opt_state)
 
     def test_a_state_that_counts_nothing_is_refused(self):
-        with pytest.raises(ValueError, match="counts no skipped gradients: build .*nonfinite="):
-            sj.check_finite(sj.scale_by_shampoo().init(PARAMS))
+        with pytest.raises(ValueError, match="counts no skipped gradients: use .*apply_if_finite"):
+            sj.check_finite(optax.adam(0.1).init(PARAMS))
 
 
 @functools.cache
@@ -391,7 +392,8 @@ def test_any_scale_changes_nothing_beyond_rounding(seed, factor, size):
 
 
 def test_the_scale_property_can_fail():
-    tx = sj.shampoo(0.1, graft_eps=1e-2, adamw_eps=1e-2)
+    graft = sj.scale_by_second_moment(0.9, 1e-2)
+    tx = sj.shampoo(0.1, graft=graft, others=optax.adamw(0.1, eps=1e-2))
     one, _ = run(tx, GRADIENTS)
     million, _ = run(tx, [jax.tree.map(lambda x: x * 1e6, g) for g in GRADIENTS])
     with pytest.raises(AssertionError):

@@ -143,7 +143,7 @@ def test_gradients_and_parameters_split_in_another_order_on_explicit_axes():
         gradient_spec=lambda path, leaf: P(("data", "fsdp")),
     )
     w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
-    tx = sj.blocked(optax.identity(), block_size=4, placement=placement)
+    tx = sj.blocked(optax.identity(), blocking=sj.Blocking(4), placement=placement)
     with jax.set_mesh(mesh):
         params = {"w": jax.device_put(w, NamedSharding(mesh, P("fsdp")))}
         grads = {"w": jax.device_put(w, NamedSharding(mesh, P(("data", "fsdp"))))}
@@ -155,7 +155,8 @@ def test_unmerged_scalars_have_a_layout():
     mesh = jax.make_mesh((8,), ("data",))
     placement = sj.Placement(mesh, "data")
     updates, _ = update_of(
-        sj.blocked(optax.identity(), merge=None, placement=placement), {"scale": jnp.array(3.0)}
+        sj.blocked(optax.identity(), blocking=sj.Blocking(merge=None), placement=placement),
+        {"scale": jnp.array(3.0)},
     )
     assert updates["scale"] == 3
 
@@ -173,16 +174,18 @@ def update_of(tx, grads):
         (dict(mesh="data=8"), "mesh='data=8' must give"),
         (dict(mesh={"data": 8}, owners=()), r"owners=\(\) must name"),
         (dict(owners="data"), "without mesh"),
-        (
-            dict(mesh={"x": 2}, placement=sj.Placement(AbstractMesh((2,), ("x",)), "x")),
-            "drop one of them",
-        ),
         (dict(parameter_spec=rows), "without mesh"),
     ],
 )
 def test_meshes_that_cannot_be_explained(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         sj.explain({"w": jnp.ones((16, 8))}, **options)
+
+
+def test_a_mesh_for_what_has_a_placement_is_refused():
+    placement = sj.Placement(AbstractMesh((2,), ("x",)), "x")
+    with pytest.raises(ValueError, match="drop one of them"):
+        sj.explain({"w": jnp.ones((16, 8))}, sj.shampoo(0.1, placement=placement), mesh={"x": 2})
 
 
 def test_what_not_all_owners_divide_is_split_over_some():
