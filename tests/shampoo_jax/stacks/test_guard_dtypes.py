@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shampoo_jax.base.precision import in_float32
+from shampoo_jax.stacks.guard import in_float32
 
 
 def test_bfloat16_is_rounded_once_and_states_are_float32():
