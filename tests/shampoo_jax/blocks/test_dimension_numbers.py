@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shampoo_jax import DimensionNumbers, explain, is_hidden_matrix, scale_by_shampoo, shampoo
+from shampoo_jax import (
+    Blocking,
+    DimensionNumbers,
+    explain,
+    is_hidden_matrix,
+    scale_by_shampoo,
+    shampoo,
+)
 from shampoo_jax.blocks.dimension_numbers import (
     batch_axes,
     default_dimension_numbers,
@@ -114,28 +121,31 @@ def test_explain_prints_each_choice():
     assert lines["attn/query/kernel"][2:5] == ["4x2x3", "preconditioned", "4x6"]
     assert lines["attn/out/kernel"][2:5] == ["2x3x4", "preconditioned", "6x4"]
     assert lines["conv/kernel"][2:5] == ["3x3x2x5", "preconditioned", "18x5"]
-    off = explain(params, shampoo, dimension_numbers=None)
+    off = explain(params, shampoo(0.1, blocking=Blocking(dimension_numbers=None)))
     assert {r.name: r.merged for r in off.rows}["attn/query/kernel"] == (4, 6)
     assert {r.name: r.merged for r in off.rows}["attn/out/kernel"] == (2, 12)
 
 
 def test_default_of_the_transformation_is_the_rule():
     params = {"out": {"kernel": jnp.ones((2, 3, 4))}}
-    factors = {
-        option: jax.eval_shape(scale_by_shampoo(**{"dimension_numbers": option}).init, params)
-        for option in ("flax", None)
-    }
-    assert list(factors["flax"].leaves) == ["6x4"]
-    assert list(factors[None].leaves) == ["12x2"]
+    factors = {}
+    for option in ("flax", None):
+        tx = scale_by_shampoo(blocking=Blocking(dimension_numbers=option))
+        factors[option] = jax.eval_shape(tx.init, params).inner_state.leaves
+    assert list(factors["flax"]) == ["6x4"]
+    assert list(factors[None]) == ["12x2"]
     default = jax.eval_shape(scale_by_shampoo().init, params)
-    assert list(default.leaves) == ["6x4"]
+    assert list(default.inner_state.leaves) == ["6x4"]
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'haiku' is unknown: choose from .'flax'., None"):
-        scale_by_shampoo(dimension_numbers="haiku")
+        Blocking(dimension_numbers="haiku")
     rule = lambda path, leaf: None  # noqa: E731
     assert resolve_dimension_numbers(rule) is rule
+
+
+LAYERS = Blocking(dimension_numbers=batch_axes({"layers": 0}))
 
 
 class Layer(nn.Module):
@@ -166,7 +176,7 @@ def test_scanned_layers():
         "layers/attn/out/bias": ((1,),),
         "layers/dense/bias": ((1,),),
     }
-    report = explain(params, shampoo, dimension_numbers=batch_axes({"layers": 0}))
+    report = explain(params, shampoo(0.1, blocking=LAYERS))
     assert {r.name: (r.batch, r.merged) for r in report.rows if r.preconditioned} == {
         "layers/attn/query/kernel": (3, (4, 6)),
         "layers/attn/key/kernel": (3, (4, 6)),
@@ -189,7 +199,7 @@ def test_slices_of_a_batch_train_like_parameters_of_their_own():
 
     stacked = updates(
         [{"layers": {"query": {"kernel": g}}} for g in gradients],
-        dimension_numbers=batch_axes({"layers": 0}),
+        blocking=LAYERS,
     )
     alone = updates([{str(i): g[i].reshape(4, 6) for i in range(3)} for g in gradients])
     for i in range(3):
@@ -216,4 +226,4 @@ def test_the_batch_of_the_inner_rule_is_kept():
 def test_a_parameter_without_the_axis_is_named():
     params = {"layers": {"w": jnp.ones((3, 4, 4)), "step": jnp.ones(())}}
     with pytest.raises(ValueError, match=r"axes \(0,\) of parameter \['layers'\]\['step'\].*\(\)"):
-        scale_by_shampoo(dimension_numbers=batch_axes({"layers": 0})).init(params)
+        scale_by_shampoo(blocking=LAYERS).init(params)

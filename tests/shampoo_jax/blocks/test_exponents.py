@@ -41,7 +41,7 @@ def test_the_smaller_side_of_a_matrix_is_the_last_one_where_both_are_equal():
         ({1: "0.5"}, "exponent '0.5' must not be"),
         ({"2": 0.5}, "exponents has the key '2': .*int"),
         ({2: {"0": 0.5}}, "exponents has the key '0': .*int"),
-        ({2: {2: 0.5}}, r"exponents\[2\] names dimension 2: .* dimensions 0 to 1"),
+        ({2: {2: 0.5}}, r"exponents\[2\] names dimension 2: .* dimensions have 0 to 1"),
     ],
 )
 def test_bad_exponents_are_refused(option, message):

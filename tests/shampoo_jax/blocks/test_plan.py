@@ -8,19 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shampoo_jax.blocks.exponents import smaller_side
-from shampoo_jax.blocks.plan import DimensionNumbers, block_key, make_plan, merge_dimensions
+from shampoo_jax import Blocking, DimensionNumbers
+from shampoo_jax.blocks.exponents import default_exponents, left_side, smaller_side
+from shampoo_jax.blocks.plan import block_key, leading_axes, make_plan, merge_dimensions
 
 TWOS = (2, 2, 2, 2, 2, 2)
 
 
-def plan(shapes, dtype=jnp.float32, **options):
-    """Plan of a tree (or one tuple) of shapes."""
-    options = {"block_size": None, "merge": None, "canonical": False} | options
+def plan(shapes, dtype=jnp.float32, exponents=default_exponents, **options):
+    """Plans of the leaves of a tree (or one tuple) of shapes."""
+    return whole_plan(shapes, dtype, exponents, **options).leaves
+
+
+def whole_plan(shapes, dtype=jnp.float32, exponents=default_exponents, **options):
+    options = {"size": None, "merge": None, "canonical": False, "dimension_numbers": None} | options
     tree = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=lambda s: isinstance(s, tuple)
     )
-    return make_plan(tree, **options)
+    return make_plan(tree, Blocking(**options), exponents)
 
 
 def sizes(leaf):
@@ -28,7 +33,7 @@ def sizes(leaf):
 
 
 @pytest.mark.parametrize(
-    ("shape", "merge", "block_size", "merged"),
+    ("shape", "merge", "size", "merged"),
     [
         ((), 1, 1024, (1,)),
         ((1, 1), 1, 1024, (1,)),
@@ -63,13 +68,13 @@ def sizes(leaf):
         ((3, 0, 5), 1, 1024, (3, 0, 5)),
     ],
 )
-def test_merging(shape, merge, block_size, merged):
-    assert merge_dimensions(shape, merge, block_size) == merged
-    assert plan(shape, merge=merge, block_size=block_size)[0].merged == merged
+def test_merging(shape, merge, size, merged):
+    assert merge_dimensions(shape, merge, size) == merged
+    assert plan(shape, merge=merge, size=size)[0].merged == merged
 
 
 @pytest.mark.parametrize(
-    ("shape", "block_size", "blocks"),
+    ("shape", "size", "blocks"),
     [
         ((12, 20), 8, [(8, 8), (8, 8), (8, 4), (4, 8), (4, 8), (4, 4)]),
         ((5,), 2, [(2,), (2,), (1,)]),
@@ -80,14 +85,14 @@ def test_merging(shape, merge, block_size, merged):
         ((9, 4), 9, [(9, 4)]),
     ],
 )
-def test_blocks(shape, block_size, blocks):
-    (leaf,) = plan(shape, block_size=block_size)
+def test_blocks(shape, size, blocks):
+    (leaf,) = plan(shape, size=size)
     assert sizes(leaf) == blocks
     assert [cell.key for cell in leaf.cells] == [block_key(size) for size in blocks]
 
 
 def test_blocks_of_an_embedding():
-    (leaf,) = plan((50257, 768), block_size=1024, canonical=True)
+    (leaf,) = plan((50257, 768), size=1024, canonical=True)
     assert len(leaf.cells) == 50
     assert sizes(leaf)[-1] == (81, 768)
     keys = [cell.key for cell in leaf.cells]
@@ -111,14 +116,14 @@ def test_blocks_of_an_embedding():
     ],
 )
 def test_no_block_is_padded_and_a_side_without_factor_is_not_cut(shape, whole, uncut):
-    for exponents, blocks in ((None, whole), (smaller_side, uncut)):
-        (leaf,) = plan(shape, block_size=1024, canonical=True, exponents=exponents)
+    for exponents, blocks in ((default_exponents, whole), (smaller_side, uncut)):
+        (leaf,) = plan(shape, size=1024, canonical=True, exponents=exponents)
         assert collections.Counter(cell.key for cell in leaf.cells) == blocks
         assert sum(math.prod(cell.size) for cell in leaf.cells) == math.prod(shape)
 
 
 def test_boxes_tile_the_parameter():
-    (leaf,) = plan((11, 7, 4), block_size=3)
+    (leaf,) = plan((11, 7, 4), size=3)
     covered = np.zeros((11, 7, 4), int)
     for cell in leaf.cells:
         covered[tuple(slice(s, s + n) for s, n in zip(cell.start, cell.size, strict=True))] += 1
@@ -148,7 +153,7 @@ def test_canonical_orientation_gives_a_matrix_and_its_transpose_one_stack():
 def test_dimension_numbers(shape, dimensions, batch, slices, merged):
     numbers = DimensionNumbers(dimensions, batch)
     # They are final: nothing is merged after them.
-    (leaf,) = plan(shape, dimension_numbers=lambda path, x: numbers, merge=1, block_size=1024)
+    (leaf,) = plan(shape, dimension_numbers=lambda path, x: numbers, merge=1, size=1024)
     assert (leaf.batch, leaf.merged) == (slices, merged)
     assert leaf.permutation == (*batch, *(a for group in dimensions for a in group))
     assert sizes(leaf) == ([merged] if slices else [])
@@ -162,7 +167,7 @@ def test_dimension_numbers_see_path_and_leaf_and_may_decline():
         return DimensionNumbers(((0, 1), (2,))) if leaf.ndim == 3 else None
 
     tree = {"a": [(2, 3, 4), (3, 4)], "b": (1, 5)}
-    leaves = plan(tree, dimension_numbers=rule, merge=1, block_size=12)
+    leaves = plan(tree, dimension_numbers=rule, merge=1, size=12)
     assert seen == [("['a'][0]", (2, 3, 4)), ("['a'][1]", (3, 4)), ("['b']", (1, 5))]
     assert [leaf.merged for leaf in leaves] == [(6, 4), (12,), (5,)]
 
@@ -186,7 +191,44 @@ def test_complex_parameters_are_refused_with_the_remedy():
 
 
 def test_plan_of_arrays_and_of_shapes_agree():
-    options = {"block_size": 4, "merge": 2, "canonical": True, "dimension_numbers": None}
     arrays = {"a": np.ones((5, 6), np.float32), "b": (jnp.ones(3, jnp.bfloat16), jnp.ones(()))}
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, arrays))
-    assert make_plan(arrays, **options) == make_plan(shapes, **options)
+    plans = [make_plan(tree, Blocking(4), default_exponents) for tree in (arrays, shapes)]
+    assert plans[0] == plans[1]
+
+
+def test_leaves_that_are_cut_alike_go_together():
+    """Stacks hold blocks by group, then by leaf, cell and batch slice."""
+    tree = {"a": (8, 6), "b": (4, 6), "c": (8, 6), "d": (3, 4, 6)}
+    layers = DimensionNumbers(((1,), (2,)), (0,))
+    rule = lambda path, leaf: layers if len(leaf.shape) == 3 else None  # noqa: E731
+    whole = whole_plan(tree, size=4, dimension_numbers=rule)
+    assert whole.groups == [(0, 2), (1,), (3,)]
+    assert whole.shapes == {"4x4": (4, 4), "4x2": (4, 2)}
+    assert whole.owners["4x4"].tolist() == [0, 0, 2, 2, 1, 3, 3, 3]
+    assert whole.counts == {"4x4": 8, "4x2": 8}
+
+
+def test_exponents_of_a_stack_are_those_of_the_shape_it_is_stored_in():
+    tall = whole_plan((2, 6), canonical=True)
+    assert tall.powers == {"6x2": (0.25, 0.25)}
+    # The left side of a matrix is the right one of its transpose: neither shares a stack.
+    sided = whole_plan({"a": (2, 6), "b": (6, 2)}, canonical=True, exponents=left_side)
+    assert sided.powers == {"2x6": (0.5, 0.0), "6x2": (0.5, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "merge", "numbers", "axes"),
+    [
+        ((4, 3, 7), 2, None, [0, 1]),
+        ((4, 3, 7), None, None, [0, 1, 2]),
+        ((1, 4, 1, 6), 2, None, [1, 3]),
+        ((1, 1), None, None, [None, None]),
+        ((), 2, None, [None]),
+        ((12, 8, 6), 2, DimensionNumbers(((1,), (2,)), (0,)), [1, 2]),
+        ((8, 2, 3), 2, DimensionNumbers(((0, 1), (2,))), [0, 2]),
+    ],
+)
+def test_the_axis_that_a_merged_dimension_is_split_along(shape, merge, numbers, axes):
+    (leaf,) = plan(shape, merge=merge, dimension_numbers=lambda path, leaf: numbers)
+    assert leading_axes(leaf) == axes
