@@ -131,7 +131,7 @@ def test_merged_dimensions_split_inside_on_explicit_axes():
         split = {"kernel": jax.device_put(kernel, NamedSharding(mesh, spec((), kernel)))}
         updates, _ = update_of(tx, split)
     assert updates["kernel"].sharding.spec[2] == "fsdp"
-    np.testing.assert_allclose(updates["kernel"], whole["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(updates["kernel"], whole["kernel"], rtol=0, atol=1e-4)
 
 
 def test_gradients_and_parameters_split_in_another_order_on_explicit_axes():
