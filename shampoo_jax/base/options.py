@@ -1,6 +1,5 @@
 """Options refused at construction: values out of range, and pairs that contradict each other."""
 
-import dataclasses
 import numbers
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -10,19 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 # Whole numbers, and the least that each may be.
-AT_LEAST = {
-    **dict.fromkeys(("size", "merge", "every", "start", "chunk", "monitor"), 1),
-    **dict.fromkeys(("iterations", "max_iterations", "sign_steps"), 1),
-    "order": 2,
-}
+AT_LEAST: dict[str, int] = dict.fromkeys(
+    "size merge every start chunk monitor iterations max_iterations sign_steps".split(), 1
+) | {"order": 2}
 NOT_NEGATIVE = (
-    *("eps", "atol", "damping", "relative_damping", "absolute_damping", "first_weight"),
-    *("tolerance", "max_residual", "weight_decay", "lr_power"),
+    "eps atol damping relative_damping absolute_damping first_weight tolerance max_residual "
+    "weight_decay lr_power".split()
 )
-DECAYS = {
-    **dict.fromkeys(("b1", "b3", "rtol", "dampening", "eval_coeff"), False),
-    **dict.fromkeys(("b2", "factor_b2"), True),  # 1 sums
-}
+BELOW_ONE = "b1 b3 rtol dampening eval_coeff".split()
+UP_TO_ONE = "b2 factor_b2".split()  # 1 sums
 
 
 def is_number(x: Any) -> TypeGuard[float]:
@@ -61,8 +56,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             _check_whole(name, value)
         elif name in NOT_NEGATIVE and is_number(value) and not value >= 0:
             raise ValueError(f"{name}={value} must not be negative.")
-        elif name in DECAYS:
-            check_range(name, value, closed=DECAYS[name])
+        elif name in BELOW_ONE or name in UP_TO_ONE:
+            check_range(name, value, closed=name in UP_TO_ONE)
         elif name == "exponent" and is_number(value) and not value > 0:
             raise ValueError(f"exponent={value} must be positive: 0.5 is the paper's.")
         elif name == "max_scale" and value != "size" and not (is_number(value) and value > 0):
@@ -111,25 +106,17 @@ def _check_whole(name: str, value: Any) -> None:
 
 
 def _check_pairs(options: Mapping[str, Any]) -> None:
-    b1, b3, mu_dtype = options.get("b1"), options.get("b3"), options.get("mu_dtype")
-    if is_off(b1) and b3 is not None and not is_off(b3):
-        raise ValueError(
-            f"b3={b3} with b1=0: there is no first moment to mix in, drop b3 or set b1 above 0."
-        )
-    if is_off(b1) and mu_dtype is not None:
-        raise ValueError(
-            f"mu_dtype={mu_dtype} with b1=0: there is no first moment to store, drop mu_dtype or "
-            "set b1 above 0."
-        )
+    for name, purpose in (("b3", "mix in"), ("mu_dtype", "store")):
+        value = options.get(name)
+        if is_off(options.get("b1")) and value is not None and not is_off(value):
+            raise ValueError(
+                f"{name}={value} with b1=0: there is no first moment to {purpose}, drop {name} or "
+                "set b1 above 0."
+            )
     every, solver = options.get("every"), options.get("solver")
-    if is_number(every) and every > 1 and dataclasses.is_dataclass(solver):
-        _check_cutoff_of_old_roots(every, solver)
-
-
-def _check_cutoff_of_old_roots(every: Any, solver: Any) -> None:
     rtol, atol = getattr(solver, "rtol", None), getattr(solver, "atol", None)
-    absolute = is_number(atol) and atol > 0
-    if absolute or is_off(rtol):
+    absolute = is_off(rtol) or is_number(atol) and atol > 0
+    if absolute and is_number(every) and every > 1:
         raise ValueError(
             f"rtol={rtol}, atol={atol} with every={every}: roots of old factors meet newer "
             "gradients, and an absolute cutoff lets noise directions through: use a positive rtol "

@@ -11,6 +11,8 @@ R = TypeVar("R")
 
 ROUTED = "as_optimizer(direction, learning_rate, ...)"  # what directions leave to it
 
+REFRESH = "refresh=Refresh(...), for bases BasisRefresh(...)"
+
 # What other packages, and earlier versions of this one, call an option; then what does it here, of
 # which the first counts that the function has.
 ANSWERS = (
@@ -23,21 +25,16 @@ ANSWERS = (
     ("beta3", "b3"),
     ("epsilon eps diagonal_epsilon", "eps", "solver=ShiftedEigh(damping=...)"),
     ("matrix_epsilon factor_eps damping", "damping", "solver=ShiftedEigh(damping=...)"),
-    ("cutoff rtol", "rtol", "solver=TruncatedEigh(rtol=...)"),
-    ("atol", "solver=TruncatedEigh(atol=...)", "rtol"),
+    ("cutoff rtol atol", "rtol", "solver=TruncatedEigh(rtol, atol)"),
     ("solver basis", "basis=EighBasis(...)", "solver=CarriedBasis(...)"),
     ("precondition_frequency precond_freq update_freq preconditioning_compute_steps", "every"),
-    ("start start_preconditioning_step", "refresh=...Refresh(start=...)"),
-    ("stagger", "refresh=...Refresh(stagger=...)"),
-    ("chunk", "refresh=...Refresh(chunk=...)"),
-    ("when skip_first reorder", "refresh=BasisRefresh(when, skip_first, reorder)"),
+    ("start start_preconditioning_step stagger chunk when skip_first reorder", REFRESH),
     (
         "block_size block_width max_preconditioner_dim max_precond_dim",
         "blocking=Blocking(size=...)",
     ),
     ("merge merge_dims merge_small_dims use_merge_dims", "blocking=Blocking(merge=...)"),
-    ("canonical", "blocking=Blocking(canonical=...)"),
-    ("dimension_numbers weight_dimension_numbers", "blocking=Blocking(dimension_numbers=...)"),
+    ("canonical dimension_numbers weight_dimension_numbers", "blocking=Blocking(...)"),
     ("grafting_config graft_type grafting", "graft"),
     ("graft_b2 graft_eps grafting_beta2 grafting_epsilon", "graft=scale_by_second_moment(b2, eps)"),
     ("nesterov use_nesterov dampening", "momentum=momentum(...)"),

@@ -122,15 +122,10 @@ class ParametersRead(Exception):
 class Unread:
     """Stands for the parameters until a part asks for them: most parts read gradients alone."""
 
-    def __getattr__(self, name: str) -> Any:
-        """Raises `ParametersRead`, as all uses do."""
+    def _read(self, *_: Any) -> Any:
         raise ParametersRead
 
-    def __getitem__(self, key: Any) -> Any:
-        raise ParametersRead
-
-    def __iter__(self) -> Any:
-        raise ParametersRead
+    __getattr__ = __getitem__ = __iter__ = _read
 
 
 def is_placeholder(params: Any) -> bool:
@@ -178,11 +173,8 @@ def make_part(init: Callable[[Stacks], Any], update: PartUpdate) -> Part:
         weights = None if params is None else _stacks_of(params)
         new, state = update(_stacks_of(updates), state, weights, **extra)
         leaves, structure = jax.tree.flatten(updates)
-        arrays = [
-            b.update[0].astype(jnp.asarray(x).dtype)
-            for x, b in zip(leaves, new.values(), strict=True)
-        ]
-        return structure.unflatten(arrays), state
+        pairs = zip(leaves, new.values(), strict=True)
+        return structure.unflatten(b.update[0].astype(jnp.result_type(x)) for x, b in pairs), state
 
     return Part(init_fn, update_fn)
 

@@ -23,11 +23,9 @@ class DimensionNumbers:
     Example:
       >>> import jax.numpy as jnp, shampoo_jax
       >>> query = shampoo_jax.DimensionNumbers(dimensions=((1,), (2, 3)), batch=(0,))
-      >>> report = shampoo_jax.explain(
-      ...     {"query": jnp.ones((12, 16, 2, 4))},  # layers, width, heads, head width
-      ...     shampoo_jax.scale_by_shampoo,
-      ...     dimension_numbers=lambda path, leaf: query,
-      ... )
+      >>> blocking = shampoo_jax.Blocking(dimension_numbers=lambda path, leaf: query)
+      >>> params = {"query": jnp.ones((12, 16, 2, 4))}  # layers, width, heads, head width
+      >>> report = shampoo_jax.explain(params, shampoo_jax.scale_by_shampoo(blocking=blocking))
       >>> report.rows[0].batch, report.rows[0].merged
       (12, (16, 8))
     """
@@ -95,7 +93,10 @@ def default_dimension_numbers(path: tuple[Any, ...], leaf: Any) -> DimensionNumb
     return None
 
 
-RULES: dict[str, DimensionRule] = {"flax": default_dimension_numbers}
+RULES: dict[str | None, DimensionRule] = {
+    "flax": default_dimension_numbers,
+    None: lambda path, leaf: None,
+}
 
 
 def resolve_dimension_numbers(option: DimensionOption) -> DimensionRule:
@@ -110,14 +111,12 @@ def resolve_dimension_numbers(option: DimensionOption) -> DimensionRule:
     Raises:
       ValueError: An unknown name.
     """
-    if option is None:
-        return lambda path, leaf: None
-    if not isinstance(option, str):
+    if callable(option):
         return option
     if option not in RULES:
         raise ValueError(
-            f"dimension_numbers={option!r} is unknown: choose from {sorted(RULES)}, None, or pass "
-            "a callable of (path, leaf)."
+            f"dimension_numbers={option!r} is unknown: choose from {list(RULES)}, or pass a "
+            "callable of (path, leaf)."
         )
     return RULES[option]
 
@@ -137,8 +136,8 @@ def batch_axes(
       rule: Reads one slice; see `resolve_dimension_numbers`.
 
     Returns:
-      A rule for the option `dimension_numbers`. It raises ValueError for a parameter that does not
-      have the axes.
+      A rule for `Blocking(dimension_numbers=...)`. It raises ValueError for a parameter that does
+      not have the axes.
 
     Example:
       >>> import jax, jax.numpy as jnp, shampoo_jax
@@ -147,7 +146,8 @@ def batch_axes(
       >>> rule = batch_axes({"layers": 0})
       >>> jax.tree_util.tree_map_with_path(rule, params)
       {'layers': {'dense': {'kernel': DimensionNumbers(dimensions=((1,), (2,)), batch=(0,))}}}
-      >>> tx = shampoo_jax.scale_by_shampoo(dimension_numbers=rule)
+      >>> blocking = shampoo_jax.Blocking(dimension_numbers=rule)
+      >>> tx = shampoo_jax.scale_by_shampoo(blocking=blocking)
     """
     by_name = {name: (a,) if isinstance(a, int) else tuple(a) for name, a in axes.items()}
     inner = resolve_dimension_numbers(rule)
@@ -168,9 +168,7 @@ def batch_axes(
         rest = [a for a in range(len(shape)) if a not in batch]
         one = inner(path, jax.ShapeDtypeStruct([shape[a] for a in rest], leaf.dtype))
         one = one or DimensionNumbers(tuple((k,) for k in range(len(rest))))
-        return DimensionNumbers(
-            tuple(tuple(rest[k] for k in group) for group in one.dimensions),
-            (*batch, *(rest[k] for k in one.batch)),
-        )
+        dimensions = tuple(tuple(rest[k] for k in group) for group in one.dimensions)
+        return DimensionNumbers(dimensions, (*batch, *(rest[k] for k in one.batch)))
 
     return numbers

@@ -1,7 +1,7 @@
 """Exponents of the inverse roots by block shape and dimension."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 from typing import Any, Literal
 
@@ -65,44 +65,16 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
         return SIDES[option]
     if callable(option):
         return option
-    if not isinstance(option, Mapping):
-        _check_exponent(option)
-        return lambda shape: (float(option),) * len(shape)
-    _check_mapping(option)
+    for keys, value in _entries(option):
+        _check_entry(keys, value)
 
     def exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
-        entry = option.get(len(shape), {})
+        entry = option.get(len(shape), {}) if isinstance(option, Mapping) else option
         if not isinstance(entry, Mapping):
             return (float(entry),) * len(shape)
         return tuple(float(entry.get(k, e)) for k, e in enumerate(default_exponents(shape)))
 
     return exponents
-
-
-def _check_mapping(option: Mapping[int, Any]) -> None:
-    for ndim, entry in option.items():
-        _check_key(ndim)
-        for dim, value in entry.items() if isinstance(entry, Mapping) else ((0, entry),):
-            _check_key(dim)
-            _check_exponent(value)
-            if isinstance(entry, Mapping) and not 0 <= dim < ndim:
-                raise ValueError(
-                    f"exponents[{ndim}] names dimension {dim}: blocks of {ndim} dimensions have "
-                    f"0 to {ndim - 1}."
-                )
-
-
-def _check_key(key: Any) -> None:
-    if not isinstance(key, Integral):
-        raise ValueError(f"exponents has the key {key!r}: numbers of dimensions are ints.")
-
-
-def _check_exponent(value: Any) -> None:
-    if isinstance(value, bool) or not is_number(value) or not 0 <= value < math.inf:
-        raise ValueError(
-            f"exponent {value!r} must not be negative, or anything but a finite number: 0.5 stands "
-            "for S^(-1/2)."
-        )
 
 
 def given_exponents(option: ExponentOption) -> set[float]:
@@ -111,7 +83,29 @@ def given_exponents(option: ExponentOption) -> set[float]:
         return set()
     if isinstance(option, str):
         return {0.5}
+    return {float(value) for _, value in _entries(option)} - {0.0}
+
+
+def _entries(option: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Numbers that an option names, each with its keys: none, (ndim,) or (ndim, dimension)."""
     if not isinstance(option, Mapping):
-        return {float(option)} - {0.0}
-    entries = [e.values() if isinstance(e, Mapping) else (e,) for e in option.values()]
-    return {float(x) for values in entries for x in values} - {0.0}
+        yield (), option
+        return
+    for key, entry in option.items():
+        yield from (((key, *keys), value) for keys, value in _entries(entry))
+
+
+def _check_entry(keys: tuple[Any, ...], value: Any) -> None:
+    for key in keys:
+        if not isinstance(key, Integral):
+            raise ValueError(f"exponents has the key {key!r}: numbers of dimensions are ints.")
+    if isinstance(value, bool) or not is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(
+            f"exponent {value!r} must not be negative, or anything but a finite number: 0.5 stands "
+            "for S^(-1/2)."
+        )
+    if len(keys) > 1 and not 0 <= keys[1] < keys[0]:
+        raise ValueError(
+            f"exponents[{keys[0]}] names dimension {keys[1]}: blocks of {keys[0]} dimensions have "
+            f"0 to {keys[0] - 1}."
+        )

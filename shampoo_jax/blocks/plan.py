@@ -159,13 +159,11 @@ def _cells(
         return ()
     # One-sided Shampoo on the smaller side has no factor of the others to bound. Dimensions that
     # any other option leaves out are cut all the same, as in Meta's package.
-    bounded = exponents(merged) if exponents is smaller_side else (True,) * len(merged)
-    limits = [size or d if has else d for d, has in zip(merged, bounded, strict=True)]
-    edges = [
-        [(s, min(limit, d - s)) for s in range(0, d, limit)]
-        for d, limit in zip(merged, limits, strict=True)
-    ]
-    cells = []
+    bounded = exponents(merged) if exponents is smaller_side else merged
+    edges, cells = [], []
+    for d, is_bounded in zip(merged, bounded, strict=True):
+        limit = size if size and is_bounded else d
+        edges.append([(s, min(limit, d - s)) for s in range(0, d, limit)])
     for box in itertools.product(*edges):
         start, edge = tuple(s for s, _ in box), tuple(n for _, n in box)
         transposed = canonical and len(edge) == 2 and edge[0] < edge[1]
@@ -192,8 +190,8 @@ def make_plan(params: Any, blocking: Blocking, exponents: Exponents) -> Plan:
     canonical = blocking.canonical and exponents((3, 2)) == exponents((2, 3))[::-1]
     plans = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, shape = jax.tree_util.keystr(path), tuple(np.shape(leaf))
         check_real(path, leaf)
+        name, shape = jax.tree_util.keystr(path), tuple(np.shape(leaf))
         permutation, batch, merged = _read_as(shape, rule(path, leaf), blocking, name)
         cells = _cells(merged, blocking.size, canonical, exponents) if batch else ()
         plans.append(LeafPlan(name, shape, permutation, batch, merged, cells))

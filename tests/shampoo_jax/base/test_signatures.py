@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import shampoo_jax as sj
-from shampoo_jax.base.signatures import ROUTED, suggests
+from shampoo_jax.base.signatures import REFRESH, ROUTED, suggests
 
 ALIASES = [sj.shampoo, sj.soap, sj.kl_shampoo, sj.kl_soap, sj.one_sided_shampoo]
 DIRECTIONS = [
@@ -91,15 +91,15 @@ ELSEWHERE = {
     "max_preconditioner_dim": ["blocking=Blocking(size=...)"],
     "merge_dims": ["blocking=Blocking(merge=...)"],
     "merge": ["blocking=Blocking(merge=...)"],
-    "dimension_numbers": ["blocking=Blocking(dimension_numbers=...)"],
+    "dimension_numbers": ["blocking=Blocking(...)"],
     "precondition_frequency": ["every"],
     "preconditioning_compute_steps": ["every"],
     "update_freq": ["every"],
-    "start_preconditioning_step": ["refresh=...Refresh(start=...)"],
-    "stagger": ["refresh=...Refresh(stagger=...)"],
+    "start_preconditioning_step": [REFRESH],
+    "stagger": [REFRESH],
     "epsilon": ["eps", "solver=ShiftedEigh(damping=...)"],
     "matrix_epsilon": ["damping", "solver=ShiftedEigh(damping=...)"],
-    "cutoff": ["rtol", "solver=TruncatedEigh(rtol=...)"],
+    "cutoff": ["rtol", "solver=TruncatedEigh(rtol, atol)"],
     "grafting_config": ["graft"],
     "graft_b2": ["graft=scale_by_second_moment(b2, eps)"],
     "use_nesterov": ["momentum=momentum(...)"],
@@ -148,7 +148,7 @@ def test_a_name_like_no_other_is_answered_with_all():
     assert function(1, second=3) == 4
     assert refusal(function, "xyz") == "function has no option 'xyz': it has first, second."
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'first'"):
-        function()
+        function()  # pyrefly: ignore
 
 
 def complaints(tmp_path, line):

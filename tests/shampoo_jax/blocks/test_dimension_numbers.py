@@ -139,7 +139,7 @@ def test_default_of_the_transformation_is_the_rule():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'haiku' is unknown: choose from .'flax'., None"):
+    with pytest.raises(ValueError, match="'haiku' is unknown: choose from .'flax', None"):
         Blocking(dimension_numbers="haiku")
     rule = lambda path, leaf: None  # noqa: E731
     assert resolve_dimension_numbers(rule) is rule
