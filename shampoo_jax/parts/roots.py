@@ -150,7 +150,8 @@ def _report(
     for k, root in enumerate(roots):
         if root is None:
             continue
-        figures[f"factor/{k}"] = b.matrices[k]
+        if b.matrices:  # none where no part has accumulated factors
+            figures[f"factor/{k}"] = b.matrices[k]
         if isinstance(carried[k], tuple) and not carried[k]:
             continue  # a solver that keeps nothing has nothing to say
         for name, value in solve.figures(carried[k]).items():
