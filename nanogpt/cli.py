@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nanogpt.config.published import PUBLISHED
+from nanogpt.config.recipes import PUBLISHED
 
 
 class Command(NamedTuple):

@@ -1,8 +1,8 @@
 """Every setting of a training run, as frozen dataclasses; those of optimizers in `settings.py`.
 
 The classes hold no numbers of their own beyond what the benchmark fixes for every optimizer;
-`presets.py` holds the values. A field's trailing comment is its `--help` text. Impossible values
-are refused where they are set, before any work.
+`presets.toml` and `optimizers.toml` hold the values. A field's trailing comment is its `--help`
+text. Impossible values are refused where they are set, before any work.
 """
 
 import dataclasses

@@ -211,3 +211,18 @@ class SophiaConfig(MatrixConfig):
         check(self, "at least 0 and below 1", "b1", "b2")
         check(self, "at least 1", "every")
         check(self, "at least 0", "probe_seed")
+
+
+# Of every direction of `nanogpt.optimizers.directions`; several may share a class.
+SETTINGS: dict[str, type[MatrixConfig]] = {
+    "adamw": AdamWConfig,
+    "muon": MuonConfig,
+    "muon_track3": MuonConfig,
+    "shampoo": ShampooConfig,
+    "soap": SoapConfig,
+    "kl_shampoo": KLConfig,
+    "kl_soap": KLConfig,
+    "psgd": PsgdConfig,
+    "lion": LionConfig,
+    "sophia": SophiaConfig,
+}

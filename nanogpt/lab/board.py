@@ -20,8 +20,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nanogpt.config.board import BOARD
-from nanogpt.config.presets import is_own, preset
+from nanogpt.config.presets import PRESETS, is_own, preset
 from nanogpt.lab import compile_cache
 from nanogpt.lab.sweep import at_least_one, exit_on_signal
 from nanogpt.report.tables import markdown
@@ -338,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="no tuning, one seed, 60 steps")
     parser.add_argument(
-        "--entries", nargs="+", default=list(BOARD), metavar="ENTRY", help="default: all"
+        "--entries", nargs="+", default=list(PRESETS["board"]), metavar="ENTRY", help="default: all"
     )
     parser.add_argument(
         "--jobs",

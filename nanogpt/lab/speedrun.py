@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from nanogpt.config.presets import PRESETS, is_own
-from nanogpt.config.published import PUBLISHED
+from nanogpt.config.recipes import PUBLISHED
 from nanogpt.config.run import Config
 from nanogpt.lab import compile_cache, run_file
 from nanogpt.lab.children import run_child
@@ -69,7 +69,7 @@ def _refuse_without_optimizer(options: argparse.Namespace, rest: list[str]) -> N
     if {"-h", "--help"} & set(rest):
         read_config(options, DEMO[0], options.preset, rest)
     raise ValueError(
-        f"--optimizer is missing: choose one of {', '.join(PRESETS[options.preset][0])}. "
+        f"--optimizer is missing: choose one of {', '.join(PRESETS[options.preset])}. "
         "`nanogpt demo` trains three and draws them together."
     )
 

@@ -16,9 +16,9 @@ import optax
 
 import shampoo_jax
 from nanogpt.config import presets
-from nanogpt.config.published import PUBLISHED
+from nanogpt.config.recipes import PUBLISHED
 from nanogpt.config.run import Config
-from nanogpt.config.settings import MatrixConfig, MuonConfig
+from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig
 from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam
 from nanogpt.optimizers.schedules import learning_rate
 
@@ -41,7 +41,9 @@ class Entry:
     direction: Direction
 
 
-REGISTRY: dict[str, Entry] = {name: Entry(*pair) for name, pair in DIRECTIONS.items()}
+REGISTRY: dict[str, Entry] = {
+    name: Entry(SETTINGS[name], direction) for name, direction in DIRECTIONS.items()
+}
 
 
 def register(name: str, direction: Direction, settings: MatrixConfig) -> None:

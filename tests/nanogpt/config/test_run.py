@@ -81,7 +81,7 @@ def test_decay_on_a_hyperball_is_refused():
 
 @pytest.mark.parametrize("preset_name", PRESETS)
 def test_matrices_of_every_recipe_are_checked(preset_name):
-    for optimizer in PRESETS[preset_name][0]:
+    for optimizer in PRESETS[preset_name]:
         matrices = preset(preset_name, optimizer).matrices
         with pytest.raises(ValueError, match="b1=-0.5: must be at least 0 and below 1"):
             type(matrices)(**dict(dataclasses.asdict(matrices), b1=-0.5))

@@ -10,8 +10,7 @@ import pytest
 
 from data_pipeline import write_shard
 from nanogpt.config import presets
-from nanogpt.config.board import BOARD
-from nanogpt.config.presets import preset
+from nanogpt.config.presets import PRESETS, preset
 from nanogpt.config.settings import MatrixConfig
 from nanogpt.lab import board as leaderboard
 from nanogpt.lab.board import FULL, QUICK, RATE, TUNING_SEED, Plan
@@ -36,7 +35,8 @@ def outcome(trial, best_rate: float) -> dict:
 )
 def test_every_rate_is_bracketed_by_the_same_rule(best_power, tried):
     best_rate = {
-        name: BOARD[name].matrices.learning_rate * 2.0**best_power for name in ("adamw", "soap_h")
+        name: PRESETS["board"][name].matrices.learning_rate * 2.0**best_power
+        for name in ("adamw", "soap_h")
     }
     trained = []
 
@@ -53,7 +53,7 @@ def test_every_rate_is_bracketed_by_the_same_rule(best_power, tried):
 
 
 def test_the_budget_ends_a_search_at_the_edge():
-    rate = BOARD["adamw"].matrices.learning_rate
+    rate = PRESETS["board"]["adamw"].matrices.learning_rate
     losses = leaderboard.tune(["adamw"], FULL, lambda ts: [outcome(t, 64 * rate) for t in ts])
     assert sorted(losses["adamw"]) == [-1, 0, 1, 2, 3, 4]
     assert "edge" in leaderboard.tuning_table(losses)
