@@ -1,6 +1,8 @@
 """The command `nanogpt`: its subcommands, each imported when it is called."""
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,8 +40,20 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
-    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    """Runs the command line; where its reader ends, as `head` does, it ends without a word."""
+    try:
+        try:
+            run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # not when Python exits, where nobody can catch what comes of it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Gives a command its arguments."""
+    name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(help_text())
         return

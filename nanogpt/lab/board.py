@@ -9,22 +9,23 @@ an entry. Tuning has a seed of its own, which decides weights and order of the d
 the final ones. Step times come from short runs of their own, one at a time on all cores.
 """
 
-import argparse
 import dataclasses
 import math
 import os
 import pathlib
-import signal
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import tyro
+
 from nanogpt.config.presets import PRESETS, is_own, preset
+from nanogpt.config.settings import check
 from nanogpt.lab import compile_cache
-from nanogpt.lab.sweep import at_least_one, exit_on_signal
+from nanogpt.lab.command import GOES_ON, command
 from nanogpt.report.tables import markdown
 from nanogpt.report.verdicts import result_at
+from nanogpt.train.interrupt import exit_on_stop
 
 if TYPE_CHECKING:
     from nanogpt.lab.trials import Trial
@@ -51,33 +52,39 @@ FULL = Plan("board", None, (-1, 0, 1), 6, (0, 1, 2), 80)
 QUICK = Plan("board-quick", 60, (), 0, (0,), 60)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How thorough a board is."""
+
+    quick: bool = False  # no tuning, one seed, 60 steps
+    entries: tuple[str, ...] = tuple(PRESETS["board"])  # recipes of the preset
+    jobs: int = os.cpu_count() or 1  # runs side by side; default: one a core
+
+    def __post_init__(self):
+        check(self, "at least 1", "jobs")
+
+
+@command(RuntimeError, stopped=GOES_ON)
+def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
-    options = _parser().parse_args(arguments)
+    options = tyro.cli(Options, prog="nanogpt board", description=__doc__, args=arguments)
     entries = list(dict.fromkeys(options.entries))
+    if not entries:
+        raise ValueError("entries=(): a board needs at least one; leave --entries out for all.")
     plan = QUICK if options.quick else FULL
     folder = pathlib.Path("runs", plan.name)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `speedrun`
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    compile_cache.use()  # seeds share their programs
-    signal.signal(signal.SIGTERM, exit_on_signal)
+    compile_cache.prepare()  # seeds share their programs
     import jax
 
     from nanogpt.lab.preset_data import prepare_data
-    from nanogpt.train.interrupt import Interrupted
 
     # It read the environment when it was imported; the runs that measure times are in this process.
     jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-
-    try:
+    with exit_on_stop():
         configs = [preset("board", name) for name in entries]
         prepare_data(configs[0])
         board = run_board(entries, plan, folder, options.jobs)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
     print(f"{board}\nwritten to {folder}")
 
 
@@ -327,26 +334,3 @@ def tuning_table(tuned: Mapping[str, Mapping[int, float]]) -> str:
         edge = ", edge" * (chosen in (min(losses), max(losses)))
         rows.append([name, str(len(losses)), ", ".join(cells) + edge])
     return markdown(["optimizer", "runs", "rate: validation loss"], rows)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nanogpt board",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="no tuning, one seed, 60 steps")
-    parser.add_argument(
-        "--entries", nargs="+", default=list(PRESETS["board"]), metavar="ENTRY", help="default: all"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=at_least_one,
-        default=os.cpu_count() or 1,
-        help="runs side by side (default: one a core)",
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from nanogpt.config.presets import preset
+from nanogpt.lab.command import command
 
 if TYPE_CHECKING:
     from data_pipeline import Manifest
@@ -107,19 +106,13 @@ def summary(manifest: "Manifest") -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@command(OSError, stopped="stopped; the same command goes on or starts again")
+def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
-    command: Sotu | Folder | Fineweb = tyro.cli(
+    corpus: Sotu | Folder | Fineweb = tyro.cli(
         Command, prog="nanogpt data", description=__doc__, args=arguments
     )
-    try:
-        manifest = command.run()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on or starts again", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    print(f"{command.directory}\n{summary(manifest)}")
+    print(f"{corpus.directory}\n{summary(corpus.run())}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import math
 import os
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -14,9 +13,11 @@ from nanogpt.config.presets import PRESETS, is_own
 from nanogpt.config.recipes import PUBLISHED
 from nanogpt.config.run import Config
 from nanogpt.lab import compile_cache, run_file
-from nanogpt.lab.children import run_child
+from nanogpt.lab.command import command
 from nanogpt.lab.command_line import DEMO, flags, process_flags, read_config, split_arguments
+from nanogpt.lab.processes import in_processes
 from nanogpt.report.verdicts import verdict_line
+from nanogpt.train.interrupt import Interrupted, StopSignal
 from nanogpt.train.metrics import read_records
 from nanogpt.train.run_folder import RunFolder
 
@@ -24,24 +25,27 @@ from nanogpt.train.run_folder import RunFolder
 TARGETS = {"track3": 3.28}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+# Later than this, a stop request is obeyed between two steps.
+EARLY = "stopped before the first step"
+
+
+@command(stopped=EARLY)
+def main(arguments: Sequence[str]) -> None:
     """Runs the command line: the one optimizer that it names, or the three of the demo."""
     _run(arguments, train_all)
 
 
-def train_command(arguments: Sequence[str] | None = None) -> None:
+@command(stopped=EARLY)
+def train_command(arguments: Sequence[str]) -> None:
     """Runs the command line of one optimizer."""
     _run(arguments, _refuse_without_optimizer)
 
 
-def _run(arguments: Sequence[str] | None, otherwise: Callable[..., None]) -> None:
+def _run(arguments: Sequence[str], otherwise: Callable[..., None]) -> None:
     """Does what the command line says; `otherwise` is for one that names no optimizer."""
-    # OpenBLAS spins a thread pool for every decomposition, which is slower on few cores; it reads
-    # this when jax is first imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    compile_cache.use()
+    compile_cache.prepare()
     try:
-        options, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
+        options, rest = split_arguments(arguments)
         if options.print_config:
             print_config(options, rest)
         elif options.seeds is not None:
@@ -50,8 +54,6 @@ def _run(arguments: Sequence[str] | None, otherwise: Callable[..., None]) -> Non
             train(options, rest)
         else:
             otherwise(options, rest)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -59,10 +61,6 @@ def _run(arguments: Sequence[str] | None, otherwise: Callable[..., None]) -> Non
             f"error: the disk is full ({error}): make room and repeat the command with --resume; "
             "it goes on from the newest checkpoint."
         )
-    except KeyboardInterrupt:
-        # Later, a stop request would have been obeyed between two steps.
-        print("stopped before the first step", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 def _refuse_without_optimizer(options: argparse.Namespace, rest: list[str]) -> None:
@@ -89,7 +87,6 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
     # These import jax, which must see the environment that `main` sets.
     from nanogpt.lab.preset_data import prepare_data
     from nanogpt.train import distributed
-    from nanogpt.train.interrupt import Interrupted
     from nanogpt.train.loop import fit
     from nanogpt.train.nonfinite import EXIT_CODE, DivergedError
 
@@ -193,7 +190,10 @@ def train_group(
 
 def run(arguments: Sequence[str]) -> None:
     """Runs `nanogpt train` in another process; ends this one if that one fails or is stopped."""
-    run_child([sys.executable, "-m", "nanogpt", "train", *arguments])
+    try:
+        list(in_processes(train_command, [arguments], jobs=1))
+    except StopSignal as stopped:  # that process has said how to go on
+        sys.exit(stopped.code)
 
 
 def results(options: argparse.Namespace, configs: Sequence[Config]) -> str:

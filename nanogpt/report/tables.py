@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table whose first column is text and whose others are figures.
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Returns a table whose first columns are text and whose others are figures.
 
     >>> print(markdown(["run", "loss"], [["a", "3.1"]]))
     | run | loss |
     | - | -: |
     | a | 3.1 |
     """
-    lines = [head, ["-"] + ["-:"] * (len(head) - 1), *rows]
+    lines = [head, ["-"] * texts + ["-:"] * (len(head) - texts), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -33,6 +33,43 @@ def stop_signals() -> list[int]:
     return [signal.SIGINT, signal.SIGTERM, *hung_up]
 
 
+@contextlib.contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, Any]]:
+    """Gives the signals that ask to stop to a handler while the block runs; main thread only.
+
+    Yields:
+        The handlers to be put back afterwards, by signal.
+    """
+    previous = {signum: signal.signal(signum, handler) for signum in stop_signals()}
+    try:
+        yield previous
+    finally:
+        for signum, before in previous.items():
+            signal.signal(signum, before)
+
+
+class StopSignal(SystemExit):
+    """A signal asked to stop; who does not catch it exits with 128 + signum."""
+
+    def __init__(self, signum: int):
+        super().__init__(128 + signum)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def exit_on_stop() -> Iterator[None]:
+    """Turns a signal that asks to stop into `StopSignal` while the block runs.
+
+    So everybody can clean up, as after a Ctrl-C.
+    """
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise StopSignal(signum)
+
+    with handling(stop):
+        yield
+
+
 class StopRequest:
     """Remembers the first signal asking to stop; the second one acts as if nobody listened.
 
@@ -41,25 +78,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
+        self.previous: dict[int, Any] = {}  # handlers to be put back
 
-    def listen(self) -> None:
-        """Takes over the signals that ask to stop."""
-        for signum in stop_signals():
-            self._previous[signum] = signal.signal(signum, self._remember)
-
-    def restore(self) -> None:
-        """Gives the signals back to whoever had them."""
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._previous.clear()
-
-    def _remember(self, signum: int, frame: FrameType | None) -> None:
+    def remember(self, signum: int, frame: FrameType | None) -> None:
+        """Signal handler."""
         self.signum = signum
         # A second Ctrl-C must be able to kill a run that hangs.
         for other in (signal.SIGINT, signal.SIGTERM):
-            if other in self._previous:
-                signal.signal(other, self._previous.pop(other))
+            if other in self.previous:
+                signal.signal(other, self.previous.pop(other))
 
 
 @contextlib.contextmanager
@@ -76,8 +103,5 @@ def stop_request() -> Iterator[StopRequest]:
     True
     """
     request = StopRequest()
-    request.listen()
-    try:
+    with handling(request.remember) as request.previous:
         yield request
-    finally:
-        request.restore()

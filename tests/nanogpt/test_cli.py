@@ -1,6 +1,8 @@
 """The command `nanogpt`: its help comes at once, whatever it would do."""
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 
@@ -55,3 +57,18 @@ def test_an_unknown_command_is_answered_with_the_known_ones():
 def test_training_needs_an_optimizer():
     with pytest.raises(SystemExit, match="--optimizer is missing: choose one of adamw, muon"):
         cli.main(["train", "--schedule.steps", "3"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--optimizer", "muon", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_enough_gets_no_traceback(arguments, unbuffered):
+    """As in `nanogpt --help | head -1`: nobody reads any more when it writes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nanogpt", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from nanogpt.train.interrupt import Interrupted, stop_request
+from nanogpt.train.interrupt import Interrupted, StopSignal, exit_on_stop, stop_request
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -58,3 +58,12 @@ def test_message_tells_how_to_go_on():
     assert "SIGTERM after 7 steps" in message
     assert "runs/cpu/muon" in message
     assert "--resume" in message
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_becomes_an_exception_with_its_status(signum):
+    before = signal.getsignal(signum)
+    with pytest.raises(StopSignal) as stopped, exit_on_stop():
+        signal.raise_signal(signum)
+    assert (stopped.value.code, stopped.value.signum) == (128 + signum, signum)
+    assert signal.getsignal(signum) is before

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nanogpt.lab.workers import in_processes
+from nanogpt.lab.processes import in_processes
 
 
 def test_every_item_has_its_result():
@@ -21,14 +21,19 @@ def test_cores_are_shared():
     assert dict(in_processes(os.getenv, ["NPROC"], jobs=2)) == {0: str(share)}
 
 
+def test_an_error_is_that_of_the_function():
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        list(in_processes(operator.index, ["x"], jobs=1))
+
+
 def test_a_dead_process_is_reported():
-    with pytest.raises(RuntimeError, match="item 0 ended with exit code 1"):
-        list(in_processes(operator.index, ["x"], jobs=1))  # a TypeError
+    with pytest.raises(RuntimeError, match="a process died; its last words are above"):
+        list(in_processes(os._exit, [1], jobs=1))
 
 
 KILLED = """
 import os, signal, time
-from nanogpt.lab.workers import in_processes
+from nanogpt.lab.processes import in_processes
 
 results = in_processes(time.sleep, [0, 600], jobs=2)
 next(results)
