@@ -2,6 +2,7 @@
 
 import operator
 import os
+import signal
 import subprocess
 import sys
 
@@ -45,3 +46,19 @@ def test_nobody_outlives_a_killed_parent():
     # Returns when the last process that holds the output is gone.
     done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, timeout=60)
     assert done.returncode < 0
+
+
+STOPPED = """
+import os, signal, sys, time
+from nanogpt.lab.processes import in_processes
+
+for _ in in_processes(time.sleep, [0, 600], jobs=2):
+    os.kill(os.getpid(), int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_processes_and_is_the_status(signum):
+    command = [sys.executable, "-c", STOPPED, str(int(signum))]
+    done = subprocess.run(command, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (128 + signum, b"")
