@@ -16,14 +16,11 @@ from nanogpt.lab import compile_cache, run_file
 from nanogpt.lab.command import command
 from nanogpt.lab.command_line import DEMO, flags, process_flags, read_config, split_arguments
 from nanogpt.lab.processes import in_processes
+from nanogpt.report.comparable import TARGETS, common_track
 from nanogpt.report.verdicts import verdict_line
 from nanogpt.train.interrupt import Interrupted, StopSignal
 from nanogpt.train.metrics import read_records
 from nanogpt.train.run_folder import RunFolder
-
-# Losses that the acceptance rule is about, where a preset has one.
-TARGETS = {"track3": 3.28}
-
 
 # Later than this, a stop request is obeyed between two steps.
 EARLY = "stopped before the first step"
@@ -200,7 +197,8 @@ def results(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     """Final losses of finished runs, one line each, and what the acceptance rule says of them.
 
     Args:
-        options: `target` is the loss of the rule; without one, that of the preset, if it has one.
+        options: `target` is the loss of the rule; without one, that of the track whose rules the
+            runs keep, if they keep any.
         configs: all runs of one setting.
     """
     lines, losses = [], []
@@ -208,7 +206,8 @@ def results(options: argparse.Namespace, configs: Sequence[Config]) -> str:
         loss = read_records(folder.first_metrics)[-1]["loss"]
         losses.append(math.nan if loss is None else loss)
         lines.append(f"{config.name}: final loss {losses[-1]:.5f}, log {folder.record}")
-    target = options.target or TARGETS.get(options.preset)
+    track = common_track([], {config.name: dataclasses.asdict(config) for config in configs})
+    target = options.target or (track and TARGETS[track])
     known = PUBLISHED.get(options.optimizer) if options.preset == "track3" else None
     if known and known.same_model and known.expected_loss:
         lines.append(

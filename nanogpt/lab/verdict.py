@@ -55,7 +55,7 @@ def verdicts(options: Options) -> str:
 
 def _target(groups: "Sequence[Group]") -> float:
     """The loss that the track of the runs is about."""
-    from nanogpt.report.tracks import TARGETS, common_track
+    from nanogpt.report.comparable import TARGETS, common_track
 
     published = [group.label for group in groups if group.reference]
     configs = {group.label: group.config for group in groups if not group.reference}

@@ -1,6 +1,10 @@
-"""Tables in Markdown."""
+"""Tables and pages in Markdown."""
 
+import pathlib
 from collections.abc import Sequence
+from typing import Any
+
+PAGES = pathlib.Path(__file__).parent / "pages"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
@@ -22,3 +26,8 @@ def shown(value: float | None, form: str, scale: float = 1.0) -> str:
     ('152', '-')
     """
     return "-" if value is None else format(value * scale, form)
+
+
+def page(name: str, **values: Any) -> str:
+    """Returns a page of the folder `pages` with values in the place of their {names}."""
+    return (PAGES / f"{name}.md").read_text(encoding="utf-8").format(**values)
