@@ -23,7 +23,7 @@ from nanogpt.config.presets import PRESETS, is_own, preset
 from nanogpt.config.settings import check
 from nanogpt.lab import compile_cache
 from nanogpt.lab.command import GOES_ON, command
-from nanogpt.report.tables import markdown
+from nanogpt.report.tables import markdown, page
 from nanogpt.report.verdicts import result_at
 from nanogpt.train.interrupt import exit_on_stop
 
@@ -110,7 +110,7 @@ def run_board(entries: Sequence[str], plan: Plan, folder: pathlib.Path, jobs: in
         (make_group(*pair, finals) for pair in zip(entries, times, strict=True)),
         key=lambda group: (math.isnan(final_loss(group)), final_loss(group)),
     )
-    return write_board(folder, groups, tuned, finals[0]["start"])
+    return write_board(folder, groups, tuned, finals[0]["start"], plan.timed_steps)
 
 
 def tune(entries: Sequence[str], plan: Plan, run: Any) -> dict[str, dict[int, float]]:
@@ -236,6 +236,7 @@ def write_board(
     groups: "Sequence[Group]",
     tuned: Mapping[str, Mapping[int, float]],
     start: Mapping[str, Any],
+    timed_steps: int,
 ) -> str:
     """Writes board.md and board.png.
 
@@ -244,6 +245,7 @@ def write_board(
         groups: the entries, in the order of the table.
         tuned: what `tune` returns.
         start: first record of a run: machine, versions, sizes.
+        timed_steps: of the runs that measured times.
 
     Returns:
         The text of board.md.
@@ -255,35 +257,34 @@ def write_board(
     machine = start["device"]["kind"]
     draw_board(groups, folder, target=target, machine=machine, name="board")
     rate = {"rate": lambda group: f"{group.config['matrices']['learning_rate']:.4g}"}
-    parts = [
-        "# The scaled-down board",
-        setup(groups[0].config, start),
-        board_table(groups, target=target, extra=rate),
-        *noise(groups),
-        "![validation loss](board.png)",
-        READING,
-        "## Rates of the matrices",
-        RULE if any(tuned.values()) else UNTUNED,
-        *([tuning_table(tuned)] if any(tuned.values()) else []),
-    ]
-    page = "\n\n".join(parts) + "\n"
-    (folder / "board.md").write_text(page, encoding="utf-8")
-    return page
+    searched, steps = any(tuned.values()), groups[0].runs[0].steps[-1]
+    written = page(
+        "board",
+        setup=setup(groups[0].config, start),
+        table=board_table(groups, target=target, extra=rate),
+        noise=noise(groups),
+        tuned=TUNED if searched else UNTUNED,
+        timed=timed_steps // 4,
+        steps=steps,
+        rates=f"{RULE}\n\n{tuning_table(tuned)}" if searched else "Those of the preset, untuned.",
+    )
+    (folder / "board.md").write_text(written, encoding="utf-8")
+    return written
 
 
-def noise(groups: "Sequence[Group]") -> list[str]:
-    """Returns a sentence on what seeds alone do to the means; none where there is one seed."""
+def noise(groups: "Sequence[Group]") -> str:
+    """Returns a paragraph on what seeds alone do to the means; empty where there is one seed."""
     results = [result_at(group.runs, group.runs[0].steps[-1]) for group in groups]
     variances = [r.std**2 for r in results if math.isfinite(r.std)]
     if not variances:
-        return []
+        return ""
     std = math.sqrt(math.fsum(variances) / len(variances))
     error = std * math.sqrt(2 / results[0].n)
     sentence = (
         f"Pooled over the entries the std is {std:.4f}, so a difference of two means has a "
         f"standard error of {error:.4f}: neighbours within twice that are not told apart."
     )
-    return [textwrap.fill(sentence, width=100)]
+    return textwrap.fill(sentence, width=100) + "\n\n"
 
 
 def setup(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
@@ -305,20 +306,16 @@ def setup(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
     )
 
 
-READING = """\
-n runs, each with a seed of its own for weights and order of the data; std is between them. Only the
+TUNED = """\
+Only the
 rate of the matrices was tuned; not decay, momentum or the schedule, nor the rates of embedding,
 head and vectors, which all entries share and which were once chosen with Muon (docs/demo.md). All
-losses, also those that chose the rates, are on the same validation text. Step time: the fastest of
-four means over 20 steps (--quick: 15), in a run of its own on all cores. Sophia takes a second pass
-through the batch every tenth step. Operations are counted by formula
-(`nanogpt/optimizers/flops.py`); KL methods, PSGD and Sophia have none. At this size decompositions
-weigh far more in a step than at the benchmark's, and 300 steps say little about 3,000."""
+losses, also those that chose the rates, are"""
+UNTUNED = "Nothing\nwas tuned: rates are those of the preset. All losses are"
 RULE = """\
 Same rule for every entry, one seed, none of the final ones: the preset's rate times 1/2, 1 and 2;
 as long as the best is the lowest or the highest tried, the next one beyond it, up to 6 runs. In
 bold the best; "edge" where 6 runs were not enough."""
-UNTUNED = "Those of the preset, untuned."
 
 
 def tuning_table(tuned: Mapping[str, Mapping[int, float]]) -> str:
