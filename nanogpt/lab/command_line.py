@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from nanogpt.config.prepared import fitted
 from nanogpt.config.presets import PRESETS, preset
 from nanogpt.config.run import Config
 from nanogpt.lab import run_file
@@ -57,12 +58,13 @@ def read_config(options: argparse.Namespace, optimizer: str, name: str, rest: li
     """
     default = dataclasses.replace(preset(options.preset, optimizer), name=name)
     settings = run_file.read(options.config) if options.config else {}
+    words = [*run_file.words(settings, default), *rest]
     return tyro.cli(
         tyro.conf.AvoidSubcommands[Config],
         prog=PROGRAM,
         description=f"{DESCRIPTION}\n{_parser().format_help()}",
-        default=default,
-        args=[*run_file.words(settings, default), *rest],
+        default=fitted(default, words),
+        args=words,
     )
 
 

@@ -29,7 +29,10 @@ class Sotu:
     def run(self) -> "Manifest":
         """Prepares the corpus."""
         from data_pipeline import gpt2, prepare, sotu
+        from nanogpt.lab.preset_data import keep_vocabulary
 
+        if self.directory == Path(DEMO.data.directory):
+            keep_vocabulary(self.directory, self.vocab_size, DEMO.model.vocab_size)
         return prepare(sotu(), self.directory, gpt2(self.vocab_size), val_tokens=self.val_tokens)
 
 
@@ -39,7 +42,7 @@ class Folder:
 
     path: tyro.conf.Positional[Path]  # folder of .txt and .jsonl files, searched recursively
     directory: Path = Path("data/folder")  # folder to write
-    vocab_size: int = 50257  # ids of the tokenizer: 257 to 50257, fewer for a smaller head
+    vocab_size: int = DEMO.model.vocab_size  # ids of the tokenizer: 257 to 50257
     val_tokens: int | None = None  # as many as the run's data.val_tokens; default: preset cpu's
 
     def run(self) -> "Manifest":

@@ -1,7 +1,6 @@
 """The training loop: data in, metrics and checkpoints out."""
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -11,6 +10,7 @@ import rich.console
 
 from nanogpt.config.run import Config
 from nanogpt.optimizers.build import build_optimizer
+from nanogpt.train.ancestors import common_checkpoint, copy_run, read_params
 from nanogpt.train.batches import RunData, batch_pattern, open_data, to_device
 from nanogpt.train.checkpoint import Checkpoints
 from nanogpt.train.clock import StepClock
@@ -18,7 +18,7 @@ from nanogpt.train.distributed import agreed, largest_of_all
 from nanogpt.train.interrupt import Interrupted, StopRequest, stop_request
 from nanogpt.train.mesh import Layout, make_layout
 from nanogpt.train.metrics import plain_console, read_records
-from nanogpt.train.nonfinite import NonFiniteSteps
+from nanogpt.train.nonfinite import check_row
 from nanogpt.train.progress import Report
 from nanogpt.train.record_log import RecordLog, source_text
 from nanogpt.train.run_folder import RunFolder
@@ -71,6 +71,8 @@ def fit(
     ):
         if resume:
             run.open_checkpoints()
+        else:
+            run.begin()
         if not (resume and run.finished()):
             console.print(f"{config.name}: compiling ...", markup=False)
             with agreed("compiling and making the run's folder"):
@@ -78,6 +80,7 @@ def fit(
                 if not resume:
                     # Not before: a run that turns out impossible must not cost an earlier one.
                     folder.claim(resume=resume, overwrite=overwrite)
+                    run.copy()
             if not resume:
                 run.open_checkpoints()
             first = jax.process_index() == 0
@@ -126,8 +129,8 @@ class _Run:
         self.optimizer = build_optimizer(config, abstract_params(config.model), placement)
         self.graphdef, self.state = init_state(config, self.optimizer, self.layout)
         self.saved: int | None = None
+        self.common: int | None = None  # step of another run's checkpoint to go on from
         self.clock = StepClock(0.0)
-        self.nonfinite = NonFiniteSteps(config.nonfinite_limit)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
         self.resources = contextlib.ExitStack()
         self.resources.callback(data.training.close)
@@ -142,6 +145,19 @@ class _Run:
             restored = self.checkpoints.restore(self.saved, self.state, self.data.training)
             self.state, seconds = restored
             self.clock = StepClock(seconds)
+
+    def begin(self) -> None:
+        """Takes over what another run leaves to this one; changes nothing on disk."""
+        if self.config.init_from:
+            params = read_params(self.config, self.state.params)
+            self.state = self.state._replace(params=params)
+        if self.config.go_on_from:
+            self.common = common_checkpoint(self.config)
+
+    def copy(self) -> None:
+        """Copies another run up to the step at which this one goes on; the first process does."""
+        if self.common is not None and jax.process_index() == 0:
+            copy_run(self.config, self.common)
 
     def finished(self) -> bool:
         """Tells whether an earlier process has done everything; that outlives its checkpoints."""
@@ -197,11 +213,8 @@ class _Run:
             (step, metrics), self.in_flight = self.in_flight, None
             jax.block_until_ready(metrics)
             self.clock.lap()
-            skipped = not math.isfinite(float(metrics["grad_norm"]))
-            try:
-                self.nonfinite.add(step, skipped)
-            finally:
-                report.step(step, metrics, self.clock, self.nonfinite.total)
+            report.step(step, metrics, self.clock)
+            check_row(step, int(metrics["skipped_in_a_row"]), self.config.nonfinite_limit)
 
     def _validate_if_due(self, step: int, report: Report) -> None:
         """Measures the loss before update `step`, off the clock; gives up when asked to stop."""

@@ -52,7 +52,7 @@ def read_records(path: pathlib.Path) -> list[Record]:
     return records
 
 
-def keep_before(path: pathlib.Path, step: int) -> None:
+def keep_before(path: pathlib.Path, step: int, config: Record) -> None:
     """Cuts a metrics file back to a checkpoint, atomically.
 
     Keeps the first record and whatever was measured before update `step`; the resumed run writes
@@ -61,9 +61,10 @@ def keep_before(path: pathlib.Path, step: int) -> None:
     Args:
         path: the file, rewritten.
         step: updates that the checkpoint holds.
+        config: settings of the run that goes on; its schedule may be another one.
     """
     kept = [
-        record
+        record | ({"config": config} if record["kind"] == "start" else {})
         for record in read_records(path)
         if record["kind"] == "start" or record.get("step", math.inf) < step
     ]

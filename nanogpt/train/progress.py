@@ -49,7 +49,7 @@ class Report:
         if resumed is None:
             path.unlink(missing_ok=True)
         else:
-            keep_before(path, resumed)
+            keep_before(path, resumed, dataclasses.asdict(config))
         self._writer = MetricsWriter(path)
         self._progress = Progress(config.name, config.schedule.steps, resumed or 0, console)
 
@@ -84,19 +84,16 @@ class Report:
         """Shows the seconds spent on compiling, which no other figure includes."""
         self._progress.note(f"compiled in {seconds:.1f} s")
 
-    def step(
-        self, step: int, metrics: dict[str, jax.Array], clock: StepClock, skipped: int
-    ) -> None:
+    def step(self, step: int, metrics: dict[str, jax.Array], clock: StepClock) -> None:
         """Reports a finished step; writes a record every log_every steps.
 
         Args:
             step: updates before this one.
-            metrics: the step's "loss" in nats per token and "grad_norm".
+            metrics: the step's, see `nanogpt.train.train_step.make_train_step`.
             clock: its last lap is this step.
-            skipped: steps so far whose gradient was not finite.
         """
         loss, last = float(metrics["loss"]), clock.recent(1)
-        self._skipped = skipped
+        skipped = self._skipped = int(metrics["skipped"])
         self._progress.advance(step, loss, self._tokens / last, last, skipped)
         if step % self._config.output.log_every == 0 or step + 1 == self._config.schedule.steps:
             mean = clock.recent(self._config.output.log_every)

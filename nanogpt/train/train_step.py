@@ -105,8 +105,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the jitted step; it consumes (donates) the state it is given.
 
-    A step whose gradient is not finite changes neither parameters nor optimizer state; its record
-    shows the norm that was not a number.
+    A guarded optimizer leaves everything as it was where a gradient is not finite, and counts that.
 
     Gradients are those of the loss summed over every token of the batch. They are taken with
     respect to float32 copies of the parameters, accumulated over microbatches in float32, and
@@ -121,8 +120,8 @@ def make_train_step(
 
     Returns:
         Function (state, {"inputs", "targets"} int32 (batch_rows, T)) -> (state, metrics); metrics
-        are float32 scalars: "loss", nats per token before the update, and "grad_norm", the norm of
-        the gradient of that mean.
+        are scalars: "loss", nats per token before the update, "grad_norm", the norm of the gradient
+        of that mean, and of a guarded optimizer "skipped" and "skipped_in_a_row".
     """
 
     def sums(
@@ -159,14 +158,11 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         objective = _objective(batch, config, layout)
         updates, opt_state = update(grads, state.opt_state, state.params, obj_fn=objective)
-        done = (optax.apply_updates(state.params, updates), opt_state)
-        # A NaN that entered a moment or a factor would stay there for ever.
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(jnp.isfinite(norm), new, old),
-            done,
-            (state.params, state.opt_state),
-        )
+        params = optax.apply_updates(state.params, updates)
         metrics = {"loss": total / tokens, "grad_norm": norm / tokens}
+        if isinstance(opt_state, optax.ApplyIfFiniteState):
+            metrics["skipped"] = opt_state.total_notfinite
+            metrics["skipped_in_a_row"] = opt_state.notfinite_count
         return TrainState(state.step + 1, params, opt_state), metrics
 
     if shardings is None:

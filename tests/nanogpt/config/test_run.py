@@ -26,6 +26,8 @@ WRONG = [
     *(("model", name, -4) for name in ("head_dim", "mlp_dim", "sequence_length")),
     *(("data", name, 0) for name in ("batch_rows", "microbatch_rows", "val_tokens")),
     ("data", "seed", -1),
+    *((section, "directory", "gs://bucket/a") for section in ("data", "output")),
+    ("", "clip_norm", 0.0),
     ("schedule", "steps", 0),
     *(("schedule", "cooldown", value) for value in (-0.1, 1.1, math.nan)),
     *(("schedule", "final", value) for value in (-0.1, 1.1)),

@@ -53,8 +53,8 @@ def test_keep_before_cuts_what_the_resumed_run_writes_again(path):
     start, rest = {"kind": "start"}, [{"kind": "val", "step": s} for s in (0, 4, 5, 6)]
     records = [start, *rest, {"kind": "resume", "step": 5}, {"kind": "end", "step": 9}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    keep_before(path, 5)
-    assert read_records(path) == [start, *rest[:2]]
+    keep_before(path, 5, {"seed": 1})
+    assert read_records(path) == [start | {"config": {"seed": 1}}, *rest[:2]]
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
