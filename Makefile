@@ -14,10 +14,10 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test lint format types golden clean
+.PHONY: help venv speedrun leaderboard test lint format types golden rehearse-device clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## Create .venv with everything installed (EXTRAS=cuda12 adds JAX for NVIDIA GPUs)
 
@@ -56,6 +56,16 @@ types: venv  ## Check types
 
 golden: venv  ## Replay the recorded trajectories of the reference (GOLDEN="files" chooses others)
 	@$(BIN)/python -m scripts.maintenance.replay_golden $(GOLDEN)
+
+# The machine it stands for: Python 3.12, jax 0.11, nothing else, no network where it can be cut off.
+TEXT ?= data/sotu
+DEVICE_PYTHON ?= python3.12
+rehearse-device: venv  ## Rehearse the report of a GPU as it runs there (TEXT=data/sotu: folder of shards)
+	@$(BIN)/python -m scripts.maintenance.device.prepare --text $(TEXT)
+	@$(DEVICE_PYTHON) -m venv --clear build/device-venv
+	@build/device-venv/bin/python -m pip install --quiet 'jax==0.11.*'
+	@$$(unshare -rn true 2>/dev/null && echo unshare -rn) \
+	  build/device-venv/bin/python -m scripts.maintenance.device_report --rehearse --minutes 9
 
 clean:  ## Remove .venv and caches; runs/ and data/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

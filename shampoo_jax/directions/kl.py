@@ -10,7 +10,7 @@ from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption
 from shampoo_jax.directions.soap import WHOLE
-from shampoo_jax.directions.walk import Work, walk
+from shampoo_jax.directions.walk import walk
 from shampoo_jax.parts.filtering import filter_gradient
 from shampoo_jax.parts.grafting import scale_by_second_moment
 from shampoo_jax.parts.kl_eigenbasis import kl_eigenbasis
@@ -120,10 +120,10 @@ def scale_by_kl_soap(
 ) -> Guarded:
     """Rescales updates by KL-SOAP: uncorrected Adam in the eigenbasis of KL-Shampoo's factors.
 
-    Source: Lin et al. 2025, arXiv:2509.03378. `first_weight=1.0, max_scale=4000` with `every=1` is the
-    direction of track-3 result 19. Bases depend on the scale of the gradients through the first
-    eigenvalues, 0.1, meant for a mean loss; sizes of updates are Adam's and do so
-    through `eps` only.
+    Source: Lin et al. 2025, arXiv:2509.03378. `first_weight=1.0, max_scale=4000` with `every=1` is
+    the direction of track-3 result 19. Bases depend on the scale of the gradients through the first
+    eigenvalues, 0.1, meant for a mean loss; sizes of updates are Adam's and do so through `eps`
+    only.
 
     Args:
       b1: Decay of the first moment, in [0, 1).
@@ -182,27 +182,7 @@ def _kl(
     check_static(options)
     check_options(options)
     method = make_basis(options["basis"], keep_order=True)
-    when = BasisRefresh() if options["refresh"] is None else options["refresh"]
-    direction = kl_eigenbasis(
-        inner,
-        b2,
-        first_weight=options["first_weight"],
-        normalize=options["normalize"],
-        basis=method,
-        every=options["every"],
-        refresh=when,
-        max_scale=options["max_scale"],
-        rtol=options["rtol"],
-        **scaling,
-    )
-    return walk(
-        direction,
-        first_moment=None,
-        magnitude=None,
-        monitor=options["monitor"],
-        blocking=options["blocking"],
-        exponents=options["exponents"],
-        placement=options["placement"],
-        rebuild=lambda placement: factory(**{**options, "placement": placement}),
-        work=Work(method, options["every"], when, whitened=True),
-    )
+    names = ("first_weight", "normalize", "every", "refresh", "max_scale", "rtol")
+    shared = {name: options[name] for name in names}
+    direction = kl_eigenbasis(inner, b2, basis=method, **shared, **scaling)
+    return walk(direction, options, factory, method, whitened=True)

@@ -9,7 +9,7 @@ from shampoo_jax.base.options import check_choice, check_options
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import SIDES, ExponentOption, Side, given_exponents
-from shampoo_jax.directions.walk import Work, walk
+from shampoo_jax.directions.walk import walk
 from shampoo_jax.parts.factors import accumulate_factors
 from shampoo_jax.parts.filtering import filter_gradient
 from shampoo_jax.parts.grafting import make_magnitude
@@ -118,28 +118,25 @@ def scale_by_shampoo(
       True
     """
     options = locals()
-    check_static(options)
-    check_options({**options, "solver": make_solver(solver)})
-    check_choice("statistics", statistics, ("gradients", "kl"))
     chosen = make_solver(solver)
+    check_static(options)
+    check_options({**options, "solver": chosen})
+    check_choice("statistics", statistics, ("gradients", "kl"))
     for exponent in given_exponents(exponents):
         chosen.check(exponent)
     roots = invert_roots(chosen, every=every, refresh=refresh, root_dtype=root_dtype)
     form: Any = dict(bias_correction=bias_correction, weighted=weighted)
+    parts = [accumulate_factors(b2, **form), roots]
     if statistics == "kl":
         parts = [accumulate_kl_factors(roots, b2, **form)]
-    else:
-        parts = [accumulate_factors(b2, **form), roots]
     return walk(
         optax.chain(*parts, precondition()),
+        options,
+        scale_by_shampoo,
+        chosen,
         first_moment=filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype),
         magnitude=make_magnitude(graft, b2),
-        monitor=monitor,
-        blocking=blocking,
-        exponents=exponents,
-        placement=placement,
-        rebuild=lambda placement: scale_by_shampoo(**{**options, "placement": placement}),
-        work=Work(chosen, every, Refresh() if refresh is None else refresh, statistics == "kl"),
+        whitened=statistics == "kl",
     )
 
 

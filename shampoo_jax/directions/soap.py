@@ -10,7 +10,7 @@ from shampoo_jax.base.options import check_options, is_off
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption
-from shampoo_jax.directions.walk import Work, walk
+from shampoo_jax.directions.walk import walk
 from shampoo_jax.parts.eigenbasis import eigenbasis
 from shampoo_jax.parts.factors import accumulate_factors, damp
 from shampoo_jax.parts.filtering import filter_gradient
@@ -107,30 +107,31 @@ def scale_by_soap(
     options = locals()
     check_static(options)
     check_options(options)
-    if not is_off(damping) and not is_off(rtol):
-        raise ValueError(
-            f"damping={damping} with rtol={rtol}: damping lifts the null directions that "
-            "truncation is to remove, drop damping or set rtol=0.0."
-        )
-    when = BasisRefresh() if refresh is None else refresh
-    method = make_basis(basis)
+    when, method = refresh or BasisRefresh(), make_basis(basis)
     weighting: Any = {"bias_correction": bias_correction, "weighted": weighted}
     first_moment = filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype)
     second = scale_by_second_moment(b2, eps, exponent=exponent, **weighting)
     # A first moment inside is skipped with the rest; outside it can serve a graft.
     inner = optax.chain(first_moment, second) if when.skip_first else second
-    factors = [accumulate_factors(b2 if factor_b2 is None else factor_b2, **weighting)]
-    factors += [] if is_off(damping) else [damp(damping)]
+    bases = eigenbasis(inner, basis=method, every=every, refresh=when, rtol=rtol)
+    factors = accumulate_factors(b2 if factor_b2 is None else factor_b2, **weighting)
     return walk(
-        optax.chain(
-            *factors, eigenbasis(inner, basis=method, every=every, refresh=when, rtol=rtol)
-        ),
+        optax.chain(factors, *_damping(damping, rtol), bases),
+        options,
+        scale_by_soap,
+        method,
         first_moment=None if when.skip_first else first_moment,
         magnitude=make_magnitude(graft, b2),
-        monitor=monitor,
-        blocking=blocking,
-        exponents=exponents,
-        placement=placement,
-        rebuild=lambda placement: scale_by_soap(**{**options, "placement": placement}),
-        work=Work(method, every, when),
     )
+
+
+def _damping(damping: Any, rtol: Any) -> list[optax.GradientTransformation]:
+    """The part that damps factors, if any; ValueError beside truncation."""
+    if is_off(damping):
+        return []
+    if not is_off(rtol):
+        raise ValueError(
+            f"damping={damping} with rtol={rtol}: damping lifts the null directions that "
+            "truncation is to remove, drop damping or set rtol=0.0."
+        )
+    return [damp(damping)]

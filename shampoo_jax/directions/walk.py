@@ -1,22 +1,17 @@
 """The frame that every direction shares: blocks around first moment, direction, graft, monitor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import optax
 
-from shampoo_jax.blocks.blocking import Blocking
-from shampoo_jax.blocks.exponents import ExponentOption
-from shampoo_jax.parts.grafting import graft as graft_part
+from shampoo_jax.parts.grafting import graft
 from shampoo_jax.parts.monitoring import monitor_spectrum
 from shampoo_jax.parts.refresh import Refresh
 from shampoo_jax.solvers.bases import Basis
 from shampoo_jax.solvers.solver import Solver
 from shampoo_jax.stacks.blocked import blocked
 from shampoo_jax.stacks.guard import Guarded
-from shampoo_jax.stacks.placement import Placement
-
-Rebuild = Callable[[Placement | None], optax.GradientTransformation]
 
 
 class Work(NamedTuple):
@@ -37,21 +32,33 @@ class Work(NamedTuple):
 
 def walk(
     direction: optax.GradientTransformation,
+    options: Mapping[str, Any],
+    factory: Callable[..., optax.GradientTransformation],
+    method: Solver | Basis,
     *,
-    first_moment: optax.GradientTransformation | None,
-    magnitude: optax.GradientTransformation | None,
-    monitor: int | None,
-    blocking: Blocking | None,
-    exponents: ExponentOption,
-    placement: Placement | None,
-    rebuild: Rebuild,
-    work: Work,
+    first_moment: optax.GradientTransformation | None = None,
+    magnitude: optax.GradientTransformation | None = None,
+    whitened: bool = False,
 ) -> Guarded:
-    """`blocked` around first moment, direction (grafted if there is a magnitude) and monitor."""
+    """`blocked` around first moment, direction (grafted if there is a magnitude) and monitor.
+
+    Args:
+      direction: The part from factors on.
+      options: All options of the factory; those that every direction has are read here.
+      factory: The `scale_by_*` function itself, which makes the same for another placement.
+      method: What computes roots or bases.
+      first_moment: Part in front, unless `direction` holds one.
+      magnitude: Part whose magnitude is grafted on.
+      whitened: See `Work`.
+    """
     parts = [] if first_moment is None else [first_moment]
-    parts.append(direction if magnitude is None else graft_part(magnitude, direction))
-    if monitor is not None:
-        parts.append(monitor_spectrum(every=monitor))
-    tx = blocked(optax.chain(*parts), blocking=blocking, exponents=exponents, placement=placement)
-    tx.design = tx.design._replace(rebuild=rebuild, work=work)
+    parts.append(direction if magnitude is None else graft(magnitude, direction))
+    if options["monitor"] is not None:
+        parts.append(monitor_spectrum(every=options["monitor"]))
+    frame = {name: options[name] for name in ("blocking", "exponents", "placement")}
+    tx = blocked(optax.chain(*parts), **frame)
+    tx.design = tx.design._replace(
+        rebuild=lambda placement: factory(**{**options, "placement": placement}),
+        work=Work(method, options["every"], options["refresh"] or Refresh(), whitened),
+    )
     return tx

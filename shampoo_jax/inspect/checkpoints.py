@@ -96,8 +96,8 @@ def tree_to_state(tree: Mapping[str, Any], state: Any, params: Any) -> Any:
       The state, in the structure of `state`.
 
     Raises:
-      ValueError: Another format, an entry of no parameter, a parameter with another shape or layout than in the
-        tree, or a state of another optimizer.
+      ValueError: Another format, an entry of no parameter, a parameter with another shape or layout
+        than in the tree, or a state of another optimizer.
 
     Example:
       >>> import jax.numpy as jnp, shampoo_jax
@@ -108,28 +108,9 @@ def tree_to_state(tree: Mapping[str, Any], state: Any, params: Any) -> Any:
       >>> params = {"new": old["old"]}
       >>> state = tree_to_state(tree, tx.init(params), params)
     """
-    if not isinstance(tree, Mapping) or not {PARAMETERS, SHARED} <= tree.keys():
-        raise ValueError(
-            f"a tree with the keys {PARAMETERS!r} and {SHARED!r} is expected, as state_to_tree made"
-            f" it, not {type(tree).__name__}: pass the whole of what was saved."
-        )
-    _check_format(int(tree.get(FORMAT_KEY, 1)), "the tree")
-    known, saved = _known(params), tree[PARAMETERS]
-    strays = [name for name in saved if name not in known.shapes]
-    if strays:
-        raise ValueError(
-            f"the tree holds state of {strays[0]}, which is not among the parameters: move "
-            f"tree['{PARAMETERS}'][{strays[0]!r}] to its new name if it was renamed, delete it if "
-            "it was removed."
-        )
-    for name, key, row in _layouts(state, known):
-        if name in saved:
-            change = _change(_fitting(saved[name], key, (2,), _entry_of(name)), row)
-            if change:
-                raise ValueError(
-                    f"parameter {name}, of shape {known.shapes[name]}, {change} in the tree: undo "
-                    f"the change, or delete tree['{PARAMETERS}'][{name!r}] to start it afresh."
-                )
+    known = _known(params)
+    _check_tree(tree, state, known)
+    saved = tree[PARAMETERS]
 
     def fill(leaf: Any, key: str, parts: Rows) -> Any:
         if not key:
@@ -144,6 +125,31 @@ def tree_to_state(tree: Mapping[str, Any], state: Any, params: Any) -> Any:
 
     filled = [fill(*entry) for entry in _entries(state, known)]
     return jax.tree.unflatten(jax.tree.structure(state), filled)
+
+
+def _check_tree(tree: Any, state: Any, known: _Parameters) -> None:
+    """Raises where a tree is none, is of another format, or holds other parameters."""
+    if not isinstance(tree, Mapping) or not {PARAMETERS, SHARED} <= tree.keys():
+        raise ValueError(
+            f"a tree with the keys {PARAMETERS!r} and {SHARED!r} is expected, as state_to_tree made"
+            f" it, not {type(tree).__name__}: pass the whole of what was saved."
+        )
+    _check_format(tree.get(FORMAT_KEY, 1), "the tree")
+    saved = tree[PARAMETERS]
+    for name in sorted(saved.keys() - known.shapes.keys()):
+        raise ValueError(
+            f"the tree holds state of {name}, which is not among the parameters: move "
+            f"tree['{PARAMETERS}'][{name!r}] to its new name if it was renamed, delete it if it "
+            "was removed."
+        )
+    for name, key, row in _layouts(state, known):
+        fields = saved.get(name)
+        change = fields and _change(_fitting(fields, key, (2,), _entry_of(name)), row)
+        if change:
+            raise ValueError(
+                f"parameter {name}, of shape {known.shapes[name]}, {change} in the tree: undo "
+                f"the change, or delete tree['{PARAMETERS}'][{name!r}] to start it afresh."
+            )
 
 
 def check_state(state: Any, params: Any, tx: optax.GradientTransformation | None = None) -> None:
@@ -168,7 +174,7 @@ def check_state(state: Any, params: Any, tx: optax.GradientTransformation | None
     """
     known = _known(params)
     for node in _blocked(state):
-        _check_format(int(np.max(node.format)), "the optimizer state")
+        _check_format(node.format, "the optimizer state")
     held = [np.asarray(node.fingerprints).tolist() for node in _blocked(state)]
     if not held:
         raise ValueError(
@@ -182,8 +188,7 @@ def check_state(state: Any, params: Any, tx: optax.GradientTransformation | None
             f"them in {len(wanted)}: build it as it was when the state was saved."
         )
     for rows, expected in zip(held, wanted, strict=True):
-        difference = _difference(rows, expected, known)
-        if difference:
+        if difference := _difference(rows, expected, known):
             raise ValueError(
                 f"the optimizer state does not fit its parameters: {difference}. Restore it with "
                 "the parameters and options that it was saved with, or carry it over by "
@@ -220,13 +225,12 @@ def _stacks(node: BlockedState) -> dict[str, list[int]]:
     return {key: np.asarray(x).tolist() for key, x in node.leaves.items()}
 
 
-def _check_format(number: int, holder: str) -> None:
-    if number != FORMAT:
+def _check_format(number: Any, holder: str) -> None:
+    if not np.all(np.asarray(number) == FORMAT):
         raise ValueError(
-            f"{holder} has format number {number}, this version of shampoo_jax reads {FORMAT}: "
-            f"restore it with the version that saved it"
-            + (" (0.1 for number 1)" if number == 1 else "")
-            + ", and start afresh from its parameters here."
+            f"{holder} has format number {np.max(number)}, this version of shampoo_jax reads "
+            f"{FORMAT}: restore it with the version that saved it (0.1 for number 1), and start "
+            "afresh from its parameters here."
         )
 
 
@@ -254,7 +258,8 @@ def _nodes(state: Any) -> list[tuple[KeyPath, Any]]:
 
 
 def _owners(node: BlockedState, known: _Parameters) -> list[str]:
-    """Names of the parameters of one `BlockedState`, in its order."""
+    """Names of the parameters of one `BlockedState` of today's format, in its order."""
+    _check_format(node.format, "the optimizer state")
     rows = np.asarray(node.fingerprints).tolist()
     if not {tuple(row[:3]) for row in rows} <= set(known.identities.values()):
         raise ValueError(
@@ -287,21 +292,18 @@ def _entries(state: Any, known: _Parameters) -> Iterator[tuple[Any, str, Rows]]:
             if path[0] != jax.tree_util.GetAttrKey("inner"):
                 yield leaf, "", {}
                 continue
-            names = (k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-            yield (
-                leaf,
-                name_of((*place, *path)),
-                stacks.get(next((n for n in names if n in stacks), ""), {}),
-            )
+            # The first key that names a stack: below it, dimensions are keys as well.
+            keys = (k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+            rows = next((stacks[key] for key in keys if key in stacks), {})
+            yield leaf, name_of((*place, *path)), rows
 
 
 def _rows(node: BlockedState, known: _Parameters) -> dict[str, Rows]:
     """By stack, then by parameter, the positions of its blocks."""
     owners = _owners(node, known)
-    leaves = {key: np.asarray(x) for key, x in node.leaves.items()}
     return {
-        key: {owners[i]: np.flatnonzero(x == i) for i in np.unique(x[x >= 0])}
-        for key, x in leaves.items()
+        key: {owners[i]: np.flatnonzero(np.array(x) == i) for i in sorted({*x} - {-1})}
+        for key, x in _stacks(node).items()
     }
 
 

@@ -1,6 +1,7 @@
 """What an optimizer will do with a set of parameters, before any training."""
 
 import collections
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ import optax
 from jax.sharding import AbstractMesh
 
 from shampoo_jax.base.paths import name_of
-from shampoo_jax.blocks.plan import Cell, Plan, make_plan
+from shampoo_jax.blocks.plan import Plan, make_plan
 from shampoo_jax.directions.walk import Work
 from shampoo_jax.inspect.report import Report, Row
 from shampoo_jax.optimizers.aliases import shampoo
 from shampoo_jax.optimizers.optimizer import Routed
+from shampoo_jax.parts.refresh import Refresh
+from shampoo_jax.solvers.bases import Basis
 from shampoo_jax.solvers.solver import Cost
 from shampoo_jax.stacks.blocked import Design
 from shampoo_jax.stacks.exchanges import OnMesh, abstract, elementwise_moves, on_mesh
@@ -35,6 +38,13 @@ KINDS = {
     "nu": "second moment",
 }
 ADAM, OTHER = "adam", "other"
+
+
+class _Unknown:
+    """Stands for what parts that were chained by hand do at a refresh."""
+
+    def cost(self, *root: Any) -> Cost:
+        return Cost(0.0, "parts of one's own", matrices=0)
 
 
 class Side(NamedTuple):
@@ -88,7 +98,7 @@ def explain(
       bias       1      4      adamw           -        -         -
     """
     optimizer = shampoo(1.0) if optimizer is None else optimizer
-    design, routed = _designs(optimizer)
+    design, routed, work = _designs(optimizer)
     placement = routed.placement if routed else design.placement
     if mesh is not None:
         placement = _planned(mesh, owners, parameter_spec, placement)
@@ -101,18 +111,21 @@ def explain(
     ours, others = _routes(params, routed)
     plan = make_plan(ours, design.blocking, design.exponents)
     sides = _sides(plan, state)
-    statistics, application = _products(plan, sides, design.work, state)
+    statistics, application = _products(plan, sides, work, state)
+    kinds = _by_kind(state)
     return Report(
         rows=_rows(params, ours, plan, sides),
-        state_bytes=_bytes_by_kind(state),
-        dtypes=_dtypes_by_kind(state),
+        state_bytes={kind: _bytes(leaves) for kind, leaves in kinds.items()},
+        dtypes={kind: _dtypes(leaves) for kind, leaves in kinds.items()},
         adamw_bytes=state_bytes(optax.scale_by_adam(), params),
         muon_bytes=state_bytes(optax.trace(0.9), ours)
         + (state_bytes(optax.scale_by_adam(), others) if jax.tree.leaves(others) else 0),
         statistics_flops=statistics,
         apply_flops=application,
-        on_mesh=_on_mesh(placement, design, routed, plan, sides, state, ours, others),
-        **_refresh(design.work, sides, state),
+        on_mesh=None
+        if placement is None
+        else _on_mesh(placement, work, routed, plan, sides, state, ours, others),
+        **_refresh(work, sides, state),
     )
 
 
@@ -131,11 +144,15 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
       >>> state_bytes(optax.adamw(1e-3), {"w": jnp.ones((10, 10))})  # two moments and a count
       804
     """
-    return sum(map(_size, jax.tree.leaves(jax.eval_shape(tx.init, params))))
+    return _bytes(jax.tree.leaves(jax.eval_shape(tx.init, params)))
 
 
-def _designs(optimizer: Any) -> tuple[Design, Routed | None]:
-    """What an optimizer and its direction were built from."""
+def _bytes(leaves: list[Any]) -> int:
+    return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def _designs(optimizer: Any) -> tuple[Design, Routed | None, Work]:
+    """What an optimizer and its direction were built from, and what refreshes cost."""
     design = optimizer.design if isinstance(optimizer, Guarded) else None
     routed = design if isinstance(design, Routed) else None
     design = routed.direction if routed else design
@@ -145,42 +162,34 @@ def _designs(optimizer: Any) -> tuple[Design, Routed | None]:
             "scale_by_soap(...), blocked(...) or as_optimizer of one of these returned, before it "
             "is wrapped in anything."
         )
-    return design, routed
+    unknown: Any = _Unknown()
+    return design, routed, design.work or Work(unknown, 1, Refresh())
 
 
 def _routes(params: Any, routed: Routed | None) -> tuple[Any, Any]:
     """Parameters that the direction takes, and the others."""
     rule = routed.rule if routed else lambda path, leaf: True
-    pairs = jax.tree_util.tree_map_with_path(
-        lambda p, x: (x, None) if rule(p, x) else (None, x), params
-    )
-    is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
-    return tuple(jax.tree.map(lambda x, i=i: x[i], pairs, is_leaf=is_pair) for i in range(2))  # type: ignore
 
+    def those(taken: bool) -> Any:
+        keep = lambda path, x: x if rule(path, x) == taken else None  # noqa: E731
+        return jax.tree_util.tree_map_with_path(keep, params)
 
-def _bytes_by_kind(state: Any) -> dict[str, int]:
-    return {kind: sum(map(_size, leaves)) for kind, leaves in _by_kind(state).items()}
-
-
-def _dtypes_by_kind(state: Any) -> dict[str, str]:
-    dtypes = {
-        k: [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
-        for k, leaves in _by_kind(state).items()
-    }
-    return {kind: ", ".join(sorted({x.name for x in each})) for kind, each in dtypes.items()}
+    return those(True), those(False)
 
 
 def _by_kind(state: Any) -> dict[str, list[Any]]:
+    """Leaves of a state by kind, in the order of the report."""
     found: dict[str, list[Any]] = {kind: [] for kind in [*KINDS.values(), ADAM, OTHER]}
-    nodes = jax.tree_util.tree_leaves_with_path(
-        state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
-    )
-    for path, node in nodes:
+    is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_adam):
         fields = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
-        kind = KINDS.get(fields[-1], OTHER) if fields else OTHER
-        kind = ADAM if isinstance(node, optax.ScaleByAdamState) else kind
+        kind = ADAM if is_adam(node) else KINDS.get("".join(fields[-1:]), OTHER)
         found[kind] += jax.tree.leaves(node)
     return found
+
+
+def _dtypes(leaves: list[Any]) -> str:
+    return ", ".join(sorted({x.dtype.name for x in leaves if jnp.issubdtype(x.dtype, np.floating)}))
 
 
 def _sides(plan: Plan, state: Any) -> collections.Counter[Side]:
@@ -199,9 +208,7 @@ def _nodes_with(field: str, state: Any) -> list[Any]:
     return [node for node in nodes if hasattr(node, field)]
 
 
-def _products(
-    plan: Plan, sides: Mapping[Side, int], work: Work | None, state: Any
-) -> tuple[int, int]:
+def _products(plan: Plan, sides: Mapping[Side, int], work: Work, state: Any) -> tuple[int, int]:
     """FLOPs of statistics and of application in one step: products of blocks with d x d each."""
     numbers = collections.Counter(side.key for side in sides)
     flops = {
@@ -209,19 +216,16 @@ def _products(
     }
     product = sum(flops.values())
     # For each side the block is multiplied by the roots of all other ones first.
-    whitened = work is not None and work.whitened
-    statistics = sum(f * numbers[s.key] for s, f in flops.items()) if whitened else product
+    statistics = sum(f * numbers[s.key] for s, f in flops.items()) if work.whitened else product
     return statistics, product * (3 if _nodes_with("bases", state) else 1)
 
 
-def _refresh(work: Work | None, sides: Mapping[Side, int], state: Any) -> dict[str, Any]:
+def _refresh(work: Work, sides: Mapping[Side, int], state: Any) -> dict[str, Any]:
     """The fields of the report about refreshes."""
     factors = [node.factors for node in _nodes_with("factors", state)]
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(factors)))
     costs = {side: _cost(work, side, dtype) for side in sides}
-    every = 1 if work is None else int(work.every)
-    turns = every if work is not None and work.refresh.stagger else 1
-    chunk = None if work is None else work.refresh.chunk
+    turns = int(work.every) if work.refresh.stagger else 1
     # Stacks with fewer blocks than turns are left alone in some.
     share = {side: math.ceil(n / turns) if n >= turns else n / turns for side, n in sides.items()}
 
@@ -229,13 +233,13 @@ def _refresh(work: Work | None, sides: Mapping[Side, int], state: Any) -> dict[s
         return sum(n * costs[side].flops * side.size**3 for side, n in numbers.items())
 
     def working(side: Side) -> int:
-        at_once = min(math.ceil(share[side]), chunk or sides[side])
+        at_once = min(math.ceil(share[side]), work.refresh.chunk or sides[side])
         return at_once * costs[side].matrices * side.size**2 * dtype.itemsize
 
     return {
         "refresh_flops": flops(sides),
         "refresh_method": _method(costs),
-        "every": every,
+        "every": int(work.every),
         "staggered_flops": flops(share),
         "working_bytes": max(map(working, sides), default=0),
         "root_batches": len(sides),
@@ -262,21 +266,19 @@ def _planned(
 
 
 def _on_mesh(
-    placement: Placement | None,
-    design: Design,
+    placement: Placement,
+    work: Work,
     routed: Routed | None,
     plan: Plan,
     sides: Mapping[Side, int],
     state: Any,
-    *trees: Any,
-) -> OnMesh | None:
-    """The part of the report about a mesh, if there is one."""
-    if placement is None:
-        return None
+    matrices: Any,
+    others: Any,
+) -> OnMesh:
+    """The part of the report about a mesh."""
     block_flops = dict.fromkeys(plan.shapes, 0.0)
     for side in sides:
-        block_flops[side.key] += _cost(design.work, side, jnp.float32).flops * side.size**3
-    matrices, others = trees
+        block_flops[side.key] += _cost(work, side, jnp.float32).flops * side.size**3
     moves = elementwise_moves(placement, others) if routed else []
     if routed and routed.momentum:
         moves += elementwise_moves(placement, matrices)
@@ -285,12 +287,10 @@ def _on_mesh(
     return on_mesh(layout, state, matrices, moves, block_flops)
 
 
-def _cost(work: Work | None, side: Side, dtype: Any) -> Cost:
-    if work is None:
-        return Cost(0.0, "parts of one's own")
-    if hasattr(work.method, "init_root"):
-        return work.method.cost(side.size, dtype, side.exponent)
-    return work.method.cost()
+def _cost(work: Work, side: Side, dtype: Any) -> Cost:
+    if isinstance(work.method, Basis):
+        return work.method.cost()
+    return work.method.cost(side.size, dtype, side.exponent)
 
 
 def _method(costs: Mapping[Side, Cost]) -> str:
@@ -304,29 +304,22 @@ def _method(costs: Mapping[Side, Cost]) -> str:
     return "; ".join(f"{text} of {', '.join(map(str, sorted(d)))}" for text, d in sizes.items())
 
 
-def _size(x: Any) -> int:
-    return x.size * x.dtype.itemsize
-
-
-def _edges(cell: Cell, sides: Mapping[Side, int]) -> list[int]:
-    """Edge lengths of the factors of one block."""
-    return [side.size for side in sides if side.key == cell.key]
-
-
 def _rows(params: Any, ours: Any, plan: Plan, sides: Mapping[Side, int]) -> tuple[Row, ...]:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(ours)]
     plans = dict(zip(paths, plan.leaves, strict=True))
+    edges: dict[str, list[int]] = {key: [] for key in plan.shapes}
+    for side in sides:
+        edges[side.key].append(side.size)
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, shape, own = name_of(path) or "params", np.shape(leaf), plans.get(path)
-        if own is None:
-            rows.append(Row(name, shape, preconditioned=False))
-            continue
-        blocks: collections.Counter[tuple[int, ...]] = collections.Counter()
-        factors: collections.Counter[int] = collections.Counter()
-        for cell in own.cells:
-            blocks[cell.stored] += own.batch
-            for d in _edges(cell, sides):
-                factors[d] += own.batch
-        rows.append(Row(name, shape, True, own.batch, own.merged, blocks, factors))
+        row = Row(name_of(path) or "params", np.shape(leaf), path in plans)
+        if row.preconditioned:
+            own = plans[path]
+            cells = own.cells * own.batch
+            blocks = collections.Counter(cell.stored for cell in cells)
+            factors = collections.Counter(d for cell in cells for d in edges[cell.key])
+            row = dataclasses.replace(
+                row, batch=own.batch, merged=own.merged, blocks=blocks, factors=factors
+            )
+        rows.append(row)
     return tuple(rows)

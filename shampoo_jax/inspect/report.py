@@ -63,7 +63,8 @@ class Report:
 
     Example:
       >>> import jax.numpy as jnp, shampoo_jax
-      >>> report = shampoo_jax.explain({"w": jnp.ones((64, 32))}, block_size=32)
+      >>> tx = shampoo_jax.shampoo(0.1, blocking=shampoo_jax.Blocking(32))
+      >>> report = shampoo_jax.explain({"w": jnp.ones((64, 32))}, tx)
       >>> report.state_bytes["factors"], report.largest_factor  # two blocks, two factors each
       (16384, 32)
     """

@@ -1,5 +1,6 @@
 """Complete optimizers: each direction with decay, momentum, learning rate and routing around it."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import optax
@@ -23,10 +24,10 @@ from shampoo_jax.stacks.placement import Placement
 OUTER = ("learning_rate", "weight_decay", "decay", "momentum", "preconditioned", "others")
 
 
-def _divide(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of an alias as those of its direction and those around it."""
+def _complete(direction: Callable[..., Guarded], options: dict[str, Any]) -> Guarded:
+    """The optimizer of an alias from all of its options."""
     outer = {name: options.pop(name) for name in OUTER}
-    return options, outer
+    return as_optimizer(direction(**options), **outer)
 
 
 @suggests
@@ -129,8 +130,7 @@ def shampoo(
       >>> bool(loss(params) < 0.1)
       True
     """
-    direction, outer = _divide(locals())
-    return as_optimizer(scale_by_shampoo(**direction), **outer)
+    return _complete(scale_by_shampoo, locals())
 
 
 @suggests
@@ -204,8 +204,7 @@ def soap(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.soap(3e-3, every=10, weight_decay=0.01)
     """
-    direction, outer = _divide(locals())
-    return as_optimizer(scale_by_soap(**direction), **outer)
+    return _complete(scale_by_soap, locals())
 
 
 @suggests
@@ -282,8 +281,7 @@ def kl_shampoo(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.kl_shampoo(1e-3, weight_decay=0.01)
     """
-    direction, outer = _divide(locals())
-    return as_optimizer(scale_by_kl_shampoo(**direction), **outer)
+    return _complete(scale_by_kl_shampoo, locals())
 
 
 @suggests
@@ -361,8 +359,7 @@ def kl_soap(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.kl_soap(1e-3, weight_decay=0.01)
     """
-    direction, outer = _divide(locals())
-    return as_optimizer(scale_by_kl_soap(**direction), **outer)
+    return _complete(scale_by_kl_soap, locals())
 
 
 @suggests
@@ -430,5 +427,4 @@ def one_sided_shampoo(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.one_sided_shampoo(1e-3, side="right", weight_decay=0.1)
     """
-    direction, outer = _divide(locals())
-    return as_optimizer(scale_by_one_sided_shampoo(**direction), **outer)
+    return _complete(scale_by_one_sided_shampoo, locals())

@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_range, is_number
+from shampoo_jax.base.options import check_choice, check_options, is_number
 from shampoo_jax.base.paths import nodes_of
 from shampoo_jax.optimizers.weight_decay import Scalar, ScalarOrSchedule, value_at
 from shampoo_jax.stacks.guard import cast_like, guard, unguarded, widen
 
 Array = jax.Array
-
-KINDS = ("primal", "schedule_free")
 
 
 class AveragingState(NamedTuple):
@@ -57,8 +55,8 @@ def averaging(
     `optax.contrib.schedule_free` weights by the largest learning rate so far instead and leaves
     decay to the wrapped optimizer, which applies it at `y`; decay inside `inner` does that here.
 
-    A step with any non-finite gradient is skipped as a whole, see `guard`: `y`, `z`, the decay and all counts stay, so `inner` and the average
-    agree on the step of a schedule. `check_finite` reads how many were skipped. A gradient that is
+    A step with any non-finite gradient is skipped as a whole, see `guard`: `y`, `z`, the decay and
+    all counts stay, so `inner` and the average agree on the step of a schedule. A gradient that is
     None leaves its parameter, its `z` and their state alone.
 
     Args:
@@ -103,14 +101,9 @@ def averaging(
     def init_fn(params: Any) -> AveragingState:
         # A copy even of float32 parameters: state and parameters may both be donated.
         z = jax.tree.map(lambda p: jnp.array(p, copy=True), widen(params))
-        return AveragingState(
-            jnp.zeros([], jnp.int32),
-            jnp.asarray(train_coeff, jnp.float32),
-            jnp.zeros([], jnp.float32),
-            z,
-            inner.init(params),
-            decay.init(z),
-        )
+        count, total = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
+        mix = jnp.asarray(train_coeff, jnp.float32)
+        return AveragingState(count, mix, total, z, inner.init(params), decay.init(z))
 
     def update_fn(
         updates: Any, state: AveragingState, params: Any = None, **extra: Any
@@ -118,29 +111,29 @@ def averaging(
         if params is None:
             raise ValueError("averaging needs the parameters: call update(updates, state, params).")
         lr = jnp.asarray(value_at(learning_rate, state.count), jnp.float32)
-        c, weight_sum = jnp.asarray(coeff, jnp.float32), state.weight_sum
-        if kind == "schedule_free":
-            weight_sum = weight_sum + lr**power
-            # While a warm-up has been at 0, nothing has moved and any weight will do.
-            c = 1 - lr**power / jnp.where(weight_sum > 0, weight_sum, 1.0)
         mix = jnp.asarray(train_coeff, jnp.float32)
-
+        c, total = jnp.asarray(coeff, jnp.float32), state.weight_sum
+        if kind == "schedule_free":
+            c, total = _weighted(lr**power, total)
         step, inner_state = inner.update(updates, state.inner, params, **extra)
-        step = widen(step)
+        step, y = widen(step), widen(params)
         zeros = jax.tree.map(jnp.zeros_like, state.z)
         alpha_z, decay_state = decay.update(zeros, state.decay, state.z, **extra)
         z = jax.tree.map(lambda z, a: z - lr * a, state.z, alpha_z)
         # The difference of new and old y, written so that small steps are not lost in large y.
-        moved = jax.tree.map(
-            lambda u, z, y: (1 - mix * c) * u + (1 - c) * (z - y), step, z, widen(params)
-        )
-        z = jax.tree.map(jnp.add, z, step)
-        state = AveragingState(
-            optax.safe_increment(state.count), mix, weight_sum, z, inner_state, decay_state
-        )
+        moved = jax.tree.map(lambda u, z, y: (1 - mix * c) * u + (1 - c) * (z - y), step, z, y)
+        z, count = jax.tree.map(jnp.add, z, step), optax.safe_increment(state.count)
+        state = AveragingState(count, mix, total, z, inner_state, decay_state)
         return cast_like(moved, updates), state
 
     return guard(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+
+
+def _weighted(weight: Array, total: Array) -> tuple[Array, Array]:
+    """Share of the old average in one to which a weight is added, and the new sum of weights."""
+    total = total + weight
+    # While a warm-up has been at 0, nothing has moved and any weight will do.
+    return 1 - weight / jnp.where(total > 0, total, 1.0), total
 
 
 def eval_params(state: Any, params: Any) -> Any:
@@ -189,14 +182,11 @@ def _average(state: AveragingState, params: Any) -> Any:
 
 
 def _check_options(kind: str, train_coeff: Any, eval_coeff: Any, lr_power: Any) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"averaging kind={kind!r} is unknown: choose from {', '.join(KINDS)}.")
+    check_choice("kind", kind, ("primal", "schedule_free"))
     if kind == "primal" and lr_power is not None:
         raise ValueError(f"lr_power={lr_power} is an option of kind='schedule_free': leave it out.")
     if kind == "schedule_free" and eval_coeff is not None:
         raise ValueError(f"eval_coeff={eval_coeff} is an option of kind='primal': leave it out.")
     if is_number(train_coeff) and not 0 < train_coeff <= 1:
         raise ValueError(f"train_coeff={train_coeff} must lie in (0, 1].")
-    if is_number(lr_power) and not lr_power >= 0:
-        raise ValueError(f"lr_power={lr_power} must not be negative.")
-    check_range("eval_coeff", eval_coeff)
+    check_options({"eval_coeff": eval_coeff, "lr_power": lr_power})

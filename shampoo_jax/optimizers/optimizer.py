@@ -1,4 +1,4 @@
-"""From a direction to a complete optimizer: decay, momentum, learning rate, AdamW for the others."""
+"""From a direction to a complete optimizer: decay, momentum, learning rate, AdamW for the rest."""
 
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ def as_optimizer(
       >>> updates["w"].round(3).tolist()  # -0.1 * (1 + 0.5)
       [[-0.15, -0.15], [-0.15, -0.15]]
     """
-    options = locals()
+    options: dict[str, Any] = locals()
     check_static(options)
     check_options(options)
     design = direction.design if isinstance(direction, Guarded) else None
@@ -93,15 +93,14 @@ def as_optimizer(
     rate = optax.scale_by_learning_rate(learning_rate)
     matrices = optax.chain(*before, unguarded(direction), *after, rate)
     if others is None:
-        mask = None if decay is None else decay.mask
-        others = optax.adamw(
-            learning_rate, b2=0.95, eps=1e-15, weight_decay=weight_decay, mask=mask
-        )
+        form: Any = {"weight_decay": weight_decay, "mask": decay and decay.mask}
+        others = optax.adamw(learning_rate, b2=0.95, eps=1e-15, **form)
     rule = is_hidden_matrix if preconditioned is None else preconditioned
 
     def rebuild(placement: Placement | None) -> optax.GradientTransformation:
-        again = direction if design is None else design.rebuild(placement)
-        return as_optimizer(**{**options, "direction": again, "placement": placement})
+        again: Any = direction if design is None else design.rebuild(placement)
+        changed: dict[str, Any] = {"direction": again, "placement": placement}
+        return as_optimizer(**(options | changed))
 
     tx = optax.partition({"matrices": matrices, "others": split(others)}, labels_by(rule))
     return guard(tx, Routed(design, rule, placement, momentum is not None, rebuild))

@@ -13,9 +13,6 @@ Scalar = float | jax.Array
 ScalarOrSchedule = Scalar | optax.Schedule
 
 RELATIVE_KINDS = ("lr_over_peak", "over_peak")
-KINDS = ("l2", "decoupled", *RELATIVE_KINDS)
-
-
 Parts = list[optax.GradientTransformation]
 
 
@@ -45,7 +42,7 @@ class Decay:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a field that makes no sense."""
-        check_choice("kind", self.kind, KINDS)
+        check_choice("kind", self.kind, ("l2", "decoupled", *RELATIVE_KINDS))
         if self.peak_lr is not None and self.kind not in RELATIVE_KINDS:
             raise ValueError(
                 f"peak_lr={self.peak_lr} with kind={self.kind!r}: only 'lr_over_peak' and "

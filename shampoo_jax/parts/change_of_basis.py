@@ -19,33 +19,26 @@ class Move(NamedTuple):
 
     old: Matrices
     new: Matrices
-    columns: Matrices  # which old columns the new ones were, or None per dimension
+    columns: Matrices  # which old columns the new ones were, `[N, d]`, where leaves are to follow
 
 
-def carry(
-    path: KeyPath, leaf: Array, move: Move, first_moments: Sequence[str], reorder: bool
-) -> Array:
+def carry(path: KeyPath, leaf: Array, move: Move, first_moments: Sequence[str]) -> Array:
     """A leaf of an inner state, of the shape of its stack, after a change of basis.
 
     Args:
       path: Of the leaf in that state.
       leaf: `[N, *block]`.
       move: The change of basis of the leaf's stack.
-      first_moments: Names of the fields whose leaves are rotated by `Q_new^T Q_old`.
-      reorder: Whether other leaves are permuted with the columns.
+      first_moments: Names of the fields whose leaves are rotated by `Q_new^T Q_old`; all others
+        are permuted with the columns.
     """
     if _fields(path) & set(first_moments):
         moved = apply_matrices(apply_matrices(leaf, move.old), move.new, transpose=True)
         return moved.astype(leaf.dtype)
-    return _permute(leaf, move.columns) if reorder else leaf
-
-
-def _permute(x: Array, moved: Matrices) -> Array:
-    """Each dimension k of a stack indexed by `moved[k]`, `[N, d]`."""
-    for k, columns in enumerate(moved):
+    for k, columns in enumerate(move.columns):
         if columns is not None:
-            x = jnp.take_along_axis(x, along(columns, k, x.ndim), axis=k + 1)
-    return x
+            leaf = jnp.take_along_axis(leaf, along(columns, k, leaf.ndim), axis=k + 1)
+    return leaf
 
 
 def _fields(path: KeyPath) -> set[str]:
@@ -82,9 +75,8 @@ def check_inner(state: Any, params: Stacks, first_moments: Sequence[str]) -> Non
 
     That is where a leaf does not have the shape of its blocks, or a name is that of no field.
     """
-    owned, _ = per_stack(state, params)
     fields = set()
-    for key, leaves in owned.items():
+    for key, leaves in per_stack(state, params)[0].items():
         shape = params[key].update.shape
         for path, leaf in leaves.items():
             fields |= _fields(path)

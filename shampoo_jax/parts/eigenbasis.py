@@ -16,9 +16,9 @@ from shampoo_jax.blocks.blocks import (
     Matrices,
     Part,
     Stacks,
-    Unread,
     along,
     each,
+    is_stacks,
     make_part,
     where_block,
 )
@@ -154,8 +154,7 @@ def _renew_after(renew: Any, schedule: Schedule, age: Array, state: EigenbasisSt
 def _reorders(basis: Basis, refresh: BasisRefresh) -> bool:
     if refresh.reorder and not reorders(basis):
         raise ValueError(
-            f"reorder=True with basis={basis}, which does not tell how it orders columns: use "
-            "QRBasis(sort='before'), or leave reorder out."
+            f"reorder=True with basis={basis}: only QRBasis(sort='before') tells how it sorts."
         )
     return reorders(basis) if refresh.reorder is None else refresh.reorder
 
@@ -179,8 +178,10 @@ def in_eigenbasis(
         (Adafactor) are refused.
       basis: How bases are refreshed; None means `EighBasis()`.
       every: Steps between refreshes.
-      refresh: When bases are refreshed, as in `eigenbasis`.
-      rtol: Truncation of null directions, as in `eigenbasis`.
+      refresh: When bases are refreshed, and what happens in the first step; None means Meta's
+        `BasisRefresh(when="before", skip_first=False)`.
+      rtol: Directions whose eigenvalue is at most `rtol` times the largest get a zero update; 0.0
+        truncates nothing, None means `d * eps` of the dtype.
       first_moments: Names of its state fields that are linear in the gradient: they are carried
         into the new basis at each refresh. None means `mu` and `trace`, where there are any.
 
@@ -238,24 +239,18 @@ def _refresh(moving: _Moving, paths: list[KeyPath], old: Old, factors: Matrices)
         if keep:
             kept = eigh.truncated_power(values, 0.0, rtol=moving.rtol) > 0
             new_keep[k] = where_block(ok, kept, keep[k])
-        if moved is not None:
-            same = jnp.broadcast_to(jnp.arange(basis.shape[-1]), moved.shape)
-            columns[k] = where_block(ok, moved, same)
+        if moving.reorder and moved is not None:
+            columns[k] = where_block(ok, moved, jnp.arange(basis.shape[-1])[None])
     move = Move(bases, tuple(new), tuple(columns))
-    carried = [
-        carry(path, leaf, move, moving.first_moments, moving.reorder)
-        for path, leaf in zip(paths, inner, strict=True)
-    ]
-    return tuple(new), tuple(new_keep), failures + failed, carried
+    follow = functools.partial(carry, move=move, first_moments=moving.first_moments)
+    return tuple(new), tuple(new_keep), failures + failed, list(map(follow, paths, inner))
 
 
 def _use(inner: Any, stacks: Stacks, state: EigenbasisState, params: Any, extra: Any) -> Step:
     """One step of `inner` in the bases."""
     rotated = each(_rotate, stacks, state.bases)
-    weights = params
-    if params is not None and not isinstance(params, Unread):
-        # Weight decay inside adds parameters to the update, which is rotated back.
-        weights = each(_rotate, params, state.bases)
+    # Weight decay inside adds parameters to the update, which is rotated back.
+    weights = each(_rotate, params, state.bases) if is_stacks(params) else params
     done, inner_state = inner.update(rotated, state.inner, weights, **extra)
     new = each(_rotate_back, done, stacks, state.bases, state.keep)
     return new, state._replace(inner=inner_state)
@@ -263,9 +258,8 @@ def _use(inner: Any, stacks: Stacks, state: EigenbasisState, params: Any, extra:
 
 def _rotate(b: Blocks, bases: Matrices) -> Blocks:
     """Gradient and update of a stack in the eigenbases."""
-    gradient = apply_matrices(b.gradient, bases, transpose=True)
-    update = apply_matrices(b.update, bases, transpose=True)
-    return dataclasses.replace(b, gradient=gradient, update=update)
+    into = functools.partial(apply_matrices, matrices=bases, transpose=True)
+    return dataclasses.replace(b, gradient=into(b.gradient), update=into(b.update))
 
 
 def _rotate_back(done: Blocks, original: Blocks, bases: Matrices, keep: Matrices) -> Blocks:

@@ -63,8 +63,7 @@ def accumulate_factors(
 
 def zero_factors(params: Blocks) -> Matrices:
     """Zero factors `[N, d, d]` for every dimension of a stack with a non-zero exponent."""
-    dtype = params.update.dtype
-    return params.per_factor(lambda n, d, e: jnp.zeros((n, d, d), dtype))
+    return params.per_factor(lambda n, d, e: jnp.zeros((n, d, d), params.update.dtype))
 
 
 def averaged(
@@ -87,11 +86,7 @@ def map_factors(f: Callable[[Array], Array]) -> Part:
     Returns:
       A stateless part.
     """
-
-    def one(b: Blocks) -> Blocks:
-        return dataclasses.replace(b, matrices=jax.tree.map(f, b.matrices))
-
-    return stateless(one)
+    return stateless(lambda b: dataclasses.replace(b, matrices=jax.tree.map(f, b.matrices)))
 
 
 def damp(damping: float | Array) -> Part:

@@ -71,11 +71,7 @@ def filter_gradient(
     return counted(FilterGradientState, lambda p: jnp.zeros_like(p.update, mu_dtype), step)
 
 
-def counted(
-    kind: Callable[[Array, Any], Any],
-    first: Callable[[Blocks], Any],
-    step: Callable[[Array, Blocks, Any], tuple[Blocks, Any]],
-) -> Part:
+def counted(kind: Any, first: Callable[[Blocks], Any], step: Callable[..., Any]) -> Part:
     """A part whose state is a count of steps and one entry a stack.
 
     Args:

@@ -54,8 +54,7 @@ def graft(magnitude: optax.GradientTransformation, direction: optax.GradientTran
       >>> updates.tolist()
       [[5.0, -5.0], [5.0, 5.0]]
     """
-    magnitude = optax.with_extra_args_support(magnitude)
-    direction = optax.with_extra_args_support(direction)
+    magnitude, direction = map(optax.with_extra_args_support, (magnitude, direction))
 
     def init(params: Stacks) -> GraftState:
         return GraftState(magnitude.init(params), direction.init(params))
@@ -75,11 +74,9 @@ def _graft(direction: Blocks, magnitude: Blocks) -> Blocks:
     size, length = norms(a), norms(d)
     ratio = jnp.where(length > 0, size / jnp.where(length > 0, length, 1.0), 0.0)
     grafted = d * ratio.reshape(-1, *[1] * (d.ndim - 1))
-    return dataclasses.replace(
-        direction,
-        update=jnp.where(direction.ready, grafted, a),
-        figures={**direction.figures, "graft_ratio": ratio},
-    )
+    figures = {**direction.figures, "graft_ratio": ratio}
+    update = jnp.where(direction.ready, grafted, a)
+    return dataclasses.replace(direction, update=update, figures=figures)
 
 
 def scale_by_second_moment(

@@ -24,7 +24,7 @@ from shampoo_jax.matrix.products import apply_matrices
 from shampoo_jax.parts.change_of_basis import per_stack
 from shampoo_jax.parts.eigenbasis import eigenbasis
 from shampoo_jax.parts.factors import zero_factors
-from shampoo_jax.parts.kl_factors import whitened_contractions
+from shampoo_jax.parts.kl_factors import whitened_squares
 from shampoo_jax.parts.refresh import BasisRefresh
 from shampoo_jax.solvers.bases import Basis, make_basis
 
@@ -81,7 +81,7 @@ def kl_eigenbasis(
       b2: Decay of factors and eigenvalues.
       scaled: True multiplies the update by `s / (1 + eps s)`, `s_ij = sl_i sr_j` (KL-Shampoo);
         False leaves the scaling to `inner` (KL-SOAP).
-      eps: See `scaled`.
+      eps: Damping of s, with `scaled` alone.
       first_weight: Weight of the first gradient in the factors; None means `1 - b2`.
       normalize: Whether factors and eigenvalues are means over the other dimensions (the `1/n` and
         the mean above); False sums over them.
@@ -93,7 +93,8 @@ def kl_eigenbasis(
         step `every`. Without `skip_first` the first update is made with eigenvalues 0.1, so that
         with `scaled` it is on the scale of the gradients.
       max_scale: Largest s: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
-      rtol: Truncation of null directions of the factors, see `eigenbasis`.
+      rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
+        update; 0.0 truncates nothing, None means `d * eps` of the dtype.
 
     Returns:
       A part that stands for statistics, roots and preconditioning together.
@@ -124,9 +125,7 @@ def kl_eigenbasis(
     def update(stacks: Stacks, old: KLEigenbasisState, params: Any, **extra: Any) -> Step:
         factors, eigenvalues, given = {}, {}, {}
         for key, b in stacks.items():
-            before = old.factors[key], old.eigenvalues[key]
-            after = _statistics(form, old.count == 0, b, *before, old.inner.bases[key])
-            factors[key], eigenvalues[key] = after
+            factors[key], eigenvalues[key] = _statistics(form, old, key, b)
             used = eigenvalues[key] if when.when == "before" else old.eigenvalues[key]
             # Factors where `eigenbasis` reads them, eigenvalues where `_scale_by_eigenvalues` does.
             given[key] = dataclasses.replace(b, matrices=factors[key], eigenvalues=used)
@@ -146,15 +145,15 @@ class _Form(NamedTuple):
     max_scale: str | float
 
 
-def _statistics(
-    form: _Form, is_first: Array, b: Blocks, factors: Matrices, eigenvalues: Matrices, q: Matrices
-) -> tuple[Matrices, Matrices]:
-    """Factors and tracked eigenvalues after this gradient."""
+def _statistics(form: _Form, old: KLEigenbasisState, key: str, b: Blocks) -> tuple[Any, Any]:
+    """Factors and tracked eigenvalues of a stack after this gradient."""
+    factors, eigenvalues, q = old.factors[key], old.eigenvalues[key], old.inner.bases[key]
+    is_first = old.count == 0
     weight = jnp.where(is_first, form.first_weight, 1 - form.b2)
     # The first gradient is whitened by nothing; bases are identities until it is used.
     scales = jax.tree.map(lambda d: jnp.where(is_first, 1.0, d**-0.5)[:, None, :], eigenvalues)
     roots = jax.tree.map(lambda q, scale: (q * scale).swapaxes(1, 2), q, scales)
-    squares = whitened_contractions(b.gradient, factors, roots, form.normalize)
+    squares = whitened_squares(b.gradient, factors, roots, form.normalize)
     new = jax.tree.map(lambda s, c: (form.b2 * s + weight * c).astype(s.dtype), factors, squares)
     energies = apply_matrices(b.gradient, q, transpose=True) ** 2
 

@@ -24,6 +24,9 @@ class AccumulateKLFactorsState(NamedTuple):
     inner: Any  # state of the part that turns factors into roots
 
 
+Step = tuple[Stacks, AccumulateKLFactorsState]
+
+
 def accumulate_kl_factors(
     inner_roots: optax.GradientTransformation,
     b2: float | Array = 0.9,
@@ -41,8 +44,8 @@ def accumulate_kl_factors(
 
     A truncated root maps to 0 what its factor has not seen, so the part of a gradient that is new
     to the roots of *both* sides of a matrix never enters the factors. Where supports may change, as
-    with rows that are not used at first, take `ShiftedEigh`, or `scale_by_kl_shampoo` with a
-    basis that has `rtol`, which truncates updates, not statistics.
+    with rows that are not used at first, take `ShiftedEigh`, or
+    `scale_by_kl_shampoo(rtol=None)`, which truncates updates, not statistics.
 
     Unlike Shampoo's, directions depend on the scale of the gradients: the identities that whiten
     the first ones do not scale with them.
@@ -79,14 +82,12 @@ def accumulate_kl_factors(
         _roots_in(inner)
         return AccumulateKLFactorsState(jnp.zeros([], jnp.int32), each(zero_factors, params), inner)
 
-    def update(
-        stacks: Stacks, state: AccumulateKLFactorsState, params: Any, **extra: Any
-    ) -> tuple[Stacks, AccumulateKLFactorsState]:
+    def update(stacks: Stacks, state: AccumulateKLFactorsState, params: Any, **extra: Any) -> Step:
         count, roots = optax.safe_increment(state.count), _roots_in(state.inner)
         given, factors = {}, {}
         for key, b in stacks.items():
             old, whitening = state.factors[key], jax.tree.map(_identity_for_zero, roots[key])
-            squares = whitened_contractions(b.gradient, old, whitening, normalize)
+            squares = whitened_squares(b.gradient, old, whitening, normalize)
             given[key], factors[key] = averaged(average, count, b, old, squares)
         new, inner = tx.update(given, state.inner, params, **extra)
         return new, AccumulateKLFactorsState(count, factors, inner)
@@ -112,9 +113,7 @@ def _roots_in(state: Any) -> Any:
     return found[0]
 
 
-def whitened_contractions(
-    g: Array, factors: Matrices, roots: Matrices, normalize: bool
-) -> Matrices:
+def whitened_squares(g: Array, factors: Matrices, roots: Matrices, normalize: bool) -> Matrices:
     """`H_(k) H_(k)^T` for every dimension that has a factor."""
 
     def one(k: int) -> Array:

@@ -249,10 +249,7 @@ def read_monitor(opt_state: Any) -> dict[str, dict[str, np.ndarray]]:
     """
     found = nodes_of(MonitorState, opt_state)
     if not found:
-        raise ValueError(
-            "this optimizer state holds no MonitorState: build the optimizer with the option "
-            "monitor, or put monitor_spectrum() after its graft."
-        )
+        raise ValueError("no MonitorState in this state: set monitor, or add monitor_spectrum().")
     result: dict[str, dict[str, np.ndarray]] = {}
     for place, state in found:
         place = place if len(found) > 1 else ()

@@ -44,8 +44,9 @@ class BasisRefresh(Refresh):
 
     Attributes:
       start: First step that refreshes, with `when="before"` alone; None means `every`.
-      stagger: As in `Refresh`, once all blocks have had their first basis.
-      chunk: As in `Refresh`.
+      stagger: Whether refreshes are spread over the steps, once all blocks have had their first
+        basis: each step refreshes those whose index equals it modulo `every`.
+      chunk: Most bases of one shape that are computed at the same time.
       when: `"after"` uses each gradient before the bases have seen it: the first step's factors are
         decomposed, and from then on the old basis is used and then refreshed (the papers).
         `"before"` refreshes from factors that include this step's gradient, then uses the new basis
@@ -73,10 +74,7 @@ class BasisRefresh(Refresh):
         super().__post_init__()
         check_choice("when", self.when, ("before", "after"))
         if self.start is not None and self.when == "after":
-            raise ValueError(
-                f"start={self.start} with when='after', whose first basis is that of the first "
-                "gradient: drop start, or set when='before'."
-            )
+            raise ValueError(f"start={self.start} with when='after': drop start, or use 'before'.")
         if self.skip_first and self.when == "before":
             raise ValueError("skip_first=True needs when='after': set one or the other.")
 
@@ -137,11 +135,9 @@ class Schedule(NamedTuple):
         """`refresh_slots`, a chunk at a time; turn None is that of all slots."""
         if self.chunk is not None:
             f = functools.partial(in_chunks, f, self.chunk)
-        return (
-            f(old, *reads)
-            if turn is None
-            else refresh_slots(f, slots, turn, self.every, old, *reads)
-        )
+        if turn is None:
+            return f(old, *reads)
+        return refresh_slots(f, slots, turn, self.every, old, *reads)
 
 
 def make_schedule(every: Any, refresh: Refresh) -> Schedule:
@@ -154,8 +150,7 @@ def make_schedule(every: Any, refresh: Refresh) -> Schedule:
         )
     if refresh.stagger and not isinstance(every, int):
         raise ValueError(
-            f"every={every} with stagger=True must be a Python int, since it decides how many "
-            "blocks a step refreshes: name it in static_args, or set stagger=False."
+            f"every={every} with stagger=True must be a Python int: name it in static_args."
         )
     return Schedule(every, start, refresh.stagger, refresh.chunk)
 
@@ -204,6 +199,8 @@ def refresh_slots(
 def in_chunks(f: Callable[..., Any], size: int, *stacks: Any) -> Any:
     """`f(*stacks)` computed for at most `size` slots at a time, to bound its working memory.
 
+    All chunks have one size and so one program; the last slot fills up the last one.
+
     Args:
       f: Function of trees of arrays `[n, ...]`, for any n, returning such a tree.
       size: Slots at a time.
@@ -218,11 +215,8 @@ def in_chunks(f: Callable[..., Any], size: int, *stacks: Any) -> Any:
     n = len(jax.tree.leaves(stacks)[0])
     if n <= size:
         return f(*stacks)
-    whole = n - n % size
-    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), stacks)
+    count = -(-n // size)
+    slots = jnp.arange(count * -(-n // count)).reshape(count, -1)
+    chunks = jax.tree.map(lambda x: x.at[slots].get(mode="clip"), stacks)
     done = jax.lax.map(lambda chunk: f(*chunk), chunks)
-    done = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), done)
-    if whole == n:
-        return done
-    rest = f(*jax.tree.map(lambda x: x[whole:], stacks))
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), done, rest)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], done)

@@ -15,6 +15,7 @@ from shampoo_jax.blocks.blocks import (
     Part,
     Stacks,
     each,
+    each_of,
     make_part,
     stateless,
     where_block,
@@ -54,7 +55,7 @@ def invert_roots(
     keeps its last good value and is counted. Exponents are those of `Blocks`.
 
     Args:
-      solver: See `Solver`; None means `TruncatedEigh()`.
+      solver: How roots are computed, with its cutoffs or damping; None means `TruncatedEigh()`.
       every: Steps between refreshes, at least 1.
       refresh: First step that refreshes, and how refreshes are spread; None means `Refresh()`.
       root_dtype: Of the stored roots; None means that of the factors, which are never narrowed.
@@ -80,32 +81,30 @@ def invert_roots(
     always = schedule.always
 
     def init(params: Stacks) -> InvertRootsState:
-        roots = each(functools.partial(_first_roots, solve, root_dtype), params)
-        carried = each(
-            lambda p: p.per_factor(lambda n, d, e: solve.init(n, d, p.update.dtype)), params
-        )
+        roots, carried = each_of(2, functools.partial(_first, solve, root_dtype), params)
         return InvertRootsState(jnp.zeros([], jnp.int32), roots, carried, each(no_failures, params))
 
     def update(stacks: Stacks, state: InvertRootsState, params: Any, **extra: Any) -> Step:
-        count = optax.safe_increment(state.count)
-        state = state._replace(count=count)
+        state = state._replace(count=optax.safe_increment(state.count))
         renew = functools.partial(_renew, stacks, solve, schedule)
-        state = renew(None, state) if always else schedule.run(renew, count, state)
-        report = functools.partial(_report, solve, count >= schedule.start)
+        state = renew(None, state) if always else schedule.run(renew, state.count, state)
+        report = functools.partial(_report, solve, state.count >= schedule.start)
         return each(report, stacks, state.roots, state.solver, state.failures), state
 
     return make_part(init, update)
 
 
-def _first_roots(solve: Solver, root_dtype: Any, p: Blocks) -> Matrices:
-    """Roots before the first refresh, in the dtype of storage."""
+def _first(solve: Solver, root_dtype: Any, p: Blocks) -> tuple[Matrices, Any]:
+    """Roots before the first refresh, in the dtype of storage, and what the solver carries."""
     try:
         for exponent in filter(None, p.exponents):
             solve.check(exponent)
     except ValueError as error:
         raise ValueError(f"blocks of shape {'x'.join(map(str, p.shape))}: {error}") from None
     dtype = p.update.dtype
-    return p.per_factor(lambda n, d, e: solve.init_root(n, d, dtype, e).astype(root_dtype or dtype))
+    stored = root_dtype or dtype
+    roots = p.per_factor(lambda n, d, e: solve.init_root(n, d, dtype, e).astype(stored))
+    return roots, p.per_factor(lambda n, d, e: solve.init(n, d, dtype))
 
 
 def no_failures(p: Blocks) -> Array:
@@ -146,18 +145,17 @@ def _report(
     solve: Solver, ready: Array, b: Blocks, roots: Matrices, carried: Any, failures: Array
 ) -> Blocks:
     """Hands the roots on, with figures for a monitor, which stands where the factors are gone."""
-    matrices = list(roots)
+    matrices = jax.tree.map(lambda root: root.astype(b.update.dtype), roots)
     figures: dict[str, Any] = {**b.figures, "failures": failures}
     for k, root in enumerate(roots):
         if root is None:
             continue
-        matrices[k] = root.astype(b.update.dtype)
         figures[f"factor/{k}"] = b.matrices[k]
         if isinstance(carried[k], tuple) and not carried[k]:
             continue  # a solver that keeps nothing has nothing to say
         for name, value in solve.figures(carried[k]).items():
             figures[name] = figures.get(name, 0) + value
-    return dataclasses.replace(b, matrices=tuple(matrices), ready=ready, figures=figures)
+    return dataclasses.replace(b, matrices=matrices, ready=ready, figures=figures)
 
 
 def precondition() -> Part:

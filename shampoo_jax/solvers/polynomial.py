@@ -84,6 +84,14 @@ class Polynomial(Solver):
         matrices = 6 if self.semantics == "cut" else 5
         return Cost(PRODUCT * count, f"{count} products", matrices, fallback=True)
 
+    def policy(self, d: int, dtype: Any, backend: str) -> polynomial.PrecisionPolicy:
+        """Arithmetic of the products for factors `[d, d]` on `"cpu"`, `"gpu"` or `"tpu"`."""
+        if jnp.dtype(dtype) != jnp.float32:
+            return polynomial.FULL
+        rtol = d * float(jnp.finfo(dtype).eps) if self.rtol is None else self.rtol
+        chosen = {"cpu": polynomial.FULL, "tpu": polynomial.TPU}
+        return self.precision or chosen.get(backend) or polynomial.gpu_policy(rtol)
+
     def figures(self, state: Array) -> dict[str, Array]:
         """The fallbacks."""
         return {"fallbacks": state}

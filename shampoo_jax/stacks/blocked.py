@@ -201,7 +201,7 @@ class _Walk:
 
 def described(x: Any) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of a leaf, all that a plan knows of it."""
-    return np.shape(x), jnp.asarray(x).dtype
+    return np.shape(x), jnp.result_type(x)
 
 
 def _check_count(leaves: list[Any], state: BlockedState) -> None:

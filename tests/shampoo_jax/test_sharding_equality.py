@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from scripts import sharding_equality as se
+from scripts.maintenance import sharding_equality as se
 
 # Steps 1 to 7 of interval 3 are a first refresh and all three shares.
 STEPS = {"eigh, ragged, staggered": 7, "carried QR, staggered": 7, "SOAP": 7, "KL-Shampoo": 7}

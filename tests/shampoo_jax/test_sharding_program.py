@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shampoo_jax as sj
-from scripts import sharding_equality as se
-from scripts import sharding_table as st
+from scripts.maintenance import sharding_equality as se
+from scripts.maintenance import sharding_table as st
 
 # Sixteen blocks whose factors, 24x24 and 16x16, are not shaped like them; apart, or in one leaf.
 SHAPES = {f"w{i}": (24, 16) if i % 2 else (16, 24) for i in range(16)}

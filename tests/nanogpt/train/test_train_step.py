@@ -76,7 +76,10 @@ def test_a13_embedding_gradient_is_rounded_once(stepped):
     _, after, _, _ = stepped["bfloat16"]
     narrow = after.opt_state[0].trace["embed"]["embedding"]
     assert narrow.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(narrow, jnp.asarray(wide).astype(jnp.bfloat16))
+    rounded = jnp.asarray(wide).astype(jnp.bfloat16)
+    np.testing.assert_allclose(np.float32(narrow), np.float32(rounded), rtol=2**-7)
+    # The last bit of a float32 sum may decide a few; rounding each microbatch's changes 7 %.
+    assert np.mean(narrow != rounded) < 0.01
 
 
 def test_metrics_are_means_per_token(stepped):

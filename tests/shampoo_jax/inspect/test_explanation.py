@@ -9,20 +9,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from shampoo_jax.solvers.costs import root_cost
 
-from scripts.compile_size import gpt2_matrices, measure, one_root_per_factor
+from scripts.maintenance.compile_size import gpt2_matrices, measure, one_root_per_factor
 from shampoo_jax import (
+    Blocking,
     CarriedBasis,
     DimensionNumbers,
     EighBasis,
+    Placement,
     Polynomial,
     QRBasis,
+    Refresh,
+    TruncatedEigh,
+    accumulate_factors,
+    as_optimizer,
+    averaging,
+    blocked,
+    explain,
+    in_eigenbasis,
+    invert_roots,
+    kl_shampoo,
+    momentum,
+    one_sided_shampoo,
+    precondition,
     scale_by_shampoo,
+    scale_by_soap,
+    shampoo,
+    soap,
+    state_bytes,
 )
-from shampoo_jax.inspect.explanation import explain, state_bytes
 from shampoo_jax.matrix.polynomial import FULL, polynomial_root
-from shampoo_jax.optimizers.aliases import kl_shampoo, one_sided_shampoo, shampoo, soap
+
+SIX = Blocking(6)
 
 
 def struct(*shape, dtype=jnp.float32):
@@ -42,7 +60,7 @@ def row(report, name):
 
 
 def test_routing_blocks_and_factors_of_each_parameter():
-    report = explain(PARAMS, block_size=6)
+    report = explain(PARAMS, shampoo(0.1, blocking=SIX))
     assert [r.name for r in report.rows if not r.preconditioned] == [
         "embed/embedding",
         *(f"layers/{i}/bias" for i in range(3)),
@@ -56,14 +74,14 @@ def test_routing_blocks_and_factors_of_each_parameter():
 
 
 def test_with_the_smaller_side_alone_the_other_one_is_whole():
-    report = explain(PARAMS, one_sided_shampoo, side="smaller", block_size=6)
+    report = explain(PARAMS, one_sided_shampoo(0.1, side="smaller", blocking=SIX))
     fc = row(report, "layers/1/fc")
     assert (dict(fc.blocks), dict(fc.factors)) == ({(10, 4): 1}, {4: 1})
     assert report.statistics_flops == 3 * 2 * (6 * 4 + 10 * 4) * 4
 
 
 def test_flops_are_the_sums_of_the_stated_formulas():
-    report = explain(PARAMS, block_size=6)
+    report = explain(PARAMS, shampoo(0.1, blocking=SIX))
     # Per layer: w is one 6x4 block, fc one 6x4 and one 4x4.
     edges = 3 * [6, 4, 6, 4, 4, 4]
     assert report.refresh_flops == sum(11 * d**3 for d in edges)
@@ -81,13 +99,13 @@ def test_flops_are_the_sums_of_the_stated_formulas():
 )
 def test_state_bytes_are_those_of_the_built_state(options):
     params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), PARAMS)
-    state = shampoo(0.1, block_size=6, **options).init(params)
-    report = explain(params, block_size=6, **options)
+    tx = shampoo(0.1, blocking=SIX, **options)
+    state, report = tx.init(params), explain(params, tx)
     assert sum(report.state_bytes.values()) == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
 def test_state_bytes_by_kind():
-    found = explain(PARAMS, block_size=6).state_bytes
+    found = explain(PARAMS, shampoo(0.1, blocking=SIX)).state_bytes
     weights, factors = 4 * 3 * (24 + 40), 4 * 3 * (2 * 36 + 4 * 16)
     assert found["first moment"] == found["second moment"] == weights
     assert found["factors"] == found["roots"] == factors
@@ -109,7 +127,7 @@ def test_state_bytes_of_any_transformation_in_its_own_dtype():
 
 
 def test_a_bare_direction_preconditions_everything():
-    report = explain(PARAMS, scale_by_shampoo, block_size=None)
+    report = explain(PARAMS, scale_by_shampoo(blocking=Blocking(None)))
     assert all(r.preconditioned for r in report.rows)
     assert dict(row(report, "layers/0/bias").factors) == {4: 1}
 
@@ -117,11 +135,12 @@ def test_a_bare_direction_preconditions_everything():
 def test_a_rule_and_dimension_numbers_are_followed():
     params = {"q": struct(2, 8, 4, 2), "head": struct(8, 8)}
     numbers = DimensionNumbers(dimensions=((1,), (2, 3)), batch=(0,))
-    report = explain(
-        params,
+    tx = shampoo(
+        0.1,
         preconditioned=lambda path, leaf: path[0].key == "q",
-        dimension_numbers=lambda path, leaf: numbers,
+        blocking=Blocking(dimension_numbers=lambda path, leaf: numbers),
     )
+    report = explain(params, tx)
     q = row(report, "q")
     assert (q.batch, q.merged) == (2, (8, 8))
     assert dict(q.blocks) == {(8, 8): 2} and dict(q.factors) == {8: 4}
@@ -138,8 +157,9 @@ def test_sizes_are_in_powers_of_a_thousand():
 
 
 def test_whitening_by_all_other_sides_is_counted_with_the_statistics():
-    options = dict(merge=None, dimension_numbers=None, statistics="kl")
-    report = explain({"w": struct(4, 3, 2)}, scale_by_shampoo, **options)
+    apart = Blocking(merge=None, dimension_numbers=None)
+    tx = scale_by_shampoo(blocking=apart, statistics="kl")
+    report = explain({"w": struct(4, 3, 2)}, tx)
     # For each side, products with two roots, then the contraction.
     whitening = sum(2 * 24 * (a + b) for a, b in ((3, 2), (4, 2), (4, 3)))
     assert report.statistics_flops == 2 * 24 * (4 + 3 + 2) + whitening
@@ -147,7 +167,7 @@ def test_whitening_by_all_other_sides_is_counted_with_the_statistics():
 
 
 def test_a_dimension_with_exponent_zero_has_no_factor():
-    report = explain({"w": struct(6, 4)}, exponents={2: {0: 0.5, 1: 0.0}})
+    report = explain({"w": struct(6, 4)}, shampoo(0.1, exponents={2: {0: 0.5, 1: 0.0}}))
     assert dict(row(report, "w").factors) == {6: 1}
     assert report.root_batches == 1
 
@@ -157,7 +177,7 @@ def test_a_dimension_with_exponent_zero_has_no_factor():
     [(soap, 2, {6: 1, 4: 1}), (kl_shampoo, 2, {6: 1, 4: 1}), (one_sided_shampoo, 1, {6: 1})],
 )
 def test_every_alias_is_read_from_the_state_it_builds(optimizer, batches, factors):
-    report = explain({"w": struct(4, 6)}, optimizer)
+    report = explain({"w": struct(4, 6)}, optimizer(0.1))
     assert report.root_batches == batches
     assert dict(row(report, "w").factors) == factors
     squares = sum(4 * d * d * n for d, n in factors.items())
@@ -179,7 +199,7 @@ def test_every_alias_is_read_from_the_state_it_builds(optimizer, batches, factor
     ],
 )
 def test_a_refresh_is_named_and_counted_by_its_method(optimizer, options, multiple, method):
-    report = explain({"w": struct(6, 4)}, optimizer, **options)
+    report = explain({"w": struct(6, 4)}, optimizer(0.1, **options))
     np.testing.assert_allclose(report.refresh_flops, multiple * (6**3 + 4**3))
     assert f" by {method}" in str(report)
     once = 2 * 24 * (6 + 4)
@@ -194,19 +214,17 @@ def test_products_of_a_root_are_those_of_the_program(p, d, semantics):
     factor = struct(d, d)
     solve = functools.partial(polynomial_root, semantics=semantics, precision=FULL)
     text = str(jax.make_jaxpr(lambda a: solve(a, 1 / p)[0])(factor))
-    cost = root_cost(Polynomial(semantics=semantics), d, jnp.float32, 1 / p)
+    cost = Polynomial(semantics=semantics).cost(d, jnp.float32, 1 / p)
     found = re.findall(rf"f32\[{d},{d}\] = dot_general", text)
     assert cost.flops == 2 * len(found)
     assert cost.method == f"{len(found)} products" and cost.fallback
 
 
 def test_flops_and_memory_of_polynomials_are_those_that_xla_finds():
-    report = explain(
-        {"w": struct(3, 256, 256)},
-        scale_by_shampoo,
-        solver="polynomial",
-        dimension_numbers=lambda path, leaf: DimensionNumbers(((1,), (2,)), batch=(0,)),
-    )
+    numbers = DimensionNumbers(((1,), (2,)), batch=(0,))
+    stacked = Blocking(dimension_numbers=lambda path, leaf: numbers)
+    tx = scale_by_shampoo(solver="polynomial", blocking=stacked)
+    report = explain({"w": struct(3, 256, 256)}, tx)
     compiled = jax.jit(lambda a: polynomial_root(a, 0.25, precision=FULL))
     compiled = compiled.lower(struct(3, 256, 256)).compile()
     flops, memory = compiled.cost_analysis(), compiled.memory_analysis()
@@ -219,9 +237,10 @@ def test_flops_and_memory_of_polynomials_are_those_that_xla_finds():
 
 def test_auto_names_what_it_resolves_to(monkeypatch):
     params = {"w": struct(768, 64)}
-    assert "by eigh (auto on cpu), 11 d^3" in str(explain(params, solver="auto"))
+    tx = shampoo(0.1, solver="auto")
+    assert "by eigh (auto on cpu), 11 d^3" in str(explain(params, tx))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    report = explain(params, solver="auto")
+    report = explain(params, tx)
     assert "27 products (auto on gpu), 54 d^3 per factor of 768" in report.refresh_method
     assert "eigh (auto on gpu), 11 d^3 per factor of 64" in report.refresh_method
     assert report.refresh_flops == 54 * 768**3 + 11 * 64**3 and report.fallback_batches == 1
@@ -231,16 +250,17 @@ def test_a_staggered_refresh_costs_a_share_of_each_stack():
     params = {str(i): {"w": struct(6, 6), "v": struct(4, 4)} for i in range(7)}
     del params["0"]["v"]
     options = dict(every=3, mu_dtype=jnp.bfloat16, root_dtype=jnp.bfloat16)
-    at_once = explain(params, scale_by_shampoo, **options)
+    at_once = explain(params, scale_by_shampoo(**options))
     assert at_once.staggered_flops == at_once.refresh_flops == 2 * 11 * (7 * 6**3 + 6 * 4**3)
     assert at_once.working_bytes == 7 * 5 * 36 * 4
     assert "per factor, every 3 steps" in str(at_once)
-    report = explain(params, scale_by_shampoo, stagger=True, **options)
+    report = explain(params, scale_by_shampoo(refresh=Refresh(stagger=True), **options))
     assert report.staggered_flops == 2 * 11 * (3 * 6**3 + 2 * 4**3)
     assert report.working_bytes == 3 * 5 * 36 * 4
     assert f"{report.staggered_flops / 1e3:.3g} kFLOP of it each step" in str(report)
-    assert explain(params, scale_by_shampoo, chunk=2, **options).working_bytes == 2 * 5 * 36 * 4
-    longer = explain(params, scale_by_shampoo, stagger=True, every=14)
+    chunks = explain(params, scale_by_shampoo(refresh=Refresh(chunk=2), **options))
+    assert chunks.working_bytes == 2 * 5 * 36 * 4
+    longer = explain(params, scale_by_shampoo(refresh=Refresh(stagger=True), every=14))
     assert longer.staggered_flops * 14 == longer.refresh_flops
     dtypes = ("first moment", "factors", "roots")
     assert [report.dtypes[kind] for kind in dtypes] == ["bfloat16", "float32", "bfloat16"]
@@ -248,19 +268,31 @@ def test_a_staggered_refresh_costs_a_share_of_each_stack():
 
 
 def test_what_a_solver_carries_counts_as_roots():
-    report = explain({"w": struct(6, 4)}, solver=CarriedBasis())
+    report = explain({"w": struct(6, 4)}, shampoo(0.1, solver=CarriedBasis()))
     assert report.state_bytes["roots"] == 2 * report.state_bytes["factors"]
-    counts = explain({"w": struct(6, 4)}, solver="polynomial").state_bytes["roots"]
+    tx = shampoo(0.1, solver="polynomial")
+    counts = explain({"w": struct(6, 4)}, tx).state_bytes["roots"]
     assert counts == report.state_bytes["factors"] + 2 * 4  # two counts of fallbacks
 
 
-def test_a_function_without_blocks_is_refused():
-    with pytest.raises(TypeError, match="block_size"):
-        explain(PARAMS, optax.scale_by_adam)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        shampoo,  # not built
+        optax.adam(0.1),
+        optax.chain(scale_by_shampoo(), optax.scale(-0.1)),
+        averaging(shampoo(0.1), learning_rate=0.1),
+        as_optimizer(optax.scale_by_lion(), 0.1),
+    ],
+    ids=["function", "stock", "chain", "averaging", "stock direction"],
+)
+def test_what_tells_no_blocks_is_refused(optimizer):
+    with pytest.raises(TypeError, match="cannot tell the blocks .* give it what shampoo"):
+        explain(PARAMS, optimizer)
 
 
 def test_the_table_folds_layers_and_names_each_choice():
-    text = str(explain(PARAMS, block_size=6))
+    text = str(explain(PARAMS, shampoo(0.1, blocking=SIX)))
     lines = [line.split() for line in text.splitlines()]
     assert ["layers/*/bias", "3", "4", "adamw", "-", "-", "-"] in lines
     folded = next(line for line in text.splitlines() if line.startswith("layers/*/fc"))
@@ -274,21 +306,123 @@ def test_none_and_empty_parameters_are_no_obstacle():
     assert report.root_batches == report.refresh_flops == report.largest_factor == 0
 
 
-def test_an_unknown_option_and_a_refused_one_raise():
-    with pytest.raises(TypeError, match="blocksize"):
-        explain(PARAMS, blocksize=4)
-    with pytest.raises(ValueError, match="eps"):
-        explain(PARAMS, eps=1e-12)
-    with pytest.raises(TypeError, match="adam has no option block_size.* give it shampoo"):
-        explain(PARAMS, optax.adam, learning_rate=0.1)
-    with pytest.raises(TypeError, match=r"function that makes the optimizer.*explain\(params, "):
-        explain(PARAMS, shampoo(0.1))  # type: ignore[arg-type]
+def test_none_means_shampoo():
+    assert explain(PARAMS) == explain(PARAMS, shampoo(1.0))
+
+
+def test_a_direction_is_read_as_its_optimizer_routes_it():
+    """`as_optimizer`, its rule, its momentum and its others, whatever the direction is."""
+    others = optax.sgd(0.1, momentum=0.9)
+    rule = lambda path, leaf: path[-1].key == "fc"  # noqa: E731
+    direction = scale_by_soap(blocking=SIX, basis="eigh")
+    tx = as_optimizer(
+        direction,
+        0.1,
+        momentum=momentum(0.9),
+        preconditioned=rule,
+        others=others,
+    )
+    report = explain(PARAMS, tx)
+    assert [r.name for r in report.rows if r.preconditioned] == [f"layers/{i}/fc" for i in range(3)]
+    alone = explain(
+        {str(i): struct(4, 10) for i in range(3)}, scale_by_soap(blocking=SIX, basis="eigh")
+    )
+    for field in ("refresh_flops", "refresh_method", "every", "root_batches", "apply_flops"):
+        assert getattr(report, field) == getattr(alone, field)
+    assert report.state_bytes["factors"] == alone.state_bytes["factors"] == 4 * 3 * (36 + 3 * 16)
+    assert report.state_bytes["adam"] == 0
+    elements = 3 * 40, 3 * (24 + 4) + 200  # momentum of the matrices, and that of the others
+    counts = report.state_bytes["other"] - 4 * sum(elements)
+    assert 0 < counts < 500
+    assert sum(report.state_bytes.values()) == state_bytes(tx, PARAMS)
+
+
+def by_hand(placement=None):
+    parts = accumulate_factors(0.9), invert_roots(TruncatedEigh(), every=2), precondition()
+    return blocked(optax.chain(*parts), blocking=SIX, placement=placement)
+
+
+@pytest.mark.parametrize("container", [tuple, list])
+def test_parameters_may_lie_in_any_container(container):
+    params = container([struct(6, 4), struct(4), struct(4, 10)])
+    report = explain(params, shampoo(0.1, blocking=SIX))
+    named = explain(dict(zip("012", params, strict=True)), shampoo(0.1, blocking=SIX))
+    assert [r.preconditioned for r in report.rows] == [True, False, True]
+    assert report == named
+
+
+def test_parts_chained_by_hand_are_read_from_the_state():
+    """Blocks, factors and products are known; what their own refreshes cost is not."""
+    for tx in (by_hand(), as_optimizer(by_hand(), 0.1)):
+        report = explain(PARAMS["layers"], tx)
+        known = explain(PARAMS["layers"], shampoo(0.1, blocking=SIX, preconditioned=rule_of(tx)))
+        assert report.state_bytes["factors"] == known.state_bytes["factors"]
+        assert report.state_bytes["roots"] == known.state_bytes["roots"]
+        assert report.statistics_flops == known.statistics_flops
+        assert (report.root_batches, report.largest_factor) == (known.root_batches, 6)
+        assert report.refresh_flops == report.working_bytes == 0
+        assert "parts of one's own" in str(report)
+    rotated = blocked(optax.chain(accumulate_factors(0.9), in_eigenbasis(optax.scale_by_lion())))
+    report = explain({"w": struct(6, 4)}, rotated)
+    assert report.apply_flops == 3 * report.statistics_flops == 3 * 2 * 24 * (6 + 4)
+    nothing = explain({"w": struct(6, 4)}, blocked(optax.identity()))
+    assert nothing.refresh_flops == nothing.apply_flops == nothing.root_batches == 0
+
+
+def rule_of(tx):
+    """A bare direction takes every parameter."""
+    routed = hasattr(tx.design, "rule")
+    return tx.design.rule if routed else lambda path, leaf: True
+
+
+def test_a_missing_option_is_named_where_the_optimizer_is_built():
+    with pytest.raises(TypeError, match="'block_size'"):
+        explain(PARAMS, block_size=4)  # pyrefly: ignore
+    with pytest.raises(TypeError, match="shampoo has no option 'blocksize'"):
+        explain(PARAMS, shampoo(0.1, blocksize=4))  # pyrefly: ignore
+
+
+SQUARES = {f"w{i}": struct(16, 16) for i in range(6)} | {"bias": struct(16)}
+PLANNED = {
+    "alias": lambda placement=None: shampoo(0.1, placement=placement),
+    "momentum": lambda placement=None: shampoo(0.1, momentum=0.9, placement=placement),
+    "direction": lambda placement=None: scale_by_soap(every=3, placement=placement),
+    "as_optimizer": lambda placement=None: as_optimizer(by_hand(placement), 0.1),
+    "parts": by_hand,
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_planned_mesh_is_reported_like_one_that_is_there(name):
+    """No devices are needed: the same figures as of an optimizer with a placement on real ones."""
+    planned = explain(SQUARES, PLANNED[name](), mesh={"data": 4, "fsdp": 2}, owners="data")
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"))
+    built = explain(SQUARES, PLANNED[name](Placement(mesh, "data")))
+    assert planned == built
+    on_mesh = planned.on_mesh
+    assert on_mesh is not None and on_mesh.devices == 8
+    assert on_mesh.blocks["16x16" if name in ("alias", "momentum", "direction") else "6x6"] > 0
+    # Of the whole state an owner holds about its share.
+    assert on_mesh.state_bytes < sum(planned.state_bytes.values())
+    alone = explain(SQUARES, PLANNED[name]())
+    assert alone.on_mesh is None and alone.rows == planned.rows
+
+
+def test_plans_that_contradict_each_other_are_refused():
+    mesh = jax.make_mesh((8,), ("data",))
+    with pytest.raises(ValueError, match="the optimizer has a placement on one: drop one"):
+        explain(SQUARES, shampoo(0.1, placement=Placement(mesh, "data")), mesh={"data": 8})
+    for bad in ({}, {"data": 0}, {"data": 2.0}, 8):
+        with pytest.raises(ValueError, match="must give the size of each axis, at least 1"):
+            explain(SQUARES, mesh=bad)
+    with pytest.raises(ValueError, match="say nothing without mesh: give mesh="):
+        explain(SQUARES, owners="data")
 
 
 @pytest.mark.parametrize("layers", [2, 12])
 def test_the_program_holds_as_many_eigh_calls_as_explained(layers):
     params = gpt2_matrices(layers, 32)
-    report = explain(params, scale_by_shampoo)
+    report = explain(params, scale_by_shampoo())
     measured = measure(scale_by_shampoo(), params)
     print(f"{layers} layers: {measured}")
     assert measured["eigh_calls"] == report.root_batches == 4

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts import golden_matrix, replay_golden
+from scripts.maintenance import golden_matrix, replay_golden
 
 PATH = Path(__file__).parents[2] / "golden" / "meta" / "70_matrix_functions.npz"
 CASES, DATA = golden_matrix.load(PATH)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from shampoo_jax.optimizers.weight_decay import add_scheduled_weight_decay, decay_parts
+from shampoo_jax import Decay, add_scheduled_weight_decay, decay_parts
 
 STEPS, PEAK, DECAY = 7, 0.2, 0.5
 RATES = np.array([0.05, 0.1, 0.2, 0.2, 0.15, 0.1, 0.0])
@@ -15,6 +15,9 @@ ALPHA = {
     "lr_over_peak": DECAY * RATES / PEAK,
     "over_peak": np.full(STEPS, DECAY / PEAK),
 }
+
+
+RELATIVE = ("lr_over_peak", "over_peak")
 
 
 def schedule(count):
@@ -61,7 +64,7 @@ def sign_step(gradient, params, lr, alpha):
 @pytest.mark.parametrize("kind", ALPHA)
 def test_decay_of_the_direction_against_numpy(kind):
     params, grads = problem()
-    before, after = decay_parts(kind, DECAY, schedule, PEAK)
+    before, after = decay_parts(DECAY, Decay(kind, PEAK if kind in RELATIVE else None), schedule)
     assert before == []
     tx = optax.chain(optax.sign_sgd(1.0), optax.scale(-1.0), *after)
     tx = optax.chain(tx, optax.scale_by_learning_rate(schedule))
@@ -73,7 +76,7 @@ def test_decay_of_the_direction_against_numpy(kind):
 
 def test_l2_enters_the_gradient():
     params, grads = problem()
-    before, after = decay_parts("l2", DECAY, schedule, None)
+    before, after = decay_parts(DECAY, Decay("l2"))
     assert after == []
     tx = optax.chain(*before, optax.sign_sgd(schedule))
     expected = params
@@ -106,13 +109,13 @@ def test_decay_itself_may_be_a_schedule():
     state = tx.init(params)
     for expected in (0.0, 4.0, 8.0):
         updates, state = tx.update(jnp.zeros(2), state, params)
-        np.testing.assert_allclose(updates, [expected] * 2)
+        np.testing.assert_allclose(updates, [expected] * 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["l2", "decoupled", "lr_over_peak", "over_peak"])
 def test_mask_and_dtype(kind):
     params = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2)}
-    before, after = decay_parts(kind, jnp.asarray(0.5), 0.1, None, {"w": True, "b": False})
+    before, after = decay_parts(jnp.asarray(0.5), Decay(kind, mask={"w": True, "b": False}), 0.1)
     (tx,) = before + after
     state = tx.init(params)
     updates, after_state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
@@ -140,17 +143,17 @@ def test_injected_hyperparameters_follow_their_values():
     state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update)
     updates, state = update(jnp.zeros(2), state, params)
-    np.testing.assert_allclose(updates, 0.25)
+    np.testing.assert_allclose(updates, 0.25, rtol=1e-6)
     state.hyperparams["learning_rate"] = jnp.asarray(0.2)
     state.hyperparams["weight_decay"] = jnp.asarray(1.0)
     updates, state = update(jnp.zeros(2), state, params)
-    np.testing.assert_allclose(updates, 1.0)
+    np.testing.assert_allclose(updates, 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.1, 0.1, "decoupled", None), "optax.add_decayed_weights"),
+        ((0.1, 0.1, "decoupled", None), "kind='decoupled': use one of 'lr_over_peak'"),
         ((-0.1, 0.1, "over_peak", None), "weight_decay=-0.1"),
         ((0.1, schedule, "over_peak", None), "needs peak_lr"),
         ((0.1, jnp.asarray(0.1), "lr_over_peak", None), "needs peak_lr"),
@@ -166,9 +169,24 @@ def test_bad_options_are_named(arguments, message):
 
 
 def test_bad_parts_are_named():
-    with pytest.raises(ValueError, match="'half' is unknown: choose from l2, decoupled"):
-        decay_parts("half", 0.1, 0.1)
     with pytest.raises(ValueError, match="weight_decay=-1"):
-        decay_parts("l2", -1, 0.1)
+        decay_parts(-1, Decay("l2"))
     with pytest.raises(ValueError, match="needs peak_lr"):
-        decay_parts("over_peak", 0.1, schedule)
+        decay_parts(0.1, Decay("over_peak"), schedule)
+    with pytest.raises(ValueError, match="needs peak_lr"):
+        decay_parts(0.1, Decay("over_peak"))  # and no learning rate either
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "l2"])
+def test_a_form_that_contradicts_itself_is_refused_when_it_is_made(kind):
+    with pytest.raises(ValueError, match=f"peak_lr=0.1 with kind='{kind}': .* drop peak_lr"):
+        Decay(kind, peak_lr=0.1)
+    with pytest.raises(ValueError, match="kind='half': use one of 'l2', 'decoupled'"):
+        Decay("half")
+
+
+def test_no_form_means_decoupled():
+    params = jnp.ones(2)
+    (tx,) = decay_parts(0.5)[1]
+    updates, _ = tx.update(jnp.zeros(2), tx.init(params), params)
+    np.testing.assert_array_equal(updates, 0.5)

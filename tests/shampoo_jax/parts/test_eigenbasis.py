@@ -18,7 +18,8 @@ def normal(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-PARAMS, *GRADIENTS = ({"w": normal(4, 3), "v": normal(3, 4), "b": normal(3)} for _ in range(6))
+# The first factors lack one dimension at most: any basis would do in a null space of two.
+PARAMS, *GRADIENTS = ({"w": normal(4, 3), "v": normal(3, 4), "b": normal(2)} for _ in range(6))
 
 
 def run(tx, gradients=GRADIENTS, params=PARAMS):
@@ -45,7 +46,7 @@ def test_decay_in_the_basis_is_decay_of_the_parameters():
     decayed, _ = run(in_basis(optax.chain(adam, optax.add_decayed_weights(0.1))))
     for a, b in zip(decayed, bare, strict=True):
         assert_close(
-            jax.tree.map(jnp.subtract, a, b), jax.tree.map(lambda p: 0.1 * p, PARAMS), 1e-5
+            jax.tree.map(jnp.subtract, a, b), jax.tree.map(lambda p: 0.1 * p, PARAMS), 1e-4
         )
 
 
@@ -82,7 +83,7 @@ def bases(state):
     """The basis of the first dimension of every block, in the order of their positions."""
     nodes = jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "bases"))
     (found,) = [s.bases for s in nodes if hasattr(s, "bases")]
-    return [found["3"][0][0], *found["4x3"][0]]
+    return [found["2"][0][0], *found["4x3"][0]]
 
 
 def test_moments_keep_their_dtype():
@@ -181,7 +182,7 @@ def test_no_more_bases_are_computed_at_a_time_than_a_chunk(part, monkeypatch):
         return orthogonalize(self, factor, basis)
 
     monkeypatch.setattr(sj.QRBasis, "__call__", observed)
-    for chunk, expected in ((None, {5}), (2, {1, 2})):
+    for chunk, expected in ((None, {5}), (2, {2})):
         sizes.clear()
         refresh = sj.BasisRefresh(chunk=chunk)
         tx = part(sj.on_updates(optax.identity()), basis=sj.QRBasis(sort=None), refresh=refresh)

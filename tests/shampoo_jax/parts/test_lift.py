@@ -1,6 +1,7 @@
 """Stock transformations as parts: what they see and change, and whom extra arguments reach."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,14 +46,17 @@ def test_parameters_arrive_as_stacks_of_arrays(lift):
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
 
 
-def listener(heard):
-    """Passes updates on, and notes the extra argument `value`, which it cannot do without."""
+class Heard(NamedTuple):
+    value: jax.Array
+
+
+def listener():
+    """Passes updates on, and keeps the extra argument `value`, which it cannot do without."""
 
     def update(updates, state, params=None, *, value, **extra):
-        heard.append(value)
-        return updates, state
+        return updates, Heard(jnp.asarray(value, jnp.float32))
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: Heard(jnp.zeros([])), update)
 
 
 def kl_factors(tx):
@@ -81,7 +85,9 @@ WHOLE = {
 
 @pytest.mark.parametrize("place", WHOLE)
 def test_extra_arguments_reach_every_part(place):
-    heard = []
-    tx, params = WHOLE[place](listener(heard)), {"w": jnp.eye(3), "v": jnp.ones((2, 3))}
-    tx.update(params, tx.init(params), params, value=7.0)
-    assert heard and set(heard) == {7.0}
+    tx, params = WHOLE[place](listener()), {"w": jnp.eye(3), "v": jnp.ones((2, 3))}
+    state = tx.init(params)
+    for value in (3.0, 7.0):  # the first step of some parts leaves what is inside them alone
+        _, state = tx.update(params, state, params, value=value)
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Heard))
+    assert [float(x.value) for x in nodes if isinstance(x, Heard)] == [7.0]

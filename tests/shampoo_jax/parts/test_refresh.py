@@ -183,7 +183,7 @@ def test_chunks_change_what_is_computed_at_once_and_nothing_else(size):
     got, carried = in_chunks(f, size, x, ())
     np.testing.assert_allclose(got, x @ x, rtol=1e-6)
     assert carried == ()
-    assert set(sizes) == {size, 5 % size} - {0}
+    assert set(sizes) == {size}  # one program for all chunks
 
 
 def test_roots_are_solved_in_chunks():
@@ -191,7 +191,7 @@ def test_roots_are_solved_in_chunks():
     tx = invert_roots(Copy(called=calls.append), refresh=Refresh(chunk=2))
     new, _ = jax.jit(tx.update)(stacks(4.0), tx.init(stacks(0.0)))
     jax.effects_barrier()
-    assert sorted(calls) == [1, 1, 1, 2, 2, 2, 2]
+    assert sorted(calls) == [1, 2, 2, 2, 2, 2, 2]  # 1, 3 and 7 blocks
     assert {b.matrices[0].sum().item() / len(b.update) for b in new.values()} == {4.0}
 
 
@@ -207,7 +207,9 @@ def test_roots_are_stored_in_the_dtype_asked_for_and_used_in_float32(solver):
     assert after.roots["k"][0].dtype == jnp.bfloat16
     assert {x.dtype.name for x in jax.tree.leaves(state.solver)} <= {"float32"}
     assert new["k"].matrices[0].dtype == jnp.float32
-    np.testing.assert_allclose(new["k"].matrices[0][0], np.diag([1 / 4, 1 / 9]), rtol=2**-8)
+    np.testing.assert_allclose(
+        new["k"].matrices[0][0], np.diag([1 / 4, 1 / 9]), rtol=2**-8, atol=1e-6
+    )
 
 
 def test_dtypes_that_cannot_hold_roots_are_refused():
@@ -237,7 +239,7 @@ def test_refreshes_out_of_range_are_refused(kind, options, message):
     [
         ({"when": "never"}, "when='never': use one of 'before', 'after'"),
         ({"when": "before"}, "skip_first=True needs when='after'"),
-        ({"start": 3}, "start=3 with when='after'.*drop start, or set when='before'"),
+        ({"start": 3}, "start=3 with when='after': drop start, or use 'before'"),
         ({"start": 3, "skip_first": False}, "start=3 with when='after'"),
     ],
 )

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shampoo_jax as sj
-from scripts import sharding_equality as se
+from scripts.maintenance import sharding_equality as se
 
 
 def rows(path, leaf):

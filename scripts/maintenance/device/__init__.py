@@ -1,0 +1,1 @@
+"""The parts of `scripts.maintenance.device_report`, one a file."""

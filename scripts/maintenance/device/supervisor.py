@@ -1,0 +1,141 @@
+"""Runs the parts one after the other in processes that are ended when their time is over.
+
+Only the standard library is imported: a process that holds the device, or that hangs with it, must
+not be this one.
+"""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from scripts.maintenance.device import records
+from scripts.maintenance.device.budget import GRACE_S, Part, allot
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+class Child:
+    """A process that has a part's modules imported, or is doing so.
+
+    Args:
+        command: What it runs; it reads the seconds that it may take from standard input.
+        log: File that its output is appended to.
+        environment: Of the process.
+    """
+
+    def __init__(self, command: list[str], log: pathlib.Path, environment: Mapping[str, str]):
+        self._log = log.open("ab")
+        self._start = self._log.tell()
+        self._path = log
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=dict(environment),
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            # Compilers and loaders that it starts are ended with it.
+            start_new_session=True,
+        )
+
+    def run(self, seconds: float) -> tuple[str, str]:
+        """Lets it measure for so long at most.
+
+        Returns:
+            "done", "failed" or "ended", and the error that goes with the last two.
+        """
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(f"{max(seconds - GRACE_S, 1.0)}\n".encode())
+            self._process.stdin.close()
+            status = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return "ended", f"ended after {seconds:.0f} s; what it had measured by then is kept"
+        except BrokenPipeError:
+            status = self._process.wait()
+        finally:
+            self.end()
+        return ("failed", self._last_error(status)) if status else ("done", "")
+
+    def end(self) -> None:
+        """Ends the process and all that it started."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        self._log.close()
+
+    def _last_error(self, status: int) -> str:
+        text = self._path.read_bytes()[self._start :].decode(errors="replace")
+        errors = [line for line in text.splitlines() if line.startswith("ERROR ")]
+        if errors:
+            return errors[-1].removeprefix("ERROR ")
+        last = (text.strip().splitlines() or ["no output"])[-1]
+        return f"ended with status {status}: {last[:300]}"
+
+
+def run_parts(
+    parts: tuple[Part, ...],
+    deadline: float,
+    start: Callable[[Part, pathlib.Path], Child],
+    folder: pathlib.Path,
+    report: Callable[[str, dict[str, Any]], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Runs parts until they are done or the time is over, and hands over each one's result.
+
+    Args:
+        parts: In order.
+        deadline: Of the clock.
+        start: Begins the process of a part, which writes its figures to the file given.
+        folder: For these files.
+        report: Takes a part's name and {"state", "seconds", "allotted_s", "figures"} and, where
+            the state is not "done", "error". States: "done", "failed", "ended", "skipped".
+        clock: Of seconds.
+    """
+    waiting: Child | None = None
+    try:
+        for i, part in enumerate(parts):
+            left = deadline - clock()
+            seconds = allot(parts[i:], left)
+            if not seconds:
+                error = f"not begun: {left:.0f} s were left for {len(parts) - i} parts"
+                report(part.name, {"state": "skipped", "error": error, "figures": {}})
+                if waiting is not None:
+                    waiting.end()
+                    waiting = None
+                continue
+            child = waiting or start(part, _path(folder, part))
+            waiting = start(parts[i + 1], _path(folder, parts[i + 1])) if parts[i + 1 :] else None
+            begin = clock()
+            state, error = "ended", "the report was interrupted; what it had measured is kept"
+            try:
+                state, error = child.run(seconds)
+            finally:
+                result: dict[str, Any] = {
+                    "state": state,
+                    "seconds": round(clock() - begin, 1),
+                    "allotted_s": round(seconds, 1),
+                    "figures": records.read(_path(folder, part)),
+                }
+                report(part.name, result | ({"error": error} if error else {}))
+    finally:
+        if waiting is not None:
+            waiting.end()
+
+
+def _path(folder: pathlib.Path, part: Part) -> pathlib.Path:
+    return folder / f"{part.name}.jsonl"
+
+
+def command(part: Part, path: pathlib.Path, carried: pathlib.Path, rehearse: bool) -> list[str]:
+    """The command of a part's process."""
+    module = "scripts.maintenance.device.child"
+    words = [sys.executable, "-m", module, part.name, "--records", str(path)]
+    return [*words, "--carried", str(carried), *["--rehearse"] * rehearse]

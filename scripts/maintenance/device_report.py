@@ -1,0 +1,194 @@
+"""Takes every figure that only a GPU can give, part by part, within minutes.
+
+    python -m scripts.maintenance.device_report --minutes 9
+
+Writes <device>.md and <device>.json into the folder of `--out` after every part, and
+<device>.log at the end. Parts run in processes of their own, each with its share of the time, and
+what they measured is kept when they fail or hang. docs/devices/README.md says how to prepare a
+machine without network.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from scripts.maintenance.device import page, supervisor
+from scripts.maintenance.device.budget import PARTS, Part, select
+
+ROOT = pathlib.Path(__file__).parents[2]
+OUT, REHEARSED = ROOT / "docs" / "devices", ROOT / "runs" / "device"
+CARRIED = ROOT / "build" / "device"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    args = _parse(arguments)
+    if args.page is not None:
+        result = json.loads(args.page.read_text(encoding="utf-8"))
+        args.page.with_suffix(".md").write_text(page.render(result), encoding="utf-8")
+        return
+    deadline = time.monotonic() + 60 * args.minutes
+    # Else the parts' processes would outlive this one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    out = args.out or (REHEARSED if args.rehearse else OUT)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        try:
+            parts = select(tuple(args.parts))
+            site = install(args.carried / "wheels", folder / "site")
+        except (ValueError, RuntimeError) as error:
+            sys.exit(f"error: {error}")
+        report = Report(out, args.minutes, args.rehearse)
+        environment = _environment(site, folder / "cache", args.rehearse)
+
+        def start(part: Part, path: pathlib.Path) -> supervisor.Child:
+            words = supervisor.command(part, path, args.carried.resolve(), args.rehearse)
+            return supervisor.Child(words, folder / "log", environment)
+
+        supervisor.run_parts(parts, deadline, start, folder, report.add)
+        report.finish(folder / "log")
+    failed = [name for name, part in report.result["parts"].items() if part["state"] != "done"]
+    print(f"{report.path('.md')}{': not done: ' + ', '.join(failed) if failed else ''}")
+    sys.exit(1 if failed else 0)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="when all must be over")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help=f"folder to write; {OUT.relative_to(ROOT)}"
+    )
+    parser.add_argument("--carried", type=pathlib.Path, default=CARRIED, help="text and wheels")
+    parser.add_argument(
+        "--parts", nargs="*", default=[], help=f"of {' '.join(part.name for part in PARTS)}"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="every part, tiny, on a CPU")
+    parser.add_argument("--page", type=pathlib.Path, help="write the page of this JSON anew, only")
+    args = parser.parse_args(arguments)
+    if args.minutes <= 0:
+        parser.error(f"--minutes {args.minutes}: must be positive.")
+    return args
+
+
+def install(wheels: pathlib.Path, site: pathlib.Path) -> pathlib.Path | None:
+    """Unpacks the carried wheels, which then go before the machine's own packages.
+
+    Args:
+        wheels: Folder of wheels.
+        site: Folder to make.
+
+    Returns:
+        `site`; None where nothing is carried and the machine's own packages have to do.
+
+    Raises:
+        RuntimeError: pip refuses a wheel, as one for another version of Python.
+    """
+    files = sorted(str(path) for path in wheels.glob("*.whl"))
+    if not files:
+        return None
+    flags = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(site)]
+    command = [sys.executable, "-m", "pip", "install", *flags, *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise RuntimeError(
+            f"{wheels}: {(errors or [done.stderr.strip()[-300:]])[0]} They are for Python 3.12, "
+            f"this is {sys.version.split()[0]}; with all packages installed name another folder "
+            "by --carried."
+        )
+    return site
+
+
+def _environment(site: pathlib.Path | None, cache: pathlib.Path, rehearse: bool) -> dict[str, str]:
+    """Of the parts' processes."""
+    environment = dict(os.environ)
+    paths = [str(site)] if site else []
+    paths += [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    # LAPACK's own threads make many small decompositions slower.
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if rehearse:
+        # Programs of a rehearsal are compiled, run once or twice and thrown away.
+        flags = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+        return environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    # jax puts the kernels that it found fastest for a product beside it, so that later parts need
+    # not try them again.
+    return environment | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+class Report:
+    """The result so far, on disk after every part.
+
+    Args:
+        out: Folder.
+        minutes: That were given.
+        rehearse: Whether its figures mean nothing.
+    """
+
+    def __init__(self, out: pathlib.Path, minutes: float, rehearse: bool):
+        self._out, self._name = out, "rehearsal" if rehearse else "unknown"
+        self._begin = time.monotonic()
+        self.result: dict[str, Any] = {"minutes": minutes, "rehearsal": rehearse, "parts": {}}
+
+    def path(self, suffix: str) -> pathlib.Path:
+        """Of a file of the report."""
+        return self._out / (self._name + suffix)
+
+    def add(self, name: str, part: dict[str, Any]) -> None:
+        """Takes a part's result and writes everything anew.
+
+        Raises:
+            SystemExit: the device is no GPU, and this no rehearsal.
+        """
+        self.result["parts"][name] = part
+        devices = [] if self.result["rehearsal"] else part["figures"].get("device", [])
+        for device in devices:
+            if device["platform"] != "gpu":
+                sys.exit(
+                    f"error: jax found no GPU but {device['kind']!r}: install jax for CUDA, or add "
+                    "--rehearse."
+                )
+            self._name = slug(device["kind"])
+        self.result["seconds"] = round(time.monotonic() - self._begin, 1)
+        self._write(".json", json.dumps(self.result, indent=1) + "\n")
+        self._write(".md", self._page())
+        print(f"{name}: {part['state']} {part.get('error', '')}", flush=True)
+
+    def _page(self) -> str:
+        """The page; its own failure must not cost the parts that are still to be measured."""
+        try:
+            return page.render(self.result)
+        except Exception as error:
+            return f"No page: {type(error).__name__}: {error}\n\nMend it and use --page.\n"
+
+    def finish(self, log: pathlib.Path) -> None:
+        """Keeps the parts' output."""
+        if log.exists():
+            self._write(".log", log.read_text(encoding="utf-8", errors="replace"))
+
+    def _write(self, suffix: str, text: str) -> None:
+        self._out.mkdir(parents=True, exist_ok=True)
+        partial = self.path(suffix + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path(suffix))
+
+
+def slug(kind: str) -> str:
+    """A file's name for a kind of device.
+
+    >>> slug("NVIDIA H100 80GB HBM3")
+    'nvidia-h100-80gb-hbm3'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-") or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The whole report, rehearsed as a user runs it; and what must hold before a part may begin."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from scripts.maintenance import device_report
+from scripts.maintenance.device import budget, prepare
+from scripts.maintenance.device.child import MODULES
+from scripts.maintenance.device.sizes import REHEARSAL
+
+ROOT = pathlib.Path(__file__).parents[3]
+SHARDS = ROOT / "tests" / "golden" / "loader" / "shards"
+# What a CPU cannot do; everything else of the report it can.
+NOT_ON_CPU = ("is not supported by dot_general on CPU", "cuDNN", "nvidia-smi")
+
+
+def report(*arguments, **environment):
+    """Runs the command line in a process."""
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.maintenance.device_report", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_rehearsal_runs_every_part_to_its_end(tmp_path):
+    """One test, since a second worker would rehearse once more."""
+    prepare.write_text(SHARDS, tmp_path, REHEARSAL)
+    # So long that no part is ever ended, however busy the machine.
+    flags = ["--rehearse", "--minutes", 120, "--carried", tmp_path, "--out", tmp_path / "out"]
+    done = report(*flags)
+    path = tmp_path / "out" / "rehearsal.json"
+    assert path.exists(), done.stderr
+    parts = json.loads(path.read_text())["parts"]
+    assert {name: part["state"] for name, part in parts.items()} == {
+        part.name: "done" for part in budget.PARTS
+    }, path.with_suffix(".log").read_text()[-3000:]
+    assert done.returncode == 0 and done.stdout.endswith("rehearsal.md\n")
+    figures = {name: part["figures"] for name, part in parts.items()}
+    check_only_what_a_cpu_cannot_do_is_missing(figures)
+    check_every_optimizer_has_its_parts(figures["step"]["steps"])
+    check_all_train_on_the_same_batches(figures)
+    check_the_page_is_written_anew(path)
+
+
+def check_only_what_a_cpu_cannot_do_is_missing(figures):
+    rows = [row for groups in figures.values() for found in groups.values() for row in found]
+    errors = [row["error"] for row in rows if "error" in row]
+    assert errors and [e for e in errors if not any(text in e for text in NOT_ON_CPU)] == []
+
+
+def check_every_optimizer_has_its_parts(rows):
+    steps = {row["name"]: row for row in rows}
+    whole = {"rest", "statistics", "apply", "roots"}
+    for every in (1, REHEARSAL.every):
+        for kind in ("polynomial", "polynomial_clip", "eigh"):
+            assert whole <= set(steps[f"shampoo_{kind}_{every}"])
+        assert whole <= set(steps[f"one_sided_polynomial_{every}"])
+        assert whole <= set(steps[f"soap_{every}"])
+        assert whole - {"statistics"} <= set(steps[f"kl_shampoo_{every}"])
+    assert {"adamw", "muon_5", "muon_12_bfloat16"} < set(steps)
+    for row in steps.values():
+        assert sum(row.get(part, 0.0) for part in whole) == pytest.approx(row["step_s"])
+
+
+def check_all_train_on_the_same_batches(figures):
+    names = ("train_adamw", "train_muon", "train_shampoo")
+    windows = [figures[name]["window"] for name in names]
+    losses = [[loss for window in each for loss in window["losses"]] for each in windows]
+    assert all(len(each) == REHEARSAL.steps for each in losses)
+    # Equal weights and an equal batch at first, another update after it.
+    assert len({each[0] for each in losses}) == 1 and len({each[-1] for each in losses}) == 3
+
+
+def check_the_page_is_written_anew(path):
+    page = path.with_suffix(".md")
+    before = page.read_text()
+    page.unlink()
+    assert report("--page", path).returncode == 0
+    assert page.read_text() == before
+
+
+def test_a_machine_without_gpu_is_refused_and_told_the_remedy(tmp_path):
+    out = tmp_path / "out"
+    done = report("--out", out, "--carried", tmp_path, "--parts", "step", JAX_PLATFORMS="cpu")
+    assert done.returncode == 1 and not out.exists()
+    assert "error: jax found no GPU but" in done.stderr and "add --rehearse" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--parts", "steps"], "parts=['steps']: choose from probe"),
+        (["--minutes", "0"], "--minutes 0.0: must be positive."),
+    ],
+)
+def test_bad_flags_are_refused(flags, error, capsys):
+    with pytest.raises(SystemExit) as raised:
+        device_report.main([*flags, "--carried", "none"])
+    assert error in f"{raised.value} {capsys.readouterr().err}"
+
+
+def test_wheels_that_pip_refuses_are_named_with_the_remedy(tmp_path):
+    (tmp_path / "x-1-cp30-cp30-manylinux_2_17_x86_64.whl").write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"cp30.*name another folder by --carried"):
+        device_report.install(tmp_path, tmp_path / "site")
+    assert device_report.install(tmp_path / "none", tmp_path / "site") is None
+
+
+def test_a_page_that_fails_costs_no_figures(tmp_path):
+    written = device_report.Report(tmp_path, 9.0, rehearse=True)
+    figures = {"trials": [{"name": "x", "cosine": 1.0}]}  # no stage: the page does not expect that
+    written.add("precision", {"state": "done", "figures": figures})
+    saved = json.loads(written.path(".json").read_text())
+    assert saved["parts"]["precision"]["figures"] == figures
+    assert "No page: KeyError: 'stage'" in written.path(".md").read_text()
+
+
+def test_a_waiting_part_does_not_touch_the_device():
+    """It is imported while another part measures: a second user of the memory would break that."""
+    modules = {MODULES.get(part.name, part.name) for part in budget.PARTS}
+    imports = "; ".join(f"import scripts.maintenance.device.{name}" for name in sorted(modules))
+    # Asking for any device fails there.
+    done = subprocess.run(
+        [sys.executable, "-c", imports],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "no_such_platform"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_reports_own_process_imports_neither_jax_nor_numpy():
+    script = (
+        "import sys; from scripts.maintenance import device_report; "
+        "sys.exit(str([m for m in ('jax', 'numpy', 'optax', 'flax') if m in sys.modules] or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "", done.stderr
