@@ -83,17 +83,7 @@ def fit(
                     run.copy()
             if not resume:
                 run.open_checkpoints()
-            first = jax.process_index() == 0
-            record = RecordLog(folder.record, config, source, run.saved) if first else None
-            with Report(
-                config,
-                folder.metrics,
-                run.saved,
-                identity=data.identity,
-                baselines=data.baselines,
-                record=record,
-                console=console,
-            ) as report:
+            with run.report(source, console) as report:
                 run.train(report)
         return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
 
@@ -168,6 +158,20 @@ class _Run:
         if self.saved is None:
             self.checkpoints.check_config(records[0]["config"])
         return self.saved in (None, self.config.schedule.steps)
+
+    def report(self, source: str, console: rich.console.Console) -> Report:
+        """What this process writes about the run; the first one also the benchmark's log."""
+        first = jax.process_index() == 0
+        log = RecordLog(self.folder.record, self.config, source, self.saved) if first else None
+        return Report(
+            self.config,
+            self.folder.metrics,
+            self.saved,
+            identity=self.data.identity,
+            baselines=self.data.baselines,
+            record=log,
+            console=console,
+        )
 
     def train(self, report: Report) -> None:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""

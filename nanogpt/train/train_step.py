@@ -123,21 +123,7 @@ def make_train_step(
         are scalars: "loss", nats per token before the update, "grad_norm", the norm of the gradient
         of that mean, and of a guarded optimizer "skipped" and "skipped_in_a_row".
     """
-
-    def sums(
-        wide: optax.Params, batch: Batch, rows: int, layout: Layout | None
-    ) -> tuple[jax.Array, optax.Updates]:
-        pieces = _microbatches(batch, rows, layout)
-
-        def accumulate(carry, piece):
-            def loss(p: optax.Params):
-                return summed_loss(graphdef, p, piece)
-
-            (_, total), grads = jax.value_and_grad(loss, has_aux=True)(wide)
-            return jax.tree.map(jnp.add, carry, (total, grads)), None
-
-        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, wide))
-        return jax.lax.scan(accumulate, start, pieces)[0]
+    sums = functools.partial(_sums, graphdef)
 
     def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates]:
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
@@ -168,6 +154,22 @@ def make_train_step(
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _sums(
+    graphdef: nnx.GraphDef, wide: optax.Params, batch: Batch, rows: int, layout: Layout | None
+) -> tuple[jax.Array, optax.Updates]:
+    """Loss and gradients summed over a batch, `rows` rows at a time."""
+
+    def accumulate(carry, piece):
+        def loss(p: optax.Params):
+            return summed_loss(graphdef, p, piece)
+
+        (_, total), grads = jax.value_and_grad(loss, has_aux=True)(wide)
+        return jax.tree.map(jnp.add, carry, (total, grads)), None
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, wide))
+    return jax.lax.scan(accumulate, start, _microbatches(batch, rows, layout))[0]
 
 
 def _objective(
