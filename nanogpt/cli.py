@@ -13,28 +13,24 @@ from nanogpt.config.recipes import PUBLISHED
 class Command(NamedTuple):
     """A subcommand: the function that takes its arguments, and one line of help."""
 
-    function: str  # module:name
+    function: str  # module:name, in nanogpt.lab
     help: str
 
 
 COMMANDS = {
     "Train": {
-        "demo": Command(
-            "nanogpt.lab.speedrun:main", "AdamW, Muon and Shampoo on the same text, and a picture"
-        ),
-        "train": Command(
-            "nanogpt.lab.speedrun:train_command", "one optimizer, one seed or several"
-        ),
-        "sweep": Command("nanogpt.lab.sweep:main", "many runs that differ in a few settings"),
-        "board": Command("nanogpt.lab.board:main", "every optimizer at a small size, tuned"),
+        "demo": Command("speedrun:main", "AdamW, Muon and Shampoo on the same text, and a picture"),
+        "train": Command("speedrun:train_command", "one optimizer, one seed or several"),
+        "sweep": Command("sweep:main", "many runs that differ in a few settings"),
+        "board": Command("board:main", "every optimizer at a small size, tuned"),
     },
     "Look": {
-        "compare": Command("nanogpt.lab.compare:main", "draw any runs and published curves"),
-        "verdict": Command("nanogpt.lab.verdict:main", "what sets of runs prove"),
-        "records": Command("nanogpt.lab.records:main", "the board of track 3 as published"),
+        "compare": Command("compare:main", "draw any runs and published curves"),
+        "verdict": Command("verdict:main", "what sets of runs prove"),
+        "records": Command("records:main", "the board of track 3 as published"),
     },
     "Prepare": {
-        "data": Command("nanogpt.lab.data:main", "token shards of your text, or the benchmark's"),
+        "data": Command("data:main", "token shards of your text, or the benchmark's"),
     },
 }
 
@@ -61,7 +57,7 @@ def run(arguments: Sequence[str]) -> None:
     if name not in commands:
         sys.exit(f"error: {name!r} is no command: choose one of {', '.join(commands)}.")
     module, _, function = commands[name].function.partition(":")
-    getattr(importlib.import_module(module), function)(rest)
+    getattr(importlib.import_module(f"nanogpt.lab.{module}"), function)(rest)
 
 
 def help_text() -> str:

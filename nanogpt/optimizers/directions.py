@@ -202,15 +202,5 @@ def _kl_options(settings: KLConfig) -> dict[str, Any]:
     return {**options, "max_scale": "size" if settings.max_scale is None else settings.max_scale}
 
 
-DIRECTIONS: dict[str, Direction] = {
-    "adamw": adam,
-    "muon": muon,
-    "muon_track3": muon_track3,
-    "shampoo": shampoo,
-    "soap": soap,
-    "kl_shampoo": kl_shampoo,
-    "kl_soap": kl_soap,
-    "psgd": psgd,
-    "lion": lion,
-    "sophia": sophia,
-}
+_OF_THEIR_NAME = (muon, muon_track3, shampoo, soap, kl_shampoo, kl_soap, psgd, lion, sophia)
+DIRECTIONS: dict[str, Direction] = {"adamw": adam} | {f.__name__: f for f in _OF_THEIR_NAME}

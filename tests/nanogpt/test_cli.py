@@ -37,7 +37,7 @@ def test_help_imports_nothing_slow(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_a_function(name):
     module, _, function = COMMANDS[name].function.partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    assert callable(getattr(importlib.import_module(f"nanogpt.lab.{module}"), function))
 
 
 def test_help_lists_commands_and_where_optimizers_come_from(capsys):
