@@ -4,10 +4,17 @@ import functools
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from nanogpt.train.interrupt import Interrupted, StopSignal
 
-Main = Callable[[Sequence[str] | None], None]
+
+class Main(Protocol):
+    """What a subcommand's module calls main."""
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> None:
+        """Runs the command line."""
+
 
 GOES_ON = "stopped; the same command goes on from here"
 

@@ -44,11 +44,11 @@ def process_flags(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def read_config(options: argparse.Namespace, optimizer: str, name: str, rest: list[str]) -> Config:
+def read_config(options: Any, optimizer: str, name: str, rest: list[str]) -> Config:
     """Returns the preset with the settings of the file and of the command line in it.
 
     Args:
-        options: from `split_arguments`.
+        options: from `split_arguments`, or others with a `preset` and the `config` file.
         optimizer: which of the preset's recipes.
         name: of the run, unless the settings name it.
         rest: settings, as in ["--schedule.steps", "100"]; they win over the file's.

@@ -29,7 +29,3 @@ def main(arguments: Sequence[str]) -> None:
     picture = compare(options.runs, options.out, options.reference, unchecked=options.unchecked)
     print((options.out / "comparison.md").read_text(encoding="utf-8"))
     print(f"picture: {picture}")
-
-
-if __name__ == "__main__":
-    main()

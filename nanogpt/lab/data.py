@@ -116,7 +116,3 @@ def main(arguments: Sequence[str]) -> None:
         Command, prog="nanogpt data", description=__doc__, args=arguments
     )
     print(f"{corpus.directory}\n{summary(corpus.run())}")
-
-
-if __name__ == "__main__":
-    main()

@@ -207,7 +207,7 @@ def results(options: argparse.Namespace, configs: Sequence[Config]) -> str:
         losses.append(math.nan if loss is None else loss)
         lines.append(f"{config.name}: final loss {losses[-1]:.5f}, log {folder.record}")
     track = common_track([], {config.name: dataclasses.asdict(config) for config in configs})
-    target = options.target or (track and TARGETS[track])
+    target = options.target or (TARGETS[track] if track else None)
     known = PUBLISHED.get(options.optimizer) if options.preset == "track3" else None
     if known and known.same_model and known.expected_loss:
         lines.append(
@@ -234,7 +234,3 @@ def warn_without_accelerator(name: str) -> None:
             "run `make venv EXTRAS=cuda12` first",
             file=sys.stderr,
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -202,5 +202,5 @@ def _kl_options(settings: KLConfig) -> dict[str, Any]:
     return {**options, "max_scale": "size" if settings.max_scale is None else settings.max_scale}
 
 
-_OF_THEIR_NAME = (muon, muon_track3, shampoo, soap, kl_shampoo, kl_soap, psgd, lion, sophia)
-DIRECTIONS: dict[str, Direction] = {"adamw": adam} | {f.__name__: f for f in _OF_THEIR_NAME}
+_REST: Any = (muon, muon_track3, shampoo, soap, kl_shampoo, kl_soap, psgd, lion, sophia)
+DIRECTIONS: dict[str, Direction] = {"adamw": adam} | {f.__name__: f for f in _REST}

@@ -3,8 +3,8 @@
 import csv
 import dataclasses
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from nanogpt.optimizers.flops import (
     block_shapes,
@@ -58,7 +58,9 @@ FLOPS = {
 def read_results() -> list[Published]:
     """Reads the published results, in the order of the benchmark's table."""
     lines = (PUBLISHED_CURVES / "results.csv").read_text(encoding="utf-8").splitlines()
-    rows = csv.DictReader(line for line in lines if not line.startswith("# "))
+    rows: Iterable[dict[str, Any]] = csv.DictReader(
+        line for line in lines if not line.startswith("# ")
+    )
     return [
         Published(**row | {"own_flops": FLOPS[row["own_flops"]], "column": row["column"] or COLUMN})
         for row in rows
