@@ -14,7 +14,7 @@ from nanogpt.config.presets import PRESETS, is_own
 from nanogpt.config.published import PUBLISHED
 from nanogpt.config.run import Config
 from nanogpt.lab import compile_cache, run_file
-from nanogpt.lab.children import run_child
+from nanogpt.lab.children import end_with_parent, run_child
 from nanogpt.lab.command_line import DEMO, flags, process_flags, read_config, split_arguments
 from nanogpt.report.verdicts import verdict_line
 from nanogpt.train.metrics import read_records
@@ -40,6 +40,7 @@ def _run(arguments: Sequence[str] | None, otherwise: Callable[..., None]) -> Non
     # this when jax is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     compile_cache.use()
+    end_with_parent()
     try:
         options, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
         if options.print_config:
