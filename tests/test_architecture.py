@@ -28,7 +28,7 @@ ALLOWED = {
     },
     "nanogpt": {
         *("nanogpt", "shampoo_jax", "data_pipeline", "jax", "optax", "numpy", "flax", "orbax"),
-        *("grain", "rich", "tyro", "matplotlib", "yaml"),
+        *("grain", "rich", "tyro", "matplotlib", "yaml", "tensorboardX", "wandb"),
     },
     "scripts": {
         *(

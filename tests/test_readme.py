@@ -23,7 +23,14 @@ import pytest
 from nanogpt import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/library.md", "docs/meshes.md", "docs/speedrun.md", "docs/rig.md")
+PAGES = (
+    "README.md",
+    "docs/library.md",
+    "docs/meshes.md",
+    "docs/speedrun.md",
+    "docs/running.md",
+    "docs/rig.md",
+)
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 LONGEST = 180  # lines of README.md
 SHELLS = {"bash", "sh", "console"}

@@ -188,6 +188,8 @@ class OutputConfig:
     log_every: int = 10  # steps between records of the training loss
     checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end or when interrupted
     keep_checkpoints: int = 2  # newest checkpoints kept
+    # Beside metrics.jsonl, in the run's folder; of a package each.
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self):
         check_folder(self)
@@ -218,6 +220,7 @@ class Config:
     # Folder of a run of other steps: from its newest checkpoint before its schedule is another one.
     go_on_from: str = ""
     nonfinite_limit: int = 10  # skipped steps in a row that end the run; exit code 3
+    profile: bool = False  # write a trace of three steps into the run's folder
     mesh: str = ""  # devices, as in data=2,fsdp=4; -1: all that are left; empty: one device
     # Gradients are summed over devices once a step, each keeping its part, instead of whole for
     # every microbatch; needs fsdp=1. None: where that is so.

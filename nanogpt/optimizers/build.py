@@ -20,7 +20,7 @@ from nanogpt.config.recipes import PUBLISHED
 from nanogpt.config.run import Config
 from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig
 from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam
-from nanogpt.optimizers.schedules import learning_rate
+from nanogpt.optimizers.schedules import learning_rate, matrices_schedule
 
 ROUTES: tuple[tuple[str, str], ...] = (
     (r"blocks/\d+/(attn|mlp)/\w+/kernel", "matrices"),
@@ -170,10 +170,8 @@ def _refuse_climbing(config: Config) -> None:
 
 def _descent(config: Config) -> list[optax.GradientTransformation]:
     """Weight decay and learning rate of the block matrices."""
-    matrices, schedule = config.matrices, config.schedule
-    if config.matrices_cooldown is not None:
-        schedule = dataclasses.replace(schedule, **dataclasses.asdict(config.matrices_cooldown))
-    rate = learning_rate(matrices.learning_rate, schedule)
+    matrices = config.matrices
+    rate = learning_rate(matrices.learning_rate, matrices_schedule(config))
     if matrices.hyperball:
         return [shampoo_jax.hyperball(rate)]
     parts = [optax.add_decayed_weights(matrices.weight_decay)]

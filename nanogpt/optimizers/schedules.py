@@ -1,6 +1,7 @@
 """Learning-rate schedules of the benchmark."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanogpt.config.run import ScheduleConfig
+from nanogpt.config.run import Config, ScheduleConfig
 
 
 def eta(step: jax.typing.ArrayLike, config: ScheduleConfig, peak: float = 1.0) -> jax.Array:
@@ -70,6 +71,12 @@ def learning_rate(peak: float, config: ScheduleConfig) -> optax.Schedule:
         0.5
     """
     return lambda step: peak * eta(step, config, peak)
+
+
+def matrices_schedule(config: Config) -> ScheduleConfig:
+    """Returns the schedule of a run's block matrices, which may have a cooldown of their own."""
+    own = config.matrices_cooldown
+    return config.schedule if own is None else replace(config.schedule, **asdict(own))
 
 
 def common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:

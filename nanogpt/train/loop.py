@@ -19,9 +19,11 @@ from nanogpt.train.interrupt import Interrupted, StopRequest, stop_request
 from nanogpt.train.mesh import Layout, make_layout
 from nanogpt.train.metrics import plain_console, read_records
 from nanogpt.train.nonfinite import check_row
+from nanogpt.train.profile import Profile
 from nanogpt.train.progress import Report
 from nanogpt.train.record_log import RecordLog, source_text
 from nanogpt.train.run_folder import RunFolder
+from nanogpt.train.sinks import check_sinks
 from nanogpt.train.train_step import abstract_params, init_state, make_eval_step, make_train_step
 
 
@@ -57,6 +59,7 @@ def fit(
     """
     source = source_text()  # now: files may be edited while the run compiles
     with agreed("opening the data and the run's folder"):
+        check_sinks(config)
         data, folder = open_data(config), RunFolder(config, jax.process_index())
         folder.check(resume=resume, overwrite=overwrite)
         layout = make_layout(config)
@@ -180,6 +183,9 @@ class _Run:
             report.note(note)
         report.compiled(self.compile_s)
         every = self.config.output.checkpoint_every
+        wanted = self.config.profile and jax.process_index() == 0
+        profile = Profile(self.folder.path / "profile" if wanted else None, self.saved or 0)
+        self.resources.callback(profile.close)
         self.clock.start()
         for step in range(self.saved or 0, self.config.schedule.steps):
             self._validate_if_due(step, report)
@@ -187,6 +193,10 @@ class _Run:
                 self._stop(step, report)
             if every and step and step % every == 0:
                 self._save(step, report)
+            if profile.due(step):
+                self._settle(report)
+                profile.turn(step)
+                self.clock.start()
             batch = to_device(next(self.data.training), self.layout)
             self.state, metrics = self.train_step(self.state, batch)
             self._settle(report)

@@ -182,6 +182,10 @@ def test_losses_of_every_due_step_are_recorded(whole):
     assert [record["step"] for record in records(whole, "train")] == list(range(STEPS))
     steps = [record["step"] for record in records(whole)[1:]]
     assert steps == sorted(steps)  # a step is settled, and its time taken, before a validation
+    last = records(whole, "train")[-1]
+    assert last["eta_s"] == 0 and last["mfu"] is None and 1e7 < last["peak_memory_bytes"] < 1e11
+    rates = [record["learning_rate"] for record in records(whole, "train")]
+    assert rates[:4] == pytest.approx([0.01] * 4) and rates[-1] == pytest.approx(0.01 / 7)
     validations = records(whole, "val")
     assert [record["step"] for record in validations] == [0, 4, 8, 9, 10]
     assert validations[0]["loss"] == pytest.approx(math.log(VOCAB), abs=1e-6)  # the head is zero
@@ -396,6 +400,16 @@ def test_too_many_in_a_row_end_the_run(shards, tmp_path, monkeypatch):
         fit(config)
     last = read_records(RunFolder(config).metrics)[-1]
     assert (last["kind"], last["step"], last["skipped"]) == ("train", 7, 4)
+
+
+def test_a_trace_of_a_few_steps(shards, tmp_path):
+    config = tiny(shards, tmp_path, schedule=ScheduleConfig(6), profile=True)
+    fit(config)
+    traces = list((RunFolder(config).path / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 0
+    short = tiny(shards, tmp_path, "short", schedule=ScheduleConfig(3), profile=True)
+    fit(short)
+    assert list((RunFolder(short).path / "profile").rglob("*.xplane.pb"))
 
 
 def test_it_says_at_once_that_it_compiles(shards, tmp_path, monkeypatch):
