@@ -1,45 +1,55 @@
 """The command `nanogpt`: its subcommands, each imported when it is called."""
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nanogpt.config.published import PUBLISHED
+from nanogpt.config.recipes import PUBLISHED
 
 
 class Command(NamedTuple):
     """A subcommand: the function that takes its arguments, and one line of help."""
 
-    function: str  # module:name
+    function: str  # module:name, in nanogpt.lab
     help: str
 
 
 COMMANDS = {
     "Train": {
-        "demo": Command(
-            "nanogpt.lab.speedrun:main", "AdamW, Muon and Shampoo on the same text, and a picture"
-        ),
-        "train": Command(
-            "nanogpt.lab.speedrun:train_command", "one optimizer, one seed or several"
-        ),
-        "sweep": Command("nanogpt.lab.sweep:main", "many runs that differ in a few settings"),
-        "board": Command("nanogpt.lab.board:main", "every optimizer at a small size, tuned"),
+        "demo": Command("speedrun:main", "AdamW, Muon and Shampoo on the same text, and a picture"),
+        "train": Command("speedrun:train_command", "one optimizer, one seed or several"),
+        "sweep": Command("sweep:main", "many runs that differ in a few settings"),
+        "board": Command("board:main", "every optimizer at a small size, tuned"),
     },
     "Look": {
-        "compare": Command("nanogpt.lab.compare:main", "draw any runs and published curves"),
-        "verdict": Command("nanogpt.lab.verdict:main", "what sets of runs prove"),
-        "records": Command("nanogpt.lab.records:main", "the board of track 3 as published"),
+        "compare": Command("compare:main", "draw any runs and published curves"),
+        "verdict": Command("verdict:main", "what sets of runs prove"),
+        "records": Command("records:main", "the board of track 3 as published"),
     },
     "Prepare": {
-        "data": Command("nanogpt.lab.data:main", "token shards of your text, or the benchmark's"),
+        "data": Command("data:main", "token shards of your text, or the benchmark's"),
     },
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
-    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    """Runs the command line; where its reader ends, as `head` does, it ends without a word."""
+    try:
+        try:
+            run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # not when Python exits, where nobody can catch what comes of it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Gives a command its arguments."""
+    name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(help_text())
         return
@@ -47,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in commands:
         sys.exit(f"error: {name!r} is no command: choose one of {', '.join(commands)}.")
     module, _, function = commands[name].function.partition(":")
-    getattr(importlib.import_module(module), function)(rest)
+    getattr(importlib.import_module(f"nanogpt.lab.{module}"), function)(rest)
 
 
 def help_text() -> str:

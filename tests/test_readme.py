@@ -1,4 +1,4 @@
-"""README.md does what it says.
+"""README.md and the pages that go on from it do what they say.
 
 Python blocks run, each in its own namespace and an empty directory. Of shell blocks every command
 is checked against what it calls: the make target, the command and its flags, the extra. The two
@@ -23,23 +23,33 @@ import pytest
 from nanogpt import cli
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = (
+    "README.md",
+    "docs/library.md",
+    "docs/meshes.md",
+    "docs/speedrun.md",
+    "docs/running.md",
+    "docs/rig.md",
+)
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+LONGEST = 180  # lines of README.md
 SHELLS = {"bash", "sh", "console"}
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, the line of its fence, its text."""
+    """A fenced block: its language, the line of its fence, its text, the page that has it."""
 
     language: str
     line: int
     text: str
+    page: str = ""
 
 
-def fenced_blocks(markdown: str) -> list[Block]:
+def fenced_blocks(markdown: str, page: str = "") -> list[Block]:
     """Splits out the blocks between ``` fences."""
     pattern = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     return [
-        Block(m[1], markdown.count("\n", 0, m.start()) + 1, m[2])
+        Block(m[1], markdown.count("\n", 0, m.start()) + 1, m[2], page)
         for m in pattern.finditer(markdown)
     ]
 
@@ -129,23 +139,28 @@ def check(command: list[str]) -> None:
         return
     program = Path(command[0]).name
     assert program in CHECKS or program in UNCHECKED, (
-        f"README.md uses {program!r}; teach tests/test_readme.py how to check it"
+        f"a page uses {program!r}; teach tests/test_readme.py how to check it"
     )
     if program in CHECKS:
         CHECKS[program](*command[1:])
 
 
+def every_block() -> list[Block]:
+    """The blocks of all pages."""
+    return [block for page, text in TEXTS.items() for block in fenced_blocks(text, page)]
+
+
 def blocks_in(*languages: str) -> list:
     """Blocks of these languages, as parameters of a test."""
-    found = [block for block in fenced_blocks(README) if block.language in languages]
-    return [pytest.param(block, id=f"line{block.line}") for block in found]
+    found = [block for block in every_block() if block.language in languages]
+    return [pytest.param(block, id=f"{block.page}:{block.line}") for block in found]
 
 
 @pytest.mark.parametrize("block", blocks_in("python"))
 def test_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    padded = "\n" * block.line + block.text  # so that a traceback names README's own line
-    exec(compile(padded, str(ROOT / "README.md"), "exec"), {"__name__": "__main__"})
+    padded = "\n" * block.line + block.text  # so that a traceback names the page's own line
+    exec(compile(padded, str(ROOT / block.page), "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("block", blocks_in(*SHELLS))
@@ -163,12 +178,12 @@ TINY = """
 
 
 def test_own_text_becomes_a_run_and_a_picture(tmp_path):
-    """README's commands on a folder of 3 MB, with a tiny model and nothing else changed."""
+    """The pages' commands on a folder of 3 MB, with a tiny model and nothing else changed."""
     words = "the people of these States and their government shall keep peace with all nations"
     picked = np.random.default_rng(0).choice(words.split(), 560_000)
     (tmp_path / "my_texts").mkdir()
     (tmp_path / "my_texts" / "all.txt").write_text(" ".join(picked), encoding="utf-8")
-    blocks = [block for block in fenced_blocks(README) if block.language in SHELLS]
+    blocks = [block for block in every_block() if block.language in SHELLS]
     found = [command for block in blocks for command in commands(block)]
     prepare, train = (
         next(c for c in found if c[:2] == ["nanogpt", name] and "my_texts" in " ".join(c))
@@ -196,17 +211,24 @@ def test_own_text_becomes_a_run_and_a_picture(tmp_path):
 
 
 def test_every_block_is_executed_or_checked():
-    blocks = fenced_blocks(README)
-    assert README.count("```") == 2 * len(blocks)
+    blocks = every_block()
+    assert sum(text.count("```") for text in TEXTS.values()) == 2 * len(blocks)
     assert {"python", "bash"} <= {block.language for block in blocks} <= SHELLS | {"python"}
 
 
-def test_local_links_lead_somewhere():
-    shown = re.sub(r"<!--.*?-->", "", README, flags=re.DOTALL)
+@pytest.mark.parametrize("page", PAGES)
+def test_local_links_lead_somewhere(page):
+    shown = re.sub(r"<!--.*?-->", "", TEXTS[page], flags=re.DOTALL)
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", shown)
     assert targets
-    missing = [target for target in targets if not (ROOT / target).exists()]
-    assert not missing, f"README.md links to {missing}"
+    missing = [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()]
+    assert not missing, f"{page} links to {missing}"
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    readme = TEXTS["README.md"]
+    assert len(readme.splitlines()) <= LONGEST
+    assert [page for page in PAGES[1:] if f"]({page})" not in readme] == []
 
 
 def test_commands_are_found():

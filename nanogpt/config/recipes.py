@@ -1,35 +1,25 @@
-"""A recipe: what one optimizer's run has of its own. A published recipe: with what it reached."""
+"""The optimizers' table, optimizers.toml: which there are, with which settings, from where."""
 
 import dataclasses
+import pathlib
+import tomllib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nanogpt.config.run import AuxiliaryConfig, CooldownConfig, Init, ScheduleConfig
-from nanogpt.config.settings import MatrixConfig
-
-NS12: dict[str, Any] = {"ns_steps": 12, "ns_coeffs": (2.0, -1.5, 0.5)}
-# Coefficients of the medium track, one triple an iteration; Optax calls them "dion".
-NS5_VARYING: dict[str, Any] = {
-    "ns_steps": 5,
-    "ns_coeffs": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ),
-}
-TOKENS = 524288  # of a batch: 2^19, so the scale of a sum is exact
-AUXILIARY_OLD = AuxiliaryConfig(0.3, 1 / 320, 0.01)  # until #35
-MEAN_EPS = 1e-10 * TOKENS  # where a script's loss is the mean: its eps on the scale of our sums
-AUXILIARY_MEAN = dataclasses.replace(AUXILIARY_OLD, eps=MEAN_EPS)
-AUXILIARY_TUNED = AuxiliaryConfig(0.7, 0.004, 0.015, weight_decay=0.001)  # since #36
-AUXILIARY_ADAMW = dataclasses.replace(AUXILIARY_TUNED, weight_decay=0.002)  # pull request 353
+from nanogpt.config.run import (
+    AuxiliaryConfig,
+    CooldownConfig,
+    Init,
+    ScheduleConfig,
+    WarmCooldownConfig,
+)
+from nanogpt.config.settings import SETTINGS, MatrixConfig
 
 
 class Recipe(NamedTuple):
     """What distinguishes one optimizer's run from another's."""
 
-    optimizer: str
+    optimizer: str  # name of its direction
     matrices: MatrixConfig
     auxiliary: AuxiliaryConfig
     schedule: ScheduleConfig
@@ -60,3 +50,48 @@ class Published:
     inside_rules: bool = True
     same_model: bool = True
     note: str = ""
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """Reads a table of this folder; its lists become tuples, as settings want them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return tuple(map(plain, value)) if isinstance(value, list) else value
+
+    return plain(tomllib.loads((pathlib.Path(__file__).parent / name).read_text(encoding="utf-8")))
+
+
+def _recipe(direction: str, table: Mapping[str, Any]) -> Recipe:
+    """A recipe as its table of a preset says it."""
+    rest, own = table["auxiliary"], table.get("matrices_cooldown")
+    warm = WarmCooldownConfig if own and "warmup_steps" in own else CooldownConfig
+    return Recipe(
+        direction,
+        SETTINGS[direction](**table["matrices"]),
+        AuxiliaryConfig(**(_AUXILIARY[rest] if isinstance(rest, str) else rest)),
+        ScheduleConfig(**table["schedule"]),
+        None if own is None else warm(**own),
+        table.get("init", "benchmark"),
+    )
+
+
+_TABLES = read_table("optimizers.toml")
+_AUXILIARY = _TABLES.pop("auxiliary")
+# By preset, then by optimizer.
+RECIPES: dict[str, dict[str, Recipe]] = {
+    preset: {
+        name: _recipe(table.get("direction", name), table[preset])
+        for name, table in _TABLES.items()
+        if preset in table
+    }
+    for preset in ("track3", "cpu", "board")
+}
+PUBLISHED: dict[str, Published] = {
+    name: Published(
+        RECIPES["track3"][name],
+        **{key: value for key, value in table.items() if key not in ("direction", *RECIPES)},
+    )
+    for name, table in _TABLES.items()
+}

@@ -1,8 +1,8 @@
 """Every setting of a training run, as frozen dataclasses; those of optimizers in `settings.py`.
 
 The classes hold no numbers of their own beyond what the benchmark fixes for every optimizer;
-`presets.py` holds the values. A field's trailing comment is its `--help` text. Impossible values
-are refused where they are set, before any work.
+`presets.toml` and `optimizers.toml` hold the values. A field's trailing comment is its `--help`
+text. Impossible values are refused where they are set, before any work.
 """
 
 import dataclasses
@@ -55,6 +55,7 @@ class ModelConfig:
     embed_dtype: Dtype = "bfloat16"  # stored embedding and its optimizer state
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cudnn flash attention on GPU
     init: Init = "benchmark"  # initial weights, see nanogpt.model.init.linear
+    remat: bool = False  # compute activations of a block again for its gradient: less memory
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "sequence_length")
@@ -70,6 +71,15 @@ class ModelConfig:
             )
 
 
+def check_folder(settings: "DataConfig | OutputConfig") -> None:
+    """Refuses a folder that is none of this machine's: as a path, gs://x would be ./gs:/x."""
+    if "://" in settings.directory:
+        raise ValueError(
+            f"directory={settings.directory!r}: must be a folder of this machine; copy the data "
+            "here, or mount the bucket (gcsfuse, mountpoint-s3) and name the mounted folder."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which tokens are read, in which order, in pieces of which size."""
@@ -82,6 +92,7 @@ class DataConfig:
     seed: int = 0  # order of the rows in mode shuffled
 
     def __post_init__(self):
+        check_folder(self)
         check(self, "at least 1", "batch_rows", "microbatch_rows", "val_tokens")
         check(self, "at least 0", "seed")
         if self.batch_rows % self.microbatch_rows:
@@ -117,6 +128,7 @@ class ScheduleConfig:
     power: float = 1.0  # exponent of the cooldown's straight line
     horizon: float = 1.0  # where the line ends, in multiples of steps
     final: float = 0.0  # multiplier where the line ends
+    shape: Literal["linear", "cosine"] = "linear"  # cosine: from the warmup's end at the earliest
 
     def __post_init__(self):
         check(self, "at least 1", "steps")
@@ -176,8 +188,11 @@ class OutputConfig:
     log_every: int = 10  # steps between records of the training loss
     checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end or when interrupted
     keep_checkpoints: int = 2  # newest checkpoints kept
+    # Beside metrics.jsonl, in the run's folder; of a package each.
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self):
+        check_folder(self)
         check(self, "at least 1", "log_every", "keep_checkpoints")
         check(self, "at least 0", "checkpoint_every")
 
@@ -200,7 +215,12 @@ class Config:
     matrices_cooldown: CooldownConfig | None = None
     val_every: int = 125  # steps between validations while s < 0.9 * steps
     val_every_final: int = 25  # steps between validations afterwards
+    clip_norm: float | None = None  # largest norm of the mean loss's gradient; longer is scaled
+    init_from: str = ""  # folder of a run with whose parameters this one begins
+    # Folder of a run of other steps: from its newest checkpoint before its schedule is another one.
+    go_on_from: str = ""
     nonfinite_limit: int = 10  # skipped steps in a row that end the run; exit code 3
+    profile: bool = False  # write a trace of three steps into the run's folder
     mesh: str = ""  # devices, as in data=2,fsdp=4; -1: all that are left; empty: one device
     # Gradients are summed over devices once a step, each keeping its part, instead of whole for
     # every microbatch; needs fsdp=1. None: where that is so.
@@ -209,6 +229,8 @@ class Config:
     def __post_init__(self):
         check(self, "at least 0", "seed")
         check(self, "at least 1", "val_every", "val_every_final", "nonfinite_limit")
+        if self.clip_norm is not None:
+            check(self, "positive and finite", "clip_norm")
         parse_mesh(self.mesh)
         path = pathlib.PurePath(self.name)
         if not path.parts or path.is_absolute() or ".." in path.parts:

@@ -19,6 +19,21 @@ _RULES = {
     "positive and finite": lambda value: 0 < value < math.inf,
     "at least 0 and finite": lambda value: 0 <= value < math.inf,
 }
+# Of fields whose name means the same for every optimizer; those that may be None are free then.
+_FIELD_RULES = {
+    "positive and finite": (
+        "learning_rate",
+        "exponent",
+        "max_scale",
+        "preconditioner_rate",
+        "gamma",
+    ),
+    "at least 0 and finite": ("weight_decay", "eps", "graft_eps", "damping", "mlp_decay"),
+    "at least 0 and below 1": ("b1", "b2", "graft_b2"),
+    "between 0 and 1": ("first_weight",),
+    "at least 1": ("ns_steps", "every", "block_size", "tokens"),
+    "at least 0": ("b1_warmup", "preconditioner_seed", "probe_seed"),
+}
 
 
 def check(settings: Any, rule: str, *names: str) -> None:
@@ -43,7 +58,8 @@ def check(settings: Any, rule: str, *names: str) -> None:
 class MatrixConfig:
     """What every optimizer of the block matrices has; enough for one without settings of its own.
 
-    A class for an optimizer of your own derives from this one and adds fields with defaults.
+    A class for an optimizer of your own derives from this one and adds fields with defaults; those
+    called as others here are checked like them.
     """
 
     learning_rate: float  # peak
@@ -52,8 +68,9 @@ class MatrixConfig:
     hyperball: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
-        check(self, "positive and finite", "learning_rate")
-        check(self, "at least 0 and finite", "weight_decay")
+        for rule, names in _FIELD_RULES.items():
+            numbers = (n for n in names if isinstance(getattr(self, n, None), int | float))
+            check(self, rule, *numbers)
         if self.hyperball and self.weight_decay:
             raise ValueError(
                 f"weight_decay={self.weight_decay} with hyperball=True, which undoes any change of "
@@ -69,11 +86,6 @@ class AdamWConfig(MatrixConfig):
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-10  # added to sqrt(second moment); on the scale of summed gradients
 
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "at least 0 and finite", "eps")
-        check(self, "at least 0 and below 1", "b1", "b2")
-
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig(MatrixConfig):
@@ -86,13 +98,6 @@ class MuonConfig(MatrixConfig):
     ns_dtype: Dtype = "float32"  # precision of the Newton-Schulz iterations; muon_track3 only
     b1_warmup: int = 0  # steps over which the momentum rises from 0.85 to b1; muon_track3 only
     mlp_decay: float = 1.0  # factor of weight_decay on the matrices of the MLPs
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "at least 0 and below 1", "b1")
-        check(self, "at least 1", "ns_steps")
-        check(self, "at least 0", "b1_warmup")
-        check(self, "at least 0 and finite", "mlp_decay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +116,6 @@ class ShampooConfig(MatrixConfig):
     size: Literal["adam", "rows"] = "adam"  # norm of an update: Adam's, or sqrt(output rows)
     damping: float = 1e-12  # shift of the factors' eigenvalues; cutoff "shift" only
 
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "at least 0 and finite", "graft_eps", "damping")
-        check(self, "at least 0 and below 1", "b1", "b2", "graft_b2")
-        check(self, "at least 1", "every", "block_size")
-        check(self, "positive and finite", "exponent")
-
 
 @dataclasses.dataclass(frozen=True)
 class SoapConfig(MatrixConfig):
@@ -129,12 +127,6 @@ class SoapConfig(MatrixConfig):
     every: int = 10  # steps between refreshes of the bases
     # Paper: bias correction, first step skipped, sorted bases; record27: none of these.
     form: Literal["paper", "record27"] = "paper"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "at least 0 and finite", "eps")
-        check(self, "at least 0 and below 1", "b1", "b2")
-        check(self, "at least 1", "every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,16 +145,6 @@ class KLConfig(MatrixConfig):
     max_scale: float | None = None  # largest eigenvalue^-1/2; None: max(10, min(size, 4000))
     first_weight: float | None = None  # of the first gradient in the factors; None: 1 - b2
 
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "at least 0 and finite", "eps")
-        check(self, "at least 0 and below 1", "b1", "b2")
-        check(self, "at least 1", "every", "tokens")
-        if self.max_scale is not None:
-            check(self, "positive and finite", "max_scale")
-        if self.first_weight is not None:
-            check(self, "between 0 and 1", "first_weight")
-
 
 @dataclasses.dataclass(frozen=True)
 class PsgdConfig(MatrixConfig):
@@ -172,12 +154,6 @@ class PsgdConfig(MatrixConfig):
     preconditioner_rate: float = 1.0  # step of the preconditioner's fit, relative to its curvature
     preconditioner_seed: int = 0  # of the probes
 
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "at least 0 and below 1", "b1")
-        check(self, "positive and finite", "preconditioner_rate")
-        check(self, "at least 0", "preconditioner_seed")
-
 
 @dataclasses.dataclass(frozen=True)
 class LionConfig(MatrixConfig):
@@ -185,10 +161,6 @@ class LionConfig(MatrixConfig):
 
     b1: float = 0.9  # share of the momentum in the update
     b2: float = 0.99  # decay of the momentum
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "at least 0 and below 1", "b1", "b2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +179,19 @@ class SophiaConfig(MatrixConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "positive and finite", "eps", "gamma")
-        check(self, "at least 0 and below 1", "b1", "b2")
-        check(self, "at least 1", "every")
-        check(self, "at least 0", "probe_seed")
+        check(self, "positive and finite", "eps")
+
+
+# Of every direction of `nanogpt.optimizers.directions`; several may share a class.
+SETTINGS: dict[str, type[MatrixConfig]] = {
+    "adamw": AdamWConfig,
+    "muon": MuonConfig,
+    "muon_track3": MuonConfig,
+    "shampoo": ShampooConfig,
+    "soap": SoapConfig,
+    "kl_shampoo": KLConfig,
+    "kl_soap": KLConfig,
+    "psgd": PsgdConfig,
+    "lion": LionConfig,
+    "sophia": SophiaConfig,
+}

@@ -9,23 +9,23 @@ an entry. Tuning has a seed of its own, which decides weights and order of the d
 the final ones. Step times come from short runs of their own, one at a time on all cores.
 """
 
-import argparse
 import dataclasses
 import math
 import os
 import pathlib
-import signal
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nanogpt.config.board import BOARD
-from nanogpt.config.presets import is_own, preset
+import tyro
+
+from nanogpt.config.presets import PRESETS, is_own, preset
+from nanogpt.config.settings import check
 from nanogpt.lab import compile_cache
-from nanogpt.lab.sweep import at_least_one, exit_on_signal
-from nanogpt.report.tables import markdown
+from nanogpt.lab.command import GOES_ON, command
+from nanogpt.report.tables import markdown, page
 from nanogpt.report.verdicts import result_at
+from nanogpt.train.interrupt import exit_on_stop
 
 if TYPE_CHECKING:
     from nanogpt.lab.trials import Trial
@@ -52,33 +52,39 @@ FULL = Plan("board", None, (-1, 0, 1), 6, (0, 1, 2), 80)
 QUICK = Plan("board-quick", 60, (), 0, (0,), 60)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How thorough a board is."""
+
+    quick: bool = False  # no tuning, one seed, 60 steps
+    entries: tuple[str, ...] = tuple(PRESETS["board"])  # recipes of the preset
+    jobs: int = os.cpu_count() or 1  # runs side by side; default: one a core
+
+    def __post_init__(self):
+        check(self, "at least 1", "jobs")
+
+
+@command(RuntimeError, stopped=GOES_ON)
+def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
-    options = _parser().parse_args(arguments)
+    options = tyro.cli(Options, prog="nanogpt board", description=__doc__, args=arguments)
     entries = list(dict.fromkeys(options.entries))
+    if not entries:
+        raise ValueError("entries=(): a board needs at least one; leave --entries out for all.")
     plan = QUICK if options.quick else FULL
     folder = pathlib.Path("runs", plan.name)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `speedrun`
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    compile_cache.use()  # seeds share their programs
-    signal.signal(signal.SIGTERM, exit_on_signal)
+    compile_cache.prepare()  # seeds share their programs
     import jax
 
     from nanogpt.lab.preset_data import prepare_data
-    from nanogpt.train.interrupt import Interrupted
 
     # It read the environment when it was imported; the runs that measure times are in this process.
     jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-
-    try:
+    with exit_on_stop():
         configs = [preset("board", name) for name in entries]
         prepare_data(configs[0])
         board = run_board(entries, plan, folder, options.jobs)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
     print(f"{board}\nwritten to {folder}")
 
 
@@ -104,7 +110,7 @@ def run_board(entries: Sequence[str], plan: Plan, folder: pathlib.Path, jobs: in
         (make_group(*pair, finals) for pair in zip(entries, times, strict=True)),
         key=lambda group: (math.isnan(final_loss(group)), final_loss(group)),
     )
-    return write_board(folder, groups, tuned, finals[0]["start"])
+    return write_board(folder, groups, tuned, finals[0]["start"], plan.timed_steps)
 
 
 def tune(entries: Sequence[str], plan: Plan, run: Any) -> dict[str, dict[int, float]]:
@@ -230,6 +236,7 @@ def write_board(
     groups: "Sequence[Group]",
     tuned: Mapping[str, Mapping[int, float]],
     start: Mapping[str, Any],
+    timed_steps: int,
 ) -> str:
     """Writes board.md and board.png.
 
@@ -238,6 +245,7 @@ def write_board(
         groups: the entries, in the order of the table.
         tuned: what `tune` returns.
         start: first record of a run: machine, versions, sizes.
+        timed_steps: of the runs that measured times.
 
     Returns:
         The text of board.md.
@@ -249,35 +257,34 @@ def write_board(
     machine = start["device"]["kind"]
     draw_board(groups, folder, target=target, machine=machine, name="board")
     rate = {"rate": lambda group: f"{group.config['matrices']['learning_rate']:.4g}"}
-    parts = [
-        "# The scaled-down board",
-        setup(groups[0].config, start),
-        board_table(groups, target=target, extra=rate),
-        *noise(groups),
-        "![validation loss](board.png)",
-        READING,
-        "## Rates of the matrices",
-        RULE if any(tuned.values()) else UNTUNED,
-        *([tuning_table(tuned)] if any(tuned.values()) else []),
-    ]
-    page = "\n\n".join(parts) + "\n"
-    (folder / "board.md").write_text(page, encoding="utf-8")
-    return page
+    searched, steps = any(tuned.values()), groups[0].runs[0].steps[-1]
+    written = page(
+        "board",
+        setup=setup(groups[0].config, start),
+        table=board_table(groups, target=target, extra=rate),
+        noise=noise(groups),
+        tuned=TUNED if searched else UNTUNED,
+        timed=timed_steps // 4,
+        steps=steps,
+        rates=f"{RULE}\n\n{tuning_table(tuned)}" if searched else "Those of the preset, untuned.",
+    )
+    (folder / "board.md").write_text(written, encoding="utf-8")
+    return written
 
 
-def noise(groups: "Sequence[Group]") -> list[str]:
-    """Returns a sentence on what seeds alone do to the means; none where there is one seed."""
+def noise(groups: "Sequence[Group]") -> str:
+    """Returns a paragraph on what seeds alone do to the means; empty where there is one seed."""
     results = [result_at(group.runs, group.runs[0].steps[-1]) for group in groups]
     variances = [r.std**2 for r in results if math.isfinite(r.std)]
     if not variances:
-        return []
+        return ""
     std = math.sqrt(math.fsum(variances) / len(variances))
     error = std * math.sqrt(2 / results[0].n)
     sentence = (
         f"Pooled over the entries the std is {std:.4f}, so a difference of two means has a "
         f"standard error of {error:.4f}: neighbours within twice that are not told apart."
     )
-    return [textwrap.fill(sentence, width=100)]
+    return textwrap.fill(sentence, width=100) + "\n\n"
 
 
 def setup(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
@@ -299,20 +306,16 @@ def setup(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
     )
 
 
-READING = """\
-n runs, each with a seed of its own for weights and order of the data; std is between them. Only the
+TUNED = """\
+Only the
 rate of the matrices was tuned; not decay, momentum or the schedule, nor the rates of embedding,
 head and vectors, which all entries share and which were once chosen with Muon (docs/demo.md). All
-losses, also those that chose the rates, are on the same validation text. Step time: the fastest of
-four means over 20 steps (--quick: 15), in a run of its own on all cores. Sophia takes a second pass
-through the batch every tenth step. Operations are counted by formula
-(`nanogpt/optimizers/flops.py`); KL methods, PSGD and Sophia have none. At this size decompositions
-weigh far more in a step than at the benchmark's, and 300 steps say little about 3,000."""
+losses, also those that chose the rates, are"""
+UNTUNED = "Nothing\nwas tuned: rates are those of the preset. All losses are"
 RULE = """\
 Same rule for every entry, one seed, none of the final ones: the preset's rate times 1/2, 1 and 2;
 as long as the best is the lowest or the highest tried, the next one beyond it, up to 6 runs. In
 bold the best; "edge" where 6 runs were not enough."""
-UNTUNED = "Those of the preset, untuned."
 
 
 def tuning_table(tuned: Mapping[str, Mapping[int, float]]) -> str:
@@ -328,26 +331,3 @@ def tuning_table(tuned: Mapping[str, Mapping[int, float]]) -> str:
         edge = ", edge" * (chosen in (min(losses), max(losses)))
         rows.append([name, str(len(losses)), ", ".join(cells) + edge])
     return markdown(["optimizer", "runs", "rate: validation loss"], rows)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nanogpt board",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="no tuning, one seed, 60 steps")
-    parser.add_argument(
-        "--entries", nargs="+", default=list(BOARD), metavar="ENTRY", help="default: all"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=at_least_one,
-        default=os.cpu_count() or 1,
-        help="runs side by side (default: one a core)",
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from nanogpt.config.prepared import fitted
 from nanogpt.config.presets import PRESETS, preset
 from nanogpt.config.run import Config
 from nanogpt.lab import run_file
@@ -43,11 +44,11 @@ def process_flags(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def read_config(options: argparse.Namespace, optimizer: str, name: str, rest: list[str]) -> Config:
+def read_config(options: Any, optimizer: str, name: str, rest: list[str]) -> Config:
     """Returns the preset with the settings of the file and of the command line in it.
 
     Args:
-        options: from `split_arguments`.
+        options: from `split_arguments`, or others with a `preset` and the `config` file.
         optimizer: which of the preset's recipes.
         name: of the run, unless the settings name it.
         rest: settings, as in ["--schedule.steps", "100"]; they win over the file's.
@@ -57,12 +58,13 @@ def read_config(options: argparse.Namespace, optimizer: str, name: str, rest: li
     """
     default = dataclasses.replace(preset(options.preset, optimizer), name=name)
     settings = run_file.read(options.config) if options.config else {}
+    words = [*run_file.words(settings, default), *rest]
     return tyro.cli(
         tyro.conf.AvoidSubcommands[Config],
         prog=PROGRAM,
         description=f"{DESCRIPTION}\n{_parser().format_help()}",
-        default=default,
-        args=[*run_file.words(settings, default), *rest],
+        default=fitted(default, words),
+        args=words,
     )
 
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import tyro
+
+from nanogpt.lab.command import command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,19 +19,13 @@ class Options:
     reference: tuple[pathlib.Path, ...] = ()  # CSV files of published curves, or their names
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@command(stopped="stopped")
+def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
     options = tyro.cli(Options, prog="nanogpt compare", description=__doc__, args=arguments)
     # It imports matplotlib, for which no help should wait.
     from nanogpt.report.comparison import compare
 
-    try:
-        picture = compare(options.runs, options.out, options.reference, unchecked=options.unchecked)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    picture = compare(options.runs, options.out, options.reference, unchecked=options.unchecked)
     print((options.out / "comparison.md").read_text(encoding="utf-8"))
     print(f"picture: {picture}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,13 @@ import platform
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
+def prepare() -> None:
+    """Sets what jax reads when it is first imported."""
+    # OpenBLAS spins a thread pool for every decomposition, which is slower on few cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    use()
+
+
 def use() -> None:
     """Names the folder to jax, before that is imported; a folder that the user has set stays.
 

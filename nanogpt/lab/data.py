@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from nanogpt.config.presets import preset
+from nanogpt.lab.command import command
 
 if TYPE_CHECKING:
     from data_pipeline import Manifest
@@ -30,7 +29,10 @@ class Sotu:
     def run(self) -> "Manifest":
         """Prepares the corpus."""
         from data_pipeline import gpt2, prepare, sotu
+        from nanogpt.lab.preset_data import keep_vocabulary
 
+        if self.directory == Path(DEMO.data.directory):
+            keep_vocabulary(self.directory, self.vocab_size, DEMO.model.vocab_size)
         return prepare(sotu(), self.directory, gpt2(self.vocab_size), val_tokens=self.val_tokens)
 
 
@@ -40,7 +42,7 @@ class Folder:
 
     path: tyro.conf.Positional[Path]  # folder of .txt and .jsonl files, searched recursively
     directory: Path = Path("data/folder")  # folder to write
-    vocab_size: int = 50257  # ids of the tokenizer: 257 to 50257, fewer for a smaller head
+    vocab_size: int = DEMO.model.vocab_size  # ids of the tokenizer: 257 to 50257
     val_tokens: int | None = None  # as many as the run's data.val_tokens; default: preset cpu's
 
     def run(self) -> "Manifest":
@@ -107,20 +109,10 @@ def summary(manifest: "Manifest") -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@command(OSError, stopped="stopped; the same command goes on or starts again")
+def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
-    command: Sotu | Folder | Fineweb = tyro.cli(
+    corpus: Sotu | Folder | Fineweb = tyro.cli(
         Command, prog="nanogpt data", description=__doc__, args=arguments
     )
-    try:
-        manifest = command.run()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on or starts again", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    print(f"{command.directory}\n{summary(manifest)}")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"{corpus.directory}\n{summary(corpus.run())}")

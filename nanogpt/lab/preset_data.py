@@ -2,24 +2,48 @@
 
 import os
 
-from data_pipeline import fineweb, gpt2, missing, prepare, shards_needed, sotu
+from data_pipeline import fineweb, gpt2, missing, prepare, read_manifest, shards_needed, sotu
 from data_pipeline.download import shard_bytes
 from data_pipeline.manifest import FILE_NAME
-from data_pipeline.tokenizer import GPT2_VOCAB_SIZE
 from nanogpt.config.presets import preset
 from nanogpt.config.run import Config
 
 
 def prepare_data(config: Config) -> None:
-    """Brings a preset's own folder up to date; nothing is done where it fits the run already."""
+    """Brings a preset's own folder up to date; nothing is done where it fits the run already.
+
+    Raises:
+        ValueError: the run has another vocabulary than the folder, which other runs read.
+    """
     directory = config.data.directory
     if directory == preset("track3", "adamw").data.directory:
         download(config)
-    elif directory in [preset(name, "adamw").data.directory for name in ("cpu", "board")]:
-        if not os.path.exists(os.path.join(directory, FILE_NAME)):
-            print(f"preparing text in {directory}", flush=True)
-        tokenizer = gpt2(min(config.model.vocab_size, GPT2_VOCAB_SIZE))
-        prepare(sotu(), directory, tokenizer, val_tokens=config.data.val_tokens)
+    for own in (preset(name, "adamw") for name in ("cpu", "board")):
+        if directory == own.data.directory:
+            keep_vocabulary(directory, config.model.vocab_size, own.model.vocab_size)
+            if not os.path.exists(os.path.join(directory, FILE_NAME)):
+                print(f"preparing text in {directory}", flush=True)
+            tokenizer = gpt2(config.model.vocab_size)
+            prepare(sotu(), directory, tokenizer, val_tokens=config.data.val_tokens)
+
+
+def keep_vocabulary(directory: str | os.PathLike[str], wanted: int, usual: int) -> None:
+    """Refuses to replace shards that other runs read by those of another vocabulary.
+
+    Args:
+        directory: a preset's own folder.
+        wanted: ids of the tokenizer that is asked for.
+        usual: ids of the preset's, which the folder gets where there is none yet.
+    """
+    made = os.path.exists(os.path.join(directory, FILE_NAME))
+    held = read_manifest(directory).source.vocab_size if made else usual
+    if wanted != held:
+        other = f"{directory}-{wanted}"
+        raise ValueError(
+            f"model.vocab_size={wanted}: {directory} is the folder of every run of its preset and "
+            f"has {held} ids; it is not replaced. Make another one, `nanogpt data sotu --directory "
+            f"{other} --vocab-size {wanted}`, and set --data.directory {other}."
+        )
 
 
 def download(config: Config) -> None:

@@ -6,11 +6,11 @@ name make a set.
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import tyro
 
+from nanogpt.lab.command import command
 from nanogpt.report.curves import PUBLISHED_CURVES
 
 
@@ -23,14 +23,12 @@ class Options:
     out: pathlib.Path = pathlib.Path("runs")  # folder of track3.md and track3.png
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@command(stopped="stopped")
+def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
     options = tyro.cli(Options, prog="nanogpt records", description=__doc__, args=arguments)
     # It imports jax, for which no help should wait.
     from nanogpt.report.records import write_records
 
-    try:
-        page, picture = write_records(options.runs, options.curves, options.out)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    page, picture = write_records(options.runs, options.curves, options.out)
     print(f"{page}\n{picture}")

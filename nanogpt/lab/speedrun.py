@@ -5,43 +5,44 @@ import dataclasses
 import errno
 import math
 import os
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 
 from nanogpt.config.presets import PRESETS, is_own
-from nanogpt.config.published import PUBLISHED
+from nanogpt.config.recipes import PUBLISHED
 from nanogpt.config.run import Config
 from nanogpt.lab import compile_cache, run_file
-from nanogpt.lab.children import run_child
+from nanogpt.lab.command import command
 from nanogpt.lab.command_line import DEMO, flags, process_flags, read_config, split_arguments
+from nanogpt.lab.processes import in_processes
+from nanogpt.report.comparable import TARGETS, common_track
 from nanogpt.report.verdicts import verdict_line
+from nanogpt.train.interrupt import Interrupted, StopSignal
 from nanogpt.train.metrics import read_records
 from nanogpt.train.run_folder import RunFolder
 
-# Losses that the acceptance rule is about, where a preset has one.
-TARGETS = {"track3": 3.28}
+# Later than this, a stop request is obeyed between two steps.
+EARLY = "stopped before the first step"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@command(stopped=EARLY)
+def main(arguments: Sequence[str]) -> None:
     """Runs the command line: the one optimizer that it names, or the three of the demo."""
     _run(arguments, train_all)
 
 
-def train_command(arguments: Sequence[str] | None = None) -> None:
+@command(stopped=EARLY)
+def train_command(arguments: Sequence[str]) -> None:
     """Runs the command line of one optimizer."""
     _run(arguments, _refuse_without_optimizer)
 
 
-def _run(arguments: Sequence[str] | None, otherwise: Callable[..., None]) -> None:
+def _run(arguments: Sequence[str], otherwise: Callable[..., None]) -> None:
     """Does what the command line says; `otherwise` is for one that names no optimizer."""
-    # OpenBLAS spins a thread pool for every decomposition, which is slower on few cores; it reads
-    # this when jax is first imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    compile_cache.use()
+    compile_cache.prepare()
     try:
-        options, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
+        options, rest = split_arguments(arguments)
         if options.print_config:
             print_config(options, rest)
         elif options.seeds is not None:
@@ -50,8 +51,6 @@ def _run(arguments: Sequence[str] | None, otherwise: Callable[..., None]) -> Non
             train(options, rest)
         else:
             otherwise(options, rest)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -59,17 +58,13 @@ def _run(arguments: Sequence[str] | None, otherwise: Callable[..., None]) -> Non
             f"error: the disk is full ({error}): make room and repeat the command with --resume; "
             "it goes on from the newest checkpoint."
         )
-    except KeyboardInterrupt:
-        # Later, a stop request would have been obeyed between two steps.
-        print("stopped before the first step", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 def _refuse_without_optimizer(options: argparse.Namespace, rest: list[str]) -> None:
     if {"-h", "--help"} & set(rest):
         read_config(options, DEMO[0], options.preset, rest)
     raise ValueError(
-        f"--optimizer is missing: choose one of {', '.join(PRESETS[options.preset][0])}. "
+        f"--optimizer is missing: choose one of {', '.join(PRESETS[options.preset])}. "
         "`nanogpt demo` trains three and draws them together."
     )
 
@@ -89,7 +84,6 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
     # These import jax, which must see the environment that `main` sets.
     from nanogpt.lab.preset_data import prepare_data
     from nanogpt.train import distributed
-    from nanogpt.train.interrupt import Interrupted
     from nanogpt.train.loop import fit
     from nanogpt.train.nonfinite import EXIT_CODE, DivergedError
 
@@ -193,14 +187,18 @@ def train_group(
 
 def run(arguments: Sequence[str]) -> None:
     """Runs `nanogpt train` in another process; ends this one if that one fails or is stopped."""
-    run_child([sys.executable, "-m", "nanogpt", "train", *arguments])
+    try:
+        list(in_processes(train_command, [arguments], jobs=1))
+    except StopSignal as stopped:  # that process has said how to go on
+        sys.exit(stopped.code)
 
 
 def results(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     """Final losses of finished runs, one line each, and what the acceptance rule says of them.
 
     Args:
-        options: `target` is the loss of the rule; without one, that of the preset, if it has one.
+        options: `target` is the loss of the rule; without one, that of the track whose rules the
+            runs keep, if they keep any.
         configs: all runs of one setting.
     """
     lines, losses = [], []
@@ -208,7 +206,8 @@ def results(options: argparse.Namespace, configs: Sequence[Config]) -> str:
         loss = read_records(folder.first_metrics)[-1]["loss"]
         losses.append(math.nan if loss is None else loss)
         lines.append(f"{config.name}: final loss {losses[-1]:.5f}, log {folder.record}")
-    target = options.target or TARGETS.get(options.preset)
+    track = common_track([], {config.name: dataclasses.asdict(config) for config in configs})
+    target = options.target or (TARGETS[track] if track else None)
     known = PUBLISHED.get(options.optimizer) if options.preset == "track3" else None
     if known and known.same_model and known.expected_loss:
         lines.append(
@@ -235,7 +234,3 @@ def warn_without_accelerator(name: str) -> None:
             "run `make venv EXTRAS=cuda12` first",
             file=sys.stderr,
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -10,56 +10,79 @@ and started again, or widened; a trial that was stopped goes on from its checkpo
 runs/NAME/trials.jsonl holds a record a trial; one whose loss diverged is recorded as such.
 """
 
-import argparse
 import dataclasses
+import difflib
 import hashlib
-import os
 import pathlib
-import signal
 import sys
-from collections.abc import Sequence
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-from nanogpt.config.presets import PRESETS
+import tyro
+
 from nanogpt.config.run import Config
+from nanogpt.config.settings import check
 from nanogpt.lab import compile_cache
-from nanogpt.lab.command_line import read_config
+from nanogpt.lab.command import GOES_ON, command
+from nanogpt.lab.command_line import DEMO, read_config
 from nanogpt.lab.search_space import parse_list, parse_range, points
-from nanogpt.report.tables import shown
+from nanogpt.report.tables import markdown, shown
+from nanogpt.train.interrupt import exit_on_stop
 
 if TYPE_CHECKING:
     from nanogpt.lab.trials import Trial
     from nanogpt.train.metrics import Record
 
+Axes = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
-def main(arguments: Sequence[str] | None = None) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a sweep tries."""
+
+    preset: str = "cpu"  # where settings start: track3, cpu or board
+    config: str | None = None  # file with settings of all trials, in YAML or JSON
+    optimizers: tuple[str, ...] = DEMO  # as in the preset
+    grid: Axes = ()  # values of a setting, NAME=A,B,...
+    random: Axes = ()  # draw a setting between A and B: NAME=log:A:B; lin for uniform
+    runs: int | None = None  # trials an optimizer; None: the whole grid
+    search_seed: int = 0  # of the draws
+    name: str = "sweep"  # folder of the trials under runs/
+    jobs: int = 1  # trials side by side, each in a process; CPU only
+
+    def __post_init__(self):
+        check(self, "at least 1", "jobs", *(["runs"] if self.runs is not None else []))
+
+
+def read(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """Separates the flags of a sweep from the settings of all its trials."""
+    described = f"{__doc__}\nAny other flag is a setting of all trials, as of `nanogpt train`."
+    return tyro.cli(
+        Options, prog="nanogpt sweep", description=described, args=arguments,
+        return_unknown_args=True,
+    )  # fmt: skip
+
+
+@command(RuntimeError, stopped=GOES_ON)
+def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `speedrun`
-    compile_cache.use()
-    options, rest = parser().parse_known_args(arguments)
+    compile_cache.prepare()
+    options, rest = read(arguments)
     # These import jax, which must see the environment.
     from nanogpt.lab.preset_data import prepare_data
     from nanogpt.lab.trials import run_trials
-    from nanogpt.train.interrupt import Interrupted
 
-    signal.signal(signal.SIGTERM, exit_on_signal)
-    try:
+    with exit_on_stop():
         trials = make_trials(options, rest)
         path = pathlib.Path(trials[0].config.output.directory, options.name, "trials.jsonl")
         configs = [trial.config for trial in trials]
         for config in {(c.data, c.schedule.steps): c for c in configs}.values():
             prepare_data(config)
         records = run_trials(trials, path, jobs=options.jobs)
-    except (ValueError, FileExistsError, FileNotFoundError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
     print(f"{table(records)}\n\nrecords: {path}")
 
 
-def make_trials(options: argparse.Namespace, rest: list[str]) -> "list[Trial]":
+def make_trials(options: Options, rest: list[str]) -> "list[Trial]":
     """Returns every optimizer's trials; refuses impossible settings before anything is trained.
 
     Args:
@@ -84,6 +107,8 @@ def make_trials(options: argparse.Namespace, rest: list[str]) -> "list[Trial]":
     trials = []
     for optimizer in options.optimizers:
         base = _read_config(options, optimizer, rest)
+        for name in names:
+            _check_known(base, optimizer, name)
         for point in chosen:
             values = {name: _scaled(base, name, value) for name, value in point.items()}
             flags = [word for name, value in values.items() for word in _flag(name, value)]
@@ -99,27 +124,15 @@ def table(records: "Sequence[Record]") -> str:
     """Returns a Markdown table of the trials, the best first."""
     columns = list(dict.fromkeys(name for record in records for name in record["settings"]))
     head = [*columns, "validation loss", "step time (ms)"]
-    rows = [head, ["-"] * len(columns) + ["-:"] * 2]
+    rows = []
     for record in sorted(records, key=lambda record: (record["loss"] is None, record["loss"])):
         loss = "diverged" if record["status"] == "diverged" else f"{record['loss']:.4f}"
         values = [str(record["settings"].get(name, "")) for name in columns]
         rows.append([*values, loss, shown(record["step_time_s"], ".0f", 1e3)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(head, rows, texts=len(columns))
 
 
-def exit_on_signal(signum: int, frame: FrameType | None) -> None:
-    """Signal handler that lets everybody clean up, as Ctrl-C does."""
-    sys.exit(128 + signum)
-
-
-def at_least_one(text: str) -> int:
-    """Type of a flag that counts something."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
-    return int(text)
-
-
-def _read_config(options: argparse.Namespace, optimizer: str, settings: list[str]) -> Config:
+def _read_config(options: Options, optimizer: str, settings: list[str]) -> Config:
     """The preset's run with these settings; says whose they are if it has none of that name."""
     try:
         return read_config(options, optimizer, optimizer, settings)
@@ -132,6 +145,26 @@ def _file_name(label: str) -> str:
     """The label as far as file systems take one; all do up to 255 bytes."""
     digest = hashlib.sha256(label.encode()).hexdigest()[:12]
     return (label if len(label) <= 200 else f"{label[:180]}-{digest}").replace("/", "_")
+
+
+def _check_known(base: Config, optimizer: str, name: str) -> None:
+    """Refuses an axis that the optimizer's runs do not have; says which one may be meant."""
+    known = list(_settings(base))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        raise ValueError(
+            f"--grid {name}: is no setting of the optimizer {optimizer!r}; did you mean {near}?"
+        )
+
+
+def _settings(part: Any, before: str = "") -> Iterator[str]:
+    """Dotted names of all settings."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{before}{field.name}.")
+        else:
+            yield before + field.name
 
 
 def _scaled(base: Config, name: str, value: str) -> str:
@@ -165,45 +198,3 @@ def _flag(name: str, value: str) -> list[str]:
     section, dot, field = name.rpartition(".")
     switches = {"True": [f"--{name}"], "False": [f"--{section}{dot}no-{field}"]}
     return switches.get(value, [f"--{name}", value])
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the flags; no abbreviations, since what it does not know is a setting."""
-    found = argparse.ArgumentParser(
-        prog="nanogpt sweep",
-        description=__doc__,
-        epilog="Any other flag is a setting of all trials, as of `nanogpt train`.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    found.add_argument("--preset", choices=PRESETS, default="cpu", help="where settings start")
-    found.add_argument("--config", metavar="FILE", help="settings of all trials in YAML or JSON")
-    found.add_argument(
-        "--optimizers", nargs="+", default=["adamw", "muon", "shampoo"], help="as in the preset"
-    )
-    found.add_argument(
-        "--grid", action="append", default=[], metavar="NAME=A,B,...", help="values of a setting"
-    )
-    found.add_argument(
-        "--random",
-        action="append",
-        default=[],
-        metavar="NAME=log:A:B",
-        help="draw a setting between A and B; lin for uniform",
-    )
-    found.add_argument(
-        "--runs", type=at_least_one, help="trials an optimizer; default: the whole grid"
-    )
-    found.add_argument("--search-seed", type=int, default=0, help="of the draws")
-    found.add_argument("--name", default="sweep", help="folder of the trials under runs/")
-    found.add_argument(
-        "--jobs",
-        type=at_least_one,
-        default=1,
-        help="trials side by side, each in a process; CPU only",
-    )
-    return found
-
-
-if __name__ == "__main__":
-    main()

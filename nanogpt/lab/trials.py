@@ -17,11 +17,10 @@ import jax
 import rich.console
 
 from nanogpt.config.run import Config
-from nanogpt.lab.workers import in_processes
+from nanogpt.lab.processes import in_processes
 from nanogpt.report.comparison import Run, read_run
 from nanogpt.train.batches import open_data
 from nanogpt.train.checkpoint import FREE_SETTINGS, plain
-from nanogpt.train.interrupt import Interrupted
 from nanogpt.train.loop import fit
 from nanogpt.train.metrics import MetricsWriter, Record, read_records
 from nanogpt.train.nonfinite import DivergedError
@@ -189,7 +188,7 @@ def as_run(record: Record, label: str) -> Run:
 def _train(trials: list[Trial], jobs: int) -> Iterator[tuple[int, Record | None]]:
     if jobs == 1:
         return ((index, _run_or_tell(trial)) for index, trial in enumerate(trials))
-    return in_processes(_run_or_exit, trials, jobs)
+    return in_processes(_run_or_tell, trials, jobs)
 
 
 def _run_or_tell(trial: Trial) -> Record | None:
@@ -203,14 +202,6 @@ def _run_or_tell(trial: Trial) -> Record | None:
         print(f"{trial.config.name} failed:", file=sys.stderr)
         traceback.print_exc()
         return None
-
-
-def _run_or_exit(trial: Trial) -> Record | None:
-    """The same in a process that has nobody to tell of a signal."""
-    try:
-        return _run_or_tell(trial)
-    except Interrupted as stopped:
-        sys.exit(128 + stopped.signum)
 
 
 def _identities(trials: Sequence[Trial]) -> list[str]:

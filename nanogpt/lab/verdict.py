@@ -9,12 +9,12 @@ passes; and for every two sets whether one is proven better.
 import dataclasses
 import itertools
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import tyro
 
+from nanogpt.lab.command import command
 from nanogpt.report.curves import COLUMN
 
 if TYPE_CHECKING:
@@ -31,13 +31,11 @@ class Options:
     column: str = COLUMN  # losses of the CSV files; those of averaged weights are in val_ema_loss
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@command(stopped="stopped")
+def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
     options = tyro.cli(Options, prog="nanogpt verdict", description=__doc__, args=arguments)
-    try:
-        print(verdicts(options))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    print(verdicts(options))
 
 
 def verdicts(options: Options) -> str:
@@ -57,7 +55,7 @@ def verdicts(options: Options) -> str:
 
 def _target(groups: "Sequence[Group]") -> float:
     """The loss that the track of the runs is about."""
-    from nanogpt.report.tracks import TARGETS, common_track
+    from nanogpt.report.comparable import TARGETS, common_track
 
     published = [group.label for group in groups if group.reference]
     configs = {group.label: group.config for group in groups if not group.reference}

@@ -256,13 +256,14 @@ class GPT(nnx.Module):
         self.norm2 = RMSNorm(config.model_dim)
         draw = functools.partial(init.linear, config.init, next_key=rngs.params)
         self.head = Linear(*draw("head", config.model_dim, config.vocab_size))
-        self.dtype = config.dtype
+        self.dtype, self.remat = config.dtype, config.remat
 
     def raw_logits(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits before the soft cap: (B, T) int32 -> (B, T, V) in the model's dtype."""
         x_BxTxD = self.norm1(self.embed(tokens_BxT).astype(self.dtype))
+        apply = nnx.remat(Block.__call__) if self.remat else Block.__call__
         for block in self.blocks:
-            x_BxTxD = block(x_BxTxD)
+            x_BxTxD = apply(block, x_BxTxD)
         return self.head(self.norm2(x_BxTxD))
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:

@@ -16,11 +16,11 @@ import optax
 
 import shampoo_jax
 from nanogpt.config import presets
-from nanogpt.config.published import PUBLISHED
+from nanogpt.config.recipes import PUBLISHED
 from nanogpt.config.run import Config
-from nanogpt.config.settings import MatrixConfig, MuonConfig
+from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig
 from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam
-from nanogpt.optimizers.schedules import learning_rate
+from nanogpt.optimizers.schedules import learning_rate, matrices_schedule
 
 ROUTES: tuple[tuple[str, str], ...] = (
     (r"blocks/\d+/(attn|mlp)/\w+/kernel", "matrices"),
@@ -41,7 +41,9 @@ class Entry:
     direction: Direction
 
 
-REGISTRY: dict[str, Entry] = {name: Entry(*pair) for name, pair in DIRECTIONS.items()}
+REGISTRY: dict[str, Entry] = {
+    name: Entry(SETTINGS[name], direction) for name, direction in DIRECTIONS.items()
+}
 
 
 def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
@@ -95,16 +97,18 @@ def build_optimizer(
     """Builds the run's optimizer: `config.optimizer` on the block matrices, AdamW on the rest.
 
     Every group is updated by p <- p - lr(s) (direction + weight_decay p), lr(s) = peak * eta(s);
-    block matrices with `hyperball` set as in `shampoo_jax.hyperball`.
+    block matrices with `hyperball` set as in `shampoo_jax.hyperball`. A step with a gradient that
+    is not finite leaves everything as it was and is counted, see `shampoo_jax.guard`.
 
     Args:
         config: The run.
-        params: Parameter tree of the model; shapes suffice.
+        params: Parameter tree of the model; shapes and dtypes suffice.
         placement: Splits the state over the devices of a mesh: Shampoo's blocks, AdamW's moments.
 
     Returns:
-        Optax transformation of summed gradients. Its update takes `obj_fn`, the summed loss as a
-        function of all parameters; only directions that ask for it need it.
+        Optax transformation of summed gradients with updates in float32; its state is an
+        `optax.ApplyIfFiniteState`. Its update takes `obj_fn`, the summed loss as a function of all
+        parameters; only directions that ask for it need it.
 
     Raises:
         ValueError: Unknown optimizer, settings of another optimizer, a direction that is none, or a
@@ -119,6 +123,8 @@ def build_optimizer(
     if presets.is_own(config.optimizer):
         _refuse_climbing(config)
     aux = config.auxiliary
+    # The guard around everything does the work of a direction's own.
+    direction = getattr(direction, "inner", direction)
     transforms = {
         "matrices": optax.chain(direction, *_descent(config)),
         **{
@@ -130,7 +136,16 @@ def build_optimizer(
             )
         },
     }
-    return _of_whole_params(optax.partition(transforms, route(params)))
+    grouped = optax.partition(transforms, route(params))
+    if config.clip_norm is not None:
+        tokens = config.data.batch_rows * config.model.sequence_length
+        grouped = optax.chain(optax.clip_by_global_norm(config.clip_norm * tokens), grouped)
+    # The guard widens parameters; moments are stored in the precision of the parameters themselves.
+    stored = optax.GradientTransformationExtraArgs(
+        lambda p: grouped.init(jax.tree.map(lambda x, own: x.astype(own.dtype), p, params)),
+        grouped.update,
+    )
+    return _of_whole_params(shampoo_jax.guard(stored))
 
 
 def _refuse_climbing(config: Config) -> None:
@@ -155,10 +170,8 @@ def _refuse_climbing(config: Config) -> None:
 
 def _descent(config: Config) -> list[optax.GradientTransformation]:
     """Weight decay and learning rate of the block matrices."""
-    matrices, schedule = config.matrices, config.schedule
-    if config.matrices_cooldown is not None:
-        schedule = dataclasses.replace(schedule, **dataclasses.asdict(config.matrices_cooldown))
-    rate = learning_rate(matrices.learning_rate, schedule)
+    matrices = config.matrices
+    rate = learning_rate(matrices.learning_rate, matrices_schedule(config))
     if matrices.hyperball:
         return [shampoo_jax.hyperball(rate)]
     parts = [optax.add_decayed_weights(matrices.weight_decay)]
@@ -188,12 +201,15 @@ def _adamw(
 def _of_whole_params(
     inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets a group of `inner` ask for the loss at its own parameters, the others as they are."""
+    """Lets a group of `inner` ask for the loss at its own parameters, the others as they are.
+
+    Gradients are widened, so that updates are not rounded before they are added to parameters.
+    """
 
     def update(updates, state, params=None, obj_fn=None, **extra: Any):
         if obj_fn is not None:
             extra["obj_fn"] = functools.partial(_at_group, obj_fn, params)
-        return inner.update(updates, state, params, **extra)
+        return inner.update(_widen(updates), state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -276,13 +292,19 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         ('float32', 'bfloat16')
     """
 
-    def widen(tree: optax.Params) -> optax.Params:
-        return jax.tree.map(
-            lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-        )
-
     def update(updates, state, params=None):
-        updates, new_state = inner.update(widen(updates), widen(state), widen(params))
+        updates, new_state = inner.update(_widen(updates), _widen(state), _widen(params))
         return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
 
     return optax.GradientTransformation(inner.init, update)
+
+
+def _widen(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda x: (
+            x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else x
+        ),
+        tree,
+    )

@@ -13,7 +13,6 @@ import optax.contrib
 
 import shampoo_jax
 from nanogpt.config.settings import (
-    AdamWConfig,
     KLConfig,
     LionConfig,
     MuonConfig,
@@ -203,15 +202,5 @@ def _kl_options(settings: KLConfig) -> dict[str, Any]:
     return {**options, "max_scale": "size" if settings.max_scale is None else settings.max_scale}
 
 
-DIRECTIONS: dict[str, tuple[type, Direction]] = {
-    "adamw": (AdamWConfig, adam),
-    "muon": (MuonConfig, muon),
-    "muon_track3": (MuonConfig, muon_track3),
-    "shampoo": (ShampooConfig, shampoo),
-    "soap": (SoapConfig, soap),
-    "kl_shampoo": (KLConfig, kl_shampoo),
-    "kl_soap": (KLConfig, kl_soap),
-    "psgd": (PsgdConfig, psgd),
-    "lion": (LionConfig, lion),
-    "sophia": (SophiaConfig, sophia),
-}
+_REST: Any = (muon, muon_track3, shampoo, soap, kl_shampoo, kl_soap, psgd, lion, sophia)
+DIRECTIONS: dict[str, Direction] = {"adamw": adam} | {f.__name__: f for f in _REST}

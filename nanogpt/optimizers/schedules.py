@@ -1,10 +1,15 @@
 """Learning-rate schedules of the benchmark."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from nanogpt.config.run import ScheduleConfig
+from nanogpt.config.run import Config, ScheduleConfig
 
 
 def eta(step: jax.typing.ArrayLike, config: ScheduleConfig, peak: float = 1.0) -> jax.Array:
@@ -12,7 +17,8 @@ def eta(step: jax.typing.ArrayLike, config: ScheduleConfig, peak: float = 1.0) -
 
     With K = `steps` and c = `cooldown`, the cooldown is min(1, (K - s) / (c K)): flat, then linear,
     and 1 / (c K) rather than 0 at the last update. In general K is `horizon` times `steps`, the
-    line is raised to `power`, and it goes from 1 to `final` instead of 0. The warmup over
+    line is raised to `power`, and it goes from 1 to `final` instead of 0. A cosine has the value
+    (1 - cos(pi x)) / 2 where the line has x, and falls after the warmup only. The warmup over
     W = `warmup_steps` is (s + 1) / W, or, if `warmup_from` = f is set, the straight line from f at
     s = 0 to `peak` at s = W, as a fraction of `peak`.
 
@@ -33,7 +39,11 @@ def eta(step: jax.typing.ArrayLike, config: ScheduleConfig, peak: float = 1.0) -
     """
     step = jnp.asarray(step)
     end = config.steps if config.horizon == 1 else config.horizon * config.steps
-    line = jnp.minimum(1.0, (end - step) / (config.cooldown * end))
+    fraction = config.cooldown
+    if config.shape == "cosine":
+        fraction = max(min(fraction, 1 - config.warmup_steps / end), 1 / end)
+    line = jnp.minimum(1.0, (end - step) / (fraction * end))
+    line = (1 - jnp.cos(jnp.pi * line)) / 2 if config.shape == "cosine" else line
     line = line if config.power == 1 else line**config.power
     multiplier = line if config.final == 0 else config.final + (1 - config.final) * line
     if config.warmup_steps:
@@ -61,3 +71,27 @@ def learning_rate(peak: float, config: ScheduleConfig) -> optax.Schedule:
         0.5
     """
     return lambda step: peak * eta(step, config, peak)
+
+
+def matrices_schedule(config: Config) -> ScheduleConfig:
+    """Returns the schedule of a run's block matrices, which may have a cooldown of their own."""
+    own = config.matrices_cooldown
+    return config.schedule if own is None else replace(config.schedule, **asdict(own))
+
+
+def common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
+    """Returns how many updates two runs have in common, if they differ in their schedules alone.
+
+    Args:
+        one: a run's settings as JSON gives them back, with "schedule" and "matrices_cooldown".
+        other: the same of another run.
+    """
+    steps = np.arange(min(run["schedule"]["steps"] for run in (one, other)))
+
+    def multipliers(run: Mapping[str, Any]) -> np.ndarray:
+        schedule = run["schedule"]
+        own = schedule | (run["matrices_cooldown"] or {})
+        return np.stack([eta(steps, ScheduleConfig(**group)) for group in (schedule, own)])
+
+    differ = (multipliers(one) != multipliers(other)).any(axis=0)
+    return int(differ.argmax()) if differ.any() else len(steps)

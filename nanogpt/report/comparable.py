@@ -2,13 +2,27 @@
 
 Losses mean the same where data, tokenizer, model and validation tokens are the same. Steps, rates
 and seeds may differ: they are what is compared. Times mean the same on the same host and device.
+Published curves carry no fingerprint; they stand for the track in their name, and runs keep its
+rules or not.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nanogpt.config.presets import preset
+from nanogpt.report.verdicts import MEDIUM_TARGET, TARGET
+
 PARTS = ("data", "tokenizer", "model", "validation")
 Starts = Mapping[str, Mapping[str, Any]]
+# Of each track the loss to reach; published curves name theirs in their file's name.
+TARGETS = {"t3": TARGET, "t2": MEDIUM_TARGET}
+# What the rules of track 3 fix.
+FIXED = (
+    *("model.vocab_size", "model.num_layers", "model.model_dim", "model.head_dim", "model.mlp_dim"),
+    *("model.sequence_length", "data.mode", "data.batch_rows", "data.val_tokens"),
+)
+BENCHMARK = preset("track3", "muon_track3")
 
 
 def check_comparable(starts: Starts, *, unchecked: bool = False) -> list[str]:
@@ -54,3 +68,49 @@ def same_clock(starts: Sequence[Mapping[str, Any]]) -> bool:
         (start.get("host"), start["device"]) == (starts[0].get("host"), starts[0]["device"])
         for start in starts
     )
+
+
+def departure(config: Mapping[str, Any]) -> str | None:
+    """Returns where a run leaves the rules of track 3, None where it keeps them.
+
+    >>> departure({"model": {"vocab_size": 300}})
+    'model.vocab_size=300, the benchmark 50304'
+    """
+    benchmark: Mapping[str, Any] = dataclasses.asdict(BENCHMARK)
+    for path in FIXED:
+        part, name = path.split(".")
+        found, wanted = config.get(part, {}).get(name), benchmark[part][name]
+        if found != wanted:
+            return f"{path}={found!r}, the benchmark {wanted!r}"
+    return None
+
+
+def common_track(published: Sequence[str], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Returns the track that published curves and runs share, None where there is none.
+
+    Args:
+        published: names of the files of curves, as t3_36_muon_tuned_3250.
+        configs: configurations of the runs, by name.
+
+    Raises:
+        ValueError: curves of two tracks, or a run beside a curve of which it has not the rules.
+    """
+    tracks = {name: name.partition("_")[0] for name in published}
+    known = {name: track for name, track in tracks.items() if track in TARGETS}
+    departures = {name: departure(config) for name, config in configs.items()}
+    if not known:
+        return "t3" if configs and not any(departures.values()) else None
+    first, track = next(iter(known.items()))
+    for name, other in known.items():
+        if other != track:
+            raise ValueError(
+                f"{first} and {name} are of two tracks with two models: name curves of one."
+            )
+    for name, left in departures.items():
+        if track != "t3" or left:
+            had = f"it has {left}" if left else "it is of track 3"
+            raise ValueError(
+                f"{name} cannot be compared with {first}: {had}. Name runs of the curve's track, "
+                "or leave the curve out."
+            )
+    return track

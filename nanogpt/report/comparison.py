@@ -9,11 +9,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from nanogpt.report.comparable import check_comparable, same_clock
+from nanogpt.report.comparable import check_comparable, common_track, same_clock
 from nanogpt.report.curves import Curve, published_file, read_reference, steps_to_reach
 from nanogpt.report.plotting import draw
 from nanogpt.report.tables import markdown, shown
-from nanogpt.report.tracks import common_track
 from nanogpt.train.metrics import read_records
 
 # Names of the field; a run of an unlisted optimizer is called by its registry name.

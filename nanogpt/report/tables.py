@@ -1,17 +1,21 @@
-"""Tables in Markdown."""
+"""Tables and pages in Markdown."""
 
+import pathlib
 from collections.abc import Sequence
+from typing import Any
+
+PAGES = pathlib.Path(__file__).parent / "pages"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table whose first column is text and whose others are figures.
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Returns a table whose first columns are text and whose others are figures.
 
     >>> print(markdown(["run", "loss"], [["a", "3.1"]]))
     | run | loss |
     | - | -: |
     | a | 3.1 |
     """
-    lines = [head, ["-"] + ["-:"] * (len(head) - 1), *rows]
+    lines = [head, ["-"] * texts + ["-:"] * (len(head) - texts), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -22,3 +26,8 @@ def shown(value: float | None, form: str, scale: float = 1.0) -> str:
     ('152', '-')
     """
     return "-" if value is None else format(value * scale, form)
+
+
+def page(name: str, **values: Any) -> str:
+    """Returns a page of the folder `pages` with values in the place of their {names}."""
+    return (PAGES / f"{name}.md").read_text(encoding="utf-8").format(**values)

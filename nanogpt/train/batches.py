@@ -3,18 +3,17 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import jax
 
 import data_pipeline
 from data_pipeline import Baselines
+from nanogpt.config.prepared import PADDING
 from nanogpt.config.run import Config
 from nanogpt.train.mesh import Layout
 from nanogpt.train.train_step import Batch
-
-# A vocabulary may be rounded up to what the hardware likes: track 3 has 50304 rows for 50257 ids.
-_PADDING = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +50,8 @@ def open_data(config: Config) -> RunData:
     training = data_pipeline.shard_paths(data.directory, "train")
     scored = data_pipeline.shard_paths(data.directory, "val")[0]
     baselines, notes = _read_manifest(config)
-    order = {"sequence_length": length, "batch_rows": data.batch_rows, "mode": data.mode}
     identity = _identity(config, training[0], scored)
-    training = data_pipeline.needed_shards(training, steps=config.schedule.steps, **order)
+    training, order = _training_shards(config), _order(config)
     data_pipeline.check_shards([*training, scored], config.model.vocab_size)
     place = {"rank": jax.process_index(), "world": jax.process_count()}
 
@@ -66,11 +64,28 @@ def open_data(config: Config) -> RunData:
     return RunData(
         training=data_pipeline.train_batches(training, seed=data.seed, **order, **place),
         validation=validation,
-        fingerprint=data_pipeline.fingerprint([*training, scored], seed=data.seed, **order),
+        fingerprint=data_fingerprint(config),
         identity=identity,
         baselines=baselines,
         notes=notes,
     )
+
+
+def data_fingerprint(config: Config) -> str:
+    """Identifies shards and order of a run: of a longer one in mode sequential, more shards."""
+    scored = data_pipeline.shard_paths(config.data.directory, "val")[0]
+    shards = [*_training_shards(config), scored]
+    return data_pipeline.fingerprint(shards, seed=config.data.seed, **_order(config))
+
+
+def _training_shards(config: Config) -> list[Any]:
+    found = data_pipeline.shard_paths(config.data.directory, "train")
+    return data_pipeline.needed_shards(found, steps=config.schedule.steps, **_order(config))
+
+
+def _order(config: Config) -> dict[str, Any]:
+    data, length = config.data, config.model.sequence_length
+    return {"sequence_length": length, "batch_rows": data.batch_rows, "mode": data.mode}
 
 
 def to_device(batch: data_pipeline.Batch, layout: Layout | None = None) -> Batch:
@@ -104,7 +119,8 @@ def _identity(
         "data": data_pipeline.fingerprint([training])[:16],
         "tokenizer": tokenizer,
         "model": f"GPT {'x'.join(map(str, sizes))}, {model.vocab_size} ids, "
-        f"rows of {model.sequence_length}",
+        f"rows of {model.sequence_length}"
+        + (f", begun with {config.init_from}" if config.init_from else ""),
         "validation": f"{config.data.val_tokens} tokens of "
         f"{data_pipeline.fingerprint([scored], **scored_tokens)[:16]}",
     }
@@ -127,7 +143,7 @@ def _read_manifest(config: Config) -> tuple[Baselines | None, tuple[str, ...]]:
             f"{size}; set --model.vocab-size {made_for}, or prepare the text again with "
             f"--vocab-size {size}."
         )
-    if size - made_for >= _PADDING:
+    if size - made_for >= PADDING:
         notes.append(
             f"warning: the shards in {path.parent} use only {made_for} of the {size} ids of "
             f"model.vocab_size; set --model.vocab-size {made_for}, or prepare the text again with "

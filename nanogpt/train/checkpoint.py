@@ -10,6 +10,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from nanogpt.config.run import Config
+from nanogpt.optimizers.schedules import common_steps
+from nanogpt.train.batches import data_fingerprint
 from shampoo_jax import FORMAT, state_layout
 
 Meta = dict[str, Any]
@@ -17,6 +19,7 @@ Meta = dict[str, Any]
 # Settings that decide where things lie and how often they are shown, but no number of the run.
 FREE_SETTINGS = (
     *("name", "output", "data.directory", "mesh", "scatter_gradients", "nonfinite_limit"),
+    *("go_on_from", "profile"),
 )
 
 
@@ -36,6 +39,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, config: Config, fingerprint: str):
         self.directory = directory
+        self._config = config
         self._meta = {"config": plain(config), "data_fingerprint": fingerprint}
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.output.keep_checkpoints,
@@ -71,6 +75,9 @@ class Checkpoints:
     def restore(self, step: int, state: Any, data: grain.DatasetIterator) -> tuple[Any, float]:
         """Loads a checkpoint after checking that it belongs to this config and these data.
 
+        Schedules may differ where they have the updates up to this one in common: the run goes on
+        as if the new one had been its own from the beginning.
+
         Args:
             step: one of the saved steps.
             state: pytree of arrays, the pattern for shapes, dtypes and placement.
@@ -83,7 +90,7 @@ class Checkpoints:
             ValueError: config or data differ; names the first setting that does.
         """
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        self._check(meta["meta"], state)
+        self._check(meta["meta"], state, step)
         pattern = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         restored = self._manager.restore(
             step,
@@ -100,7 +107,7 @@ class Checkpoints:
         return restored["state"], float(meta["meta"]["train_time_s"])
 
     def check_config(self, saved: Meta) -> None:
-        """Refuses to go on with a run of other settings.
+        """Refuses to go on with a run of another optimizer or other settings.
 
         Args:
             saved: that run's config, as JSON gives it back.
@@ -108,7 +115,15 @@ class Checkpoints:
         Raises:
             ValueError: names the first setting that differs.
         """
-        difference = first_difference(saved, self._meta["config"])
+        now = self._meta["config"]
+        if saved["optimizer"] != now["optimizer"]:
+            # It has its own recipe: the first setting that differs would be named in its place.
+            raise ValueError(
+                f"cannot resume from {self.directory}: optimizer={saved['optimizer']!r} trained "
+                f"it, this run has optimizer={now['optimizer']!r}. Name that one by --optimizer, "
+                "or begin with its parameters under another name: --init-from its folder."
+            )
+        difference = first_difference(saved, now)
         if difference is not None:
             name, before, now = difference
             raise ValueError(
@@ -124,9 +139,15 @@ class Checkpoints:
         """Finishes pending saves and frees the manager's threads."""
         self._manager.close()
 
-    def _check(self, saved: Meta, state: Any) -> None:
-        self.check_config(saved["config"])
-        if saved["data_fingerprint"] != self._meta["data_fingerprint"]:
+    def _check(self, saved: Meta, state: Any, step: int) -> None:
+        before, now, data = saved["config"], self._meta["config"], self._meta["data_fingerprint"]
+        if common_steps(before, now) >= step:
+            if (steps := before["schedule"]["steps"]) != now["schedule"]["steps"]:
+                schedule = dataclasses.replace(self._config.schedule, steps=steps)
+                data = data_fingerprint(dataclasses.replace(self._config, schedule=schedule))
+            before = before | {name: now[name] for name in ("schedule", "matrices_cooldown")}
+        self.check_config(before)
+        if saved["data_fingerprint"] != data:
             raise ValueError(
                 f"cannot resume from {self.directory}: the shards in data.directory="
                 f"{self._meta['config']['data']['directory']!r} are not those of the saved run. "

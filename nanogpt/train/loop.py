@@ -1,7 +1,6 @@
 """The training loop: data in, metrics and checkpoints out."""
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -11,6 +10,7 @@ import rich.console
 
 from nanogpt.config.run import Config
 from nanogpt.optimizers.build import build_optimizer
+from nanogpt.train.ancestors import common_checkpoint, copy_run, read_params
 from nanogpt.train.batches import RunData, batch_pattern, open_data, to_device
 from nanogpt.train.checkpoint import Checkpoints
 from nanogpt.train.clock import StepClock
@@ -18,10 +18,12 @@ from nanogpt.train.distributed import agreed, largest_of_all
 from nanogpt.train.interrupt import Interrupted, StopRequest, stop_request
 from nanogpt.train.mesh import Layout, make_layout
 from nanogpt.train.metrics import plain_console, read_records
-from nanogpt.train.nonfinite import NonFiniteSteps
+from nanogpt.train.nonfinite import check_row
+from nanogpt.train.profile import Profile
 from nanogpt.train.progress import Report
 from nanogpt.train.record_log import RecordLog, source_text
 from nanogpt.train.run_folder import RunFolder
+from nanogpt.train.sinks import check_sinks
 from nanogpt.train.train_step import abstract_params, init_state, make_eval_step, make_train_step
 
 
@@ -57,6 +59,7 @@ def fit(
     """
     source = source_text()  # now: files may be edited while the run compiles
     with agreed("opening the data and the run's folder"):
+        check_sinks(config)
         data, folder = open_data(config), RunFolder(config, jax.process_index())
         folder.check(resume=resume, overwrite=overwrite)
         layout = make_layout(config)
@@ -71,6 +74,8 @@ def fit(
     ):
         if resume:
             run.open_checkpoints()
+        else:
+            run.begin()
         if not (resume and run.finished()):
             console.print(f"{config.name}: compiling ...", markup=False)
             with agreed("compiling and making the run's folder"):
@@ -78,19 +83,10 @@ def fit(
                 if not resume:
                     # Not before: a run that turns out impossible must not cost an earlier one.
                     folder.claim(resume=resume, overwrite=overwrite)
+                    run.copy()
             if not resume:
                 run.open_checkpoints()
-            first = jax.process_index() == 0
-            record = RecordLog(folder.record, config, source, run.saved) if first else None
-            with Report(
-                config,
-                folder.metrics,
-                run.saved,
-                identity=data.identity,
-                baselines=data.baselines,
-                record=record,
-                console=console,
-            ) as report:
+            with run.report(source, console) as report:
                 run.train(report)
         return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
 
@@ -126,8 +122,8 @@ class _Run:
         self.optimizer = build_optimizer(config, abstract_params(config.model), placement)
         self.graphdef, self.state = init_state(config, self.optimizer, self.layout)
         self.saved: int | None = None
+        self.common: int | None = None  # step of another run's checkpoint to go on from
         self.clock = StepClock(0.0)
-        self.nonfinite = NonFiniteSteps(config.nonfinite_limit)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
         self.resources = contextlib.ExitStack()
         self.resources.callback(data.training.close)
@@ -143,6 +139,19 @@ class _Run:
             self.state, seconds = restored
             self.clock = StepClock(seconds)
 
+    def begin(self) -> None:
+        """Takes over what another run leaves to this one; changes nothing on disk."""
+        if self.config.init_from:
+            params = read_params(self.config, self.state.params)
+            self.state = self.state._replace(params=params)
+        if self.config.go_on_from:
+            self.common = common_checkpoint(self.config)
+
+    def copy(self) -> None:
+        """Copies another run up to the step at which this one goes on; the first process does."""
+        if self.common is not None and jax.process_index() == 0:
+            copy_run(self.config, self.common)
+
     def finished(self) -> bool:
         """Tells whether an earlier process has done everything; that outlives its checkpoints."""
         metrics = self.folder.first_metrics
@@ -153,6 +162,20 @@ class _Run:
             self.checkpoints.check_config(records[0]["config"])
         return self.saved in (None, self.config.schedule.steps)
 
+    def report(self, source: str, console: rich.console.Console) -> Report:
+        """What this process writes about the run; the first one also the benchmark's log."""
+        first = jax.process_index() == 0
+        log = RecordLog(self.folder.record, self.config, source, self.saved) if first else None
+        return Report(
+            self.config,
+            self.folder.metrics,
+            self.saved,
+            identity=self.data.identity,
+            baselines=self.data.baselines,
+            record=log,
+            console=console,
+        )
+
     def train(self, report: Report) -> None:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""
         report.start(self.state)
@@ -160,6 +183,9 @@ class _Run:
             report.note(note)
         report.compiled(self.compile_s)
         every = self.config.output.checkpoint_every
+        wanted = self.config.profile and jax.process_index() == 0
+        profile = Profile(self.folder.path / "profile" if wanted else None, self.saved or 0)
+        self.resources.callback(profile.close)
         self.clock.start()
         for step in range(self.saved or 0, self.config.schedule.steps):
             self._validate_if_due(step, report)
@@ -167,6 +193,10 @@ class _Run:
                 self._stop(step, report)
             if every and step and step % every == 0:
                 self._save(step, report)
+            if profile.due(step):
+                self._settle(report)
+                profile.turn(step)
+                self.clock.start()
             batch = to_device(next(self.data.training), self.layout)
             self.state, metrics = self.train_step(self.state, batch)
             self._settle(report)
@@ -197,11 +227,8 @@ class _Run:
             (step, metrics), self.in_flight = self.in_flight, None
             jax.block_until_ready(metrics)
             self.clock.lap()
-            skipped = not math.isfinite(float(metrics["grad_norm"]))
-            try:
-                self.nonfinite.add(step, skipped)
-            finally:
-                report.step(step, metrics, self.clock, self.nonfinite.total)
+            report.step(step, metrics, self.clock)
+            check_row(step, int(metrics["skipped_in_a_row"]), self.config.nonfinite_limit)
 
     def _validate_if_due(self, step: int, report: Report) -> None:
         """Measures the loss before update `step`, off the clock; gives up when asked to stop."""

@@ -52,7 +52,7 @@ def read_records(path: pathlib.Path) -> list[Record]:
     return records
 
 
-def keep_before(path: pathlib.Path, step: int) -> None:
+def keep_before(path: pathlib.Path, step: int, config: Record) -> None:
     """Cuts a metrics file back to a checkpoint, atomically.
 
     Keeps the first record and whatever was measured before update `step`; the resumed run writes
@@ -61,9 +61,10 @@ def keep_before(path: pathlib.Path, step: int) -> None:
     Args:
         path: the file, rewritten.
         step: updates that the checkpoint holds.
+        config: settings of the run that goes on; its schedule may be another one.
     """
     kept = [
-        record
+        record | ({"config": config} if record["kind"] == "start" else {})
         for record in read_records(path)
         if record["kind"] == "start" or record.get("step", math.inf) < step
     ]
@@ -112,30 +113,32 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def advance(
-        self, step: int, loss: float, tokens_per_s: float, step_time_s: float, skipped: int
-    ) -> None:
+    def advance(self, step: int, figures: Record) -> None:
         """Moves the bar behind step `step`; draws nothing where there is no terminal."""
-        figures = _figures(loss, tokens_per_s, step_time_s, skipped)
-        self._bar.update(self._task, completed=step + 1, figures=figures)
+        self._bar.update(self._task, completed=step + 1, figures=_figures(figures))
 
-    def log(
-        self, step: int, loss: float, tokens_per_s: float, step_time_s: float, skipped: int
-    ) -> None:
+    def log(self, step: int, figures: Record) -> None:
         """Prints what `advance` shows, with the time left, where there is no terminal."""
         if not self._console.is_terminal:
-            left = _clock_time((self._steps - step - 1) * step_time_s)
-            figures = _figures(loss, tokens_per_s, step_time_s, skipped)
-            self.note(f"step {step:>{len(str(self._steps))}}/{self._steps}  {figures}  ETA {left}")
+            count = f"step {step:>{len(str(self._steps))}}/{self._steps}"
+            self.note(f"{count}  {_figures(figures)}  ETA {_clock_time(figures['eta_s'])}")
 
     def note(self, message: str) -> None:
         """Prints a line above the bar."""
         self._console.print(f"{self._label}: {message}", markup=False)
 
 
-def _figures(loss: float, tokens_per_s: float, step_time_s: float, skipped: int) -> str:
-    speed = f"{tokens_per_s:,.0f} tokens/s  {step_time_s * 1e3:.0f} ms/step"
-    return f"loss {loss:.4f}  {speed}" + (f"  {skipped} skipped" if skipped else "")
+def _figures(of: Record) -> str:
+    parts = [
+        f"loss {of['loss']:.4f}",
+        f"lr {of['learning_rate']:.3g}",
+        f"{of['tokens_per_s']:,.0f} tokens/s",
+        f"{of['step_time_s'] * 1e3:.0f} ms/step",
+        f"MFU {of['mfu']:.1%}" if of["mfu"] else "",
+        f"{of['peak_memory_bytes'] / 1e9:.1f} GB",
+        f"{of['skipped']} skipped" if of["skipped"] else "",
+    ]
+    return "  ".join(part for part in parts if part)
 
 
 def _clock_time(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Steps that were skipped because their gradient was not finite, and when a run has had enough."""
+"""When a run has had enough of steps whose gradient is not finite."""
 
 EXIT_CODE = 3  # of a process whose run diverged
 
@@ -7,32 +7,20 @@ class DivergedError(Exception):
     """A run stopped itself: too many steps in a row had a gradient that is not finite."""
 
 
-class NonFiniteSteps:
-    """Counts skipped steps, all of them and those in a row.
+def check_row(step: int, in_a_row: int, limit: int) -> None:
+    """Ends a run that skips one step after another.
 
     Args:
-        limit: how many in a row end the run.
+        step: the last one.
+        in_a_row: steps up to it that were skipped.
+        limit: how many of them end the run.
 
-    >>> steps = NonFiniteSteps(limit=2)
-    >>> [steps.add(step, bad) for step, bad in enumerate([True, False, True])]
-    [1, 1, 2]
+    Raises:
+        DivergedError: the limit is reached.
     """
-
-    def __init__(self, limit: int):
-        self._limit, self._row, self.total = limit, 0, 0
-
-    def add(self, step: int, skipped: bool) -> int:
-        """Takes a step's outcome; returns how many were skipped so far.
-
-        Raises:
-            DivergedError: the limit is reached.
-        """
-        self._row = self._row + 1 if skipped else 0
-        self.total += skipped
-        if self._row >= self._limit:
-            raise DivergedError(
-                f"diverged: the gradients of steps {step - self._row + 1} to {step} are not "
-                "finite. Lower the learning rates or lengthen the warmup; --nonfinite-limit is "
-                f"how many such steps in a row end a run, now {self._limit}."
-            )
-        return self.total
+    if in_a_row >= limit:
+        raise DivergedError(
+            f"diverged: the gradients of steps {step - in_a_row + 1} to {step} are not finite. "
+            "Lower the learning rates or lengthen the warmup; --nonfinite-limit is how many such "
+            f"steps in a row end a run, now {limit}."
+        )

@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
+import numpy as np
 import rich.console
 
 from data_pipeline import Baselines
 from nanogpt.config.run import Config
+from nanogpt.optimizers.schedules import eta, matrices_schedule
 from nanogpt.train.clock import StepClock
+from nanogpt.train.devices import seconds_at_peak
 from nanogpt.train.metrics import MetricsWriter, Progress, keep_before
 from nanogpt.train.provenance import peak_memory_bytes, provenance
 from nanogpt.train.record_log import RecordLog
+from nanogpt.train.sinks import Sink, open_sinks
 from nanogpt.train.train_step import TrainState
 
 
@@ -49,8 +53,14 @@ class Report:
         if resumed is None:
             path.unlink(missing_ok=True)
         else:
-            keep_before(path, resumed)
-        self._writer = MetricsWriter(path)
+            keep_before(path, resumed, dataclasses.asdict(config))
+        self._sinks: list[Sink] = [MetricsWriter(path)]
+        if jax.process_index() == 0:
+            self._sinks += open_sinks(config, resumed)
+        steps, rate = np.arange(config.schedule.steps), config.matrices.learning_rate
+        self._rates = rate * np.asarray(eta(steps, matrices_schedule(config), rate))
+        device = jax.devices()[0]
+        self._at_peak = seconds_at_peak(config, device.device_kind, jax.device_count())
         self._progress = Progress(config.name, config.schedule.steps, resumed or 0, console)
 
     def __enter__(self) -> Self:
@@ -59,14 +69,15 @@ class Report:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.__exit__(*exception)
-        self._writer.close()
+        for sink in self._sinks:
+            sink.close()
 
     def start(self, state: TrainState) -> None:
         """Writes what the run is: the record "start", or "resume" for a later process."""
         if self._resumed is not None:
-            self._writer.write("resume", step=self._resumed, **provenance())
+            self._write("resume", step=self._resumed, **provenance())
             return
-        self._writer.write(
+        self._write(
             "start",
             config=dataclasses.asdict(self._config),
             fingerprint=dict(self._identity),
@@ -84,33 +95,40 @@ class Report:
         """Shows the seconds spent on compiling, which no other figure includes."""
         self._progress.note(f"compiled in {seconds:.1f} s")
 
-    def step(
-        self, step: int, metrics: dict[str, jax.Array], clock: StepClock, skipped: int
-    ) -> None:
+    def step(self, step: int, metrics: dict[str, jax.Array], clock: StepClock) -> None:
         """Reports a finished step; writes a record every log_every steps.
 
         Args:
             step: updates before this one.
-            metrics: the step's "loss" in nats per token and "grad_norm".
+            metrics: the step's, see `nanogpt.train.train_step.make_train_step`.
             clock: its last lap is this step.
-            skipped: steps so far whose gradient was not finite.
         """
-        loss, last = float(metrics["loss"]), clock.recent(1)
-        self._skipped = skipped
-        self._progress.advance(step, loss, self._tokens / last, last, skipped)
-        if step % self._config.output.log_every == 0 or step + 1 == self._config.schedule.steps:
-            mean = clock.recent(self._config.output.log_every)
-            speed = {"tokens_per_s": self._tokens / mean, "step_time_s": mean}
-            norm = float(metrics["grad_norm"])
-            shared = {**speed, "skipped": skipped}
-            self._writer.write("train", step=step, loss=loss, grad_norm=norm, **shared)
-            self._progress.log(step, loss, **shared)
+        last, every = clock.recent(1), self._config.output.log_every
+        self._skipped = int(metrics["skipped"])
+        self._progress.advance(step, self._figures(step, metrics, last))
+        if step % every == 0 or step + 1 == self._config.schedule.steps:
+            figures = self._figures(step, metrics, clock.recent(every))
+            self._write("train", step=step, grad_norm=float(metrics["grad_norm"]), **figures)
+            self._progress.log(step, figures)
+
+    def _figures(self, step: int, metrics: dict[str, jax.Array], seconds: float) -> dict[str, Any]:
+        """What is shown and recorded of a step that took so many seconds."""
+        return {
+            "loss": float(metrics["loss"]),
+            "learning_rate": float(self._rates[step]),
+            "tokens_per_s": self._tokens / seconds,
+            "step_time_s": seconds,
+            "mfu": self._at_peak and self._at_peak / seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "skipped": self._skipped,
+            "eta_s": (self._config.schedule.steps - step - 1) * seconds,
+        }
 
     def validation(self, step: int, loss: float, clock: StepClock) -> None:
         """Writes the validation loss (nats per token) before update `step`."""
         self._val_loss = loss
         bits = self._bits_per_byte(loss)
-        self._writer.write("val", step=step, loss=loss, train_time_s=clock.elapsed, **bits)
+        self._write("val", step=step, loss=loss, train_time_s=clock.elapsed, **bits)
         if self._record is not None:
             self._record.validation(step, loss, clock.elapsed)
         shown = f", {bits['bits_per_byte']:.4f} bits per byte" if bits else ""
@@ -119,7 +137,7 @@ class Report:
     def end(self, compile_s: float, clock: StepClock) -> None:
         """Writes the last record; `train_time_s` counts earlier processes, the rest this one."""
         median = clock.median()
-        self._writer.write(
+        self._write(
             "end",
             step=self._config.schedule.steps,
             loss=self._val_loss,
@@ -131,6 +149,10 @@ class Report:
             compile_s=compile_s,
             peak_memory_bytes=peak_memory_bytes(),
         )
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        for sink in self._sinks:
+            sink.write(kind, **fields)
 
     def _bits_per_byte(self, loss: float) -> dict[str, Any]:
         """The same loss in the unit that does not depend on the tokenizer, where it is known."""

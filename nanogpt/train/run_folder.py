@@ -4,6 +4,7 @@ import fcntl
 import os
 import pathlib
 import shutil
+import tempfile
 
 from nanogpt.config.run import Config
 
@@ -17,7 +18,8 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, process: int = 0):
-        self.path = pathlib.Path(config.output.directory) / config.name
+        self._output = config.output.directory
+        self.path = pathlib.Path(self._output) / config.name
         self.first_metrics = self.path / "metrics.jsonl"
         self.metrics = self.path / (f"metrics-{process}.jsonl" if process else "metrics.jsonl")
         self.record = (
@@ -39,10 +41,11 @@ class RunFolder:
             overwrite: delete the run that lies here.
 
         Raises:
-            ValueError: both are asked for.
+            ValueError: both are asked for, or nothing can be written here.
             FileNotFoundError: nothing to resume, or checkpoints without their metrics.jsonl.
             FileExistsError: a run lies here and neither is asked for.
         """
+        self._check_writable()
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other: choose one.")
         if resume and not self.holds_run():
@@ -116,6 +119,17 @@ class RunFolder:
     def changed(self) -> int | None:
         """Returns when metrics.jsonl was last written (ns), None if there is none."""
         return self.metrics.stat().st_mtime_ns if self.metrics.exists() else None
+
+    def _check_writable(self) -> None:
+        """Tries it, since permissions do not tell of read-only file systems and quotas."""
+        there = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            raise ValueError(
+                f"output.directory={self._output!r}: cannot write in {there} "
+                f"({error.strerror}): set --output.directory to a folder where you can."
+            ) from None
 
     def _recorded(self) -> bool:
         return self.first_metrics.exists() and self.first_metrics.stat().st_size > 0

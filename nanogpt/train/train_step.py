@@ -105,8 +105,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the jitted step; it consumes (donates) the state it is given.
 
-    A step whose gradient is not finite changes neither parameters nor optimizer state; its record
-    shows the norm that was not a number.
+    A guarded optimizer leaves everything as it was where a gradient is not finite, and counts that.
 
     Gradients are those of the loss summed over every token of the batch. They are taken with
     respect to float32 copies of the parameters, accumulated over microbatches in float32, and
@@ -121,24 +120,10 @@ def make_train_step(
 
     Returns:
         Function (state, {"inputs", "targets"} int32 (batch_rows, T)) -> (state, metrics); metrics
-        are float32 scalars: "loss", nats per token before the update, and "grad_norm", the norm of
-        the gradient of that mean.
+        are scalars: "loss", nats per token before the update, "grad_norm", the norm of the gradient
+        of that mean, and of a guarded optimizer "skipped" and "skipped_in_a_row".
     """
-
-    def sums(
-        wide: optax.Params, batch: Batch, rows: int, layout: Layout | None
-    ) -> tuple[jax.Array, optax.Updates]:
-        pieces = _microbatches(batch, rows, layout)
-
-        def accumulate(carry, piece):
-            def loss(p: optax.Params):
-                return summed_loss(graphdef, p, piece)
-
-            (_, total), grads = jax.value_and_grad(loss, has_aux=True)(wide)
-            return jax.tree.map(jnp.add, carry, (total, grads)), None
-
-        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, wide))
-        return jax.lax.scan(accumulate, start, pieces)[0]
+    sums = functools.partial(_sums, graphdef)
 
     def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates]:
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
@@ -159,19 +144,32 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         objective = _objective(batch, config, layout)
         updates, opt_state = update(grads, state.opt_state, state.params, obj_fn=objective)
-        done = (optax.apply_updates(state.params, updates), opt_state)
-        # A NaN that entered a moment or a factor would stay there for ever.
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(jnp.isfinite(norm), new, old),
-            done,
-            (state.params, state.opt_state),
-        )
+        params = optax.apply_updates(state.params, updates)
         metrics = {"loss": total / tokens, "grad_norm": norm / tokens}
+        if isinstance(opt_state, optax.ApplyIfFiniteState):
+            metrics["skipped"] = opt_state.total_notfinite
+            metrics["skipped_in_a_row"] = opt_state.notfinite_count
         return TrainState(state.step + 1, params, opt_state), metrics
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _sums(
+    graphdef: nnx.GraphDef, wide: optax.Params, batch: Batch, rows: int, layout: Layout | None
+) -> tuple[jax.Array, optax.Updates]:
+    """Loss and gradients summed over a batch, `rows` rows at a time."""
+
+    def accumulate(carry, piece):
+        def loss(p: optax.Params):
+            return summed_loss(graphdef, p, piece)
+
+        (_, total), grads = jax.value_and_grad(loss, has_aux=True)(wide)
+        return jax.tree.map(jnp.add, carry, (total, grads)), None
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, wide))
+    return jax.lax.scan(accumulate, start, _microbatches(batch, rows, layout))[0]
 
 
 def _objective(

@@ -1,13 +1,15 @@
 """The command `nanogpt`: its help comes at once, whatever it would do."""
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from nanogpt import cli
-from nanogpt.config.published import PUBLISHED
+from nanogpt.config.recipes import PUBLISHED
 
 COMMANDS = {name: command for group in cli.COMMANDS.values() for name, command in group.items()}
 # Runs a command line in this process and says which slow packages it has imported by then.
@@ -35,7 +37,7 @@ def test_help_imports_nothing_slow(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_a_function(name):
     module, _, function = COMMANDS[name].function.partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    assert callable(getattr(importlib.import_module(f"nanogpt.lab.{module}"), function))
 
 
 def test_help_lists_commands_and_where_optimizers_come_from(capsys):
@@ -55,3 +57,18 @@ def test_an_unknown_command_is_answered_with_the_known_ones():
 def test_training_needs_an_optimizer():
     with pytest.raises(SystemExit, match="--optimizer is missing: choose one of adamw, muon"):
         cli.main(["train", "--schedule.steps", "3"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--optimizer", "muon", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_enough_gets_no_traceback(arguments, unbuffered):
+    """As in `nanogpt --help | head -1`: nobody reads any more when it writes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nanogpt", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")

@@ -17,7 +17,6 @@ import optax
 import optax.contrib
 
 import shampoo_jax
-from nanogpt.config.recipes import NS12
 from nanogpt.config.settings import MuonConfig
 from nanogpt.optimizers.build import REGISTRY
 
@@ -66,10 +65,11 @@ def _muons() -> Iterator[Candidate]:
     momentum = Stage("rest", "momentum", lambda: optax.trace(0.95, nesterov=True))
     plain, track3 = REGISTRY["muon"].direction, REGISTRY["muon_track3"].direction
     settings = {"learning_rate": 1.0, "weight_decay": 0.0}
+    twelve = {"ns_steps": 12, "ns_coeffs": (2.0, -1.5, 0.5)}
     for name, direction, config in (
         (MUON, plain, MuonConfig(**settings)),
-        ("muon_12", plain, MuonConfig(**settings, **NS12)),
-        ("muon_12_bfloat16", track3, MuonConfig(**settings, **NS12, ns_dtype="bfloat16")),
+        ("muon_12", plain, MuonConfig(**settings, **twelve)),
+        ("muon_12_bfloat16", track3, MuonConfig(**settings, **twelve, ns_dtype="bfloat16")),
     ):
         whole = Stage("roots", name, functools.partial(direction, config, None))
         yield Candidate(name, 1, (momentum, whole))

@@ -26,6 +26,8 @@ WRONG = [
     *(("model", name, -4) for name in ("head_dim", "mlp_dim", "sequence_length")),
     *(("data", name, 0) for name in ("batch_rows", "microbatch_rows", "val_tokens")),
     ("data", "seed", -1),
+    *((section, "directory", "gs://bucket/a") for section in ("data", "output")),
+    ("", "clip_norm", 0.0),
     ("schedule", "steps", 0),
     *(("schedule", "cooldown", value) for value in (-0.1, 1.1, math.nan)),
     *(("schedule", "final", value) for value in (-0.1, 1.1)),
@@ -81,7 +83,7 @@ def test_decay_on_a_hyperball_is_refused():
 
 @pytest.mark.parametrize("preset_name", PRESETS)
 def test_matrices_of_every_recipe_are_checked(preset_name):
-    for optimizer in PRESETS[preset_name][0]:
+    for optimizer in PRESETS[preset_name]:
         matrices = preset(preset_name, optimizer).matrices
         with pytest.raises(ValueError, match="b1=-0.5: must be at least 0 and below 1"):
             type(matrices)(**dict(dataclasses.asdict(matrices), b1=-0.5))

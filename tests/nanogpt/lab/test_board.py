@@ -10,8 +10,7 @@ import pytest
 
 from data_pipeline import write_shard
 from nanogpt.config import presets
-from nanogpt.config.board import BOARD
-from nanogpt.config.presets import preset
+from nanogpt.config.presets import PRESETS, preset
 from nanogpt.config.settings import MatrixConfig
 from nanogpt.lab import board as leaderboard
 from nanogpt.lab.board import FULL, QUICK, RATE, TUNING_SEED, Plan
@@ -36,7 +35,8 @@ def outcome(trial, best_rate: float) -> dict:
 )
 def test_every_rate_is_bracketed_by_the_same_rule(best_power, tried):
     best_rate = {
-        name: BOARD[name].matrices.learning_rate * 2.0**best_power for name in ("adamw", "soap_h")
+        name: PRESETS["board"][name].matrices.learning_rate * 2.0**best_power
+        for name in ("adamw", "soap_h")
     }
     trained = []
 
@@ -53,7 +53,7 @@ def test_every_rate_is_bracketed_by_the_same_rule(best_power, tried):
 
 
 def test_the_budget_ends_a_search_at_the_edge():
-    rate = BOARD["adamw"].matrices.learning_rate
+    rate = PRESETS["board"]["adamw"].matrices.learning_rate
     losses = leaderboard.tune(["adamw"], FULL, lambda ts: [outcome(t, 64 * rate) for t in ts])
     assert sorted(losses["adamw"]) == [-1, 0, 1, 2, 3, 4]
     assert "edge" in leaderboard.tuning_table(losses)
@@ -103,7 +103,7 @@ def test_page_of_made_up_runs(tmp_path):
     groups = [leaderboard.make_group(name, timed, finals) for name in ("muon", "adamw")]
     muon_flops = step_flops(finals[2]["start"]["config"])
     assert groups[0].runs[0].seconds == [0.0, 12.5, 25.0]
-    page = leaderboard.write_board(tmp_path, groups, {"muon": {0: 1.0}}, finals[0]["start"])
+    page = leaderboard.write_board(tmp_path, groups, {"muon": {0: 1.0}}, finals[0]["start"], 80)
     muon = next(line for line in page.splitlines() if line.startswith("| muon | 2"))
     # Mean 3.25; AdamW's 3.75 lies a third of the way from 4.0 at 50 to 3.25 at 100.
     cells = [cell.strip() for cell in muon.split("|")[1:-1]]
@@ -122,8 +122,23 @@ def test_diverged_runs_have_a_row(tmp_path):
     nan = made_up("lion", 0, [6.0, None, None])
     (group,) = [leaderboard.make_group("lion", {"step_times_s": [1.0, 1.0]}, [nan])]
     assert isinstance(group, Group) and math.isnan(leaderboard.final_loss(group))
-    page = leaderboard.write_board(tmp_path, [group], {"lion": {}}, nan["start"])
-    assert "| lion | 1 | 100 | nan |" in page and "untuned" in page
+    page = leaderboard.write_board(tmp_path, [group], {"lion": {}}, nan["start"], 60)
+    assert "| lion | 1 | 100 | nan |" in page
+
+
+def test_a_page_says_tuned_or_untuned_and_not_both(tmp_path):
+    run = made_up("muon", 0, [6.0, 4.5, 4.0])
+    (group,) = [leaderboard.make_group("muon", {"step_times_s": [1.0, 1.0]}, [run])]
+
+    def said(tuned, timed):
+        page = leaderboard.write_board(tmp_path, [group], tuned, run["start"], timed)
+        return " ".join(page.split())
+
+    quick, full = said({"muon": {}}, 60), said({"muon": {0: 4.0}}, 80)
+    assert "Nothing was tuned" in quick and "untuned" in quick and "over 15 steps" in quick
+    assert "Only the rate" not in quick and "the best" not in quick
+    assert "Only the rate of the matrices was tuned" in full and "over 20 steps" in full
+    assert "untuned" not in full and "100 steps say little" in full
 
 
 @pytest.fixture

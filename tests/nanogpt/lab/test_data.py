@@ -8,6 +8,8 @@ import data_pipeline
 from data_pipeline import read_manifest
 from nanogpt.config.presets import preset
 from nanogpt.lab import data as prepare_data
+from nanogpt.lab.command_line import read_config, split_arguments
+from nanogpt.train.batches import open_data
 
 
 def run(monkeypatch, *arguments):
@@ -35,18 +37,36 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
         run(monkeypatch, "folder", tmp_path / "none", "--directory", tmp_path / "out")
 
 
+def prepared(tmp_path, monkeypatch, words: int, *arguments):
+    """A folder of shards made of random words; the run that preset cpu has on it."""
+    text = ["the", "people", "of", "these", "States", "government", "and", "union", "law", "is"]
+    (tmp_path / "in").mkdir()
+    drawn = np.random.default_rng(0).choice(text, words)
+    (tmp_path / "in" / "ALL.TXT").write_text(" ".join(drawn))
+    out = tmp_path / "out"
+    run(monkeypatch, "folder", tmp_path / "in", "--directory", out, *arguments)
+    options, rest = split_arguments(["--data.directory", str(out)])
+    return read_manifest(out), read_config(options, "adamw", "x", rest)
+
+
 def test_a_folder_of_a_few_megabytes_suits_the_demo_preset(tmp_path, monkeypatch):
     """README's recipe: the shards of 3 MB are enough for the preset's validation."""
-    words = ["the", "people", "of", "these", "States", "government", "and", "union", "law", "is"]
-    random = np.random.default_rng(0)
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "ALL.TXT").write_text(" ".join(random.choice(words, 600_000)))
-    out = tmp_path / "out"
-    run(monkeypatch, "folder", tmp_path / "in", "--directory", out, "--vocab-size", "2048")
-    demo = preset("cpu", "adamw").data.val_tokens
-    manifest = read_manifest(out)
-    assert manifest.baselines.val_tokens == demo < manifest.val[0].tokens
+    manifest, config = prepared(tmp_path, monkeypatch, 600_000)
+    demo = preset("cpu", "adamw")
+    assert manifest.baselines.val_tokens == demo.data.val_tokens < manifest.val[0].tokens
     assert manifest.val[0].tokens < 0.2 * manifest.train_tokens
+    assert (config.model, config.data.val_tokens) == (demo.model, demo.data.val_tokens)
+
+
+@pytest.mark.parametrize("vocabulary", [(), ("--vocab-size", "300")])
+def test_a_megabyte_trains_as_it_is_prepared(tmp_path, monkeypatch, vocabulary):
+    """Vocabulary and validation tokens of the run are those of the folder."""
+    manifest, config = prepared(tmp_path, monkeypatch, 180_000, *vocabulary)
+    assert config.model.vocab_size == manifest.source.vocab_size
+    data = open_data(config)
+    data.training.close()
+    assert data.baselines is not None and data.notes == ()
+    assert 2 * 8 * 256 < config.data.val_tokens <= preset("cpu", "adamw").data.val_tokens
 
 
 def test_demo_text_gets_the_demo_vocabulary():

@@ -10,7 +10,7 @@ import yaml
 from nanogpt.config.presets import PRESETS, preset
 from nanogpt.lab import command_line, run_file, speedrun
 
-EVERY = [(name, optimizer) for name, (recipes, _) in PRESETS.items() for optimizer in recipes]
+EVERY = [(name, optimizer) for name, recipes in PRESETS.items() for optimizer in recipes]
 
 
 @pytest.mark.parametrize(("name", "optimizer"), EVERY)

@@ -21,7 +21,7 @@ GRID = ["--grid", "matrices.learning_rate=x0.5,x1"]
 
 def trials(*arguments: str):
     """The trials of a command line."""
-    return sweep.make_trials(*sweep.parser().parse_known_args(arguments))
+    return sweep.make_trials(*sweep.read(arguments))
 
 
 def test_every_optimizer_gets_its_own_rates():
@@ -74,14 +74,17 @@ def test_many_axes_have_names_that_fit():
             ["--grid", "matrices.learning-rate=x1", "--grid", "matrices.learning_rate=x2"],
             "matrices.learning_rate is given 2 times",
         ),
-        (["--grid", "matrices.rate=x2"], "matrices.rate must be a number"),
+        (["--grid", "matrices.rate=x2"], "matrices.rate: is no setting of the optimizer 'adamw'"),
+        (["--grid", "matrices.learnin-rate=x2"], "did you mean matrices.learning_rate?"),
+        (["--random", "shedule.steps=lin:1:9", "--runs", "2"], "did you mean schedule.steps?"),
+        (["--grid", "mesh=x2"], "mesh must be a number of the optimizer"),
         (["--grid", "matrices.learning_rate=-1"], "learning_rate=-1.0: must be positive"),
         (["--grid", "name=a,b"], "--grid name: decides no number"),
-        (["--grid", "matrices.ns-steps=3"], "in the trials of optimizer 'adamw'"),
+        (["--grid", "matrices.ns-steps=3"], "is no setting of the optimizer 'adamw'"),
         (["--grid", "matrices.b1=0.5,low"], "could not convert string to float: 'low'"),
         (["--optimizers", "sgd"], "optimizer='sgd' is unknown"),
-        (["--jobs", "0"], "--jobs: 0 must be a whole number, at least 1"),
-        (["--runs", "0"], "--runs: 0 must be"),
+        (["--jobs", "0"], "jobs=0: must be at least 1"),
+        (["--runs", "0"], "runs=0: must be at least 1"),
     ],
 )
 def test_impossible_searches_are_refused(arguments, message, capsys, monkeypatch, tmp_path):

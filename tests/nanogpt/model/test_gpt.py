@@ -1,5 +1,6 @@
 """The model against the torch benchmark script."""
 
+import dataclasses
 import re
 
 import jax
@@ -156,3 +157,18 @@ def test_attention_is_causal():
     before, after = model(batch["inputs"]), model(changed)
     np.testing.assert_array_equal(before[:, :20], after[:, :20])
     assert np.abs(before[:, 20:] - after[:, 20:]).max() > 0.1
+
+
+def test_activations_computed_again_change_no_gradient():
+    config = ModelConfig(32, 2, 16, 8, 32, 8, dtype="float32", embed_dtype="float32")
+    tokens = jnp.arange(16).reshape(2, 8)
+    gradients, kept = [], []
+    for remat in (False, True):
+        model = nanogpt.model.gpt.GPT(dataclasses.replace(config, remat=remat), nnx.Rngs(0))
+        model.head.kernel[...] += jnp.arange(32) / 32
+        graphdef, params = nnx.split(model)
+        logits, pull = jax.vjp(lambda p, g=graphdef: nnx.merge(g, p)(tokens), params)
+        gradients.append(pull(logits)[0])
+        kept.append(sum(leaf.size for leaf in jax.tree.leaves(pull)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *gradients)
+    assert kept[1] < 0.7 * kept[0]

@@ -61,3 +61,16 @@ def test_unknown_optimizer_and_foreign_settings_are_refused():
         build_optimizer(dataclasses.replace(config, optimizer="adam"), params)
     with pytest.raises(ValueError, match="matrices=AdamWConfig .* MuonConfig"):
         build_optimizer(dataclasses.replace(config, optimizer="muon"), params)
+
+
+def test_long_gradients_are_scaled_to_the_norm_of_the_mean():
+    config = dataclasses.replace(preset("cpu", "adamw"), clip_norm=0.5)
+    tokens = config.data.batch_rows * config.model.sequence_length
+    params = {"head": {"kernel": jnp.ones((2, 2))}}
+    tx = build_optimizer(config, params)
+    for norm, kept in ((0.25, 0.25), (4.0, 0.5)):
+        grads = {"head": {"kernel": jnp.full((2, 2), norm / 2 * tokens)}}
+        _, state = tx.update(grads, tx.init(params), params)
+        adam = state.inner_state[1].inner_states["head"].inner_state[0]
+        mu = adam.mu["head"]["kernel"] / (1 - config.auxiliary.b1)
+        np.testing.assert_allclose(jnp.linalg.norm(mu) / tokens, kept, rtol=1e-5)

@@ -20,7 +20,7 @@ GRADIENTS = [RNG.normal(size=(6, 4)) for _ in range(5)]
 
 def updates_of(settings, name, gradients=GRADIENTS):
     """Updates of one matrix, float64 as far as the optimizer is."""
-    tx = DIRECTIONS[name][1](settings, None)
+    tx = DIRECTIONS[name](settings, None)
     params = {"w": jnp.ones(gradients[0].shape)}
     state, update, out = tx.init(params), jax.jit(tx.update), []
     for g in gradients:

@@ -1,12 +1,14 @@
 """Schedules against the benchmark script's tables."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nanogpt.config.run import ScheduleConfig
-from nanogpt.optimizers.schedules import eta, learning_rate
+from nanogpt.optimizers.schedules import common_steps, eta, learning_rate
 from scripts.maintenance.parity import inputs
 from scripts.maintenance.parity.measurement import misses
 
@@ -42,3 +44,29 @@ def test_cooldowns_of_records_27_and_33():
     config = ScheduleConfig(3400, cooldown=0.5, final=0.1)
     expected = 1 - 0.9 * np.maximum(0, s - 1700) / 1700
     np.testing.assert_allclose(eta(s, config), expected, rtol=1e-5)
+
+
+def test_a_cosine_falls_from_the_warmup_to_its_floor():
+    """As nanoGPT's: (1 + cos(pi (s - W) / (K - W))) / 2 between 1 and the floor."""
+    config = ScheduleConfig(1000, cooldown=1.0, warmup_steps=100, final=0.1, shape="cosine")
+    s = np.arange(1000)
+    falling = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (s - 100) / 900))
+    expected = np.where(s < 100, (s + 1) / 100, falling)
+    np.testing.assert_allclose(eta(s, config), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "own", "common"),
+    [
+        ({"steps": 300}, None, 31),  # the shorter one falls at update 31
+        ({"steps": 300, "warmup_steps": 5}, None, 0),
+        ({"final": 0.5}, None, 31),
+        ({}, {"cooldown": 0.9}, 11),
+        ({"steps": 50, "cooldown": 0.0}, None, 31),
+    ],
+)
+def test_updates_that_two_schedules_have_in_common(changed, own, common):
+    one = {"schedule": dataclasses.asdict(ScheduleConfig(100)), "matrices_cooldown": None}
+    other = {"schedule": one["schedule"] | changed, "matrices_cooldown": own}
+    assert common_steps(one, other) == common_steps(other, one) == common
+    assert common_steps(one, one) == 100

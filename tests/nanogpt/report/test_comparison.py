@@ -113,6 +113,15 @@ def test_diverged_run_is_drawn_and_listed(tmp_path, folders):
     assert cells((tmp_path / "out" / "comparison.md").read_text())[-1][2] == "nan"
 
 
+def test_a_diverged_adamw_is_no_target_for_the_others(tmp_path, folders):
+    """min([nan, 4.0]) is nan, and so would be nobody's number of steps."""
+    diverged = write_run(tmp_path / "bad", "adamw", (6.0, None, None, None), name="bad")
+    rows = cells(report([read_run(folder) for folder in [diverged, *folders]]))
+    assert [row[4] for row in rows[2:]] == ["-", "30", "15", "25"]
+    rows = cells(report([read_run(folder) for folder in [diverged, folders[1]]]))
+    assert [row[4] for row in rows[2:]] == ["-", "-"]
+
+
 def test_runs_of_one_optimizer_are_told_apart(tmp_path, folders):
     again = write_run(tmp_path / "again", "muon", CURVES["muon"], name="seed1")
     compare([*folders, again], tmp_path / "out")

@@ -79,6 +79,14 @@ def test_other_settings_are_refused_by_name(tmp_path, config, saved):
     checkpoints.close()
 
 
+def test_another_optimizer_is_not_blamed_on_its_recipe(tmp_path, saved):
+    other = dataclasses.replace(preset("cpu", "adamw"), name="cpu-muon")  # has a warmup, too
+    checkpoints = Checkpoints(tmp_path, other, "data-1")
+    with pytest.raises(ValueError, match="optimizer='muon' trained it, this run has optimizer='ad"):
+        checkpoints.restore(4, state(0), batches())
+    checkpoints.close()
+
+
 def test_other_data_are_refused(tmp_path, config, saved):
     checkpoints = Checkpoints(tmp_path, config, "data-2")
     with pytest.raises(ValueError, match=r"data\.directory='data/sotu' are not those"):

@@ -12,6 +12,7 @@ import signal
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import rich.console
@@ -181,6 +182,10 @@ def test_losses_of_every_due_step_are_recorded(whole):
     assert [record["step"] for record in records(whole, "train")] == list(range(STEPS))
     steps = [record["step"] for record in records(whole)[1:]]
     assert steps == sorted(steps)  # a step is settled, and its time taken, before a validation
+    last = records(whole, "train")[-1]
+    assert last["eta_s"] == 0 and last["mfu"] is None and 1e7 < last["peak_memory_bytes"] < 1e11
+    rates = [record["learning_rate"] for record in records(whole, "train")]
+    assert rates[:4] == pytest.approx([0.01] * 4) and rates[-1] == pytest.approx(0.01 / 7)
     validations = records(whole, "val")
     assert [record["step"] for record in validations] == [0, 4, 8, 9, 10]
     assert validations[0]["loss"] == pytest.approx(math.log(VOCAB), abs=1e-6)  # the head is zero
@@ -366,20 +371,18 @@ def test_too_few_tokens_are_refused_before_anything_is_written(shards, tmp_path)
 
 
 def poison(monkeypatch, bad):
-    """Makes the gradients of some steps infinite, by an optimizer step that says so."""
+    """Makes the gradients of some steps infinite, before the run's own guard."""
     made = loop.make_train_step
 
-    def make(*arguments):
-        step = made(*arguments)
+    def make(graphdef, tx, *rest):
+        def update(updates, state, params, **extra):
+            adam = state.inner_state.inner_states["head"].inner_state[0]
+            step = adam.count + state.total_notfinite
+            wrong = jax.numpy.isin(step, jax.numpy.array(bad))
+            updates = jax.tree.map(lambda g: jax.numpy.where(wrong, jax.numpy.inf, g), updates)
+            return tx.update(updates, state, params, **extra)
 
-        def poisoned(state, batch):
-            before = state.step
-            state, metrics = step(state, batch)
-            wrong = jax.numpy.isin(before, jax.numpy.array(bad))
-            norm = jax.numpy.where(wrong, jax.numpy.inf, metrics["grad_norm"])
-            return state, metrics | {"grad_norm": norm}
-
-        return jax.jit(poisoned)
+        return made(graphdef, optax.GradientTransformationExtraArgs(tx.init, update), *rest)
 
     monkeypatch.setattr(loop, "make_train_step", make)
 
@@ -397,6 +400,16 @@ def test_too_many_in_a_row_end_the_run(shards, tmp_path, monkeypatch):
         fit(config)
     last = read_records(RunFolder(config).metrics)[-1]
     assert (last["kind"], last["step"], last["skipped"]) == ("train", 7, 4)
+
+
+def test_a_trace_of_a_few_steps(shards, tmp_path):
+    config = tiny(shards, tmp_path, schedule=ScheduleConfig(6), profile=True)
+    fit(config)
+    traces = list((RunFolder(config).path / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 0
+    short = tiny(shards, tmp_path, "short", schedule=ScheduleConfig(3), profile=True)
+    fit(short)
+    assert list((RunFolder(short).path / "profile").rglob("*.xplane.pb"))
 
 
 def test_it_says_at_once_that_it_compiles(shards, tmp_path, monkeypatch):

@@ -53,33 +53,46 @@ def test_keep_before_cuts_what_the_resumed_run_writes_again(path):
     start, rest = {"kind": "start"}, [{"kind": "val", "step": s} for s in (0, 4, 5, 6)]
     records = [start, *rest, {"kind": "resume", "step": 5}, {"kind": "end", "step": 9}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    keep_before(path, 5)
-    assert read_records(path) == [start, *rest[:2]]
+    keep_before(path, 5, {"seed": 1})
+    assert read_records(path) == [start | {"config": {"seed": 1}}, *rest[:2]]
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+FIGURES = {
+    "loss": 3.25,
+    "learning_rate": 0.00123,
+    "tokens_per_s": 12345.6,
+    "step_time_s": 4.0,
+    "mfu": 0.4123,
+    "peak_memory_bytes": 2.34e9,
+    "skipped": 2,
+    "eta_s": 990 * 4.0,
+}
 
 
 def shown(terminal: bool) -> str:
     screen = io.StringIO()
     console = rich.console.Console(
-        file=screen, force_terminal=terminal, width=100, soft_wrap=True, highlight=False
+        file=screen, force_terminal=terminal, width=160, soft_wrap=True, highlight=False
     )
     with Progress("cpu/[muon]", steps=2000, done=1000, console=console) as progress:
-        progress.advance(1009, loss=3.25, tokens_per_s=12345.6, step_time_s=4.0, skipped=0)
-        progress.log(1009, loss=3.25, tokens_per_s=12345.6, step_time_s=4.0, skipped=0)
+        progress.advance(1009, FIGURES)
+        progress.log(1009, FIGURES)
         progress.note("hello")
     return screen.getvalue()
 
 
 def test_plain_lines_where_there_is_no_terminal():
     assert shown(terminal=False) == (
-        "cpu/[muon]: step 1009/2000  loss 3.2500  12,346 tokens/s  4000 ms/step  ETA 1:06:00\n"
+        "cpu/[muon]: step 1009/2000  loss 3.2500  lr 0.00123  12,346 tokens/s  4000 ms/step  "
+        "MFU 41.2%  2.3 GB  2 skipped  ETA 1:06:00\n"
         "cpu/[muon]: hello\n"
     )
 
 
 def test_bar_on_a_terminal():
     text = shown(terminal=True)
-    for figure in ("cpu/[muon]", "1010/2000", "loss 3.2500", "12,346 tokens/s", "4000 ms", "ETA"):
+    for figure in ("cpu/[muon]", "1010/2000", "loss 3.2500", "12,346 tokens/s", "41.2%", "ETA"):
         assert figure in text
     assert "step 1009" not in text
     assert "hello" in text

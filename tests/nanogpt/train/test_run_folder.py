@@ -83,3 +83,11 @@ def test_one_process_at_a_time(used):
     with pytest.raises(ValueError, match="another process"):
         used.lock()
     other.close()
+
+
+def test_a_folder_that_cannot_be_written_is_found_at_once(folder, tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(
+        ValueError, match="output.directory=.*cannot write in .*/a .*: set --output"
+    ):
+        folder.check(resume=False, overwrite=False)

@@ -6,8 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from nanogpt.config.board import BOARD
-from nanogpt.config.presets import preset
+from nanogpt.config.presets import PRESETS, preset
 from nanogpt.optimizers.build import build_optimizer
 
 RNG = np.random.default_rng(0)
@@ -25,7 +24,7 @@ def loss(params):
     return 100 * sum(jnp.sum(jnp.cosh(p - t)) for p, t in pairs)
 
 
-@pytest.mark.parametrize("name", BOARD)
+@pytest.mark.parametrize("name", PRESETS["board"])
 def test_four_steps_lower_a_loss(name):
     """The first gradient is zero, as that of most matrices in the benchmark."""
     tx = build_optimizer(preset("board", name), PARAMS)

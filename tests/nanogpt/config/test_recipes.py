@@ -13,7 +13,7 @@ import pytest
 
 from nanogpt.config import presets
 from nanogpt.config.presets import PRESETS, preset
-from nanogpt.config.published import PUBLISHED
+from nanogpt.config.recipes import PUBLISHED
 from nanogpt.config.run import ScheduleConfig
 from nanogpt.config.settings import LionConfig, MatrixConfig
 from nanogpt.optimizers import build as optimizers

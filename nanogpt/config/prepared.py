@@ -1,0 +1,37 @@
+"""What a run's defaults are on a prepared folder of one's own."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+from nanogpt.config.run import Config
+
+# A vocabulary may be rounded up to what the hardware likes: track 3 has 50304 rows for 50257 ids.
+PADDING = 128
+
+
+def fitted(default: Config, words: Sequence[str]) -> Config:
+    """Returns a preset with the vocabulary and validation tokens of the folder that words name.
+
+    Args:
+        default: the preset.
+        words: a command line; without --data.directory, or where that folder has no manifest, the
+            preset stays as it is. Settings that it names are set afterwards.
+    """
+    folder = next(
+        (b if a == "--data.directory" else a.partition("=")[2])
+        for a, b in zip([*words, "--data.directory="], [*words[1:], "", ""], strict=False)
+        if a.partition("=")[0] == "--data.directory"
+    )
+    path = pathlib.Path(folder, "manifest.json")
+    if not folder or not path.exists():
+        return default
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    ids, scored = manifest["source"]["vocab_size"], manifest["baselines"]["val_tokens"]
+    model, data = default.model, default.data
+    if not 0 <= model.vocab_size - ids < PADDING:
+        model = dataclasses.replace(model, vocab_size=ids)
+    if scored < data.val_tokens and scored % (data.microbatch_rows * model.sequence_length) == 0:
+        data = dataclasses.replace(data, val_tokens=scored)
+    return dataclasses.replace(default, model=model, data=data)

@@ -1,0 +1,88 @@
+"""Runs that begin with another run: with its parameters, or with all that it did up to a step."""
+
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from nanogpt.config.run import Config
+from nanogpt.optimizers.schedules import common_steps
+from nanogpt.train.checkpoint import first_difference, plain
+from nanogpt.train.metrics import read_records
+from nanogpt.train.run_folder import RunFolder
+
+_SIZES = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim")
+
+
+def read_params(config: Config, params: Any) -> Any:
+    """Loads the parameters of `config.init_from`'s newest checkpoint.
+
+    Args:
+        config: the run that begins with them.
+        params: tree of arrays, the pattern for shapes, dtypes and placement.
+
+    Raises:
+        ValueError: no such run, no checkpoint, or a model of other sizes.
+    """
+    folder, saved, steps = _read("init_from", config.init_from)
+    sizes = [{name: c["model"][name] for name in _SIZES} for c in (saved, plain(config))]
+    if difference := first_difference(*sizes):
+        name, before, now = difference
+        raise ValueError(
+            f"init_from={config.init_from!r}: that run has model.{name}={before}, this one {now}: "
+            f"set --model.{name.replace('_', '-')} {before}."
+        )
+    pattern = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
+    with ocp.PyTreeCheckpointer() as reader:
+        found = reader.restore(
+            (folder / "checkpoints" / str(max(steps)) / "state").absolute(),
+            args=ocp.args.PyTreeRestore(
+                item=pattern,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(pattern),
+                partial_restore=True,
+            ),
+        )
+    return found["params"]
+
+
+def common_checkpoint(config: Config) -> int:
+    """Returns the newest checkpoint of `config.go_on_from` before its schedule is another one.
+
+    Raises:
+        ValueError: no such run, or no such checkpoint; names the step.
+    """
+    _, saved, steps = _read("go_on_from", config.go_on_from)
+    common = common_steps(saved, plain(config))
+    usable = [step for step in steps if step <= common]
+    if not usable:
+        raise ValueError(
+            f"go_on_from={config.go_on_from!r}: both schedules have the first {common} updates in "
+            f"common, and a checkpoint of step {common} or before is missing: there are those of "
+            f"{', '.join(map(str, steps))}. Train that run anew with --output.checkpoint-every and "
+            "--output.keep-checkpoints, or begin with its parameters alone by --init-from."
+        )
+    return max(usable)
+
+
+def copy_run(config: Config, step: int) -> None:
+    """Copies what `config.go_on_from` left up to a step into the run's own folder."""
+    source, target = pathlib.Path(config.go_on_from), RunFolder(config)
+    shutil.copytree(source / "checkpoints" / str(step), target.checkpoints / str(step))
+    for file in [*source.glob("metrics*.jsonl"), *source.glob(target.record.name)]:
+        shutil.copy(file, target.path)
+
+
+def _read(name: str, folder: str) -> tuple[pathlib.Path, dict[str, Any], list[int]]:
+    """A run's folder, settings, and the steps of its checkpoints."""
+    path = pathlib.Path(folder)
+    metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
+    found = checkpoints.iterdir() if checkpoints.exists() else ()
+    steps = sorted(int(entry.name) for entry in found if entry.name.isdigit())
+    if not steps or not metrics.exists():
+        raise ValueError(
+            f"{name}={folder!r}: holds no run with checkpoints: give the folder that has "
+            "metrics.jsonl and checkpoints/, as in runs/cpu/adamw."
+        )
+    return path, read_records(metrics)[0]["config"], steps

@@ -1,0 +1,80 @@
+"""Runs that begin with another run."""
+
+import dataclasses
+
+import pytest
+
+from nanogpt.config.run import OutputConfig, ScheduleConfig
+from nanogpt.train.loop import fit
+from nanogpt.train.metrics import read_records
+from nanogpt.train.run_folder import RunFolder
+from tests.nanogpt.train.test_loop import assert_equal, losses, records, saved, shards, tiny
+
+__all__ = ["shards"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def parent(shards, tmp_path_factory):
+    """Ten steps, of which the last seven cool down, with every checkpoint."""
+    output = OutputConfig(
+        str(tmp_path_factory.mktemp("parent")), log_every=1, checkpoint_every=2, keep_checkpoints=9
+    )
+    config = tiny(shards, "", output=output)
+    fit(config)
+    return config
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "shampoo"])
+def test_parameters_of_another_run(shards, tmp_path, parent, optimizer):
+    config = tiny(shards, tmp_path, optimizer=optimizer, schedule=ScheduleConfig(1))
+    config = dataclasses.replace(config, init_from=str(RunFolder(parent).path))
+    fit(config)
+    assert records(config, "val")[0]["loss"] == records(parent, "val")[-1]["loss"]
+    assert "begun with" in records(config)[0]["fingerprint"]["model"]
+
+
+def test_a_model_of_other_sizes_is_refused(shards, tmp_path, parent):
+    config = dataclasses.replace(
+        tiny(shards, tmp_path),
+        model=dataclasses.replace(parent.model, mlp_dim=16),
+        init_from=str(RunFolder(parent).path),
+    )
+    with pytest.raises(ValueError, match="has model.mlp_dim=32, this one 16: set --model.mlp-dim"):
+        fit(config)
+    with pytest.raises(ValueError, match="init_from='nowhere': holds no run.*metrics.jsonl"):
+        fit(dataclasses.replace(config, init_from="nowhere"))
+    assert not RunFolder(config).path.exists()
+
+
+@pytest.mark.parametrize("mode", ["shuffled", "sequential"])
+def test_more_steps_go_on_from_before_the_cooldown(shards, tmp_path, parent, mode):
+    """Bit for bit what the longer run is from its beginning; the parent stays as it was."""
+    data = dataclasses.replace(parent.data, mode=mode)
+    output = dataclasses.replace(parent.output, directory=str(tmp_path))
+    short = dataclasses.replace(parent, name="short", data=data, output=output)
+    long = dataclasses.replace(short, name="long", schedule=ScheduleConfig(14))
+    fit(short)
+    fit(long)
+    before = records(short)
+    config = dataclasses.replace(long, name="on", go_on_from=str(RunFolder(short).path))
+    fit(config)
+    assert [record["step"] for record in records(config, "resume")] == [4]
+    assert losses(config) == losses(long)
+    assert_equal(saved(config, 14), saved(long, 14))
+    assert records(config)[0]["config"]["schedule"]["steps"] == 14
+    assert records(short) == before
+    end = read_records(RunFolder(config).metrics)[-1]
+    assert fit(config, resume=True) == end
+
+
+def test_the_step_that_is_missing_is_named(shards, tmp_path, parent):
+    only = tiny(shards, tmp_path, "only")  # has its last checkpoint alone
+    fit(only)
+    config = tiny(shards, tmp_path, "on", schedule=ScheduleConfig(14))
+    config = dataclasses.replace(config, go_on_from=str(RunFolder(only).path))
+    with pytest.raises(ValueError, match="a checkpoint of step 4 or before is missing.*10.*every"):
+        fit(config)
+    assert not RunFolder(config).path.exists()
+    longer = dataclasses.replace(only, schedule=ScheduleConfig(14))
+    with pytest.raises(ValueError, match="schedule.steps=10, this run has schedule.steps=14"):
+        fit(longer, resume=True)

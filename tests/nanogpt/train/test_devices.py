@@ -1,0 +1,34 @@
+"""The share of a device's peak that a run uses."""
+
+import dataclasses
+
+import pytest
+
+from nanogpt.config.presets import preset
+from nanogpt.optimizers.flops import model_flops
+from nanogpt.train.devices import peak_rate, seconds_at_peak
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("cpu", None),
+    ],
+)
+def test_the_longest_name_that_matches_counts(kind, peak):
+    assert peak_rate(kind) == peak
+
+
+def test_seconds_of_a_step_at_the_peak():
+    config = preset("track3", "adamw")
+    flops = model_flops(config.model, 512 * 1024)
+    assert seconds_at_peak(config, "NVIDIA H200", 8) == pytest.approx(flops / (8 * 989.4e12))
+    model = dataclasses.replace(config.model, dtype="float32")
+    assert seconds_at_peak(dataclasses.replace(config, model=model), "NVIDIA H200", 8) is None
+    assert seconds_at_peak(config, "cpu", 1) is None
