@@ -8,14 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Whole numbers, and the least that each may be.
-AT_LEAST: dict[str, int] = dict.fromkeys(
-    "size merge every start chunk monitor iterations max_iterations sign_steps".split(), 1
-) | {"order": 2}
-NOT_NEGATIVE = (
-    "eps atol damping relative_damping absolute_damping first_weight tolerance max_residual "
-    "weight_decay lr_power".split()
-)
+WHOLE = "size merge every start chunk monitor order iterations max_iterations sign_steps".split()
+AT_LEAST = {"order": 2}  # all others 1
+NOT_NEGATIVE = "eps atol first_weight tolerance max_residual weight_decay lr_power".split()
 BELOW_ONE = "b1 b3 rtol dampening eval_coeff".split()
 UP_TO_ONE = "b2 factor_b2".split()  # 1 sums
 
@@ -52,10 +47,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         an object.
     """
     for name, value in options.items():
-        if name in AT_LEAST:
+        if name in WHOLE:
             _check_whole(name, value)
-        elif name in NOT_NEGATIVE and is_number(value) and not value >= 0:
-            raise ValueError(f"{name}={value} must not be negative.")
+        elif name in NOT_NEGATIVE or name.endswith("damping"):
+            if is_number(value) and not value >= 0:
+                raise ValueError(f"{name}={value} must not be negative.")
         elif name in BELOW_ONE or name in UP_TO_ONE:
             check_range(name, value, closed=name in UP_TO_ONE)
         elif name == "exponent" and is_number(value) and not value > 0:
@@ -101,8 +97,8 @@ def _check_whole(name: str, value: Any) -> None:
         return
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be a whole number.")
-    if value < AT_LEAST[name]:
-        raise ValueError(f"{name}={value} must be at least {AT_LEAST[name]}.")
+    if value < AT_LEAST.get(name, 1):
+        raise ValueError(f"{name}={value} must be at least {AT_LEAST.get(name, 1)}.")
 
 
 def _check_pairs(options: Mapping[str, Any]) -> None:

@@ -36,12 +36,8 @@ def stack_of(path: KeyPath, stacks: Collection[KeyPath]) -> KeyPath | None:
     field of the state counts most, then the longest, then the one closest to the leaf: positions in
     chains and numbers of dimensions look like paths of parameters that are kept in tuples.
     """
-
-    def behind_field(i: int) -> bool:
-        return i > 0 and isinstance(path[i - 1], jax.tree_util.GetAttrKey)
-
     found = [
-        (behind_field(i), len(stack), i, stack)
+        (i > 0 and isinstance(path[i - 1], jax.tree_util.GetAttrKey), len(stack), i, stack)
         for stack in stacks
         for i in range(len(path) - len(stack) + 1)
         if path[i : i + len(stack)] == stack

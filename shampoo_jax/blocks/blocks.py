@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,15 +142,7 @@ class Part(optax.GradientTransformationExtraArgs):
     """An Optax transformation that reads and writes stacks, `{"3072x768": Blocks, ...}`."""
 
 
-class PartUpdate(Protocol):
-    """Function of stacks, state and stacks of parameters, or None, and any extra arguments."""
-
-    def __call__(self, stacks: Stacks, state: Any, params: Any, /, **extra: Any) -> tuple[Any, Any]:
-        """New stacks and new state."""
-        ...
-
-
-def make_part(init: Callable[[Stacks], Any], update: PartUpdate) -> Part:
+def make_part(init: Callable[[Stacks], Any], update: Callable[..., Any]) -> Part:
     """A transformation of stacks that accepts trees of arrays as well.
 
     An array counts as a stack of one block whose gradient and update are the array itself; the
@@ -158,7 +150,8 @@ def make_part(init: Callable[[Stacks], Any], update: PartUpdate) -> Part:
 
     Args:
       init: Function of stacks of parameters, giving the state.
-      update: Function of (stacks, state, stacks of parameters or None, **extra).
+      update: Function of (stacks, state, stacks of parameters or None, **extra) giving new stacks
+        and new state.
 
     Returns:
       The part.

@@ -122,12 +122,10 @@ def merge_dimensions(
         return shape
     rest = [d for d in shape if d > 1]
     merged: list[int] = []
-    while rest:
-        d = rest.pop()
-        joined = merged[0] * d if merged else 0
-        fits = merged and (size is None or joined <= size)
-        if fits and len(merged) + len(rest) + 1 > merge:
-            merged[0] = joined
+    for before, d in reversed(list(enumerate(rest))):
+        fits = merged and (size is None or merged[0] * d <= size)
+        if fits and before + 1 + len(merged) > merge:
+            merged[0] *= d
         else:
             merged.insert(0, d)
     return tuple(merged) or (1,)
@@ -139,8 +137,7 @@ def _read_as(
     """(permutation, batch, merged shape) of one parameter."""
     if numbers is None:
         return tuple(range(len(shape))), 1, merge_dimensions(shape, blocking.merge, blocking.size)
-    axes = [a for group in numbers.dimensions for a in group]
-    permutation = (*numbers.batch, *axes)
+    permutation = (*numbers.batch, *itertools.chain(*numbers.dimensions))
     if sorted(permutation) != list(range(len(shape))):
         raise ValueError(
             f"dimension_numbers of parameter {name} with shape {shape} name the axes "
