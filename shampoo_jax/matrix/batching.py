@@ -29,18 +29,16 @@ def map_matrices(function: Callable[..., Any], leading: tuple[int, ...], *arrays
     >>> map_matrices(jnp.trace, (2, 1), jnp.ones((2, 1, 3, 3))).tolist()
     [[3.0], [3.0]]
     """
-    count, axes = math.prod(leading), len(leading)
-    if axes != 1:
-        arrays = tuple(array.reshape(count, *array.shape[axes:]) for array in arrays)
+    if len(leading) != 1:
+        count, axes = math.prod(leading), len(leading)
+        flat = (x.reshape(count, *x.shape[axes:]) for x in arrays)
+        mapped = map_matrices(function, (count,), *flat)
+        return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), mapped)
     operand, one = arrays[0], function
     if len(arrays) > 1:
         operand, one = arrays, lambda matrices: function(*matrices)
-    mapped = jax.lax.platform_dependent(
-        operand, cpu=functools.partial(jax.lax.map, one), default=jax.vmap(one)
-    )
-    if axes == 1:
-        return mapped
-    return jax.tree.map(lambda array: array.reshape(*leading, *array.shape[1:]), mapped)
+    one_at_a_time = functools.partial(jax.lax.map, one)
+    return jax.lax.platform_dependent(operand, cpu=one_at_a_time, default=jax.vmap(one))
 
 
 def map_selected(

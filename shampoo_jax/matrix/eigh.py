@@ -1,23 +1,26 @@
 """Inverse roots by symmetric eigendecomposition: truncated (pseudo-inverse) and shifted."""
 
+import functools
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from shampoo_jax.matrix.batching import map_matrices
+from shampoo_jax.matrix.products import matmul
 
 Array = jax.Array
-
-HIGHEST = jax.lax.Precision.HIGHEST
-
+Spectrum = tuple[Array, Array]  # eigenvalues [..., d] and eigenvectors [..., d, d]
+Roots = tuple[Array, Array]  # [..., d, d], and whether each can be used
 
 # Where XLA has each algorithm, see `jax.lax.linalg.EighImplementation`.
 IMPLEMENTATIONS = {"qr": ("cpu", "gpu"), "jacobi": ("gpu", "tpu"), "qdwh": ("tpu",)}
 
 
-def eigh(matrices: Array, implementation: str | None = None) -> tuple[Array, Array]:
+def eigh(matrices: Array, implementation: str | None = None) -> Spectrum:
     """Eigendecomposition of a stack of symmetric matrices, `A = Q diag(w) Q^T`.
 
     On CPU the matrices are taken one at a time, see `batching.map_matrices`.
@@ -34,20 +37,17 @@ def eigh(matrices: Array, implementation: str | None = None) -> tuple[Array, Arr
       ValueError: An implementation that does not exist, or not on the default backend.
     """
     backend = jax.default_backend()
-    here = [name for name, backends in IMPLEMENTATIONS.items() if backend in backends]
-    if implementation is not None and implementation not in here:
+    if implementation is not None and backend not in IMPLEMENTATIONS.get(implementation, ()):
+        here = [name for name, backends in IMPLEMENTATIONS.items() if backend in backends]
         raise ValueError(
             f"implementation={implementation!r} of eigh does not exist on {backend}: use one of "
             f"{here}, or None."
         )
     _warn_about_blas_threads()
     chosen = jax.lax.linalg.EighImplementation(implementation) if implementation else None
-
-    def one(matrix: Array) -> tuple[Array, Array]:
-        vectors, values = jax.lax.linalg.eigh(matrix, implementation=chosen)
-        return values, vectors
-
-    return map_matrices(one, matrices.shape[:-2], matrices)
+    one = functools.partial(jax.lax.linalg.eigh, implementation=chosen)
+    vectors, values = map_matrices(one, matrices.shape[:-2], matrices)
+    return values, vectors
 
 
 _warned = False
@@ -85,57 +85,89 @@ def finite(matrices: Array) -> Array:
 
 def reconstruct(values: Array, vectors: Array) -> Array:
     """`Q diag(values) Q^T`, exactly symmetric, `[..., d, d]`."""
-    product = jnp.matmul(
-        vectors * values[..., None, :], vectors.swapaxes(-1, -2), precision=HIGHEST
-    )
+    product = matmul(vectors * values[..., None, :], vectors.swapaxes(-1, -2))
     return (product + product.swapaxes(-1, -2)) / 2
 
 
+def relative_cutoff(rtol: float | None, d: int, dtype: Any) -> float:
+    """A cutoff relative to the largest eigenvalue; None means `d * eps`, the numerical rank."""
+    return d * float(jnp.finfo(dtype).eps) if rtol is None else rtol
+
+
 def truncated_power(
-    values: Array, exponent: float, *, rtol: float | None = None, atol: float | Array = 0.0
+    values: Array, exponent: float, *, rtol: Any = None, atol: Any = 0.0, unit: Any = 1.0
 ) -> Array:
     """`w^-exponent` where an eigenvalue is above the cutoff, 0 elsewhere.
 
-    The cutoff is `max(rtol * max(w), atol)`; `rtol=None` means `d * eps` of the dtype, the usual
-    numerical rank. `rtol=0, atol=0` drops only eigenvalues `<= 0`.
+    The cutoff is `max(rtol * max(w), atol)`; `rtol=None` means `d * eps` of the dtype.
+    `rtol=0, atol=0` drops only eigenvalues `<= 0`.
 
     Args:
       values: Eigenvalues, `[..., d]`.
       exponent: Any real number.
       rtol: Cutoff relative to the largest eigenvalue.
-      atol: Absolute cutoff, broadcast against `values`.
+      atol: Absolute cutoff.
+      unit: Of `values`, but not of `atol`; broadcast against them.
 
     Returns:
-      `[..., d]`.
+      `[..., d]`, powers of the values as they are given.
     """
-    if rtol is None:
-        rtol = values.shape[-1] * float(jnp.finfo(values.dtype).eps)
+    rtol = relative_cutoff(rtol, values.shape[-1], values.dtype)
     largest = jnp.maximum(values.max(-1, keepdims=True), 0.0)
-    keep = values > jnp.maximum(rtol * largest, atol)
+    keep = values > jnp.maximum(rtol * largest, atol / unit)
     return jnp.where(keep, jnp.where(keep, values, 1.0) ** -exponent, 0.0)
 
 
-def shifted_power(values: Array, exponent: float, *, damping: float | Array, added: bool) -> Array:
+def shifted_power(
+    values: Array, exponent: float, *, damping: Any, added: bool, unit: Any = 1.0
+) -> Array:
     """`w^-exponent` of a spectrum moved to lie at or above damping.
 
     With `added` (the matrix already holds `damping * I`) the whole spectrum is shifted up where its
-    smallest value is below damping; otherwise it is shifted to be non-negative and damping is added.
+    smallest value is below damping; otherwise it is shifted to be non-negative and damping added.
 
     Args:
       values: Eigenvalues, `[..., d]`.
       exponent: Any real number.
-      damping: Smallest eigenvalue afterwards; broadcast against `values`.
+      damping: Smallest eigenvalue afterwards.
       added: Whether the decomposed matrix was `A + damping * I`.
+      unit: Of `values`, but not of `damping`; broadcast against them.
 
     Returns:
-      `[..., d]`.
+      `[..., d]`, powers of the values as they are given.
     """
+    damping = damping / unit
     smallest = values.min(-1, keepdims=True)
     if added:
         values = jnp.where(smallest < damping, values - smallest + damping, values)
     else:
         values = values - jnp.minimum(smallest, 0.0) + damping
     return values**-exponent
+
+
+def spectral_root(
+    factor: Array,
+    exponent: float,
+    powers: Callable[..., Array],
+    decompose: Callable[[Array], Spectrum],
+) -> tuple[Array, Array, Array]:
+    """Root `Q diag(powers(w)) Q^T` of a stack, computed where its entries are near 1.
+
+    Args:
+      factor: Symmetric stack, `[..., d, d]`.
+      exponent: Of the root, which says how it scales.
+      powers: Function of eigenvalues `[..., d]` and of their `unit`, `[..., 1]`.
+      decompose: Eigenvalues and eigenvectors of a finite stack.
+
+    Returns:
+      The roots `[..., d, d]`; per matrix, whether it and its root are finite; the eigenvectors.
+    """
+    scale = power_of_two_scale(factor)
+    ok = finite(factor)
+    safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
+    values, vectors = decompose(safe)
+    root = reconstruct(powers(values, unit=scale[..., 0]), vectors) * scale**-exponent
+    return root, ok & finite(root), vectors
 
 
 def truncated_root(
@@ -145,7 +177,7 @@ def truncated_root(
     rtol: float | None = None,
     atol: float = 0.0,
     implementation: str | None = None,
-) -> tuple[Array, Array]:
+) -> Roots:
     """Pseudo-inverse root `A^(-exponent)` with eigenvalues at or below the cutoff mapped to 0.
 
     Source: Moore-Penrose inverse as used by Shampoo on rank-deficient factors (track-3 result 35 of
@@ -154,7 +186,7 @@ def truncated_root(
     Args:
       factor: Symmetric positive semi-definite stack, `[..., d, d]`.
       exponent: Positive real, 1/4 for two-sided Shampoo on matrices.
-      rtol: Cutoff relative to the largest eigenvalue; None means `d * damping` of the dtype.
+      rtol: Cutoff relative to the largest eigenvalue; None means `d * eps` of the dtype.
       atol: Absolute cutoff.
       implementation: See `eigh`.
 
@@ -162,13 +194,9 @@ def truncated_root(
       The roots `[..., d, d]` and, per matrix, whether the result is finite. A zero matrix has root
       zero.
     """
-    scale = power_of_two_scale(factor)
-    ok = finite(factor)
-    safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
-    values, vectors = eigh(safe, implementation)
-    powers = truncated_power(values, exponent, rtol=rtol, atol=atol / scale[..., 0])
-    root = reconstruct(powers, vectors) * scale**-exponent
-    return root, ok & finite(root)
+    powers = functools.partial(truncated_power, exponent=exponent, rtol=rtol, atol=atol)
+    decompose = functools.partial(eigh, implementation=implementation)
+    return spectral_root(factor, exponent, powers, decompose)[:2]
 
 
 def shifted_root(
@@ -178,8 +206,8 @@ def shifted_root(
     damping: float,
     before: bool = True,
     implementation: str | None = None,
-) -> tuple[Array, Array]:
-    """Root `(A + damping I)^(-exponent)` with the spectrum shifted up where rounding made it smaller.
+) -> Roots:
+    """Root `(A + damping I)^(-exponent)`, the spectrum shifted up where rounding made it smaller.
 
     Source: the perturbation rule of Meta's distributed_shampoo.
 
@@ -195,10 +223,25 @@ def shifted_root(
     """
     if before:
         factor = factor + damping * jnp.eye(factor.shape[-1], dtype=factor.dtype)
-    scale = power_of_two_scale(factor)
-    ok = finite(factor)
-    safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
-    values, vectors = eigh(safe, implementation)
-    powers = shifted_power(values, exponent, damping=damping / scale[..., 0], added=before)
-    root = reconstruct(powers, vectors) * scale**-exponent
-    return root, ok & finite(root)
+    powers = functools.partial(shifted_power, exponent=exponent, damping=damping, added=before)
+    decompose = functools.partial(eigh, implementation=implementation)
+    return spectral_root(factor, exponent, powers, decompose)[:2]
+
+
+def clipped_root(factor: Array, exponent: float, *, rtol: float | None = None) -> Roots:
+    """Root `max(A, rtol * largest)^(-exponent)`: eigenvalues below the cutoff are raised to it.
+
+    Args:
+      factor: Symmetric stack, `[..., d, d]`, not zero.
+      exponent: Positive real.
+      rtol: Cutoff relative to the largest eigenvalue; None means `d * eps` of the dtype.
+
+    Returns:
+      The roots `[..., d, d]` and, per matrix, whether the result is finite.
+    """
+    rtol = relative_cutoff(rtol, factor.shape[-1], factor.dtype)
+
+    def powers(values: Array, unit: Array) -> Array:
+        return jnp.maximum(values, rtol * values.max(-1, keepdims=True)) ** -exponent
+
+    return spectral_root(factor, exponent, powers, eigh)[:2]

@@ -107,13 +107,20 @@ def coupled_newton(
     >>> [round(float(entry), 4) for entry in jnp.diag(result.root)], bool(result.ok)
     ([1.0, 0.5], True)
     """
-    _check_square(factor)
     if Fraction(root).denominator != 1 or root < 1:
         raise ValueError(
             f"root={root} must be a positive integer for the coupled Newton iteration: use "
             "coupled_higher_order or an eigenvalue solver for other exponents."
         )
-    solve = functools.partial(_newton, p=int(root), max_iterations=max_iterations)
+    p = int(root)
+
+    def solve(factor, damping, tolerance, max_residual):
+        matrix, scale = _scaled(factor, damping)
+        start = _start(matrix, (p + 1) / (2 * jnp.linalg.norm(matrix)), p)
+        update = functools.partial(_newton_factor, p=p)
+        root, error, step = _iterate(update, start, p, tolerance, max_iterations)
+        return *_finish(root, matrix, scale, Fraction(p), error <= max_residual), step
+
     return _solve_each(solve, factor, damping, tolerance, max_residual)
 
 
@@ -129,8 +136,9 @@ def coupled_higher_order(
 ) -> RootResult:
     """Returns `(A + d I)^(-e)` by a coupled iteration of any order, for rational e.
 
-    `d = max(relative_damping * |A|_inf, absolute_damping)` and p/q = 1/e. With `X_0 = tr(A)^(-1/p) I` and
-    `M_0 = A / tr(A)`, one Newton step (see `coupled_newton`) guarantees convergence; then repeats
+    `d = max(relative_damping * |A|_inf, absolute_damping)` and p/q = 1/e. With
+    `X_0 = tr(A)^(-1/p) I` and `M_0 = A / tr(A)`, one Newton step (see `coupled_newton`) guarantees
+    convergence; then repeats
 
         T = sum_(i < order) b_i (I - M)^i,  b_i = prod_(j = 1..i) (1 + (j-1) p) / (j p),
         X <- X T,    M <- T^p M
@@ -165,65 +173,40 @@ def coupled_higher_order(
     >>> [round(float(entry), 4) for entry in jnp.diag(result.root)], bool(result.ok)
     ([1.0, 0.125], True)
     """
-    _check_square(factor)
     if order < 2:
         raise ValueError(f"order={order} must be at least 2 (2 is Newton's iteration).")
-    solve = functools.partial(
-        _higher_order, ratio=rational_root(exponent), max_iterations=max_iterations, order=order
-    )
+    ratio = rational_root(exponent)
+    p, q = ratio.numerator, ratio.denominator
+    update = functools.partial(_series_factor, coefficients=_series(p, order))
+
+    def solve(factor, relative, absolute, tolerance):
+        matrix, scale = _scaled(factor, 0)
+        row_sum = scale * jnp.linalg.norm(matrix, ord=jnp.inf)
+        matrix, scale = _scaled(factor, jnp.maximum(relative * row_sum, absolute))
+        root, coupled, _ = _start(matrix, 1 / jnp.trace(matrix), p)
+        start = _apply(_newton_factor(coupled, p), root, coupled, p)
+        root, _, step = _iterate(update, start, p, tolerance, max_iterations, GROWTH, STALLED)
+        accurate = _distance(matmul(matrix, matrix_power(root, p))) <= MAX_RESIDUAL
+        return *_finish(matrix_power(root, q), matrix, scale, ratio, accurate), step
+
     return _solve_each(solve, factor, relative_damping, absolute_damping, tolerance)
-
-
-def _check_square(factor: jax.Array) -> None:
-    if factor.ndim < 2 or factor.shape[-1] != factor.shape[-2]:
-        raise ValueError(f"factor has shape {factor.shape}; expected (..., n, n).")
 
 
 def _solve_each(solve, factor: jax.Array, *scalars: ArrayLike) -> RootResult:
     """Maps a solver of one matrix over the stack; a batched while_loop freezes finished ones."""
+    if factor.ndim < 2 or factor.shape[-1] != factor.shape[-2]:
+        raise ValueError(f"factor has shape {factor.shape}; expected (..., n, n).")
     scalars = tuple(jnp.asarray(scalar, factor.dtype) for scalar in scalars)
     signature = ",".join(["(n,n)"] + ["()"] * len(scalars)) + "->(n,n),(),()"
     return RootResult(*jnp.vectorize(solve, signature=signature)(factor, *scalars))
 
 
-def _newton(factor, damping, tolerance, max_residual, *, p: int, max_iterations: int):
-    matrix, scale = _scaled(factor, damping)
-    z = (p + 1) / (2 * jnp.linalg.norm(matrix))
-    start = _start(matrix, z, p)
-    # zeros_like carries the sharding type of its argument, which shard_map demands of loop state.
-    step = jnp.zeros_like(start[-1], jnp.int32)
+def _iterate(update, start, p: int, tolerance, max_iterations: int, growth=math.inf, stalled=0.0):
+    """Returns root, error and number of steps of `X <- X T, M <- T^p M` with T = `update(M)`.
 
-    def proceed(state):
-        _, _, error, step = state
-        return (error > tolerance) & (step < max_iterations)
-
-    def iterate(state):
-        root, coupled, _, step = state
-        return *_apply(_newton_factor(coupled, p), root, coupled, p), step + 1
-
-    root, _, error, step = jax.lax.while_loop(proceed, iterate, (*start, step))
-    root, ok = _finish(root, matrix, scale, Fraction(p), error <= max_residual)
-    return root, ok, step
-
-
-def _higher_order(
-    factor,
-    relative_damping,
-    absolute_damping,
-    tolerance,
-    *,
-    ratio: Fraction,
-    max_iterations: int,
-    order: int,
-):
-    p, q = ratio.numerator, ratio.denominator
-    eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
-    matrix, scale = _scaled(factor, 0)
-    row_sum = scale * jnp.linalg.norm(matrix, ord=jnp.inf)
-    matrix, scale = _scaled(factor, jnp.maximum(relative_damping * row_sum, absolute_damping))
-    root, coupled, _ = _start(matrix, 1 / jnp.trace(matrix), p)
-    start = _apply(_newton_factor(coupled, p), root, coupled, p)
-    coefficients = _series(p, order)
+    Ends at the tolerance or the last step, where the error grows by more than `growth`, or where it
+    stands still below `stalled`.
+    """
 
     def proceed(state):
         _, _, error, step, stop = state
@@ -231,46 +214,55 @@ def _higher_order(
 
     def iterate(state):
         root, coupled, error, step, _ = state
-        rest = eye - coupled
-        update = coefficients[-1] * eye
-        for coefficient in reversed(coefficients[:-1]):
-            update = matmul(update, rest) + coefficient * eye
-        root, coupled, new = _apply(update, root, coupled, p)
-        stop = (new > GROWTH * error) | ((new == error) & (error < STALLED))
+        root, coupled, new = _apply(update(coupled), root, coupled, p)
+        stop = (new > growth * error) | ((new == error) & (error < stalled))
         return root, coupled, new, step + 1, stop
 
+    # zeros_like carries the sharding type of its argument, which shard_map demands of loop state.
     error = start[-1]
     state = (*start, jnp.zeros_like(error, jnp.int32), jnp.zeros_like(error, bool))
-    root, _, _, step, _ = jax.lax.while_loop(proceed, iterate, state)
-    residual = jnp.max(jnp.abs(matmul(matrix, matrix_power(root, p)) - eye))
-    root, ok = _finish(matrix_power(root, q), matrix, scale, ratio, residual <= MAX_RESIDUAL)
-    return root, ok, step
+    root, _, error, step, _ = jax.lax.while_loop(proceed, iterate, state)
+    return root, error, step
 
 
 def _scaled(matrix, damping):
     """Returns `(A + damping I) / scale` and the scale, a scalar power of two."""
-    matrix = matrix + damping * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    matrix = matrix + damping * _eye(matrix)
     scale = power_of_two_scale(matrix)
     return matrix / scale, scale[0, 0]
 
 
 def _start(matrix, z, p: int):
     """Returns the first root, coupled matrix and error."""
-    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
     coupled = z * matrix
-    return z ** (1 / p) * eye, coupled, jnp.max(jnp.abs(coupled - eye))
+    return z ** (1 / p) * _eye(matrix), coupled, _distance(coupled)
 
 
 def _newton_factor(coupled, p: int):
-    return (1 + 1 / p) * jnp.eye(coupled.shape[-1], dtype=coupled.dtype) - coupled / p
+    return (1 + 1 / p) * _eye(coupled) - coupled / p
+
+
+def _series_factor(coupled, coefficients: list[float]):
+    """The series at M, by Horner's rule."""
+    eye = _eye(coupled)
+    update = coefficients[-1] * eye
+    for coefficient in reversed(coefficients[:-1]):
+        update = matmul(update, eye - coupled) + coefficient * eye
+    return update
 
 
 def _apply(update, root, coupled, p: int):
     """Returns the next root, coupled matrix and error."""
-    root = matmul(root, update)
     coupled = matmul(matrix_power(update, p), coupled)
-    eye = jnp.eye(coupled.shape[-1], dtype=coupled.dtype)
-    return root, coupled, jnp.max(jnp.abs(coupled - eye))
+    return matmul(root, update), coupled, _distance(coupled)
+
+
+def _distance(coupled):
+    return jnp.max(jnp.abs(coupled - _eye(coupled)))
+
+
+def _eye(matrix):
+    return jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
 
 
 def _series(p: int, order: int) -> list[float]:

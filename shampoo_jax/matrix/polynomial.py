@@ -20,26 +20,29 @@ Sources: Gawlik and Nakatsukasa, arXiv:1906.11326 (composed roots); Amsel et al.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from shampoo_jax.matrix import schedules
-from shampoo_jax.matrix.eigh import finite, power_of_two_scale
+from shampoo_jax.matrix.eigh import Roots, finite, power_of_two_scale, relative_cutoff
+from shampoo_jax.matrix.products import matmul
 
 Array = jax.Array
 Semantics = Literal["cut", "clip"]
 Precision = jax.lax.DotAlgorithmPreset | jax.lax.Precision
 Product = Callable[[Array, Array], Array]
+norm = functools.partial(jnp.linalg.norm, axis=(-2, -1))
 
 MAX_ROOT = 8
 MAX_RTOL = 0.1
 SIGN_STEPS = 3
 PROBES = 8
 # Products are precise until the image of the cutoff is above this; then TF32's 2^-11 is enough.
-RESOLVED = {"cut": 0.1, "clip": 0.002}
+CUT_RESOLVED = 0.1
+CLIP_RESOLVED = 0.002
 # Accepted relative residuals on the probe.
 TOLERANCE = 0.2
 # "clip" has no projector that takes rounding off small eigenvalues; divergence is beyond this.
@@ -65,17 +68,32 @@ class PrecisionPolicy(NamedTuple):
 
 
 HIGHEST = jax.lax.Precision.HIGHEST
-PRESETS = jax.lax.DotAlgorithmPreset
+FULL = PrecisionPolicy(HIGHEST, HIGHEST)
 # bf16x3 rounds at 2^-17 of the largest eigenvalue, too close to smaller cutoffs than this.
 X3_RTOL = 2.0**-14
-FULL = PrecisionPolicy(HIGHEST, HIGHEST)
-TPU = PrecisionPolicy(HIGHEST, PRESETS.BF16_BF16_F32_X3)
 
 
-def gpu_policy(rtol: float) -> PrecisionPolicy:
-    """bf16x3 and then TF32; full float32 first where the cutoff is below 2^-14: d < 512."""
-    first = PRESETS.BF16_BF16_F32_X3 if rtol >= X3_RTOL else HIGHEST
-    return PrecisionPolicy(first, PRESETS.TF32_TF32_F32)
+def choose_policy(
+    backend: str, dtype: Any, rtol: float, precision: PrecisionPolicy | None = None
+) -> PrecisionPolicy:
+    """Arithmetic of the products on `"cpu"`, `"gpu"` or `"tpu"`.
+
+    CPU computes all in full float32, a TPU the first in full and the rest in bf16x3, a GPU the
+    first in bf16x3 and the rest in TF32; but in full where the cutoff is below 2^-14: d < 512.
+
+    Args:
+      backend: Where the products run.
+      dtype: Of the factors; what is not float32 is never rounded.
+      rtol: The relative cutoff.
+      precision: A choice of one's own for float32.
+    """
+    if jnp.dtype(dtype) != jnp.float32 or (precision is None and backend == "cpu"):
+        return FULL
+    presets = jax.lax.DotAlgorithmPreset
+    three = presets.BF16_BF16_F32_X3
+    first = three if rtol >= X3_RTOL else HIGHEST
+    tpu, gpu = PrecisionPolicy(HIGHEST, three), PrecisionPolicy(first, presets.TF32_TF32_F32)
+    return precision or (tpu if backend == "tpu" else gpu)
 
 
 def polynomial_root(
@@ -86,7 +104,7 @@ def polynomial_root(
     rtol: float | None = None,
     sign_steps: int = SIGN_STEPS,
     precision: PrecisionPolicy | None = None,
-) -> tuple[Array, Array]:
+) -> Roots:
     """Inverse root `A^(-exponent)`, truncated ("cut") or bounded ("clip"), by products only.
 
     The cutoff is `rtol` times the largest eigenvalue: "cut" gives 0 below it, "clip" what the
@@ -98,8 +116,8 @@ def polynomial_root(
       semantics: `"cut"` or `"clip"`. Static.
       rtol: Relative cutoff, at least eps of the dtype; None means `d * eps`. Static.
       sign_steps: Of the projector of "cut": 3 products each. Static.
-      precision: Of the products; None chooses by the backend that runs them: `gpu_policy` on GPU,
-        full float32 and then bf16x3 on TPU, full float32 on CPU. Static.
+      precision: Of the products; None chooses by the backend that runs them, see `choose_policy`.
+        Static.
 
     Returns:
       Roots `[..., d, d]`, and `bool[...]`: finite, and accurate on a random probe. The factor must
@@ -109,18 +127,17 @@ def polynomial_root(
     Raises:
       ValueError: An exponent or rtol out of range, naming the remedy.
     """
-    p = integer_root(exponent)
-    schedule = root_schedule(factor, p, semantics, rtol, sign_steps)
-    solve = functools.partial(_root, p=p, semantics=semantics, schedule=schedule)
-    if precision is None and factor.dtype == jnp.float32:
-        return jax.lax.platform_dependent(
-            factor,
-            cpu=functools.partial(_one_at_a_time, functools.partial(solve, policy=FULL)),
-            tpu=functools.partial(solve, policy=TPU),
-            default=functools.partial(solve, policy=gpu_policy(schedule.rtol)),
-        )
-    policy = precision if precision and factor.dtype == jnp.float32 else FULL
-    return solve(factor, policy=policy)
+    d, dtype = factor.shape[-1], factor.dtype
+    schedule = root_schedule(d, dtype, exponent, semantics, rtol, sign_steps)
+
+    def on(backend: str) -> Callable[[Array], Roots]:
+        policy = choose_policy(backend, dtype, schedule.rtol, precision)
+        return functools.partial(_root, schedule=schedule, policy=policy)
+
+    if precision is not None or dtype != jnp.float32:
+        return on("any")(factor)
+    one_at_a_time = functools.partial(_one_at_a_time, on("cpu"))
+    return jax.lax.platform_dependent(factor, cpu=one_at_a_time, tpu=on("tpu"), default=on("gpu"))
 
 
 def integer_root(exponent: float) -> int:
@@ -136,24 +153,21 @@ def integer_root(exponent: float) -> int:
 
 
 def root_schedule(
-    factor: Array | jax.ShapeDtypeStruct,
-    p: int,
-    semantics: Semantics,
-    rtol: float | None,
-    sign_steps: int,
+    d: int, dtype: Any, exponent: float, semantics: Semantics, rtol: float | None, sign_steps: int
 ) -> schedules.RootSchedule:
-    """The schedule of a factor's size and dtype; raises ValueError where rtol cannot be met."""
+    """The schedule for factors `[d, d]`; raises ValueError where it cannot meet these options."""
+    p = integer_root(exponent)
     if isinstance(rtol, Array):
         raise ValueError(
             f"rtol={rtol} is an array, but polynomials are designed for a cutoff that is known "
             "before any step: give a Python number, or use solver='eigh'."
         )
-    eps = float(jnp.finfo(factor.dtype).eps)
-    rtol = factor.shape[-1] * eps if rtol is None else float(rtol)
+    dtype = jnp.dtype(dtype)
+    eps, rtol = float(jnp.finfo(dtype).eps), float(relative_cutoff(rtol, d, dtype))
     if not eps <= rtol <= MAX_RTOL:
         raise ValueError(
             f"rtol={rtol} is outside [{eps:.3g}, {MAX_RTOL}], what polynomial roots resolve in "
-            f"{factor.dtype}: use solver='eigh', or float64 statistics for a smaller one."
+            f"{dtype}: use solver='eigh', or float64 statistics for a smaller one."
         )
     if semantics == "cut":
         return schedules.cut_schedule(p, rtol, sign_steps)
@@ -162,35 +176,26 @@ def root_schedule(
     raise ValueError(f"semantics={semantics!r} is unknown: use 'cut' or 'clip'.")
 
 
-def count_products(schedule: schedules.RootSchedule, p: int) -> int:
+def count_products(schedule: schedules.RootSchedule) -> int:
     """Number of products of d x d matrices in one root, thin ones of the checks aside."""
 
     def power(p: int) -> int:  # see _times_power
         return p if p < 4 else 2 + p % 2 + power(p // 2 - 1)
 
-    steps, signs = len(schedule.steps), len(schedule.signs)
+    p, steps, signs = schedule.p, len(schedule.steps), len(schedule.signs)
     # The bound; M^2 and Z after the first step; M in every step.
     count = 2 + 2 * (steps - 1) + power(p) * (steps - 1)
     # S^2 once and polish; two products a sign step and its square; the projector, twice.
-    return count + (power(p) + 2 + 3 * signs - 1 + 2 if signs else 0)
+    return count + (power(p) + 2 + 3 * signs - 1 + 2 if schedule.polish else 0)
 
 
-def _one_at_a_time(
-    solve: Callable[[Array], tuple[Array, Array]], factor: Array
-) -> tuple[Array, Array]:
-    flat = factor.reshape(-1, *factor.shape[-2:])
-    root, ok = jax.lax.map(solve, flat)
+def _one_at_a_time(solve: Callable[[Array], Roots], factor: Array) -> Roots:
+    root, ok = jax.lax.map(solve, factor.reshape(-1, *factor.shape[-2:]))
     return root.reshape(factor.shape), ok.reshape(factor.shape[:-2])
 
 
-def _root(
-    factor: Array,
-    *,
-    p: int,
-    semantics: Semantics,
-    schedule: schedules.RootSchedule,
-    policy: PrecisionPolicy,
-) -> tuple[Array, Array]:
+def _root(factor: Array, schedule: schedules.RootSchedule, policy: PrecisionPolicy) -> Roots:
+    p = schedule.p
     scale = power_of_two_scale(factor)
     sound = finite(factor)
     a = jnp.where(sound[..., None, None], factor / scale, 0.0)
@@ -199,14 +204,14 @@ def _root(
     fourth = first(squared, squared)
     # |A^4|_F^(1/4) = (sum of the eighth powers)^(1/8) is no less than the largest eigenvalue; an
     # estimate from below, by power iterations, lets an eigenvalue above 1 through, which diverges.
-    bound = 1.001 * jnp.linalg.norm(fourth, axis=(-2, -1), keepdims=True) ** 0.25
+    bound = 1.001 * norm(fourth, keepdims=True) ** 0.25
     zero = bound == 0
     bound = jnp.where(zero, 1.0, bound)
     m = a / bound
     powers = (m, squared / bound**2, fourth / bound**4)
-    z, lifted = _lift(powers, schedule, p, semantics, policy)
-    if semantics == "cut":
-        cutoff = _image(schedule, p, _largest(m, powers[2]))
+    z, lifted = _lift(powers, schedule, policy)
+    if schedule.polish:
+        cutoff = _image(schedule, _largest(m, powers[2]))
         projector, unit = _projector(z, lifted, cutoff, schedule, _product(policy.rest))
         unit = _symmetric(unit)
         ok = _cut_residuals(m, unit, projector, p)
@@ -235,23 +240,20 @@ def _polynomial(coefficients: Sequence[Array | float], *powers: Array) -> Array:
 
 
 def _lift(
-    powers: tuple[Array, ...],
-    schedule: schedules.RootSchedule,
-    p: int,
-    semantics: Semantics,
-    policy: PrecisionPolicy,
+    powers: tuple[Array, ...], schedule: schedules.RootSchedule, policy: PrecisionPolicy
 ) -> tuple[Array, Array]:
     """All steps `Z <- Z q(M)`, `M <- M q(M)^p`; "clip" has no use for the last M."""
     m, exponents, image = powers[0], schedules.FIRST, 0.0
+    resolved = CUT_RESOLVED if schedule.polish else CLIP_RESOLVED
     z = None
     for k, coefficients in enumerate(schedule.steps):
-        product = _product(policy.first if image < RESOLVED[semantics] else policy.rest)
+        product = _product(policy.first if image < resolved else policy.rest)
         if k > 0:
             powers, exponents = (m, product(m, m)), schedules.OTHERS
         q = _polynomial([coefficients[e] for e in exponents], *powers)
         z = q if z is None else product(z, q)
-        if semantics == "cut" or k + 1 < len(schedule.steps):
-            m = _symmetric(_times_power(product, q, p, m))
+        if schedule.polish or k + 1 < len(schedule.steps):
+            m = _symmetric(_times_power(product, q, schedule.p, m))
         image = schedule.images[k]
     assert z is not None  # a schedule has a step
     return z, m
@@ -271,9 +273,8 @@ def _times_power(product: Product, q: Array, p: int, m: Array) -> Array:
 
 def _largest(m: Array, fourth: Array) -> Array:
     """The largest eigenvalue of M in units of the bound, by power iterations on the probe."""
-    v = jnp.matmul(fourth, _probe(m), precision=HIGHEST)
-    v = jnp.matmul(fourth, v, precision=HIGHEST)
-    quotients = jnp.sum(v * jnp.matmul(m, v, precision=HIGHEST), axis=-2) / jnp.sum(v * v, axis=-2)
+    v = matmul(fourth, matmul(fourth, _probe(m)))
+    quotients = jnp.sum(v * matmul(m, v), axis=-2) / jnp.sum(v * v, axis=-2)
     largest = jnp.max(jnp.nan_to_num(quotients), axis=-1)[..., None, None]
     return jnp.clip(largest, m.shape[-1] ** -0.125 / 1.1, 1.0)
 
@@ -284,11 +285,11 @@ def _probe(m: Array) -> Array:
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), m.dtype)
 
 
-def _image(schedule: schedules.RootSchedule, p: int, largest: Array) -> Array:
+def _image(schedule: schedules.RootSchedule, largest: Array) -> Array:
     """Where the cutoff, rtol times the largest eigenvalue, lies after the steps."""
     x = schedule.rtol * largest
     for coefficients in schedule.steps:
-        x = x * jnp.polyval(jnp.asarray(coefficients[::-1], x.dtype), x) ** p
+        x = x * jnp.polyval(jnp.asarray(coefficients[::-1], x.dtype), x) ** schedule.p
     return x
 
 
@@ -319,33 +320,24 @@ def _projector(
 def _cut_residuals(m: Array, root: Array, projector: Array, p: int) -> Array:
     """Whether `X^p M = H` where H keeps, and `H^2 = H`, on the probe; false for NaN."""
     w = _probe(m)
-    kept = _product(HIGHEST)(projector, w)
-    twice = _product(HIGHEST)(projector, kept)
-    accurate = _norm(_inverted(m, root, kept, p) - twice) <= TOLERANCE * _norm(kept)
-    return accurate & (_norm(twice - kept) <= TOLERANCE * _norm(w))
+    kept = matmul(projector, w)
+    twice = matmul(projector, kept)
+    accurate = norm(_inverted(m, root, kept, p) - twice) <= TOLERANCE * norm(kept)
+    return accurate & (norm(twice - kept) <= TOLERANCE * norm(w))
 
 
 def _clip_residuals(m: Array, root: Array, p: int, largest: float) -> Array:
     """Whether `X^p M` is near I where M is large, and bounded, on the probe; false for NaN."""
     w = _probe(m)
-    product = _product(HIGHEST)
-    weighted = product(m, w)
+    weighted = matmul(m, w)
     # M on either side takes off what rounding mixes between large and small eigenvalues.
-    error = product(m, _inverted(m, root, weighted, p) - weighted)
-    accurate = _norm(error) <= (largest - 1 + TOLERANCE) * _norm(product(m, weighted))
-    return accurate & (_norm(_inverted(m, root, w, p)) <= BOUNDED * _norm(w))
+    error = matmul(m, _inverted(m, root, weighted, p) - weighted)
+    accurate = norm(error) <= (largest - 1 + TOLERANCE) * norm(matmul(m, weighted))
+    return accurate & (norm(_inverted(m, root, w, p)) <= BOUNDED * norm(w))
 
 
 def _inverted(m: Array, root: Array, w: Array, p: int) -> Array:
     """`X^p M W` with half of X on either side of M, which rounding amplifies least."""
-    product = _product(HIGHEST)
-    for _ in range(p // 2):
-        w = product(root, w)
-    w = product(m, w)
-    for _ in range(p - p // 2):
-        w = product(root, w)
+    for matrix in [root] * (p // 2) + [m] + [root] * (p - p // 2):
+        w = matmul(matrix, w)
     return w
-
-
-def _norm(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(x * x, axis=(-2, -1)))

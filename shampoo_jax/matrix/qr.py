@@ -57,25 +57,15 @@ def orthogonal_iteration(
     """
     leading, rotated, basis, tolerance = _flat(factor, basis, tolerance)
 
-    def stale(rotated: jax.Array) -> jax.Array:
-        return ~(_ratio(rotated) <= tolerance)
-
     def step(rotated: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
         q, r = jnp.linalg.qr(rotated)
         return matmul(r, q), matmul(basis, q)
 
-    def iterate(state):
-        rotated, basis, selected, count = state
-        rotated, basis = map_selected(step, selected, (rotated, basis), rotated, basis)
-        return rotated, basis, stale(rotated), count + 1
+    def iterate(_, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        stale = ~(_ratio(state[0]) <= tolerance)
+        return map_selected(step, stale, state, *state)
 
-    def proceed(state):
-        return (state[3] < iterations) & state[2].any()
-
-    # zeros_like carries the sharding type of its argument, which shard_map demands of loop state.
-    count = jnp.zeros_like(rotated[0, 0, 0], jnp.int32)
-    state = (rotated, basis, stale(rotated), count)
-    rotated, basis, _, _ = jax.lax.while_loop(proceed, iterate, state)
+    rotated, basis = jax.lax.fori_loop(0, iterations, iterate, (rotated, basis))
     values = _diagonal(rotated)
     ascending = jnp.argsort(values, stable=True)
     values = jnp.take_along_axis(values, ascending, -1)

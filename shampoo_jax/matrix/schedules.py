@@ -49,6 +49,7 @@ class RootSchedule(NamedTuple):
     """Polynomials for `A^(-1/p)` with the spectrum of A in [0, 1] and a cutoff in it.
 
     Attributes:
+      p: Of the root.
       rtol: The cutoff.
       steps: Of `M <- M q(M)^p`, `Z <- Z q(M)`, quadratics.
       error: Relative error of Z where M was above the interval's lower end.
@@ -58,6 +59,7 @@ class RootSchedule(NamedTuple):
       polish: Quadratic that takes the remaining error off; empty for "clip".
     """
 
+    p: int
     rtol: float
     steps: tuple[Coefficients, ...]
     error: float
@@ -84,9 +86,8 @@ def minimax(lower: float, upper: float, power: float, exponents: tuple[int, ...]
     """
     ends = np.sin(np.linspace(0, np.pi / 2, GRID)) ** 2
     low = lower / upper
-    x = np.unique(
-        np.clip(np.concatenate([np.geomspace(low, 1, GRID), low + (1 - low) * ends]), low, 1)
-    )
+    grid = np.concatenate([np.geomspace(low, 1, GRID), low + (1 - low) * ends])
+    x = np.unique(np.clip(grid, low, 1))
     powers = power + np.array(exponents)
     basis = x[:, None] ** powers
     m = len(exponents) + 1
@@ -180,9 +181,8 @@ def cut_schedule(p: int, rtol: float, sign_steps: int) -> RootSchedule:
 
     schedule = _fewest(p, rtol, 4 * rtol, change)
     polish = minimax(POLISH_FROM * schedule.images[-1], schedule.largest, 1 / p, (0, 1, 2))
-    return schedule._replace(
-        signs=sign_schedule(sign_steps, SIGN_ERRORS.get(p, SIGN_ERROR)), polish=polish.coefficients
-    )
+    signs = sign_schedule(sign_steps, SIGN_ERRORS.get(p, SIGN_ERROR))
+    return schedule._replace(signs=signs, polish=polish.coefficients)
 
 
 @functools.cache
@@ -213,9 +213,8 @@ def _fewest(
         error = steps[-1].error
         if error <= MAX_ERROR:
             coefficients = tuple(step.coefficients for step in steps)
-            return RootSchedule(
-                rtol, coefficients, error, images(rtol, p, steps), _largest(error, p)
-            )
+            reached, largest = images(rtol, p, steps), _largest(error, p)
+            return RootSchedule(p, rtol, coefficients, error, reached, largest)
     raise AssertionError("unreachable: more steps always come closer")
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from shampoo_jax.base.options import Checked, check_choice, is_off
 from shampoo_jax.matrix import eigh, qr
 from shampoo_jax.matrix.batching import map_matrices, map_selected
+from shampoo_jax.matrix.products import matmul
 from shampoo_jax.solvers.solver import EIGH, PRODUCT, QR, Cost
 
 Array = jax.Array
@@ -96,7 +97,7 @@ class QRBasis(Checked):
             order = jnp.argsort(-eigenvalue_estimates(factor, basis), axis=-1, stable=True)
             basis = jnp.take_along_axis(basis, order[:, None, :], axis=2)
         for _ in range(self.iterations):
-            product = jnp.matmul(factor, basis, precision=eigh.HIGHEST)
+            product = matmul(factor, basis)
             scaled = product / eigh.power_of_two_scale(product)
             if is_off(self.tolerance):
                 basis = map_matrices(_orthonormal, scaled.shape[:1], scaled)
@@ -143,5 +144,5 @@ def make_basis(basis: str | Basis | None, *, keep_order: bool = False) -> Basis:
 
 def eigenvalue_estimates(factor: Array, basis: Array) -> Array:
     """`diag(Q^T A Q)` of each matrix of a stack, `[N, d]`."""
-    product = jnp.matmul(factor, basis, precision=eigh.HIGHEST)
+    product = matmul(factor, basis)
     return jnp.sum(basis * product, axis=-2)

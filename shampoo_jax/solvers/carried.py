@@ -1,6 +1,8 @@
 """Roots computed through an eigenbasis that is carried from one refresh to the next."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,13 +46,12 @@ class CarriedBasis(Checked, Solver):
         super().__post_init__()
         if self.damping is not None and not (self.rtol is None and is_off(self.atol)):
             raise ValueError(
-                f"rtol={self.rtol}, atol={self.atol} with damping={self.damping}: a damped spectrum "
-                "is not truncated, drop damping or the cutoffs."
+                f"rtol={self.rtol}, atol={self.atol} with damping={self.damping}: a damped "
+                "spectrum is not truncated, drop damping or the cutoffs."
             )
 
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """That of the basis, and a product."""
-        del d, dtype, exponent
         cost = self.basis.cost()
         return cost._replace(flops=cost.flops + PRODUCT)
 
@@ -60,23 +61,23 @@ class CarriedBasis(Checked, Solver):
 
     def init_root(self, n: int, d: int, dtype: Any, exponent: float) -> Array:
         """The root of an eigendecomposition with all eigenvalues 1, under this solver's rule."""
-        powers = self._powers(jnp.ones((n, d), dtype), exponent, 1.0)
+        powers = self._powers(exponent)(jnp.ones((n, d), dtype))
         return (powers[:, :, None] * jnp.eye(d, dtype=dtype)).astype(dtype)
 
     def __call__(self, factor: Array, exponent: float, state: Array) -> tuple[Array, Array, Array]:
         """See `Solver`."""
         if self.damping is not None and self.before:
             factor = factor + self.damping * jnp.eye(factor.shape[-1], dtype=factor.dtype)
-        ok = eigh.finite(factor)
-        scale = eigh.power_of_two_scale(factor)
-        safe = jnp.where(ok[:, None, None], factor / scale, jnp.zeros_like(factor))
-        values, basis, _ = self.basis(safe, state)
-        powers = self._powers(values, exponent, scale[..., 0])
-        root = eigh.reconstruct(powers, basis) * scale**-exponent
-        return root, ok & eigh.finite(root), basis
 
-    def _powers(self, values: Array, exponent: float, unit: Array | float) -> Array:
-        """Powers of eigenvalues `[N, d]` that are given in a unit."""
+        def refreshed(factor: Array) -> tuple[Array, Array]:
+            return self.basis(factor, state)[:2]
+
+        return eigh.spectral_root(factor, exponent, self._powers(exponent), refreshed)
+
+    def _powers(self, exponent: float) -> Callable[..., Array]:
+        """The rule for eigenvalues, see `spectral_root`."""
+        options = {"exponent": exponent, "rtol": self.rtol, "atol": self.atol}
         if self.damping is None:
-            return eigh.truncated_power(values, exponent, rtol=self.rtol, atol=self.atol / unit)
-        return eigh.shifted_power(values, exponent, damping=self.damping / unit, added=self.before)
+            return functools.partial(eigh.truncated_power, **options)
+        options = {"exponent": exponent, "damping": self.damping, "added": self.before}
+        return functools.partial(eigh.shifted_power, **options)

@@ -1,4 +1,4 @@
-"""Solvers by symmetric eigendecomposition."""
+"""Solvers by symmetric eigendecomposition: the options of `matrix.eigh`, kept as objects."""
 
 import dataclasses
 from typing import Any
@@ -36,13 +36,11 @@ class TruncatedEigh(Checked, Solver):
 
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """A decomposition and a product."""
-        del d, dtype, exponent
         return Cost(EIGH + PRODUCT, "eigh")
 
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """See `Solver`."""
-        options = {"rtol": self.rtol, "atol": self.atol, "implementation": self.implementation}
-        return *eigh.truncated_root(factor, exponent, **options), state
+        return *eigh.truncated_root(factor, exponent, **vars(self)), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +48,8 @@ class ShiftedEigh(Checked, Solver):
     """Eigendecomposition of `A + damping I`, see `matrix.eigh.shifted_root`.
 
     Attributes:
-      damping: Added to every eigenvalue; absolute, so it depends on the scale of the gradients. With 0
-        nothing is damped: a singular factor has no root and keeps the old one.
+      damping: Added to every eigenvalue; absolute, so it depends on the scale of the gradients.
+        With 0 nothing is damped: a singular factor has no root and keeps the old one.
       before: Whether it is added before the decomposition.
       implementation: As in `TruncatedEigh`.
 
@@ -68,14 +66,8 @@ class ShiftedEigh(Checked, Solver):
 
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """A decomposition and a product."""
-        del d, dtype, exponent
         return Cost(EIGH + PRODUCT, "eigh")
 
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """See `Solver`."""
-        options = {
-            "damping": self.damping,
-            "before": self.before,
-            "implementation": self.implementation,
-        }
-        return *eigh.shifted_root(factor, exponent, **options), state
+        return *eigh.shifted_root(factor, exponent, **vars(self)), state

@@ -1,4 +1,4 @@
-"""Solvers by coupled Newton iterations."""
+"""Solvers by coupled Newton iterations: the options of `matrix.newton`, kept as objects."""
 
 import dataclasses
 from typing import Any
@@ -37,7 +37,6 @@ class CoupledNewton(Checked, Solver):
 
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """Of one iteration."""
-        del d, dtype, exponent
         return _iteration(2)
 
     def check(self, exponent: float) -> None:
@@ -51,15 +50,8 @@ class CoupledNewton(Checked, Solver):
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """See `Solver`."""
         self.check(exponent)
-        result = newton.coupled_newton(
-            factor,
-            newton.rational_root(exponent).numerator,
-            self.damping,
-            max_iterations=self.max_iterations,
-            tolerance=self.tolerance,
-            max_residual=self.max_residual,
-        )
-        return result.root, result.ok, state
+        root = newton.rational_root(exponent).numerator
+        return *newton.coupled_newton(factor, root, **vars(self))[:2], state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +80,6 @@ class HigherOrderNewton(Checked, Solver):
 
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """Of one iteration."""
-        del d, dtype, exponent
         return _iteration(self.order)
 
     def check(self, exponent: float) -> None:
@@ -97,16 +88,7 @@ class HigherOrderNewton(Checked, Solver):
 
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
         """See `Solver`."""
-        result = newton.coupled_higher_order(
-            factor,
-            exponent,
-            self.relative_damping,
-            self.absolute_damping,
-            max_iterations=self.max_iterations,
-            tolerance=self.tolerance,
-            order=self.order,
-        )
-        return result.root, result.ok, state
+        return *newton.coupled_higher_order(factor, exponent, **vars(self))[:2], state
 
 
 def _iteration(order: int) -> Cost:

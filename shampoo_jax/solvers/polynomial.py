@@ -1,11 +1,13 @@
 """The matmul-only inverse root as a solver, with eigh for the factors that it fails on."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from shampoo_jax.base.options import Checked
 from shampoo_jax.matrix import eigh, polynomial
 from shampoo_jax.matrix.batching import map_selected
 from shampoo_jax.solvers.eigh import TruncatedEigh
@@ -16,8 +18,20 @@ Array = jax.Array
 EIGH_UP_TO = 128  # edge of the factors that `Auto` leaves to eigh on every backend
 
 
+class CountsFallbacks(Checked, Solver):
+    """A solver whose state is the number of roots so far that polynomials left to eigh."""
+
+    def init(self, n: int, d: int, dtype: Any) -> Array:
+        """No fallbacks so far, int32[n]."""
+        return jnp.zeros(n, jnp.int32)
+
+    def figures(self, state: Array) -> dict[str, Array]:
+        """The fallbacks."""
+        return {"fallbacks": state}
+
+
 @dataclasses.dataclass(frozen=True)
-class Polynomial(Solver):
+class Polynomial(CountsFallbacks):
     """Composed minimax polynomials, see `matrix.polynomial.polynomial_root`.
 
     A factor whose root fails its checks, for example one with negative eigenvalues beyond rounding,
@@ -52,53 +66,31 @@ class Polynomial(Solver):
         """Refuses exponents that are not 1/p."""
         polynomial.integer_root(exponent)
 
-    def init(self, n: int, d: int, dtype: Any) -> Array:
-        """No fallbacks so far, int32[n]."""
-        del d, dtype
-        return jnp.zeros(n, jnp.int32)
-
     def __call__(self, factor: Array, exponent: float, state: Array) -> tuple[Array, Array, Array]:
         """See `Solver`."""
-        root, passed = polynomial.polynomial_root(
-            factor,
-            exponent,
-            semantics=self.semantics,
-            rtol=self.rtol,
-            sign_steps=self.sign_steps,
-            precision=self.precision,
-        )
-        by_eigh = eigh.truncated_root if self.semantics == "cut" else _clipped_root
-        root, ok = map_selected(
-            lambda a: by_eigh(a, exponent, rtol=self.rtol),
-            ~passed & eigh.finite(factor),
-            (root, passed),
-            factor,
-        )
+        root, passed = polynomial.polynomial_root(factor, exponent, **vars(self))
+        by_eigh = eigh.truncated_root if self.semantics == "cut" else eigh.clipped_root
+        solve = functools.partial(by_eigh, exponent=exponent, rtol=self.rtol)
+        failed = ~passed & eigh.finite(factor)
+        root, ok = map_selected(solve, failed, (root, passed), factor)
         return root, ok, state + (ok & ~passed)
 
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """The products, counted."""
-        factor, p = jax.ShapeDtypeStruct((d, d), dtype), polynomial.integer_root(exponent)
-        schedule = polynomial.root_schedule(factor, p, self.semantics, self.rtol, self.sign_steps)
-        count = polynomial.count_products(schedule, p)
+        options = self.semantics, self.rtol, self.sign_steps
+        schedule = polynomial.root_schedule(d, dtype, exponent, *options)
+        count = polynomial.count_products(schedule)
         matrices = 6 if self.semantics == "cut" else 5
         return Cost(PRODUCT * count, f"{count} products", matrices, fallback=True)
 
     def policy(self, d: int, dtype: Any, backend: str) -> polynomial.PrecisionPolicy:
         """Arithmetic of the products for factors `[d, d]` on `"cpu"`, `"gpu"` or `"tpu"`."""
-        if jnp.dtype(dtype) != jnp.float32:
-            return polynomial.FULL
-        rtol = d * float(jnp.finfo(dtype).eps) if self.rtol is None else self.rtol
-        chosen = {"cpu": polynomial.FULL, "tpu": polynomial.TPU}
-        return self.precision or chosen.get(backend) or polynomial.gpu_policy(rtol)
-
-    def figures(self, state: Array) -> dict[str, Array]:
-        """The fallbacks."""
-        return {"fallbacks": state}
+        rtol = eigh.relative_cutoff(self.rtol, d, dtype)
+        return polynomial.choose_policy(backend, dtype, rtol, self.precision)
 
 
 @dataclasses.dataclass(frozen=True)
-class Auto(Solver):
+class Auto(CountsFallbacks):
     """The faster one of `TruncatedEigh` and `Polynomial`, which agree on what is kept.
 
     The backend that a step is compiled for decides, so that a state can move between backends:
@@ -128,15 +120,10 @@ class Auto(Solver):
         if backend == "cpu" or factor.shape[-1] <= EIGH_UP_TO:
             return TruncatedEigh(self.rtol)
         try:
-            p = polynomial.integer_root(exponent)
-            polynomial.root_schedule(factor, p, "cut", self.rtol, polynomial.SIGN_STEPS)
+            Polynomial(self.rtol).cost(factor.shape[-1], factor.dtype, exponent)
         except ValueError:
             return TruncatedEigh(self.rtol)
         return Polynomial(self.rtol)
-
-    def init(self, n: int, d: int, dtype: Any) -> Array:
-        """The state of `Polynomial`, on every backend."""
-        return Polynomial().init(n, d, dtype)
 
     def __call__(self, factor: Array, exponent: float, state: Array) -> tuple[Array, Array, Array]:
         """See `Solver`."""
@@ -155,20 +142,3 @@ class Auto(Solver):
         backend, factor = jax.default_backend(), jax.ShapeDtypeStruct((d, d), dtype)
         cost = self.choice(factor, exponent, backend).cost(d, dtype, exponent)
         return cost._replace(method=f"{cost.method} (auto on {backend})")
-
-    def figures(self, state: Array) -> dict[str, Array]:
-        """Those of `Polynomial`."""
-        return Polynomial().figures(state)
-
-
-def _clipped_root(
-    factor: Array, exponent: float, *, rtol: float | None = None
-) -> tuple[Array, Array]:
-    """`max(A, rtol * largest)^(-exponent)` of one non-zero matrix, and whether it is finite."""
-    if rtol is None:
-        rtol = factor.shape[-1] * float(jnp.finfo(factor.dtype).eps)
-    scale = eigh.power_of_two_scale(factor)
-    values, vectors = eigh.eigh(factor / scale)
-    powers = jnp.maximum(values, rtol * values.max()) ** -exponent
-    root = eigh.reconstruct(powers, vectors) * scale**-exponent
-    return root, eigh.finite(root)

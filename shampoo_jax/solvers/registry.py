@@ -69,7 +69,7 @@ def make_solver(solver: str | Solver) -> Solver:
         return solver
     if solver not in SOLVERS:
         raise ValueError(
-            f"solver={solver!r} is unknown: choose from {sorted(SOLVERS)}, or pass a Solver such as "
-            "TruncatedEigh(rtol=1e-3)."
+            f"solver={solver!r} is unknown: choose from {sorted(SOLVERS)}, or pass a Solver such "
+            "as TruncatedEigh(rtol=1e-3)."
         )
     return SOLVERS[solver]()

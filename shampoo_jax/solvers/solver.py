@@ -61,22 +61,18 @@ class Solver(Protocol):
 
     def init(self, n: int, d: int, dtype: Any) -> Any:
         """What is carried between refreshes, arrays with leading axis n; here nothing."""
-        del n, d, dtype
         return ()
 
     def init_root(self, n: int, d: int, dtype: Any, exponent: float) -> Array:
         """Roots `[n, d, d]` until the first refresh; here identities."""
-        del exponent
         return identities(n, d, dtype)
 
     def figures(self, state: Any) -> dict[str, Array]:
         """What a monitor can report of the state, arrays `[n]` by name; here nothing."""
-        del state
         return {}
 
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """Of a root of a factor `[d, d]`, for `explain`; here as if by `eigh`."""
-        del d, dtype, exponent
         return Cost(EIGH + PRODUCT, "a method of its own, counted as eigh")
 
     def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:

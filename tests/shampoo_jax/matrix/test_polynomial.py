@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shampoo_jax.matrix import polynomial
-from shampoo_jax.matrix.polynomial import PrecisionPolicy, gpu_policy, polynomial_root
+from shampoo_jax.matrix.polynomial import PrecisionPolicy, choose_policy, polynomial_root
 from tests.oracles.gradients import recorded_gradients
 
 EPS = 2.0**-23
@@ -131,7 +131,7 @@ def test_precision_on_gpu(exponent, semantics, monkeypatch):
     monkeypatch.setattr(polynomial, "_product", simulated)
     sides = 1 if exponent == 0.5 else 2
     for cases in ([(f[:sides], m) for f, m in RECORDED[2::3]], [(f[:1], m) for f, m in LARGE]):
-        policy = gpu_policy(len(cases[0][0][0]) * EPS)
+        policy = choose_policy("gpu", jnp.float32, len(cases[0][0][0]) * EPS)
         solve = jax.jit(
             functools.partial(polynomial_root, precision=policy),
             static_argnames=("exponent", "semantics"),
@@ -232,7 +232,9 @@ def test_float64_is_not_rounded():
     with jax.enable_x64(True):
         half = spectrum(np.geomspace(1, 1e-9, 32)).astype(np.float64)
         a = half @ half  # 18 decades
-        root, ok = polynomial_root_jit(a, 0.25, rtol=1e-10, precision=gpu_policy(1.0))
+        root, ok = polynomial_root_jit(
+            a, 0.25, rtol=1e-10, precision=choose_policy("gpu", jnp.float32, 1.0)
+        )
         assert root.dtype == jnp.float64 and ok
         root = np.asarray(root)
         assert cosine(root @ half, reference(a, root, 0.25, rtol=1e-10) @ half) > 0.999
