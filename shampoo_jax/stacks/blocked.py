@@ -11,15 +11,9 @@ import numpy as np
 import optax
 
 from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.paths import KeyPath, stack_of
+from shampoo_jax.base.paths import KeyPath
 from shampoo_jax.blocks.blocking import Blocking
-from shampoo_jax.blocks.blocks import (
-    Blocks,
-    ParametersRead,
-    Unread,
-    is_placeholder,
-    where_block,
-)
+from shampoo_jax.blocks.blocks import Blocks, ParametersRead, Unread, is_placeholder, where_block
 from shampoo_jax.blocks.exponents import ExponentOption, resolve_exponents
 from shampoo_jax.blocks.plan import Plan, make_plan
 from shampoo_jax.stacks.guard import Guarded, guard
@@ -142,7 +136,7 @@ class _Walk:
         return BlockedState(
             jnp.asarray(FORMAT, jnp.int32),
             fingerprints(layout.plan),
-            jax.tree.map(jnp.asarray, layout.per_block(numbers, -1)),
+            layout.per_block(numbers, -1),
             layout.pin_state(self.inner.init(blocks)),
         )
 
@@ -153,7 +147,18 @@ class _Walk:
         _check_count(leaves, state)
         layout = self.layout_of(structure, *map(described, leaves))
         stacks = split(leaves, layout.incoming)
-        step = functools.partial(self._step, layout, params is not None, extra)
+        unread = None if params is None else Unread()
+
+        def step(stacks: Any, index: Any, cut: Any, state: Any) -> tuple[dict[str, Array], Any]:
+            """Updates by stack and the new state, of the blocks of one owner."""
+            weights = unread if cut is None else self._blocks(layout, cut, index)
+            blocks = self._blocks(layout, stacks, index)
+            new, state = self.inner.update(blocks, state, weights, **extra)
+            arrays = {}
+            for key, b in new.items():
+                arrays[key] = b.update
+            return arrays, state
+
         try:
             new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
         except ParametersRead:
@@ -170,27 +175,6 @@ class _Walk:
         if params is None or not self.reads_parameters:
             return None
         return split(jax.tree.leaves(params), layout)
-
-    def _step(
-        self,
-        layout: Layout,
-        has_params: bool,
-        extra: dict[str, Any],
-        stacks: Any,
-        index: Any,
-        weights: Any,
-        state: Any,
-    ) -> tuple[dict[str, Array], Any]:
-        """Updates by stack and the new state, of the blocks of one owner."""
-        params = Unread() if has_params else None
-        if weights is not None:
-            params = self._blocks(layout, weights, index)
-        blocks = self._blocks(layout, stacks, index)
-        new, state = self.inner.update(blocks, state, params, **extra)
-        arrays = {}
-        for key, b in new.items():
-            arrays[key] = b.update
-        return arrays, state
 
     def _blocks(self, layout: Layout, stacks: Any, index: Any) -> dict[str, Blocks]:
         blocks = {}
@@ -223,14 +207,11 @@ def _restore(
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
     present = layout.per_block(np.array([path not in absent for path in paths]), True)
-    conditions = layout.pin_stacks(present)
-    stacks = {(jax.tree_util.DictKey(key),): x for key, x in conditions.items()}
+    present = layout.pin_state(present)
 
     def choose(path: KeyPath, new_leaf: Any, old_leaf: Any) -> Any:
-        stack = stack_of(path, stacks)
-        if stack is None or jnp.shape(new_leaf)[:1] != stacks[stack].shape:
-            return new_leaf
-        return where_block(stacks[stack], new_leaf, old_leaf)
+        key = layout.stack_of(path, new_leaf)
+        return new_leaf if key is None else where_block(present[key], new_leaf, old_leaf)
 
     return jax.tree_util.tree_map_with_path(choose, new, old)
 

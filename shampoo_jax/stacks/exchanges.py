@@ -109,12 +109,8 @@ def _legs(layout: Layout, bucket: Bucket, dtype: Any) -> Iterator[Leg]:
             for before, after in itertools.pairwise(way):
                 yield before, after, (batch, *size, *leaf.merged[axis:]), dtype
     for cell in leaf.cells:
-        yield (
-            bucket.route.stored(cell),
-            layout.pieces[cell.key],
-            (batch, *cell.stored),
-            dtype,
-        )
+        before, after = bucket.route.stored(cell), layout.pieces[cell.key]
+        yield before, after, (batch, *cell.stored), dtype
 
 
 def elementwise_moves(placement: Placement, tree: Any) -> list[Move]:
@@ -170,11 +166,7 @@ def abstract(placement: Placement) -> Placement:
 
 
 def on_mesh(
-    layout: Layout,
-    state: Any,
-    matrices: Any,
-    elementwise: Sequence[Move],
-    block_flops: Mapping[str, float],
+    layout: Layout, state: Any, matrices: Any, elementwise: list[Move], flops: Mapping[str, float]
 ) -> OnMesh:
     """Adds up what one device exchanges, holds and computes.
 
@@ -183,7 +175,7 @@ def on_mesh(
       state: From `jax.eval_shape` with an `abstract` placement.
       matrices: The preconditioned parameters, or their shapes.
       elementwise: What `elementwise_moves` gives for the other parts of the optimizer.
-      block_flops: FLOPs to refresh the roots of one block of each stack.
+      flops: To refresh the roots of one block of each stack.
     """
     placement = layout.devices
     there, back = stack_moves(layout, [x.dtype for x in jax.tree.leaves(matrices)])
@@ -195,7 +187,7 @@ def on_mesh(
     blocks = {k: n // placement.count for k, n in layout.lengths.items()}
 
     def work(counts: Mapping[str, int]) -> float:
-        return sum(n * block_flops[k] for k, n in counts.items())
+        return sum(n * flops[k] for k, n in counts.items())
 
     mean = work(layout.plan.counts) / placement.count
     return OnMesh(

@@ -1,11 +1,13 @@
 """What reaches the optimizer: gradients that are missing, narrow or not finite, dealt with once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 
 from shampoo_jax.base.paths import KeyPath, name_of, nodes_of, parameter_of
 
@@ -67,8 +69,7 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
 
     def init(params: Any) -> optax.ApplyIfFiniteState:
         in_a_row, total = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        state = tx.init(widen(params))
-        return optax.ApplyIfFiniteState(in_a_row, jnp.array(True), total, state)
+        return optax.ApplyIfFiniteState(in_a_row, jnp.array(True), total, tx.init(widen(params)))
 
     def step(absent: Paths, updates: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
         known = {**extra, "absent": absent} if absent else extra
@@ -82,7 +83,7 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
             return cast_like(new, updates), inner_state
 
         def skip() -> tuple[Any, Any]:
-            return _zeros(updates, params), state.inner_state
+            return _zeros(updates, params, take), state.inner_state
 
         ok = _usable(jax.tree.leaves(updates))
         new, inner_state = jax.lax.cond(ok, take, skip)
@@ -105,12 +106,14 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
     return guarded
 
 
-def _zeros(updates: Any, params: Any) -> Any:
+def _zeros(updates: Any, params: Any, take: Callable[[], tuple[Any, Any]]) -> Any:
     """Updates of a skipped step; they lie as parameters do, which gradients need not."""
-    alike = jax.tree.structure(params) == jax.tree.structure(updates)
-    return jax.tree.map(
-        lambda g, p: jnp.zeros_like(p, jnp.result_type(g)), updates, params if alike else updates
-    )
+    like = params
+    if jax.tree.structure(params) != jax.tree.structure(updates):
+        axes = {a for g in jax.tree.leaves(updates) for a in jax.typeof(g).sharding.mesh.axis_types}
+        # On Explicit axes how an update lies is part of its type; without parameters it is asked.
+        like = jax.eval_shape(take)[0] if AxisType.Explicit in axes else updates
+    return jax.tree.map(lambda g, p: jnp.zeros_like(p, jnp.result_type(g)), updates, like)
 
 
 def unguarded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -156,8 +159,8 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     """Runs `inner` in float32 or wider, with its state, and returns updates in the incoming dtype.
 
     Stock parts add an array-valued hyperparameter times a bfloat16 array in float32 and hand that
-    on, so both updates and state change dtype after the first step; here they keep it. It is what
-    `guard` does to a whole optimizer, for parts that are used alone.
+    on, so both updates and state change dtype after the first step; here they keep it. `guard` does
+    it to a whole optimizer.
 
     Args:
       inner: Any Optax transformation.
@@ -182,15 +185,9 @@ def _fill_missing(updates: Any, params: Any) -> tuple[Any, Paths]:
     """Zeros for the gradients that are None, and whose they are."""
     if params is None:
         return updates, frozenset()
-    weights, structure = jax.tree.flatten(params)
-    try:
-        gradients = structure.flatten_up_to(updates)
-    except ValueError:
-        return _matched(updates, params)
-    for g, p in zip(gradients, weights, strict=True):
-        if g is None or np.shape(g) != np.shape(p):
-            return _matched(updates, params)
-    return updates, frozenset()
+    (gradients, given), (weights, wanted) = jax.tree.flatten(updates), jax.tree.flatten(params)
+    alike = given == wanted and [*map(np.shape, gradients)] == [*map(np.shape, weights)]
+    return (updates, frozenset()) if alike else _matched(updates, params)
 
 
 def _matched(updates: Any, params: Any) -> tuple[Any, Paths]:
@@ -209,9 +206,8 @@ def _matched(updates: Any, params: Any) -> tuple[Any, Paths]:
             )
     if not absent:
         return updates, absent
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: jnp.zeros_like(p) if path in absent else present[path], params
-    ), absent
+    leaves = [jnp.zeros_like(p) if q in absent else present[q] for q, p in wanted.items()]
+    return jax.tree.structure(params).unflatten(leaves), absent
 
 
 def _drop(updates: Any, absent: Paths) -> Any:
@@ -262,11 +258,9 @@ def check_finite(opt_state: Any) -> None:
             "this optimizer state counts no skipped gradients: use an optimizer of this package, "
             "or wrap yours in optax.apply_if_finite."
         )
-    skipped = 0
-    while states:
-        state = states.pop()
-        skipped += int(np.sum(state.total_notfinite))
+    for state in states:  # which grows by those inside of others
         states += [node for _, node in nodes_of(optax.ApplyIfFiniteState, state.inner_state)]
+    skipped = sum(int(np.sum(state.total_notfinite)) for state in states)
     if skipped:
         times = "1 step was" if skipped == 1 else f"{skipped} steps were"
         raise FloatingPointError(f"gradients were not finite: {times} skipped so far.")

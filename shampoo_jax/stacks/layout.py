@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from shampoo_jax.base.paths import KeyPath, stack_of
 from shampoo_jax.blocks.plan import Cell, LeafPlan, Plan, leading_axes
-from shampoo_jax.stacks.placement import Axes, Placement, Spec, axes_of
+from shampoo_jax.stacks.placement import Axes, Spec, axes_of
 
 Array = jax.Array
 
@@ -24,11 +24,6 @@ class OneDevice:
     multiple = 1
     communication_dtype = None
     gradient_spec = None
-
-    @property
-    def incoming(self) -> "OneDevice":
-        """The placement of gradients on their way in."""
-        return self
 
     def put(self, x: Array, spec: Spec) -> Array:
         """The value itself."""
@@ -50,13 +45,11 @@ class LeafRoute(NamedTuple):
     """Layouts of a leaf until it has been cut, and on its way back.
 
     Attributes:
-      own: Of the parameter.
-      merged: Of `(batch, *merged)` as `own` implies it, lost axes on the batch.
+      merged: Of `(batch, *merged)` as the leaf's own layout implies it, lost axes on the batch.
       inward: By dimension the layouts on the way to the last, in which the leaf, or a strip of it,
         is whole along this dimension and cut.
     """
 
-    own: Spec
     merged: Spec
     inward: tuple[tuple[Spec, ...], ...]
 
@@ -103,7 +96,8 @@ class Layout:
 
     Attributes:
       plan: How leaves are cut.
-      devices: Where to.
+      devices: Where to, a `Placement` or `OneDevice()`.
+      own: Layout of each leaf.
       buckets: Leaves that go together.
       pieces: Layout by stack in which its blocks are concatenated.
       routes: Layouts by stack from there to its owners, one mesh axis moved at a time.
@@ -113,11 +107,11 @@ class Layout:
       incoming: Of gradients, where they come in another layout than that in which updates go.
     """
 
-    def __init__(self, devices: Placement | OneDevice, tree: Any, plan: Plan) -> None:
+    def __init__(self, devices: Any, tree: Any, plan: Plan) -> None:
         self.plan, self.devices = plan, devices
         paths = jax.tree_util.tree_leaves_with_path(tree)
-        own = [devices.spec_of(*x) for x in paths]
-        routes = [self._route(leaf, spec) for leaf, spec in zip(plan.leaves, own, strict=True)]
+        self.own = [devices.spec_of(*x) for x in paths]
+        routes = list(map(self._route, plan.leaves, self.own))
         self.pieces = self._pieces(routes)
         self.buckets = self._buckets(routes, [x.dtype for _, x in paths])
         self.routes = {key: self._to_owners(spec) for key, spec in self.pieces.items()}
@@ -126,7 +120,7 @@ class Layout:
         self.order = self._order()
         self.incoming = self
         if devices.gradient_spec is not None:
-            self.incoming = Layout(devices.incoming, tree, plan)
+            self.incoming = Layout(self.devices.incoming, tree, plan)
             for key, route in self.incoming.routes.items():
                 end = self.routes[key][-1]
                 self.incoming.routes[key] = route if route[-1] == end else (*route, end)
@@ -140,12 +134,14 @@ class Layout:
             for (key, n), begin in zip(self.lengths.items(), begins, strict=False)
         }
 
-    def per_block(self, values: np.ndarray, fill: int) -> dict[str, np.ndarray]:
+    def per_block(self, values: np.ndarray, fill: int) -> dict[str, Array]:
         """The value of each block's leaf, and `fill` for zero blocks: `[N]` by stack."""
-        return {
-            key: np.append(values[x], np.full(self.lengths[key] - len(x), fill, values.dtype))
-            for key, x in self.plan.owners.items()
-        }
+        filled = np.append(values, np.asarray(fill, values.dtype))
+        found = {}
+        for key, leaves in self.plan.owners.items():
+            zeros = [-1] * (self.lengths[key] - len(leaves))
+            found[key] = jnp.asarray(filled[[*leaves, *zeros]])
+        return found
 
     def _route(self, leaf: LeafPlan, own: Spec) -> LeafRoute:
         """Layouts of `(batch, *merged)`, then of its strips: whole along what is cut next."""
@@ -155,7 +151,7 @@ class Layout:
         merged = (loose, *groups)
         spec: list[Axes] = [(), *groups]
         sizes = [{d} for d in (leaf.batch, *leaf.merged)]
-        specs = [merged]
+        specs: list[Spec] = [merged]
         for k in range(1, len(sizes)):
             pieces = {c.size[k - 1] for c in leaf.cells}
             if pieces != sizes[k]:
@@ -169,7 +165,7 @@ class Layout:
         if len(specs) == 1:  # blocks that are scalars are not cut
             specs.append(tuple(spec))
         ways = itertools.pairwise(specs)
-        return LeafRoute(own, merged, tuple((*_between(a, b), b) for a, b in ways))
+        return LeafRoute(merged, tuple((*_between(a, b), b) for a, b in ways))
 
     def _divides(self, axes: Axes, sizes: set[int]) -> bool:
         return not axes or not any(d % self.devices.size(axes) for d in sizes)
@@ -202,7 +198,7 @@ class Layout:
         since that lies in runs, which a concatenation of batches would move.
         """
         if isinstance(self.devices, OneDevice):
-            return len(route.own)  # leaves of as many dimensions, which are permuted alike
+            return None
         cells = self.plan.leaves[i].cells
         stays = {spec for way in route.inward for spec in way} <= {route.merged}
         stays = stays and all(route.stored(c) == self.pieces[c.key] for c in cells)
@@ -239,24 +235,19 @@ class Layout:
 
     def state_specs(self, state: Any) -> Any:
         """Layout of every leaf of a state: blocks at their owners, all else replicated."""
-        stacks = {(jax.tree_util.DictKey(key),): n for key, n in self.lengths.items()}
 
         def spec(path: KeyPath, leaf: Any) -> PartitionSpec:
-            stack = stack_of(path, stacks)
-            if stack is None or jnp.shape(leaf)[:1] != (stacks[stack],):
-                return PartitionSpec()
-            return self.owner_spec(stack[0].key)
+            key = self.stack_of(path, leaf)
+            return PartitionSpec() if key is None else self.owner_spec(key)
 
         return jax.tree_util.tree_map_with_path(spec, state)
 
-    def pin_stacks(self, stacks: dict[str, Any]) -> dict[str, Array]:
-        """Arrays `[N]` by stack at their owners."""
-        arrays = {}
-        for key, x in stacks.items():
-            arrays[key] = jnp.asarray(x)
-            for end in self.routes[key][-1:]:
-                arrays[key] = self.devices.put(arrays[key], end[:1])
-        return arrays
+    def stack_of(self, path: KeyPath, leaf: Any) -> str | None:
+        """The stack that a leaf of a state has one entry a block of, or None."""
+        found = stack_of(path, [(jax.tree_util.DictKey(key),) for key in self.lengths])
+        if found is None or jnp.shape(leaf)[:1] != (self.lengths[found[0].key],):
+            return None
+        return found[0].key
 
     def pin_state(self, state: Any) -> Any:
         """The state at its owners."""
@@ -271,7 +262,7 @@ class Layout:
 
     def run(self, update: Callable[..., Any], stacks: Any, weights: Any, state: Any) -> Any:
         """`update(stacks, index, weights, state)`, every owner on its own blocks."""
-        index = self.pin_stacks(self.index)
+        index = self.pin_state(self.index)
         if isinstance(self.devices, OneDevice):
             return update(stacks, index, weights, state)
         at_owner = {key: self.owner_spec(key) for key in stacks}

@@ -144,13 +144,11 @@ class Placement:
         """The layout of a parameter, one entry a dimension."""
         spec, shape = self.parameter_spec(path, leaf), np.shape(leaf)
         known = isinstance(spec, PartitionSpec) and PartitionSpec.UNCONSTRAINED not in spec
-        entries = (
-            [() if e is None else axes_of(e) for e in spec] if known else [()] * (1 + len(shape))
-        )
+        entries = [axes_of(e or ()) for e in spec] if known else []
+        fits = known and len(entries) <= len(shape)
         entries += [()] * (len(shape) - len(entries))
         axes = [a for e in entries for a in e]
-        fits = len(entries) == len(shape) and set(axes) <= set(self.mesh.shape)
-        fits = fits and len(set(axes)) == len(axes)
+        fits = fits and set(axes) <= set(self.mesh.shape) and len(set(axes)) == len(axes)
         if not fits or any(d % self.size(e) for d, e in zip(shape, entries, strict=True)):
             raise ValueError(
                 f"parameter_spec gives {spec!r} for parameter {jax.tree_util.keystr(path)} of "
@@ -178,21 +176,19 @@ class Placement:
             return state if is_placeholder(params) else self._pin_like(state, params)
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-            own = self._specs(updates)
-            split = [
-                self.split_further(x.shape, s)
-                for x, s in zip(jax.tree.leaves(updates), own, strict=True)
-            ]
-            if params is not None:
-                params = self._put_tree(params, split)
+            own, split = self._specs(updates)
+            params = None if params is None else self._put_tree(params, split)
             new, state = tx.update(self._put_tree(updates, split), state, params, **extra)
             state = self._pin_like(state, updates)
             return self._put_tree(self._put_tree(new, split), own), state
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    def _specs(self, tree: Any) -> list[Spec]:
-        return [self.spec_of(p, x) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
+    def _specs(self, tree: Any) -> tuple[list[Spec], list[Spec]]:
+        """Layouts of all leaves, and those that are split further."""
+        own = [self.spec_of(*x) for x in jax.tree_util.tree_leaves_with_path(tree)]
+        shapes = map(np.shape, jax.tree.leaves(tree))
+        return own, [self.split_further(*x) for x in zip(shapes, own, strict=True)]
 
     def _put_tree(self, tree: Any, specs: Sequence[Spec]) -> Any:
         leaves, structure = jax.tree.flatten(tree)
@@ -200,17 +196,13 @@ class Placement:
 
     def _pin_like(self, state: Any, params: Any) -> Any:
         """Pins each leaf of a state to the split layout of its parameter."""
-        owners = {
-            path: (x.shape, self.split_further(x.shape, self.spec_of(path, x)))
-            for path, x in jax.tree_util.tree_leaves_with_path(params)
-        }
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        owners = {p: (x.shape, s) for (p, x), s in zip(leaves, self._specs(params)[1], strict=True)}
 
         def pin(path: KeyPath, leaf: Array) -> Array:
-            owner = parameter_of(path, owners)
-            found = None if owner is None else owners[owner]
-            if found is None or found[0] != jnp.shape(leaf):
-                return self.put(jnp.asarray(leaf), ((),) * jnp.ndim(leaf))
-            return self.put(leaf, found[1])
+            shape, split = owners.get(parameter_of(path, owners), (None, ()))  # type: ignore
+            whole = ((),) * jnp.ndim(leaf)
+            return self.put(jnp.asarray(leaf), split if shape == jnp.shape(leaf) else whole)
 
         return jax.tree_util.tree_map_with_path(pin, state)
 
@@ -267,8 +259,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
         if owner is None:
             return sharding
         given = getattr(owners[owner], "sharding", None)
-        if not sharding.is_fully_replicated or not isinstance(given, NamedSharding):
-            return sharding
-        return given if owners[owner].shape == leaf.shape else sharding
+        lies = isinstance(given, NamedSharding) and owners[owner].shape == leaf.shape
+        return given if sharding.is_fully_replicated and lies else sharding
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params), chosen)

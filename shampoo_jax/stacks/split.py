@@ -29,18 +29,12 @@ def split(leaves: Sequence[Array], layout: Layout) -> dict[str, Array]:
         x = _bundle(leaves, bucket, layout)
         for key, piece in _cut(x, bucket, layout).items():
             pieces.setdefault(key, []).append(piece)
-    stacks = {}
-    for key, parts in pieces.items():
-        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        stacks[key] = _to_owners(x, key, layout, leaves)
-    return stacks
+    return {key: _to_owners(parts, key, layout, leaves) for key, parts in pieces.items()}
 
 
 def join(stacks: dict[str, Array], layout: Layout, dtypes: Sequence[Any]) -> list[Array]:
     """Inverse of `split`: the leaves, cast to `dtypes`."""
-    gathered = {}
-    for key, x in stacks.items():
-        gathered[key] = _from_owners(x, key, layout)
+    gathered = {key: _from_owners(x, key, layout) for key, x in stacks.items()}
     offset = dict.fromkeys(stacks, 0)
     leaves: list[Any] = [None] * len(dtypes)
     for bucket in layout.buckets:
@@ -59,9 +53,9 @@ def _bundle(leaves: Sequence[Array], bucket: Bucket, layout: Layout) -> Array:
     spec = route.merged if fits else route.inward[0][-1]
     merged = []
     for i in bucket.members:
-        x = devices.put(leaves[i], route.own)
+        x = devices.put(leaves[i], layout.own[i])
         # The narrow value is pinned as well, or the wide one would travel.
-        x = x if narrow is None else devices.put(x.astype(narrow), route.own)
+        x = x if narrow is None else devices.put(x.astype(narrow), layout.own[i])
         merged.append(devices.reshape(x.transpose(layout.plan.leaves[i].permutation), shape, spec))
     if len(merged) == 1:
         return merged[0]
@@ -82,10 +76,9 @@ def _unbundle(
     for i, part in zip(members, parts, strict=True):
         leaf = layout.plan.leaves[i]
         permuted = [leaf.shape[a] for a in leaf.permutation]
-        spec = tuple([route.own[a] for a in leaf.permutation])
-        inverse = np.argsort(leaf.permutation)
-        part = devices.reshape(part, permuted, spec).transpose(inverse)
-        leaves[i] = devices.put(part, route.own).astype(dtypes[i])
+        spec = tuple([layout.own[i][a] for a in leaf.permutation])
+        part = devices.reshape(part, permuted, spec).transpose(np.argsort(leaf.permutation))
+        leaves[i] = devices.put(part, layout.own[i]).astype(dtypes[i])
 
 
 def _cut(x: Array, bucket: Bucket, layout: Layout) -> dict[str, Array]:
@@ -193,8 +186,9 @@ def _untile(x: Array, members: int, leaf: LeafPlan) -> Array:
     return x.reshape(members * leaf.batch, *leaf.merged)
 
 
-def _to_owners(x: Array, key: str, layout: Layout, leaves: Sequence[Array]) -> Array:
-    """A concatenated stack in the plan's order, filled with zero blocks, at its owners."""
+def _to_owners(parts: list[Array], key: str, layout: Layout, leaves: Sequence[Array]) -> Array:
+    """A stack of these blocks in the plan's order, filled with zero blocks, at its owners."""
+    x = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     order, fill = layout.order[key], layout.lengths[key] - len(x)
     if order is not None:
         x = x[order]

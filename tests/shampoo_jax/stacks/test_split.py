@@ -212,3 +212,18 @@ class TestParametersAreCutWhenRead:
         program = jax.make_jaxpr(tx.update)(params, state, params)
         weights = program.jaxpr.invars[-1]
         assert not any(weights is v for eqn in program.eqns for v in eqn.invars)
+
+
+def test_leaves_that_merge_alike_are_exchanged_together_however_they_lie():
+    """A row and a column of one length: their merged layouts are equal, their own are not."""
+    tree = {"row": jnp.arange(16.0).reshape(1, 16), "column": jnp.arange(16.0).reshape(16, 1)}
+
+    def spec(path, leaf):
+        return P(None, "data") if len(leaf) == 1 else P("data")
+
+    kinds, blocking = (jax.sharding.AxisType.Auto,), sj.Blocking(8, merge=1)
+    layout = layout_of(tree, spec, kinds, blocking)
+    assert [len(b.members) for b in layout.buckets] == [2]
+    leaves = jax.tree.leaves(tree)
+    back = jax.jit(lambda x: join(split(x, layout), layout, [jnp.float32] * 2))
+    assert_equal(back(leaves), leaves)
