@@ -103,6 +103,23 @@ def test_a_nonfinite_gradient_on_explicit_axes(make):
         sj.check_finite(state)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_gradients_that_lie_apart_are_skipped_on_explicit_axes(known):
+    """Zeros lie as updates do, as the parameters, whether these are handed over or not."""
+    mesh = placed(AxisType.Explicit).mesh
+    placement = sj.Placement(mesh, "fsdp", rows, gradient_spec=lambda path, leaf: P())
+    tx = sj.scale_by_shampoo(placement=placement)
+    with jax.set_mesh(mesh):
+        params = params_of(placement)
+        state = jax.jit(tx.init)(params)
+        for bad in (False, True):
+            grads = {k: jnp.full_like(x, jnp.nan) if bad else x for k, x in params.items()}
+            grads = jax.device_put(grads, NamedSharding(mesh, P()))
+            updates, state = jax.jit(tx.update)(grads, state, params if known else None)
+            assert all(np.asarray(x).any() != bad for x in updates.values())
+            assert all(x.sharding.spec[0] == "fsdp" for x in updates.values())
+
+
 def test_bfloat16_parameters_keep_their_dtype_and_layout():
     placement = placed()
     expected, _ = steps(shampoo, None, jnp.bfloat16)
