@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from shampoo_jax.matrix.batching import map_matrices
-from shampoo_jax.matrix.products import matmul
+from shampoo_jax.matrix.products import identity_like, matmul
 
 Array = jax.Array
 Spectrum = tuple[Array, Array]  # eigenvalues [..., d] and eigenvectors [..., d, d]
@@ -222,7 +222,7 @@ def shifted_root(
       The roots `[..., d, d]` and, per matrix, whether the result is finite.
     """
     if before:
-        factor = factor + damping * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+        factor = factor + damping * identity_like(factor)
     powers = functools.partial(shifted_power, exponent=exponent, damping=damping, added=before)
     decompose = functools.partial(eigh, implementation=implementation)
     return spectral_root(factor, exponent, powers, decompose)[:2]

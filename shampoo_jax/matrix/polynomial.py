@@ -28,7 +28,7 @@ import numpy as np
 
 from shampoo_jax.matrix import schedules
 from shampoo_jax.matrix.eigh import Roots, finite, power_of_two_scale, relative_cutoff
-from shampoo_jax.matrix.products import matmul
+from shampoo_jax.matrix.products import identity_like, matmul
 
 Array = jax.Array
 Semantics = Literal["cut", "clip"]
@@ -233,7 +233,7 @@ def _symmetric(x: Array) -> Array:
 
 def _polynomial(coefficients: Sequence[Array | float], *powers: Array) -> Array:
     """`c_0 I + c_1 P_1 + c_2 P_2 + ...` of given powers of one matrix."""
-    total = coefficients[0] * jnp.eye(powers[0].shape[-1], dtype=powers[0].dtype)
+    total = coefficients[0] * identity_like(powers[0])
     for coefficient, power in zip(coefficients[1:], powers, strict=True):
         total = total + coefficient * power
     return total

@@ -31,6 +31,15 @@ def matrix_power(matrix: jax.Array, exponent: int) -> jax.Array:
     return matmul(matrix, squared) if odd else squared
 
 
+def identity_like(x: jax.Array) -> jax.Array:
+    """An identity matrix for each matrix of a stack, spelt out: ranks are promoted nowhere.
+
+    >>> identity_like(jnp.ones((1, 2, 2))).tolist()
+    [[[1.0, 0.0], [0.0, 1.0]]]
+    """
+    return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+
+
 def contract(x: jax.Array, dim: int) -> jax.Array:
     """`X_(k) X_(k)^T` of each block: contraction of a stack with itself over all but one dimension.
 

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from shampoo_jax.matrix.batching import map_selected
 from shampoo_jax.matrix.eigh import eigh, power_of_two_scale
-from shampoo_jax.matrix.products import matmul
+from shampoo_jax.matrix.products import identity_like, matmul
 
 
 def off_diagonal_ratio(factor: jax.Array, basis: jax.Array) -> jax.Array:
@@ -126,6 +126,6 @@ def _diagonal(matrix):
 def _ratio(matrix):
     """|B - diag B| / |B|, summed off the diagonal: |B|^2 - |diag B|^2 cancels in float32."""
     matrix = matrix / power_of_two_scale(matrix)
-    off_diagonal = matrix * ~jnp.eye(matrix.shape[-1], dtype=bool)
+    off_diagonal = matrix * (1 - identity_like(matrix))
     norm = jnp.linalg.norm(matrix, axis=(-2, -1))
     return jnp.linalg.norm(off_diagonal, axis=(-2, -1)) / jnp.where(norm == 0, 1, norm)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from shampoo_jax.base.options import check_range
 from shampoo_jax.blocks.blocks import Blocks, Matrices, Part, stateless
-from shampoo_jax.matrix.products import contract
+from shampoo_jax.matrix.products import contract, identity_like
 from shampoo_jax.parts.filtering import Average, counted
 
 Array = jax.Array
@@ -105,7 +105,7 @@ def damp(damping: float | Array) -> Part:
       >>> out["2"].matrices[0].tolist()
       [[[4.5, 0.0], [0.0, 0.5]]]
     """
-    return map_factors(lambda s: s + damping * jnp.eye(s.shape[-1], dtype=s.dtype))
+    return map_factors(lambda s: s + damping * identity_like(s))
 
 
 def normalize_by_trace(exponent: float = 0.5, floor: float | Array = 0.0) -> Part:

@@ -11,7 +11,7 @@ from shampoo_jax.base.options import check_options
 from shampoo_jax.base.paths import name_of, nodes_of
 from shampoo_jax.blocks.blocks import Blocks, Part
 from shampoo_jax.matrix.eigh import eigh, power_of_two_scale
-from shampoo_jax.matrix.products import matmul
+from shampoo_jax.matrix.products import identity_like, matmul
 from shampoo_jax.parts.filtering import counted
 from shampoo_jax.parts.refresh import refresh_due, when
 
@@ -137,7 +137,7 @@ def _root_figures(factor: Array, root: Array, exponent: float) -> Figures:
     half = jnp.where(kept, values, 0.0) ** (0.5 / exponent)
     rotated = matmul(jnp.matrix_transpose(vectors), matmul(factor, vectors))
     product = half[:, :, None] * rotated * half[:, None, :]
-    residual = product - kept[:, :, None] * jnp.eye(kept.shape[-1], dtype=factor.dtype)
+    residual = product - kept[:, :, None] * identity_like(factor)
     figures = _spectrum_figures(factor, jnp.linalg.diagonal(rotated), kept, values, 1 / exponent)
     rank = jnp.maximum(figures["kept_rank"], 1)
     return figures | {"root_residual": jnp.linalg.norm(residual, axis=(1, 2)) / jnp.sqrt(rank)}

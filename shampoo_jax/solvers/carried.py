@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from shampoo_jax.base.options import Checked, is_off
 from shampoo_jax.matrix import eigh
+from shampoo_jax.matrix.products import identity_like
 from shampoo_jax.solvers.bases import Basis, EighBasis
 from shampoo_jax.solvers.solver import PRODUCT, Cost, Solver, identities
 
@@ -62,12 +63,12 @@ class CarriedBasis(Checked, Solver):
     def init_root(self, n: int, d: int, dtype: Any, exponent: float) -> Array:
         """The root of an eigendecomposition with all eigenvalues 1, under this solver's rule."""
         powers = self._powers(exponent)(jnp.ones((n, d), dtype))
-        return (powers[:, :, None] * jnp.eye(d, dtype=dtype)).astype(dtype)
+        return (powers[:, :, None] * identities(n, d, dtype)).astype(dtype)
 
     def __call__(self, factor: Array, exponent: float, state: Array) -> tuple[Array, Array, Array]:
         """See `Solver`."""
         if self.damping is not None and self.before:
-            factor = factor + self.damping * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+            factor = factor + self.damping * identity_like(factor)
 
         def refreshed(factor: Array) -> tuple[Array, Array]:
             return self.basis(factor, state)[:2]

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
+from shampoo_jax.base.options import is_number
 from shampoo_jax.base.paths import KeyPath, name_of, nodes_of, parameter_of
 
 Array = jax.Array
@@ -95,7 +96,7 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
     compiled = jax.jit(step, static_argnums=0)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        filled, own = _fill_missing(updates, params)
+        filled, own, params = _fill_missing(updates, params)
         absent = own | extra.pop("absent", frozenset())
         run = compiled if not extra or _are_arrays(extra) else step
         new, state = run(absent, filled, state, params, extra)
@@ -142,7 +143,8 @@ def widen(tree: Any) -> Any:
     """Casts every array to float32, or leaves it in its wider dtype."""
     leaves, structure = jax.tree.flatten(tree)
     for i, x in enumerate(leaves):
-        x = jnp.asarray(x)
+        # Of shapes alone a state can be made, as Optax's own transformations do.
+        x = jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
         leaves[i] = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return structure.unflatten(leaves)
 
@@ -181,17 +183,19 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _fill_missing(updates: Any, params: Any) -> tuple[Any, Paths]:
-    """Zeros for the gradients that are None, and whose they are."""
+def _fill_missing(updates: Any, params: Any) -> tuple[Any, Paths, Any]:
+    """Zeros for the gradients that are None, whose they are, and the parameters that are arrays."""
     if params is None:
-        return updates, frozenset()
+        return updates, frozenset(), None
     (gradients, given), (weights, wanted) = jax.tree.flatten(updates), jax.tree.flatten(params)
     alike = given == wanted and [*map(np.shape, gradients)] == [*map(np.shape, weights)]
-    return (updates, frozenset()) if alike else _matched(updates, params)
+    return (updates, frozenset(), params) if alike else _matched(updates, params)
 
 
-def _matched(updates: Any, params: Any) -> tuple[Any, Paths]:
+def _matched(updates: Any, params: Any) -> tuple[Any, Paths, Any]:
     """`_fill_missing` by paths: trees of other containers, missing gradients, and complaints."""
+    # A whole Equinox module holds functions as well, which have no gradient.
+    params = jax.tree.map(lambda x: x if hasattr(x, "dtype") or is_number(x) else None, params)
     given = dict(jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: x is None))
     wanted = dict(jax.tree_util.tree_leaves_with_path(params))
     absent = frozenset(path for path in wanted if path in given and given[path] is None)
@@ -205,9 +209,9 @@ def _matched(updates: Any, params: Any) -> tuple[Any, Paths]:
                 "and None for a gradient that is missing."
             )
     if not absent:
-        return updates, absent
+        return updates, absent, params
     leaves = [jnp.zeros_like(p) if q in absent else present[q] for q, p in wanted.items()]
-    return jax.tree.structure(params).unflatten(leaves), absent
+    return jax.tree.structure(params).unflatten(leaves), absent, params
 
 
 def _drop(updates: Any, absent: Paths) -> Any:

@@ -365,3 +365,26 @@ class TestCheckFinite:
     def test_a_state_that_counts_nothing_is_refused(self):
         with pytest.raises(ValueError, match="counts no skipped gradients: use .*apply_if_finite"):
             sj.check_finite(optax.adam(0.1).init(PARAMS))
+
+
+def test_a_state_is_made_of_shapes():
+    params = {
+        "w": jax.ShapeDtypeStruct((3, 2), jnp.bfloat16),
+        "b": jax.ShapeDtypeStruct((2,), jnp.float32),
+    }
+    arrays = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params)
+    for tx in (sj.shampoo(0.1), sj.soap(0.1), sj.scale_by_kl_shampoo()):
+        made, wanted = tx.init(params), tx.init(arrays)
+        assert jax.tree.structure(made) == jax.tree.structure(wanted)
+        for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_leaves_that_are_no_arrays_are_passed_by():
+    # As in a whole Equinox module, whose activation is a leaf without gradient.
+    tx, weights = sj.shampoo(0.1), {"w": jnp.ones((3, 2)), "activation": None}
+    grads, state = {"w": jnp.eye(3, 2), "activation": None}, tx.init(weights)
+    wanted, _ = tx.update(grads, state, weights)
+    got, _ = tx.update(grads, state, {"w": jnp.ones((3, 2)), "activation": jax.nn.relu})
+    np.testing.assert_array_equal(got["w"], wanted["w"])
+    assert got["activation"] is None
