@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 WHOLE = "size merge every start chunk monitor order iterations max_iterations sign_steps".split()
+Scalar = float | jax.Array
+Whole = int | jax.Array
+
 AT_LEAST = {"order": 2}  # all others 1
 NOT_NEGATIVE = "eps atol first_weight tolerance max_residual weight_decay lr_power".split()
 BELOW_ONE = "b1 b3 rtol dampening eval_coeff".split()

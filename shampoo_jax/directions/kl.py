@@ -3,9 +3,10 @@
 from typing import Any
 
 import optax
+from jax.typing import DTypeLike
 
 from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.options import check_options
+from shampoo_jax.base.options import Scalar, Whole, check_options
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption
@@ -22,21 +23,21 @@ from shampoo_jax.stacks.placement import Placement
 
 @suggests
 def scale_by_kl_shampoo(
-    b1: Any = 0.9,
-    b2: Any = 0.98,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.98,
     *,
-    eps: Any = 1e-8,
-    first_weight: Any = None,
+    eps: Scalar = 1e-8,
+    first_weight: Scalar | None = None,
     normalize: bool = True,
     bias_correction: bool = False,
     blocking: Blocking | None = WHOLE,
     exponents: ExponentOption = bounded_exponents,
     basis: str | Basis | None = None,
-    every: Any = 10,
+    every: Whole = 10,
     refresh: BasisRefresh | None = None,
     max_scale: str | float = "size",
     rtol: float | None = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     monitor: int | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -101,22 +102,22 @@ def scale_by_kl_shampoo(
 
 @suggests
 def scale_by_kl_soap(
-    b1: Any = 0.9,
-    b2: Any = 0.98,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.98,
     *,
-    factor_b2: Any = None,
-    eps: Any = 1e-8,
-    first_weight: Any = None,
+    factor_b2: Scalar | None = None,
+    eps: Scalar = 1e-8,
+    first_weight: Scalar | None = None,
     normalize: bool = True,
     bias_correction: bool = False,
     blocking: Blocking | None = WHOLE,
     exponents: ExponentOption = bounded_exponents,
     basis: str | Basis | None = None,
-    every: Any = 10,
+    every: Whole = 10,
     refresh: BasisRefresh | None = None,
     max_scale: str | float = "size",
     rtol: float | None = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     monitor: int | None = None,
     placement: Placement | None = None,
 ) -> Guarded:

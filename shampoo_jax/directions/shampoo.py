@@ -3,9 +3,10 @@
 from typing import Any, Literal
 
 import optax
+from jax.typing import DTypeLike
 
 from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.options import check_choice, check_options
+from shampoo_jax.base.options import Scalar, Whole, check_choice, check_options
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import SIDES, ExponentOption, Side, given_exponents
@@ -24,20 +25,20 @@ from shampoo_jax.stacks.placement import Placement
 
 @suggests
 def scale_by_shampoo(
-    b1: Any = 0.9,
-    b2: Any = 0.9,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.9,
     *,
-    b3: Any = None,
+    b3: Scalar | None = None,
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = None,
     exponents: ExponentOption = None,
     statistics: Literal["gradients", "kl"] = "gradients",
     solver: str | Solver = "eigh",
-    every: Any = 1,
+    every: Whole = 1,
     refresh: Refresh | None = None,
-    mu_dtype: Any = None,
-    root_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    root_dtype: DTypeLike | None = None,
     graft: str | optax.GradientTransformation | None = "adam",
     monitor: int | None = None,
     placement: Placement | None = None,
@@ -142,17 +143,17 @@ def scale_by_shampoo(
 
 @suggests
 def scale_by_one_sided_shampoo(
-    b1: Any = 0.9,
-    b2: Any = 0.95,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.95,
     *,
     side: Side = "right",
     bias_correction: bool = True,
     blocking: Blocking | None = None,
     solver: str | Solver = "eigh",
-    every: Any = 1,
+    every: Whole = 1,
     refresh: Refresh | None = None,
-    mu_dtype: Any = None,
-    root_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    root_dtype: DTypeLike | None = None,
     graft: str | optax.GradientTransformation | None = None,
     monitor: int | None = None,
     placement: Placement | None = None,

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
+from jax.typing import DTypeLike
 
 from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.options import check_options, is_off
+from shampoo_jax.base.options import Scalar, Whole, check_options, is_off
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption, default_exponents
@@ -42,24 +43,24 @@ def bounded_exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
 
 @suggests
 def scale_by_soap(
-    b1: Any = 0.95,
-    b2: Any = 0.95,
+    b1: Scalar = 0.95,
+    b2: Scalar = 0.95,
     *,
-    factor_b2: Any = None,
-    b3: Any = None,
-    eps: Any = 1e-8,
-    damping: Any = 0.0,
+    factor_b2: Scalar | None = None,
+    b3: Scalar | None = None,
+    eps: Scalar = 1e-8,
+    damping: Scalar = 0.0,
     exponent: float | Callable[[int], float] = 0.5,
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = WHOLE,
     exponents: ExponentOption = bounded_exponents,
     basis: str | Basis | None = None,
-    every: Any = 10,
+    every: Whole = 10,
     refresh: BasisRefresh | None = None,
     rtol: float | None = 0.0,
     graft: str | optax.GradientTransformation | None = None,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     monitor: int | None = None,
     placement: Placement | None = None,
 ) -> Guarded:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import optax
+from jax.typing import DTypeLike
 
+from shampoo_jax.base.options import Scalar, Whole
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption, Side
@@ -13,7 +15,7 @@ from shampoo_jax.directions.shampoo import scale_by_one_sided_shampoo, scale_by_
 from shampoo_jax.directions.soap import WHOLE, bounded_exponents, scale_by_soap
 from shampoo_jax.optimizers.optimizer import as_optimizer
 from shampoo_jax.optimizers.routing import Rule
-from shampoo_jax.optimizers.weight_decay import Decay
+from shampoo_jax.optimizers.weight_decay import Decay, ScalarOrSchedule
 from shampoo_jax.parts.refresh import BasisRefresh, Refresh
 from shampoo_jax.solvers.bases import Basis
 from shampoo_jax.solvers.solver import Solver
@@ -33,23 +35,23 @@ def _complete(direction: Callable[..., Guarded], options: dict[str, Any]) -> Gua
 @suggests
 def shampoo(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Any = 0.9,
-    b2: Any = 0.9,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.9,
     *,
-    b3: Any = None,
+    b3: Scalar | None = None,
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = None,
     exponents: ExponentOption = None,
     statistics: Literal["gradients", "kl"] = "gradients",
     solver: str | Solver = "eigh",
-    every: Any = 1,
+    every: Whole = 1,
     refresh: Refresh | None = None,
-    mu_dtype: Any = None,
-    root_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    root_dtype: DTypeLike | None = None,
     graft: str | optax.GradientTransformation | None = "adam",
     monitor: int | None = None,
-    weight_decay: Any = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
@@ -136,22 +138,22 @@ def shampoo(
 @suggests
 def soap(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Any = 0.95,
-    b2: Any = 0.95,
+    b1: Scalar = 0.95,
+    b2: Scalar = 0.95,
     *,
-    factor_b2: Any = None,
-    eps: Any = 1e-8,
+    factor_b2: Scalar | None = None,
+    eps: Scalar = 1e-8,
     bias_correction: bool = True,
     blocking: Blocking | None = WHOLE,
     exponents: ExponentOption = bounded_exponents,
     basis: str | Basis | None = None,
-    every: Any = 10,
+    every: Whole = 10,
     refresh: BasisRefresh | None = None,
     rtol: float | None = 0.0,
     graft: str | optax.GradientTransformation | None = None,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     monitor: int | None = None,
-    weight_decay: Any = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
@@ -212,23 +214,23 @@ def soap(
 @suggests
 def kl_shampoo(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Any = 0.9,
-    b2: Any = 0.98,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.98,
     *,
-    eps: Any = 1e-8,
-    first_weight: Any = None,
+    eps: Scalar = 1e-8,
+    first_weight: Scalar | None = None,
     normalize: bool = True,
     bias_correction: bool = False,
     blocking: Blocking | None = WHOLE,
     exponents: ExponentOption = bounded_exponents,
     basis: str | Basis | None = None,
-    every: Any = 10,
+    every: Whole = 10,
     refresh: BasisRefresh | None = None,
     max_scale: str | float = "size",
     rtol: float | None = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     monitor: int | None = None,
-    weight_decay: Any = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
@@ -291,23 +293,23 @@ def kl_shampoo(
 @suggests
 def kl_soap(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Any = 0.9,
-    b2: Any = 0.98,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.98,
     *,
-    factor_b2: Any = None,
-    eps: Any = 1e-8,
+    factor_b2: Scalar | None = None,
+    eps: Scalar = 1e-8,
     normalize: bool = True,
     bias_correction: bool = False,
     blocking: Blocking | None = WHOLE,
     exponents: ExponentOption = bounded_exponents,
     basis: str | Basis | None = None,
-    every: Any = 10,
+    every: Whole = 10,
     refresh: BasisRefresh | None = None,
     max_scale: str | float = "size",
     rtol: float | None = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     monitor: int | None = None,
-    weight_decay: Any = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
@@ -371,20 +373,20 @@ def kl_soap(
 @suggests
 def one_sided_shampoo(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Any = 0.9,
-    b2: Any = 0.95,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.95,
     *,
     side: Side = "right",
     bias_correction: bool = True,
     blocking: Blocking | None = None,
     solver: str | Solver = "eigh",
-    every: Any = 1,
+    every: Whole = 1,
     refresh: Refresh | None = None,
-    mu_dtype: Any = None,
-    root_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    root_dtype: DTypeLike | None = None,
     graft: str | optax.GradientTransformation | None = None,
     monitor: int | None = None,
-    weight_decay: Any = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,

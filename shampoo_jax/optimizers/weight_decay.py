@@ -3,13 +3,11 @@
 import dataclasses
 from typing import Any
 
-import jax
 import optax
 
-from shampoo_jax.base.options import check_choice, check_options, is_number
+from shampoo_jax.base.options import Scalar, check_choice, check_options, is_number
 from shampoo_jax.stacks.guard import in_float32
 
-Scalar = float | jax.Array
 ScalarOrSchedule = Scalar | optax.Schedule
 
 RELATIVE_KINDS = ("lr_over_peak", "over_peak")
