@@ -95,8 +95,8 @@ def build_optimizer(
     """Builds the run's optimizer: `config.optimizer` on the block matrices, AdamW on the rest.
 
     Every group is updated by p <- p - lr(s) (direction + weight_decay p), lr(s) = peak * eta(s);
-    block matrices with `hyperball` set as in `shampoo_jax.hyperball`. A step with a gradient that is
-    not finite leaves everything as it was and is counted, see `shampoo_jax.guard`.
+    block matrices with `hyperball` set as in `shampoo_jax.hyperball`. A step with a gradient that
+    is not finite leaves everything as it was and is counted, see `shampoo_jax.guard`.
 
     Args:
         config: The run.

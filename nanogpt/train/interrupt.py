@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-
 _END = b"\0"  # no signal has this number
 
 
@@ -79,8 +78,8 @@ class StopRequest:
             heard += signum in signals
             if signum in signals and heard == 1:
                 print(
-                    f"\n{signum.name}: stops after the step, or the compilation, that it is at, and "
-                    "saves its state; once more ends it at once",
+                    f"\n{signum.name}: stops after the step, or the compilation, that it is at, "
+                    "and saves its state; once more ends it at once",
                     file=sys.stderr,
                     flush=True,
                 )

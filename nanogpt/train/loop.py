@@ -86,17 +86,7 @@ def fit(
                     run.copy()
             if not resume:
                 run.open_checkpoints()
-            first = jax.process_index() == 0
-            record = RecordLog(folder.record, config, source, run.saved) if first else None
-            with Report(
-                config,
-                folder.metrics,
-                run.saved,
-                identity=data.identity,
-                baselines=data.baselines,
-                record=record,
-                console=console,
-            ) as report:
+            with run.report(source, console) as report:
                 run.train(report)
         return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
 
@@ -161,6 +151,21 @@ class _Run:
         """Copies another run up to the step at which this one goes on; the first process does."""
         if self.common is not None and jax.process_index() == 0:
             copy_run(self.config, self.common)
+
+    def report(self, source: str, console: rich.console.Console) -> Report:
+        """Opens what this process writes; `source` is the code as it was at the start."""
+        data, record = self.data, None
+        if jax.process_index() == 0:
+            record = RecordLog(self.folder.record, self.config, source, self.saved)
+        return Report(
+            self.config,
+            self.folder.metrics,
+            self.saved,
+            identity=data.identity,
+            baselines=data.baselines,
+            record=record,
+            console=console,
+        )
 
     def finished(self) -> bool:
         """Tells whether an earlier process has done everything; that outlives its checkpoints."""
