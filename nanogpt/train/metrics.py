@@ -96,7 +96,7 @@ class Progress:
         self._label = label
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn(label, markup=False),
-            rich.progress.BarColumn(bar_width=None),
+            rich.progress.BarColumn(bar_width=8),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("{task.fields[figures]}", markup=False),
             rich.progress.TextColumn("ETA"),
