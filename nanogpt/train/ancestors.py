@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 
 from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import common_steps
-from nanogpt.train.checkpoint import first_difference, plain
+from nanogpt.train.checkpoint import plain
 from nanogpt.train.metrics import read_records
 from nanogpt.train.run_folder import RunFolder
 
@@ -27,9 +27,10 @@ def read_params(config: Config, params: Any) -> Any:
         ValueError: no such run, no checkpoint, or a model of other sizes.
     """
     folder, saved, steps = _read("init_from", config.init_from)
-    sizes = [{name: c["model"][name] for name in _SIZES} for c in (saved, plain(config))]
-    if difference := first_difference(*sizes):
-        name, before, now = difference
+    for name in _SIZES:
+        before, now = saved["model"][name], getattr(config.model, name)
+        if before == now:
+            continue
         raise ValueError(
             f"init_from={config.init_from!r}: that run has model.{name}={before}, this one {now}: "
             f"set --model.{name.replace('_', '-')} {before}."

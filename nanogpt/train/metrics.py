@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import rich.console
 import rich.progress
+import rich.table
 
 Record = dict[str, Any]
 
@@ -96,9 +97,12 @@ class Progress:
         self._label = label
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn(label, markup=False),
-            rich.progress.BarColumn(bar_width=None),
+            rich.progress.BarColumn(bar_width=8),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[figures]}", markup=False),
+            # In a narrow terminal these take a second line; the others keep theirs whole.
+            rich.progress.TextColumn(
+                "{task.fields[figures]}", markup=False, table_column=rich.table.Column()
+            ),
             rich.progress.TextColumn("ETA"),
             rich.progress.TimeRemainingColumn(compact=True),
             console=self._console,

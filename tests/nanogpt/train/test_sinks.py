@@ -16,14 +16,15 @@ __all__ = ["shards"]  # a fixture
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     """(step, value) by tag of the only event file: records of length, checksum, event, checksum."""
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto import event_pb2
 
     found: dict[str, list[tuple[int, float]]] = {}
     (path,) = folder.glob("events.*")
     data = path.read_bytes()
     while data:
         size = int.from_bytes(data[:8], "little")
-        event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
         for value in event.summary.value:
             found.setdefault(value.tag, []).append((event.step, value.simple_value))
     return found
