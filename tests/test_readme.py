@@ -213,7 +213,7 @@ def test_own_text_becomes_a_run_and_a_picture(tmp_path):
 def test_every_block_is_executed_or_checked():
     blocks = every_block()
     assert sum(text.count("```") for text in TEXTS.values()) == 2 * len(blocks)
-    assert {"python", "bash"} <= {block.language for block in blocks} <= SHELLS | {"python"}
+    assert {"python", "bash"} <= {block.language for block in blocks} <= SHELLS | {"python", "text"}
 
 
 @pytest.mark.parametrize("page", PAGES)
