@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from nanogpt.optimizers.flops import model_flops
 
+from nanogpt.optimizers.flops import model_flops
 from nanogpt.train.train_step import init_state, make_train_step, model_structure
 from scripts.maintenance.benchmarking.candidates import Candidate
 from scripts.maintenance.benchmarking.gradients import coloured_gradients
