@@ -406,7 +406,7 @@ def test_what_is_allowed_is_not_reported(tmp_path):
         tmp_path,
         {
             "shampoo_jax/__init__.py": "from shampoo_jax.parts.roots import f\n",
-            "shampoo_jax/optimizers/aliases.py": "import jax\nfrom shampoo_jax.parts import roots\n",
+            "shampoo_jax/optimizers/aliases.py": "from shampoo_jax.parts import roots\n",
             "shampoo_jax/parts/roots.py": "import functools\nfrom ..matrix import eigh\n",
             "shampoo_jax/matrix/eigh.py": "import jax\n\nv = jax.__version__\n",
             "nanogpt/train/loop.py": DOCUMENTED_FUNCTION,

@@ -152,21 +152,6 @@ class _Run:
         if self.common is not None and jax.process_index() == 0:
             copy_run(self.config, self.common)
 
-    def report(self, source: str, console: rich.console.Console) -> Report:
-        """Opens what this process writes; `source` is the code as it was at the start."""
-        data, record = self.data, None
-        if jax.process_index() == 0:
-            record = RecordLog(self.folder.record, self.config, source, self.saved)
-        return Report(
-            self.config,
-            self.folder.metrics,
-            self.saved,
-            identity=data.identity,
-            baselines=data.baselines,
-            record=record,
-            console=console,
-        )
-
     def finished(self) -> bool:
         """Tells whether an earlier process has done everything; that outlives its checkpoints."""
         metrics = self.folder.first_metrics
