@@ -25,7 +25,7 @@ _TABLES = re.compile(
 )
 
 # What Flax, Equinox, Haiku and Keras call vectors. Stacked by vmap or scan they have two axes.
-_VECTORS = {"bias", "b", "scale", "offset", "gamma", "beta"}
+_VECTORS = {"bias", "scale", "offset", "gamma", "beta"}
 # Modules whose `weight` is a vector.
 _NORMS = re.compile(r"norm\d*(_\w+)?$|(^|_)ln\d*(_\w+)?$")
 
@@ -36,8 +36,8 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     Args:
       path: Key path of the parameter. A component that contains `embed`, `vocab`, `logits` or the
         word `emb`, is `wte` or `wpe`, or ends in the word `head` (but `multi_head`, `attn_head`),
-        names a table. Slashes separate components, as in Haiku's names. A parameter `bias`, `b`,
-        `scale`, `offset`, `gamma` or `beta`, and the `weight` of what is named a norm or `ln`, is
+        names a table. Slashes separate components, as in Haiku's names. A parameter `bias`,
+        `scale`, `offset`, `gamma` or `beta`, `b` in a module that is no `lora`, and the `weight` of what is named a norm or `ln`, is
         a vector even where it has more axes (heads, scanned layers).
       leaf: The parameter or its shape.
 
@@ -53,9 +53,10 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     """
     ndim = sum(d > 1 for d in np.shape(leaf))
     names = component_names(path)
-    is_vector = not _VECTORS.isdisjoint(names[-1:]) or (
-        names[-1:] == ["weight"] and any(map(_NORMS.search, names[:-1]))
-    )
+    *modules, name = names
+    is_vector = name in _VECTORS or (name == "weight" and any(map(_NORMS.search, modules)))
+    # Haiku's bias; the second matrix of a low-rank adapter has the same name.
+    is_vector |= name == "b" and bool(modules) and not any("lora" in m for m in modules)
     return ndim >= 2 and not is_vector and not any(map(_TABLES.search, names))
 
 

@@ -31,7 +31,9 @@ def test_stacked_vectors_are_no_matrices(path):
     assert not is_hidden(path, (32, 4096))
 
 
-@pytest.mark.parametrize("path", ["normed_linear/weight", "lnear/weight", "block/weight"])
+@pytest.mark.parametrize(
+    "path", ["normed_linear/weight", "lnear/weight", "block/weight", "b", "q/lora/b"]
+)
 def test_weights_of_other_modules_are_matrices(path):
     assert is_hidden(path, (32, 4096))
 
