@@ -38,11 +38,7 @@ ANSWERS = (
     ("grafting_config graft_type grafting", "graft"),
     ("graft_b2 graft_eps grafting_beta2 grafting_epsilon", "graft=scale_by_second_moment(b2, eps)"),
     ("nesterov use_nesterov dampening", "momentum=momentum(...)"),
-    (
-        "weight_decay_kind use_decoupled_weight_decay peak_lr mask",
-        "decay=Decay(kind, peak_lr, mask)",
-        ROUTED,
-    ),
+    ("weight_decay_kind use_decoupled_weight_decay peak_lr mask", "decay=Decay(...)", ROUTED),
     ("adamw_learning_rate adamw_b1 adamw_b2 adamw_eps", "others=optax.adamw(...)", ROUTED),
     (
         "exponent_override inverse_exponent_override inv_root_override exponents",

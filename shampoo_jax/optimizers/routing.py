@@ -37,8 +37,9 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
       path: Key path of the parameter. A component that contains `embed`, `vocab`, `logits` or the
         word `emb`, is `wte` or `wpe`, or ends in the word `head` (but `multi_head`, `attn_head`),
         names a table. Slashes separate components, as in Haiku's names. A parameter `bias`,
-        `scale`, `offset`, `gamma` or `beta`, `b` in a module that is no `lora`, and the `weight` of what is named a norm or `ln`, is
-        a vector even where it has more axes (heads, scanned layers).
+        `scale`, `offset`, `gamma` or `beta`, a `b` in a module that is no `lora`, and the `weight`
+        of what is named a norm or `ln`, is a vector even where it has more axes (heads, scanned
+        layers).
       leaf: The parameter or its shape.
 
     Returns:

@@ -233,7 +233,7 @@ def test_bad_options_are_refused_before_any_work(alias, options, message):
         ("precondition_frequency", "every"),
         ("block_size", r"blocking=Blocking\(size=...\)"),
         ("stagger", r"refresh=Refresh\("),
-        ("weight_decay_kind", r"decay=Decay\(kind"),
+        ("weight_decay_kind", r"decay=Decay\("),
         ("nesterov", r"momentum=momentum\("),
         ("adamw_b1", r"others=optax.adamw\("),
         ("preconditoned", "preconditioned"),
