@@ -245,7 +245,7 @@ TOTALS = {
     "shampoo_jax/parts": 895,
     "shampoo_jax/directions": 275,
     "shampoo_jax/optimizers": 545,
-    "shampoo_jax/inspect": 545,
+    "shampoo_jax/inspect": 555,
     "nanogpt/config": 395,
     "nanogpt/model": 180,
     "nanogpt/optimizers": 450,

@@ -249,7 +249,18 @@ def _known(params: Any) -> _Parameters:
 
 
 def _blocked(state: Any) -> list[BlockedState]:
-    return [node for _, node in nodes_of(BlockedState, state)]
+    found = [node for _, node in nodes_of(BlockedState, state)]
+    for node in found:
+        _check_single(node)
+    return found
+
+
+def _check_single(node: BlockedState) -> None:
+    if np.ndim(node.format):
+        raise ValueError(
+            "the optimizer state is a stack of several, as vmap makes them: give one of them, "
+            "jax.tree.map(lambda x: x[0], state)."
+        )
 
 
 def _nodes(state: Any) -> list[tuple[KeyPath, Any]]:
@@ -260,6 +271,7 @@ def _nodes(state: Any) -> list[tuple[KeyPath, Any]]:
 def _owners(node: BlockedState, known: _Parameters) -> list[str]:
     """Names of the parameters of one `BlockedState` of today's format, in its order."""
     _check_format(node.format, "the optimizer state")
+    _check_single(node)
     rows = np.asarray(node.fingerprints).tolist()
     if not {tuple(row[:3]) for row in rows} <= set(known.identities.values()):
         raise ValueError(

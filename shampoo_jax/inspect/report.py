@@ -111,7 +111,7 @@ class Report:
             + (f", {self.fallback_batches} by eigh as fallback" if self.fallback_batches else ""),
             f"largest factor    {self.largest_factor} x {self.largest_factor}",
         ]
-        if total > LARGE_STATE * self.adamw_bytes:
+        if self.on_mesh is None and total > LARGE_STATE * self.adamw_bytes:
             times = f"{total / self.adamw_bytes:.0f} times AdamW's"
             lines.append(
                 f"warning           the state is {times}: bound factors by "

@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+import shampoo_jax
 from shampoo_jax import (
     FORMAT,
     Blocking,
@@ -389,3 +390,14 @@ def test_layout_says_whose_each_block_is():
     assert state_layout(optax.sgd(0.1).init(params)) == []
     two = optax.chain(scale_by_shampoo(), scale_by_soap()).init(params)
     assert state_layout(two) == [{"4x2": [0], "3": [1], "2x2": [2]}] * 2
+
+
+def test_a_vmapped_state_is_answered_with_what_to_do():
+    tx, params = shampoo_jax.scale_by_shampoo(), {"w": jnp.ones((2, 3, 2))}
+    state = jax.vmap(tx.init)(params)
+    for ask in (check_state, state_to_tree):
+        with pytest.raises(ValueError, match="stack of several, as vmap makes them"):
+            ask(state, params)
+    one = jax.tree.map(lambda x: x[0], state)
+    check_state(one, {"w": jnp.ones((3, 2))})
+    shampoo_jax.check_finite(state)
