@@ -26,6 +26,7 @@ from scripts.maintenance.device.budget import PARTS, Part, select
 ROOT = pathlib.Path(__file__).parents[2]
 OUT, REHEARSED = ROOT / "docs" / "devices", ROOT / "runs" / "device"
 CARRIED = ROOT / "build" / "device"
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,7 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     deadline = time.monotonic() + 60 * args.minutes
     # Else the parts' processes would outlive this one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     out = args.out or (REHEARSED if args.rehearse else OUT)
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
@@ -51,10 +53,12 @@ def main(arguments: list[str] | None = None) -> None:
 
         def start(part: Part, path: pathlib.Path) -> supervisor.Child:
             words = supervisor.command(part, path, args.carried.resolve(), args.rehearse)
-            return supervisor.Child(words, folder / "log", environment)
+            return supervisor.Child(words, supervisor.log_path(folder, part), environment)
 
-        supervisor.run_parts(parts, deadline, start, folder, report.add)
-        report.finish(folder / "log")
+        try:
+            supervisor.run_parts(parts, deadline, start, folder, report.add)
+        finally:
+            report.finish(folder)
     failed = [name for name, part in report.result["parts"].items() if part["state"] != "done"]
     print(f"{report.path('.md')}{': not done: ' + ', '.join(failed) if failed else ''}")
     sys.exit(1 if failed else 0)
@@ -148,7 +152,6 @@ class Report:
         Raises:
             SystemExit: the device is no GPU, and this no rehearsal.
         """
-        self.result["parts"][name] = part
         devices = [] if self.result["rehearsal"] else part["figures"].get("device", [])
         for device in devices:
             if device["platform"] != "gpu":
@@ -157,6 +160,7 @@ class Report:
                     "--rehearse."
                 )
             self._name = slug(device["kind"])
+        self.result["parts"][name] = part
         self.result["seconds"] = round(time.monotonic() - self._begin, 1)
         self._write(".json", json.dumps(self.result, indent=1) + "\n")
         self._write(".md", self._page())
@@ -169,10 +173,16 @@ class Report:
         except Exception as error:
             return f"No page: {type(error).__name__}: {error}\n\nMend it and use --page.\n"
 
-    def finish(self, log: pathlib.Path) -> None:
-        """Keeps the parts' output."""
-        if log.exists():
-            self._write(".log", log.read_text(encoding="utf-8", errors="replace"))
+    def finish(self, folder: pathlib.Path) -> None:
+        """Keeps the parts' output, one after the other."""
+        logs = {part.name: supervisor.log_path(folder, part) for part in PARTS}
+        texts = [
+            f"== {name}\n{path.read_text(encoding='utf-8', errors='replace').strip()}\n"
+            for name, path in logs.items()
+            if path.exists()
+        ]
+        if texts and self.result["parts"]:
+            self._write(".log", "".join(texts))
 
     def _write(self, suffix: str, text: str) -> None:
         self._out.mkdir(parents=True, exist_ok=True)

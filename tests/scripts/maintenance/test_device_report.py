@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -121,6 +123,40 @@ def test_a_page_that_fails_costs_no_figures(tmp_path):
     saved = json.loads(written.path(".json").read_text())
     assert saved["parts"]["precision"]["figures"] == figures
     assert "No page: KeyError: 'stage'" in written.path(".md").read_text()
+
+
+def test_the_logs_of_the_parts_are_joined_in_their_order(tmp_path):
+    for name in ("step", "probe"):
+        (tmp_path / f"{name}.log").write_text(f"of {name}")
+    written = device_report.Report(tmp_path / "out", 9.0, rehearse=True)
+    written.add("probe", {"state": "done", "figures": {}})
+    written.finish(tmp_path)
+    text = written.path(".log").read_text()
+    assert text == "== probe\nof probe\n== step\nof step\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_interrupted_report_keeps_its_figures_and_logs(tmp_path, monkeypatch, number):
+    def interrupted(parts, deadline, start, folder, add):
+        (folder / "probe.log").write_text("of probe")
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            add("probe", {"state": "ended", "figures": {}})
+
+    before = {n: signal.getsignal(n) for n in device_report.SIGNALS}
+    monkeypatch.setattr(device_report.supervisor, "run_parts", interrupted)
+    flags = ["--rehearse", "--out", str(tmp_path), "--carried", str(tmp_path)]
+    try:
+        with pytest.raises(SystemExit) as raised:
+            device_report.main(flags)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert raised.value.code == 128 + number
+    assert "of probe" in (tmp_path / "rehearsal.log").read_text()
+    assert "probe" in json.loads((tmp_path / "rehearsal.json").read_text())["parts"]
 
 
 def test_a_waiting_part_does_not_touch_the_device():

@@ -1,6 +1,7 @@
 """Parts in processes of their own: they end, fail, hang, and the report goes on."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -12,10 +13,10 @@ from scripts.maintenance.device.budget import Part
 PARTS = tuple(Part(name, 1, name) for name in ("a", "b", "c"))
 
 
-def child(tmp_path, script, *arguments):
+def child(tmp_path, script, *arguments, log="log"):
     """A process that runs a script; its words are the arguments."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return supervisor.Child(command, tmp_path / "log", os.environ)
+    return supervisor.Child(command, tmp_path / log, os.environ)
 
 
 def wait_for(path):
@@ -45,9 +46,34 @@ def test_a_part_that_ends_well_gets_its_seconds(tmp_path):
     ],
 )
 def test_a_part_that_fails_tells_its_error(tmp_path, script, error):
-    # What an earlier part wrote to the same log is not this one's error.
-    (tmp_path / "log").write_text("ERROR of another part\n")
     assert child(tmp_path, f"input(); {script}").run(60.0) == ("failed", error)
+
+
+def test_the_error_of_a_part_that_waits_is_its_own(tmp_path):
+    waiting = child(tmp_path, "print('ERROR of the one that waits', flush=True); input()", log="b")
+    try:
+        wait_for(tmp_path / "b")
+        failing = child(tmp_path, "input(); print('mine'); exit(3)", log="a")
+        assert failing.run(60.0) == ("failed", "ended with status 3: mine")
+    finally:
+        waiting.end()
+
+
+def test_every_part_has_a_log_of_its_own(tmp_path):
+    assert supervisor.log_path(tmp_path, PARTS[0]) != supervisor.log_path(tmp_path, PARTS[1])
+
+
+def test_a_process_that_cannot_be_killed_does_not_hold_the_report_up(tmp_path, monkeypatch):
+    stuck = child(tmp_path, "import time; time.sleep(1000)")
+    process = stuck._process
+
+    def never(seconds=None):
+        raise subprocess.TimeoutExpired("x", seconds)
+
+    monkeypatch.setattr(process, "wait", never)
+    assert stuck.run(0.1) == ("ended", "ended, could not be killed; what it had measured is kept")
+    monkeypatch.undo()
+    process.wait(60)
 
 
 def test_a_part_that_hangs_is_ended_with_all_it_started_and_its_figures_are_kept(tmp_path):
