@@ -60,8 +60,10 @@ def prediction_section(result: Result) -> str:
     """The rates and times of docs/scaling.md beside the measured ones, where both are there."""
     device = next(iter(rows(result, "probe", "device")), {})
     found = prediction.predict(device.get("kind", ""), prediction.PAGE.read_text(encoding="utf-8"))
-    if found is None or result["rehearsal"]:
+    if not device or result["rehearsal"]:
         return ""
+    if found is None:
+        return f"[docs/scaling.md](../scaling.md) has no prediction for {device['kind']}."
     rates = {
         r["name"]: r.get("flops_per_s", r.get("bytes_per_s"))
         for r in rows(result, "probe", "rates")
@@ -69,15 +71,17 @@ def prediction_section(result: Result) -> str:
     }
     step = named(result, "step", "steps", "shampoo_polynomial_10")
     model = named(result, "step", "model", "forward and backward")
-    other = (
-        "" if found.source == found.device else f" Times are those predicted for {found.source}."
+    other = {found.device: "", None: " It predicts no step there."}.get(
+        found.source, f" Times are those predicted for {found.source}."
     )
     return join(
         f"[docs/scaling.md](../scaling.md) divides FLOPs and bytes by {found.efficiency:g} of the "
         f"published rates of {found.device}.{other} Rates in TFLOP/s, memory in GB/s.",
         prediction.compare_rates(found, rates, sizes(False).product),
-        "Shampoo with roots by products every tenth step, averaged over steps:",
-        prediction.compare_step(found, step, model),
+        "Shampoo with roots by products every tenth step, averaged over steps:"
+        if found.step
+        else "",
+        prediction.compare_step(found, step, model) if found.step else "",
     )
 
 
@@ -199,7 +203,7 @@ def training_section(result: Result) -> str:
     runs = {name: windows for name, windows in runs.items() if windows}
     if not runs:
         return ""
-    steps = [w["step"] for w in next(iter(runs.values()))]
+    steps = sorted({w["step"] for windows in runs.values() for w in windows})
     chosen = [s for s in steps if s in SHOWN] or steps
     lines, words = [], []
     for name, windows in runs.items():

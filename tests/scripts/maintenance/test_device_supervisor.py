@@ -158,17 +158,16 @@ def test_parts_without_time_are_skipped_and_no_process_is_left(tmp_path):
     results, stands = run(tmp_path, [1000] * 3, [("ended", "ended after")] * 3, minutes=0.75)
     assert [r["state"] for r in results.values()] == ["ended", "ended", "ended"]
     results, stands = run(tmp_path, [1000] * 3, [("ended", "ended after")] * 3, minutes=0.5)
-    assert [r["state"] for r in results.values()] == ["skipped", "ended", "ended"]
-    assert results["a"]["error"] == "not begun: 30 s were left for 3 parts"
+    assert [r["state"] for r in results.values()] == ["ended", "ended", "skipped"]
+    assert results["c"]["error"] == "not begun: 10 s were left for 1 parts"
     assert all(stand.ended for stand in stands.values())
 
 
-def test_a_part_that_is_skipped_while_it_waits_is_ended_and_the_next_has_its_own_process(tmp_path):
-    parts = (Part("a", 1, "a"), Part("b", 0.1, "b"), Part("c", 1, "c"))
+def test_a_part_that_is_skipped_while_it_waits_is_ended_and_no_other_is_started(tmp_path):
     outcomes = [DONE, ("failed", "it was not b's turn"), DONE]
-    results, stands = run(tmp_path, [1000] * 3, outcomes, minutes=1.75, parts=parts)
-    assert [r["state"] for r in results.values()] == ["done", "skipped", "done"]
-    assert stands["b"].ended and stands["c"].ended
+    results, stands = run(tmp_path, [1000] * 3, outcomes, minutes=0.3)
+    assert [r["state"] for r in results.values()] == ["done", "skipped", "skipped"]
+    assert stands["b"].ended and "c" not in stands
 
 
 def test_an_interrupted_report_keeps_the_part_that_ran_and_ends_the_one_that_waited(tmp_path):
