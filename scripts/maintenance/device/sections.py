@@ -7,7 +7,7 @@ from typing import Any
 from nanogpt.report.tables import markdown, shown
 from scripts.maintenance.device import prediction
 from scripts.maintenance.device.budget import PARTS
-from scripts.maintenance.device.cells import Result, errors, join, named, rows
+from scripts.maintenance.device.cells import Result, device_of, errors, join, named, rows
 from scripts.maintenance.device.sizes import sizes
 
 # Steps of a training run whose losses the page shows.
@@ -58,7 +58,7 @@ def device_section(result: Result) -> str:
 
 def prediction_section(result: Result) -> str:
     """The rates and times of docs/scaling.md beside the measured ones, where both are there."""
-    device = next(iter(rows(result, "probe", "device")), {})
+    device = device_of(result)
     found = prediction.predict(device.get("kind", ""), prediction.PAGE.read_text(encoding="utf-8"))
     if not device or result["rehearsal"]:
         return ""
@@ -159,7 +159,7 @@ def _model(result: Result, model: Mapping[str, Any]) -> str:
         f"Forward and backward of {model['tokens']} tokens: {1e3 * model['seconds']:.4g} ms, "
         f"{rate / 1e12:.4g} TFLOP/s"
     )
-    device = next(iter(rows(result, "probe", "device")), {})
+    device = device_of(result)
     found = prediction.predict(device.get("kind", ""), prediction.PAGE.read_text(encoding="utf-8"))
     if found is not None:
         peak = 1e12 * found.peaks["bfloat16, TFLOP/s"]
@@ -222,6 +222,7 @@ def training_section(result: Result) -> str:
         f"{run.get('steps')} steps of {run.get('rows')} rows, the same rows and initial weights "
         "for all, rates as published for the track's larger batch.\n\n" + "\n".join(words),
         markdown(heads, lines),
+        errors([row for name in runs for row in rows(result, name, "cut")]),
     )
 
 

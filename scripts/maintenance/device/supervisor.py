@@ -112,7 +112,8 @@ def run_parts(
         start: Begins the process of a part, which writes its figures to the file given.
         folder: For these files.
         report: Takes a part's name and {"state", "seconds", "allotted_s", "figures"} and, where
-            the state is not "done", "error". States: "done", "failed", "ended", "skipped".
+            the state is not "done", "error". States: "done", "partial" where rows hold errors,
+            "failed", "ended", "skipped".
         clock: Of seconds.
     """
     waiting: Child | None = None
@@ -134,16 +135,25 @@ def run_parts(
             try:
                 state, error = child.run(seconds)
             finally:
-                result: dict[str, Any] = {
-                    "state": state,
-                    "seconds": round(clock() - begin, 1),
-                    "allotted_s": round(seconds, 1),
-                    "figures": records.read(_path(folder, part)),
-                }
-                report(part.name, result | ({"error": error} if error else {}))
+                figures = records.read(_path(folder, part))
+                state, error = _judge(state, error, figures)
+                times = {"seconds": clock() - begin, "allotted_s": seconds}
+                result = {"state": state, **{k: round(v, 1) for k, v in times.items()}}
+                result |= {"figures": figures} | ({"error": error} if error else {})
+                report(part.name, result)
     finally:
         if waiting is not None:
             waiting.end()
+
+
+def _judge(state: str, error: str, figures: records.Figures) -> tuple[str, str]:
+    """A part that ended well is "partial" where measurements failed or its time was over."""
+    rows = [row for group in figures.values() for row in group]
+    failed = sum(isinstance(row.get("error"), str) for row in rows)
+    if not failed:
+        return state, error
+    count = f"{failed} of {len(rows)} rows hold an error"
+    return ("partial", count) if state == "done" else (state, f"{error}; {count}")
 
 
 def _path(folder: pathlib.Path, part: Part) -> pathlib.Path:

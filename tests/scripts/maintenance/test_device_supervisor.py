@@ -149,6 +149,18 @@ def test_a_failed_part_leaves_its_error_and_its_figures_and_the_next_goes_on(tmp
     assert [r["seconds"] for r in results.values()] == [10, 10, 10]
 
 
+def test_a_part_with_errors_of_measurements_is_partial_and_they_are_counted(tmp_path):
+    def start(part, path):
+        rows = ['{"group": "g", "x": 1}', '{"group": "g", "name": "y", "error": "no"}']
+        path.write_text("\n".join(rows) + "\n")
+        return Stand([0.0], 1, DONE)
+
+    results = {}
+    supervisor.run_parts(PARTS[:1], time.monotonic() + 60, start, tmp_path, results.__setitem__)
+    assert results["a"]["state"] == "partial"
+    assert results["a"]["error"] == "1 of 2 rows hold an error"
+
+
 def test_what_is_left_over_is_given_to_those_that_follow(tmp_path):
     results, _ = run(tmp_path, [0, 0, 0], [DONE] * 3)
     assert [r["allotted_s"] for r in results.values()] == [98.3, 147.5, 295.0]
