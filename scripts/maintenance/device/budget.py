@@ -71,4 +71,6 @@ def allot(parts: tuple[Part, ...], remaining_s: float) -> float:
     """
     usable = remaining_s - RESERVE_S
     share = usable * parts[0].weight / sum(part.weight for part in parts)
+    # Where time is short the last parts get none, not the first ones.
+    share = max(share, min(LEAST_S, usable))
     return share if share >= LEAST_S else 0.0

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scripts.maintenance.device.budget import PARTS
+
 Rows = Sequence[Mapping[str, Any]]
 Result = Mapping[str, Any]
 
@@ -15,6 +17,12 @@ def rows(result: Result, part: str, group: str) -> Rows:
 def named(result: Result, part: str, group: str, name: str) -> Mapping[str, Any]:
     """One row by name; empty if it is missing or has an error."""
     found = (r for r in rows(result, part, group) if r.get("name") == name and "error" not in r)
+    return next(found, {})
+
+
+def device_of(result: Result) -> Mapping[str, Any]:
+    """The device as the first part that knows it has it; empty if none does."""
+    found = (row for name in PARTS for row in rows(result, name.name, "device"))
     return next(found, {})
 
 

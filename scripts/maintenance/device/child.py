@@ -50,7 +50,7 @@ def main() -> None:
         watchdog.start()
         recorder = records.Recorder(args.records, float(seconds))
         if not args.rehearse:
-            refuse_cpu(recorder)
+            refuse_cpu(args.part, recorder)
         module.run(args.part, recorder, sizes(args.rehearse), args.carried)
     except BaseException as error:
         traceback.print_exc()
@@ -61,11 +61,12 @@ def main() -> None:
     os._exit(status)
 
 
-def refuse_cpu(recorder: records.Recorder) -> None:
-    """Raises RuntimeError, with the device on record, where hours would pass at full size."""
+def refuse_cpu(part: str, recorder: records.Recorder) -> None:
+    """Records the device; raises RuntimeError where hours would pass at full size."""
     device = jax.devices()[0]
-    if device.platform != "gpu":
+    if device.platform != "gpu" or part != "probe":  # which says more of it by itself
         recorder.add("device", kind=device.device_kind, platform=device.platform)
+    if device.platform != "gpu":
         raise RuntimeError(f"jax found no GPU but {device.device_kind!r}")
 
 

@@ -3,7 +3,7 @@
 from nanogpt.report.tables import markdown, shown
 from scripts.maintenance.device import sections
 from scripts.maintenance.device.budget import PARTS
-from scripts.maintenance.device.cells import Result, cell, rows
+from scripts.maintenance.device.cells import Result, cell, device_of
 
 
 def render(result: Result) -> str:
@@ -29,7 +29,7 @@ def render(result: Result) -> str:
 
 
 def _head(result: Result) -> str:
-    device = next(iter(rows(result, "probe", "device")), {})
+    device = device_of(result)
     title = f"# {device.get('kind', 'Unknown device')}"
     commit = f", revision {device['commit'][:12]}" if device.get("commit") else ""
     text = f"Written by `python -m scripts.maintenance.device_report`{commit}."

@@ -9,6 +9,12 @@ from nanogpt.report.tables import markdown
 
 PAGE = pathlib.Path(__file__).parents[3] / "docs" / "scaling.md"
 MODEL = "GPT-2 124M"
+# The page's name of a device by the driver's: cards of another form or memory have other rates.
+KINDS = {
+    "NVIDIA H100 80GB HBM3": "H100 SXM",
+    "NVIDIA H200": "H200 SXM",
+    "NVIDIA A100-SXM4-80GB": "A100 SXM 80 GB",
+}
 TOKENS = 2**19  # of the step that the page predicts
 # The page's name of a rate, its column there, its unit, and the measured row of the same work.
 RATES = (
@@ -27,14 +33,15 @@ class Prediction(NamedTuple):
         device: the page's name of it.
         efficiency: share of the peaks that the page assumes.
         peaks: published rates by column, in the page's units.
-        source: device whose step is predicted, maybe another one of the same generation.
-        step: milliseconds by column of the model's step on one device.
+        source: device whose step is predicted, maybe another one of the same generation; None
+            where there is none.
+        step: milliseconds by column of the model's step on one device; empty without a source.
     """
 
     device: str
     efficiency: float
     peaks: dict[str, float]
-    source: str
+    source: str | None
     step: dict[str, float]
 
 
@@ -68,18 +75,20 @@ def predict(kind: str, text: str) -> Prediction | None:
         text: of docs/scaling.md.
     """
     rates = {row["device"]: row for row in table_under(text, "Rates of one device")}
-    names = [name for name in rates if name.split()[0] in kind.split()]
+    name = KINDS.get(kind)
     stated = re.search(r"(\d\.\d+)\s+of the published peak", text)
-    if not names or stated is None:
+    if name is None or name not in rates or stated is None:
         return None
-    peaks = {k: float(v) for k, v in rates[names[0]].items() if re.fullmatch(r"[\d.e+-]+", v)}
+    peaks = {k: float(v) for k, v in rates[name].items() if re.fullmatch(r"[\d.e+-]+", v)}
     # Where a device has no predictions of its own, those of the one with the same products stand.
-    alike = [n for n, row in rates.items() if row["rest"] == rates[names[0]]["rest"]]
-    source = next(n for n in [names[0], *alike] if f"### {n}\n" in text)
+    alike = [n for n, row in rates.items() if row["rest"] == rates[name]["rest"]]
+    source = next((n for n in [name, *alike] if f"### {n}\n" in text), None)
+    if source is None:
+        return Prediction(name, float(stated[1]), peaks, None, {})
     rows = table_under(text, source)
     row = next(r for r in rows if r["model"] == MODEL and r["devices"] == "1")
     step = {k.removesuffix(", ms"): float(v) for k, v in row.items() if k.endswith(", ms")}
-    return Prediction(names[0], float(stated[1]), peaks, source, step)
+    return Prediction(name, float(stated[1]), peaks, source, step)
 
 
 def compare_rates(found: Prediction, rates: Mapping[str, float], product: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from nanogpt.report.tables import markdown, shown
 from scripts.maintenance.device import prediction
 from scripts.maintenance.device.budget import PARTS
-from scripts.maintenance.device.cells import Result, errors, join, named, rows
+from scripts.maintenance.device.cells import Result, device_of, errors, join, named, rows
 from scripts.maintenance.device.sizes import sizes
 
 # Steps of a training run whose losses the page shows.
@@ -58,10 +58,12 @@ def device_section(result: Result) -> str:
 
 def prediction_section(result: Result) -> str:
     """The rates and times of docs/scaling.md beside the measured ones, where both are there."""
-    device = next(iter(rows(result, "probe", "device")), {})
+    device = device_of(result)
     found = prediction.predict(device.get("kind", ""), prediction.PAGE.read_text(encoding="utf-8"))
-    if found is None or result["rehearsal"]:
+    if not device or result["rehearsal"]:
         return ""
+    if found is None:
+        return f"[docs/scaling.md](../scaling.md) has no prediction for {device['kind']}."
     rates = {
         r["name"]: r.get("flops_per_s", r.get("bytes_per_s"))
         for r in rows(result, "probe", "rates")
@@ -69,15 +71,17 @@ def prediction_section(result: Result) -> str:
     }
     step = named(result, "step", "steps", "shampoo_polynomial_10")
     model = named(result, "step", "model", "forward and backward")
-    other = (
-        "" if found.source == found.device else f" Times are those predicted for {found.source}."
+    other = {found.device: "", None: " It predicts no step there."}.get(
+        found.source, f" Times are those predicted for {found.source}."
     )
     return join(
         f"[docs/scaling.md](../scaling.md) divides FLOPs and bytes by {found.efficiency:g} of the "
         f"published rates of {found.device}.{other} Rates in TFLOP/s, memory in GB/s.",
         prediction.compare_rates(found, rates, sizes(False).product),
-        "Shampoo with roots by products every tenth step, averaged over steps:",
-        prediction.compare_step(found, step, model),
+        "Shampoo with roots by products every tenth step, averaged over steps:"
+        if found.step
+        else "",
+        prediction.compare_step(found, step, model) if found.step else "",
     )
 
 
@@ -155,7 +159,7 @@ def _model(result: Result, model: Mapping[str, Any]) -> str:
         f"Forward and backward of {model['tokens']} tokens: {1e3 * model['seconds']:.4g} ms, "
         f"{rate / 1e12:.4g} TFLOP/s"
     )
-    device = next(iter(rows(result, "probe", "device")), {})
+    device = device_of(result)
     found = prediction.predict(device.get("kind", ""), prediction.PAGE.read_text(encoding="utf-8"))
     if found is not None:
         peak = 1e12 * found.peaks["bfloat16, TFLOP/s"]
@@ -199,7 +203,7 @@ def training_section(result: Result) -> str:
     runs = {name: windows for name, windows in runs.items() if windows}
     if not runs:
         return ""
-    steps = [w["step"] for w in next(iter(runs.values()))]
+    steps = sorted({w["step"] for windows in runs.values() for w in windows})
     chosen = [s for s in steps if s in SHOWN] or steps
     lines, words = [], []
     for name, windows in runs.items():
@@ -218,6 +222,7 @@ def training_section(result: Result) -> str:
         f"{run.get('steps')} steps of {run.get('rows')} rows, the same rows and initial weights "
         "for all, rates as published for the track's larger batch.\n\n" + "\n".join(words),
         markdown(heads, lines),
+        errors([row for name in runs for row in rows(result, name, "cut")]),
     )
 
 

@@ -4,6 +4,7 @@ Only the standard library is imported: a process that holds the device, or that 
 not be this one.
 """
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -17,6 +18,8 @@ from scripts.maintenance.device import records
 from scripts.maintenance.device.budget import GRACE_S, Part, allot
 
 ROOT = pathlib.Path(__file__).parents[3]
+# A killed process that is not gone after this hangs in its driver.
+KILL_S = 5.0
 
 
 class Child:
@@ -24,14 +27,12 @@ class Child:
 
     Args:
         command: What it runs; it reads the seconds that it may take from standard input.
-        log: File that its output is appended to.
+        log: File of its output, of no other process: the part before still writes while it waits.
         environment: Of the process.
     """
 
     def __init__(self, command: list[str], log: pathlib.Path, environment: Mapping[str, str]):
-        self._log = log.open("ab")
-        self._start = self._log.tell()
-        self._path = log
+        self._log, self._path = log.open("wb"), log
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -55,24 +56,39 @@ class Child:
             self._process.stdin.close()
             status = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return "ended", f"ended after {seconds:.0f} s; what it had measured by then is kept"
+            status = None
         except BrokenPipeError:
-            status = self._process.wait()
+            status = self._await()
         finally:
-            self.end()
+            killed = self.end()
+        if not killed:
+            return "ended", "ended, could not be killed; what it had measured is kept"
+        if status is None:
+            return "ended", f"ended after {seconds:.0f} s; what it had measured by then is kept"
         return ("failed", self._last_error(status)) if status else ("done", "")
 
-    def end(self) -> None:
-        """Ends the process and all that it started."""
+    def end(self) -> bool:
+        """Ends the process and all that it started; False if it is still there some time later."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        self._process.wait()
+        status = self._await()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         self._log.close()
+        return status is not None
+
+    def _await(self) -> int | None:
+        """Its status; None if it does not end, as in a driver that hangs."""
+        try:
+            return self._process.wait(KILL_S)
+        except subprocess.TimeoutExpired:
+            return None
 
     def _last_error(self, status: int) -> str:
-        text = self._path.read_bytes()[self._start :].decode(errors="replace")
+        text = self._path.read_bytes().decode(errors="replace")
         errors = [line for line in text.splitlines() if line.startswith("ERROR ")]
         if errors:
             return errors[-1].removeprefix("ERROR ")
@@ -96,7 +112,8 @@ def run_parts(
         start: Begins the process of a part, which writes its figures to the file given.
         folder: For these files.
         report: Takes a part's name and {"state", "seconds", "allotted_s", "figures"} and, where
-            the state is not "done", "error". States: "done", "failed", "ended", "skipped".
+            the state is not "done", "error". States: "done", "partial" where rows hold errors,
+            "failed", "ended", "skipped".
         clock: Of seconds.
     """
     waiting: Child | None = None
@@ -118,20 +135,34 @@ def run_parts(
             try:
                 state, error = child.run(seconds)
             finally:
-                result: dict[str, Any] = {
-                    "state": state,
-                    "seconds": round(clock() - begin, 1),
-                    "allotted_s": round(seconds, 1),
-                    "figures": records.read(_path(folder, part)),
-                }
-                report(part.name, result | ({"error": error} if error else {}))
+                figures = records.read(_path(folder, part))
+                state, error = _judge(state, error, figures)
+                times = {"seconds": clock() - begin, "allotted_s": seconds}
+                result = {"state": state, **{k: round(v, 1) for k, v in times.items()}}
+                result |= {"figures": figures} | ({"error": error} if error else {})
+                report(part.name, result)
     finally:
         if waiting is not None:
             waiting.end()
 
 
+def _judge(state: str, error: str, figures: records.Figures) -> tuple[str, str]:
+    """A part that ended well is "partial" where measurements failed or its time was over."""
+    rows = [row for group in figures.values() for row in group]
+    failed = sum(isinstance(row.get("error"), str) for row in rows)
+    if not failed:
+        return state, error
+    count = f"{failed} of {len(rows)} rows hold an error"
+    return ("partial", count) if state == "done" else (state, f"{error}; {count}")
+
+
 def _path(folder: pathlib.Path, part: Part) -> pathlib.Path:
     return folder / f"{part.name}.jsonl"
+
+
+def log_path(folder: pathlib.Path, part: Part) -> pathlib.Path:
+    """Of the file of a part's output."""
+    return folder / f"{part.name}.log"
 
 
 def command(part: Part, path: pathlib.Path, carried: pathlib.Path, rehearse: bool) -> list[str]:

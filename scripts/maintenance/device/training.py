@@ -40,7 +40,9 @@ def run(part: str, recorder: Recorder, sizes: Sizes, carried: pathlib.Path) -> N
             now = time.perf_counter()
             recorder.add("window", step=i + 1, losses=values, step_s=(now - begin) / window)
             losses, begin = [], now
-            if recorder.left() <= 0:
+            if recorder.left() <= 0 and i + 1 < sizes.steps:
+                error = f"the part's time was over after {i + 1} of {sizes.steps} steps"
+                recorder.add("cut", name=part, error=error)
                 break
     recorder.add("memory", peak_bytes=peak_memory_bytes())
 

@@ -22,6 +22,15 @@ def test_time_that_a_part_leaves_over_goes_to_all_others_in_proportion():
     assert allot((b, c), 400 + RESERVE_S) == pytest.approx(400 / 3)
 
 
+def test_with_little_time_the_first_parts_are_taken_and_the_last_are_skipped():
+    left, begun = 45.0, []
+    for i, part in enumerate(PARTS):
+        seconds = allot(PARTS[i:], left)
+        left -= seconds
+        begun += [part.name] if seconds else []
+    assert begun[:2] == ["probe", "numerics"] and "precision" not in begun and left >= RESERVE_S
+
+
 @pytest.mark.parametrize(
     ("left", "begun"), [(LEAST_S + RESERVE_S, True), (12.0, False), (-3, False)]
 )

@@ -120,6 +120,15 @@ def test_every_figure_is_on_the_page(whole):
     assert found["adamw"] == ["10.5000", "7.5000", "70", "31"]
 
 
+def test_the_training_table_has_the_steps_of_all_runs():
+    both = result("train_adamw")
+    longer = [{"step": s, "losses": [9.0], "step_s": 0.1} for s in (10, 20, 50)]
+    both["parts"]["train_muon"] = {"state": "done", "figures": {"window": longer}}
+    found = rows(page.render(both))
+    assert found["mean loss of 10 steps to"][:3] == ["10", "20", "50"]
+    assert found["adamw"][:3] == ["10.5000", "7.5000", "-"] and found["muon"][2] == "9.0000"
+
+
 def test_what_was_not_measured_says_why_and_breaks_no_table(whole):
     assert "* soap_1: TimeoutError: not compiled in 99 s" in whole
     assert "* fp16, 1 x 8192: RuntimeError: no / such kernel" in whole
@@ -172,6 +181,26 @@ def test_the_other_hopper_has_its_own_memory_and_the_firsts_times():
     assert other.peaks["memory"] == 4800 and other.step == first.step
     assert first.step["forward and backward"] == 982 and first.efficiency == 0.4
     assert prediction.predict("AMD EPYC, 2 cores", TEXT) is None
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 x"])
+def test_a_device_that_the_prediction_does_not_know_gets_none_and_the_page_says_so(kind):
+    assert prediction.predict(kind, TEXT) is None
+    text = page.render(_of_kind(kind))
+    assert f"has no prediction for {kind}." in text and "published rates of" not in text
+
+
+def test_a_device_whose_step_is_not_predicted_has_its_rates_only():
+    text = page.render(_of_kind("NVIDIA A100-SXM4-80GB"))
+    assert "published rates of A100 SXM 80 GB. It predicts no step there." in text
+    assert "(MFU)" in text and "predicted (ms)" not in text
+
+
+def _of_kind(kind):
+    other = result(*FIGURES)
+    device = FIGURES["probe"]["device"][0] | {"kind": kind}
+    other["parts"]["probe"]["figures"] = FIGURES["probe"] | {"device": [device]}
+    return other
 
 
 def test_a_page_of_another_form_is_refused():

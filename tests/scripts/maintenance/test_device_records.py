@@ -1,8 +1,13 @@
 """Figures survive whatever happens to the process that measures them."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
+from scripts.maintenance.device import training
 from scripts.maintenance.device.records import Recorder, read
+from scripts.maintenance.device.sizes import REHEARSAL
 
 
 @pytest.fixture
@@ -42,3 +47,21 @@ def test_nothing_is_measured_when_the_time_is_over(tmp_path):
     assert read(tmp_path / "late.jsonl")["roots"] == [
         {"name": "eigh", "error": "not measured: the part's time was over"}
     ]
+
+
+@pytest.mark.parametrize(("seconds", "steps", "cut"), [(0.0, 10, True), (1e9, 20, False)])
+def test_training_that_is_cut_by_time_says_after_which_step(
+    tmp_path, monkeypatch, seconds, steps, cut
+):
+    sizes = dataclasses.replace(REHEARSAL, steps=20)
+    shape = (sizes.steps, sizes.train_rows, sizes.length + 1)
+    np.save(tmp_path / training.TEXT, np.zeros(shape, np.uint16))
+    monkeypatch.setattr(training, "init_state", lambda *_: (None, 0))
+    monkeypatch.setattr(training, "make_train_step", lambda *_: None)
+    step = (lambda state, batch: (state, {"loss": 1.0}), {})
+    monkeypatch.setattr(training, "compile_function", lambda *_, **__: step)
+    training.run("train_adamw", Recorder(tmp_path / "part.jsonl", seconds), sizes, tmp_path)
+    figures = read(tmp_path / "part.jsonl")
+    assert figures["window"][-1]["step"] == steps
+    error = "the part's time was over after 10 of 20 steps"
+    assert figures.get("cut", []) == ([{"name": "train_adamw", "error": error}] if cut else [])

@@ -1,6 +1,7 @@
 """Parts in processes of their own: they end, fail, hang, and the report goes on."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -12,10 +13,10 @@ from scripts.maintenance.device.budget import Part
 PARTS = tuple(Part(name, 1, name) for name in ("a", "b", "c"))
 
 
-def child(tmp_path, script, *arguments):
+def child(tmp_path, script, *arguments, log="log"):
     """A process that runs a script; its words are the arguments."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return supervisor.Child(command, tmp_path / "log", os.environ)
+    return supervisor.Child(command, tmp_path / log, os.environ)
 
 
 def wait_for(path):
@@ -45,9 +46,34 @@ def test_a_part_that_ends_well_gets_its_seconds(tmp_path):
     ],
 )
 def test_a_part_that_fails_tells_its_error(tmp_path, script, error):
-    # What an earlier part wrote to the same log is not this one's error.
-    (tmp_path / "log").write_text("ERROR of another part\n")
     assert child(tmp_path, f"input(); {script}").run(60.0) == ("failed", error)
+
+
+def test_the_error_of_a_part_that_waits_is_its_own(tmp_path):
+    waiting = child(tmp_path, "print('ERROR of the one that waits', flush=True); input()", log="b")
+    try:
+        wait_for(tmp_path / "b")
+        failing = child(tmp_path, "input(); print('mine'); exit(3)", log="a")
+        assert failing.run(60.0) == ("failed", "ended with status 3: mine")
+    finally:
+        waiting.end()
+
+
+def test_every_part_has_a_log_of_its_own(tmp_path):
+    assert supervisor.log_path(tmp_path, PARTS[0]) != supervisor.log_path(tmp_path, PARTS[1])
+
+
+def test_a_process_that_cannot_be_killed_does_not_hold_the_report_up(tmp_path, monkeypatch):
+    stuck = child(tmp_path, "import time; time.sleep(1000)")
+    process = stuck._process
+
+    def never(seconds=None):
+        raise subprocess.TimeoutExpired("x", seconds)
+
+    monkeypatch.setattr(process, "wait", never)
+    assert stuck.run(0.1) == ("ended", "ended, could not be killed; what it had measured is kept")
+    monkeypatch.undo()
+    process.wait(60)
 
 
 def test_a_part_that_hangs_is_ended_with_all_it_started_and_its_figures_are_kept(tmp_path):
@@ -123,6 +149,18 @@ def test_a_failed_part_leaves_its_error_and_its_figures_and_the_next_goes_on(tmp
     assert [r["seconds"] for r in results.values()] == [10, 10, 10]
 
 
+def test_a_part_with_errors_of_measurements_is_partial_and_they_are_counted(tmp_path):
+    def start(part, path):
+        rows = ['{"group": "g", "x": 1}', '{"group": "g", "name": "y", "error": "no"}']
+        path.write_text("\n".join(rows) + "\n")
+        return Stand([0.0], 1, DONE)
+
+    results = {}
+    supervisor.run_parts(PARTS[:1], time.monotonic() + 60, start, tmp_path, results.__setitem__)
+    assert results["a"]["state"] == "partial"
+    assert results["a"]["error"] == "1 of 2 rows hold an error"
+
+
 def test_what_is_left_over_is_given_to_those_that_follow(tmp_path):
     results, _ = run(tmp_path, [0, 0, 0], [DONE] * 3)
     assert [r["allotted_s"] for r in results.values()] == [98.3, 147.5, 295.0]
@@ -132,17 +170,16 @@ def test_parts_without_time_are_skipped_and_no_process_is_left(tmp_path):
     results, stands = run(tmp_path, [1000] * 3, [("ended", "ended after")] * 3, minutes=0.75)
     assert [r["state"] for r in results.values()] == ["ended", "ended", "ended"]
     results, stands = run(tmp_path, [1000] * 3, [("ended", "ended after")] * 3, minutes=0.5)
-    assert [r["state"] for r in results.values()] == ["skipped", "ended", "ended"]
-    assert results["a"]["error"] == "not begun: 30 s were left for 3 parts"
+    assert [r["state"] for r in results.values()] == ["ended", "ended", "skipped"]
+    assert results["c"]["error"] == "not begun: 10 s were left for 1 parts"
     assert all(stand.ended for stand in stands.values())
 
 
-def test_a_part_that_is_skipped_while_it_waits_is_ended_and_the_next_has_its_own_process(tmp_path):
-    parts = (Part("a", 1, "a"), Part("b", 0.1, "b"), Part("c", 1, "c"))
+def test_a_part_that_is_skipped_while_it_waits_is_ended_and_no_other_is_started(tmp_path):
     outcomes = [DONE, ("failed", "it was not b's turn"), DONE]
-    results, stands = run(tmp_path, [1000] * 3, outcomes, minutes=1.75, parts=parts)
-    assert [r["state"] for r in results.values()] == ["done", "skipped", "done"]
-    assert stands["b"].ended and stands["c"].ended
+    results, stands = run(tmp_path, [1000] * 3, outcomes, minutes=0.3)
+    assert [r["state"] for r in results.values()] == ["done", "skipped", "skipped"]
+    assert stands["b"].ended and "c" not in stands
 
 
 def test_an_interrupted_report_keeps_the_part_that_ran_and_ends_the_one_that_waited(tmp_path):
