@@ -52,7 +52,11 @@ def inject_hyperparams(
 
     @functools.wraps(factory)
     def build(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-        given = signature.bind(*args, **kwargs).arguments
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            factory(*args, **kwargs)  # answers a misspelt keyword with the nearest
+            raise
         on = {n for n, p in signature.parameters.items() if n in given or p.default}
         static = (set(signature.parameters) - (TRACED & on)) | never
         wrapped = optax.inject_hyperparams(factory, static, hyperparam_dtype)

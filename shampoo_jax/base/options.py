@@ -64,6 +64,12 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_pairs(options)
 
 
+def check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    """Raises ValueError for a value that is neither None nor of exactly this class."""
+    if value is not None and type(value) is not kind:
+        raise ValueError(f"{name}={value!r}: give a {kind.__name__}, such as {example}.")
+
+
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raises ValueError for a value that is none of a few."""
     if not any(value is c or (isinstance(c, str) and value == c) for c in choices):

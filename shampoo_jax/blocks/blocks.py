@@ -119,13 +119,20 @@ class ParametersRead(Exception):
     """A part asked for parameters that have not been cut into blocks."""
 
 
-class Unread:
-    """Stands for the parameters until a part asks for them: most parts read gradients alone."""
+class Unread(dict):
+    """Stands for the parameters until a part asks for them: most parts read gradients alone.
+
+    Whoever looks into it, as a dictionary or as a tree, raises `ParametersRead`.
+    """
 
     def _read(self, *_: Any) -> Any:
         raise ParametersRead
 
-    __getattr__ = __getitem__ = __iter__ = _read
+    __getitem__ = __iter__ = __len__ = __contains__ = __bool__ = _read
+    get = items = keys = values = _read
+
+
+jax.tree_util.register_pytree_node(Unread, Unread._read, Unread._read)
 
 
 def is_placeholder(params: Any) -> bool:

@@ -1,7 +1,8 @@
 """Exponents of the inverse roots by block shape and dimension."""
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ from shampoo_jax.base.options import is_number
 Exponents = Callable[[tuple[int, ...]], tuple[float, ...]]
 
 Side = Literal["left", "right", "smaller"]
-ExponentOption = Mapping[int, float | Mapping[int, float]] | float | Side | Exponents | None
+Named = Side | Literal["bounded"]
+ExponentOption = Mapping[int, float | Mapping[int, float]] | float | Named | Exponents | None
 
 
 def default_exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
@@ -35,7 +37,26 @@ def smaller_side(shape: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(0.5 * (k == smallest) for k in range(len(shape)))
 
 
+LARGEST_FACTOR = 10_000  # edge; the authors' `max_precond_dim`
+LARGEST_SHARE = 64  # entries of a factor as a multiple of its block's
+
+
+def bounded_exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
+    """Shampoo's exponents, but 0 where a factor would be out of proportion.
+
+    That is of a dimension of more than 10,000, and of one whose square has more than 64 times the
+    entries of the whole block, unless it is the only one: the long side of a thin matrix.
+
+    >>> bounded_exponents((4096, 8)), bounded_exponents((50257, 768)), bounded_exponents((512, 8))
+    ((0.0, 0.25), (0.0, 0.25), (0.25, 0.25))
+    """
+    entries = math.prod(shape) if len(shape) > 1 else math.inf
+    fits = (d <= LARGEST_FACTOR and d * d <= LARGEST_SHARE * entries for d in shape)
+    return tuple(e * fit for e, fit in zip(default_exponents(shape), fits, strict=True))
+
+
 SIDES: dict[str, Exponents] = {"left": left_side, "right": right_side, "smaller": smaller_side}
+NAMED = {**SIDES, "bounded": bounded_exponents}
 
 
 def resolve_exponents(option: ExponentOption) -> Exponents:
@@ -43,7 +64,8 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
 
     Args:
       option: None, a number, a mapping from the number of dimensions to a number or to {dimension:
-        number}, a name in `SIDES` for one factor a block, or such a function itself.
+        number}, `"left"`, `"right"` or `"smaller"` for one factor a block, `"bounded"` for
+        `bounded_exponents`, or such a function itself.
 
     Returns:
       Function of the shape of a block giving one exponent a dimension; what the option leaves out
@@ -60,11 +82,11 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
     if option is None:
         return default_exponents
     if isinstance(option, str):
-        if option not in SIDES:
-            raise ValueError(f"exponents={option!r}: the only names are {sorted(SIDES)}.")
-        return SIDES[option]
+        if option not in NAMED:
+            raise ValueError(f"exponents={option!r}: the only names are {sorted(NAMED)}.")
+        return NAMED[option]
     if callable(option):
-        return option
+        return functools.partial(_checked, option)
     for keys, value in _entries(option):
         _check_entry(keys, value)
 
@@ -77,12 +99,25 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
     return exponents
 
 
+def _checked(function: Exponents, shape: tuple[int, ...]) -> tuple[float, ...]:
+    """What a function of one's own gives for a block, once it is known to fit."""
+    found = function(shape)
+    if not isinstance(found, Sequence) or len(found) != len(shape):
+        raise ValueError(
+            f"exponents gives {found!r} for blocks of shape {shape}: one number a dimension is "
+            "needed."
+        )
+    for value in found:
+        _check_entry((), value)
+    return tuple(map(float, found))
+
+
 def given_exponents(option: ExponentOption) -> set[float]:
     """The non-zero exponents that an option names."""
     if option is None or callable(option):
         return set()
     if isinstance(option, str):
-        return {0.5}
+        return {0.5} if option in SIDES else set()
     return {float(value) for _, value in _entries(option)} - {0.0}
 
 

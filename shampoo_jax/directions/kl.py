@@ -10,7 +10,7 @@ from shampoo_jax.base.options import Scalar, Whole, check_options
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption
-from shampoo_jax.directions.soap import WHOLE, bounded_exponents
+from shampoo_jax.directions.soap import WHOLE
 from shampoo_jax.directions.walk import walk
 from shampoo_jax.parts.filtering import filter_gradient
 from shampoo_jax.parts.grafting import scale_by_second_moment
@@ -31,7 +31,7 @@ def scale_by_kl_shampoo(
     normalize: bool = True,
     bias_correction: bool = False,
     blocking: Blocking | None = WHOLE,
-    exponents: ExponentOption = bounded_exponents,
+    exponents: ExponentOption = "bounded",
     basis: str | Basis | None = None,
     every: Whole = 10,
     refresh: BasisRefresh | None = None,
@@ -66,9 +66,9 @@ def scale_by_kl_shampoo(
         first value, they need none.
       blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
         None means `Blocking()`, blocks of up to 1024 x 1024.
-      exponents: Dimensions with exponent 0 are left alone; other values do not matter. By default
-        those are left alone that `bounded_exponents` names: of more than 10,000, and the long side
-        of very thin matrices. None leaves none alone.
+      exponents: Dimensions with exponent 0 are left alone; other values do not matter. `"bounded"`
+        leaves alone those of more than 10,000, and the long side of very thin matrices; None leaves
+        none alone.
       basis: `"eigh"`, `"qr"` or None for one unsorted QR step, or a `Basis` that keeps the order
         of columns.
       every: Steps between refreshes of the bases.
@@ -111,7 +111,7 @@ def scale_by_kl_soap(
     normalize: bool = True,
     bias_correction: bool = False,
     blocking: Blocking | None = WHOLE,
-    exponents: ExponentOption = bounded_exponents,
+    exponents: ExponentOption = "bounded",
     basis: str | Basis | None = None,
     every: Whole = 10,
     refresh: BasisRefresh | None = None,
@@ -139,9 +139,9 @@ def scale_by_kl_soap(
         first value, they need none.
       blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
         None means `Blocking()`, blocks of up to 1024 x 1024.
-      exponents: Dimensions with exponent 0 are left alone; other values do not matter. By default
-        those are left alone that `bounded_exponents` names: of more than 10,000, and the long side
-        of very thin matrices. None leaves none alone.
+      exponents: Dimensions with exponent 0 are left alone; other values do not matter. `"bounded"`
+        leaves alone those of more than 10,000, and the long side of very thin matrices; None leaves
+        none alone.
       basis: `"eigh"`, `"qr"` or None for one unsorted QR step, or a `Basis` that keeps the order
         of columns.
       every: Steps between refreshes of the bases.

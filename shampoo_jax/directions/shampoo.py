@@ -119,8 +119,8 @@ def scale_by_shampoo(
       True
     """
     options = locals()
-    chosen = make_solver(solver)
     check_static(options)
+    chosen = make_solver(solver)
     check_options({**options, "solver": chosen})
     check_choice("statistics", statistics, ("gradients", "kl"))
     for exponent in given_exponents(exponents):

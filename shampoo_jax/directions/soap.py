@@ -1,6 +1,5 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,34 +10,18 @@ from shampoo_jax.base.hyperparameters import check_static
 from shampoo_jax.base.options import Scalar, Whole, check_options, is_off
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
-from shampoo_jax.blocks.exponents import ExponentOption, default_exponents
+from shampoo_jax.blocks.exponents import ExponentOption
 from shampoo_jax.directions.walk import walk
 from shampoo_jax.parts.eigenbasis import eigenbasis
 from shampoo_jax.parts.factors import accumulate_factors, damp
 from shampoo_jax.parts.filtering import filter_gradient
 from shampoo_jax.parts.grafting import make_magnitude, scale_by_second_moment
-from shampoo_jax.parts.refresh import BasisRefresh
+from shampoo_jax.parts.refresh import BasisRefresh, refresh_of_bases
 from shampoo_jax.solvers.bases import Basis, make_basis
 from shampoo_jax.stacks.guard import Guarded
 from shampoo_jax.stacks.placement import Placement
 
 WHOLE = Blocking(size=None)  # the authors' code does not cut matrices
-LARGEST_FACTOR = 10_000  # edge; the authors' `max_precond_dim`
-LARGEST_SHARE = 64  # entries of a factor as a multiple of its block's
-
-
-def bounded_exponents(shape: tuple[int, ...]) -> tuple[float, ...]:
-    """Shampoo's exponents, but 0 where a factor would be out of proportion.
-
-    That is of a dimension of more than 10,000, and of one whose square has more than 64 times the
-    entries of the whole block, unless it is the only one: the long side of a thin matrix.
-
-    >>> bounded_exponents((4096, 8)), bounded_exponents((50257, 768)), bounded_exponents((512, 8))
-    ((0.0, 0.25), (0.0, 0.25), (0.25, 0.25))
-    """
-    entries = math.prod(shape) if len(shape) > 1 else math.inf
-    fits = (d <= LARGEST_FACTOR and d * d <= LARGEST_SHARE * entries for d in shape)
-    return tuple(e * fit for e, fit in zip(default_exponents(shape), fits, strict=True))
 
 
 @suggests
@@ -54,7 +37,7 @@ def scale_by_soap(
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = WHOLE,
-    exponents: ExponentOption = bounded_exponents,
+    exponents: ExponentOption = "bounded",
     basis: str | Basis | None = None,
     every: Whole = 10,
     refresh: BasisRefresh | None = None,
@@ -94,9 +77,9 @@ def scale_by_soap(
       weighted: Whether new statistics have weight `1 - b2`; False adds them with weight 1.
       blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
         None means `Blocking()`, blocks of up to 1024 x 1024.
-      exponents: Dimensions with exponent 0 keep their basis; other values do not matter. By default
-        those are left alone that `bounded_exponents` names: of more than 10,000, and the long side
-        of very thin matrices. None leaves none alone.
+      exponents: Dimensions with exponent 0 keep their basis; other values do not matter.
+        `"bounded"` leaves alone those of more than 10,000, and the long side of very thin matrices;
+        None leaves none alone.
       basis: `"eigh"`, `"qr"` (Meta's), a `Basis`, or None for the authors' sorted QR step.
       every: Steps between refreshes of the bases.
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'
@@ -126,7 +109,7 @@ def scale_by_soap(
     options = locals()
     check_static(options)
     check_options(options)
-    when, method = refresh or BasisRefresh(), make_basis(basis)
+    when, method = refresh_of_bases(refresh), make_basis(basis)
     weighting: Any = {"bias_correction": bias_correction, "weighted": weighted}
     first_moment = filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype)
     second = scale_by_second_moment(b2, eps, exponent=exponent, **weighting)

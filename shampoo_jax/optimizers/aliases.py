@@ -12,7 +12,7 @@ from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption, Side
 from shampoo_jax.directions.kl import scale_by_kl_shampoo, scale_by_kl_soap
 from shampoo_jax.directions.shampoo import scale_by_one_sided_shampoo, scale_by_shampoo
-from shampoo_jax.directions.soap import WHOLE, bounded_exponents, scale_by_soap
+from shampoo_jax.directions.soap import WHOLE, scale_by_soap
 from shampoo_jax.optimizers.optimizer import as_optimizer
 from shampoo_jax.optimizers.routing import Rule
 from shampoo_jax.optimizers.weight_decay import Decay, ScalarOrSchedule
@@ -145,7 +145,7 @@ def soap(
     eps: Scalar = 1e-8,
     bias_correction: bool = True,
     blocking: Blocking | None = WHOLE,
-    exponents: ExponentOption = bounded_exponents,
+    exponents: ExponentOption = "bounded",
     basis: str | Basis | None = None,
     every: Whole = 10,
     refresh: BasisRefresh | None = None,
@@ -174,9 +174,9 @@ def soap(
       bias_correction: Whether moments are divided by the sum of their weights.
       blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
         None means `Blocking()`, blocks of up to 1024 x 1024.
-      exponents: Dimensions with exponent 0 keep their basis; other values do not matter. By default
-        those are left alone that `bounded_exponents` names: of more than 10,000, and the long side
-        of very thin matrices. None leaves none alone.
+      exponents: Dimensions with exponent 0 keep their basis; other values do not matter.
+        `"bounded"` leaves alone those of more than 10,000, and the long side of very thin matrices;
+        None leaves none alone.
       basis: `"eigh"`, `"qr"` (Meta's), a `Basis`, or None for the authors' sorted QR step.
       every: Steps between refreshes of the bases.
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'
@@ -222,7 +222,7 @@ def kl_shampoo(
     normalize: bool = True,
     bias_correction: bool = False,
     blocking: Blocking | None = WHOLE,
-    exponents: ExponentOption = bounded_exponents,
+    exponents: ExponentOption = "bounded",
     basis: str | Basis | None = None,
     every: Whole = 10,
     refresh: BasisRefresh | None = None,
@@ -252,9 +252,9 @@ def kl_shampoo(
         first value, they need none.
       blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
         None means `Blocking()`, blocks of up to 1024 x 1024.
-      exponents: Dimensions with exponent 0 are left alone; other values do not matter. By default
-        those are left alone that `bounded_exponents` names: of more than 10,000, and the long side
-        of very thin matrices. None leaves none alone.
+      exponents: Dimensions with exponent 0 are left alone; other values do not matter. `"bounded"`
+        leaves alone those of more than 10,000, and the long side of very thin matrices; None leaves
+        none alone.
       basis: `"eigh"`, `"qr"` or None for one unsorted QR step, or a `Basis` that keeps the order
         of columns.
       every: Steps between refreshes of the bases.
@@ -301,7 +301,7 @@ def kl_soap(
     normalize: bool = True,
     bias_correction: bool = False,
     blocking: Blocking | None = WHOLE,
-    exponents: ExponentOption = bounded_exponents,
+    exponents: ExponentOption = "bounded",
     basis: str | Basis | None = None,
     every: Whole = 10,
     refresh: BasisRefresh | None = None,
@@ -332,9 +332,9 @@ def kl_soap(
         first value, they need none.
       blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
         None means `Blocking()`, blocks of up to 1024 x 1024.
-      exponents: Dimensions with exponent 0 are left alone; other values do not matter. By default
-        those are left alone that `bounded_exponents` names: of more than 10,000, and the long side
-        of very thin matrices. None leaves none alone.
+      exponents: Dimensions with exponent 0 are left alone; other values do not matter. `"bounded"`
+        leaves alone those of more than 10,000, and the long side of very thin matrices; None leaves
+        none alone.
       basis: `"eigh"`, `"qr"` or None for one unsorted QR step, or a `Basis` that keeps the order
         of columns.
       every: Steps between refreshes of the bases.

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from shampoo_jax.base.options import Scalar, check_choice, check_options, is_number
+from shampoo_jax.base.options import Scalar, check_choice, check_kind, check_options, is_number
 from shampoo_jax.stacks.guard import in_float32
 
 ScalarOrSchedule = Scalar | optax.Schedule
@@ -153,6 +153,7 @@ def wide_decay_parts(
     weight_decay: ScalarOrSchedule, decay: Decay | None, learning_rate: Any
 ) -> tuple[Parts, Parts]:
     """`decay_parts` of trees that are in float32 or wider already."""
+    check_kind("decay", decay, Decay, "Decay('l2')")
     decay = Decay() if decay is None else decay
     if decay.kind in RELATIVE_KINDS:
         return [], [_relative(weight_decay, learning_rate, decay)]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import is_off
+from shampoo_jax.base.options import check_kind, is_off
 from shampoo_jax.base.paths import KeyPath
 from shampoo_jax.blocks.blocks import (
     Blocks,
@@ -100,6 +100,7 @@ def eigenbasis(
       [[0.0, 1.0], [1.0, 0.0]]
     """
     basis = EighBasis() if basis is None else basis
+    check_kind("refresh", refresh, BasisRefresh, "BasisRefresh(stagger=True)")
     refresh = BasisRefresh(when="before", skip_first=False) if refresh is None else refresh
     schedule = make_schedule(every, refresh)
     first = schedule.start if refresh.when == "before" else 1 + refresh.skip_first

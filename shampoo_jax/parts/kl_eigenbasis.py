@@ -25,7 +25,7 @@ from shampoo_jax.parts.change_of_basis import per_stack
 from shampoo_jax.parts.eigenbasis import eigenbasis
 from shampoo_jax.parts.factors import zero_factors
 from shampoo_jax.parts.kl_factors import whitened_squares
-from shampoo_jax.parts.refresh import BasisRefresh
+from shampoo_jax.parts.refresh import BasisRefresh, refresh_of_bases
 from shampoo_jax.solvers.bases import Basis, make_basis
 
 Array = jax.Array
@@ -112,7 +112,7 @@ def kl_eigenbasis(
     """
     check_range("b2", b2)
     check_options({"eps": eps, "first_weight": first_weight, "max_scale": max_scale})
-    when = BasisRefresh() if refresh is None else refresh
+    when = refresh_of_bases(refresh)
     inside = optax.chain(inner, _scale_by_eigenvalues(eps)) if scaled else inner
     method = make_basis(basis, keep_order=True)
     tx = eigenbasis(inside, basis=method, every=every, refresh=when, rtol=rtol)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from shampoo_jax.base.options import Checked, check_choice, check_options
+from shampoo_jax.base.options import Checked, check_choice, check_kind, check_options
 
 Array = jax.Array
 T = TypeVar("T")
@@ -138,6 +138,12 @@ class Schedule(NamedTuple):
         if turn is None:
             return f(old, *reads)
         return refresh_slots(f, slots, turn, self.every, old, *reads)
+
+
+def refresh_of_bases(refresh: BasisRefresh | None) -> BasisRefresh:
+    """What is given, or the authors' way; raises ValueError for the `Refresh` of roots."""
+    check_kind("refresh", refresh, BasisRefresh, "BasisRefresh(stagger=True)")
+    return BasisRefresh() if refresh is None else refresh
 
 
 def make_schedule(every: Any, refresh: Refresh) -> Schedule:

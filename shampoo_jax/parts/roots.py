@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_dtype
+from shampoo_jax.base.options import check_dtype, check_kind
 from shampoo_jax.blocks.blocks import (
     Blocks,
     Matrices,
@@ -76,6 +76,7 @@ def invert_roots(
       [(1, 3, 3), (1, 2, 2)]
     """
     solve = TruncatedEigh() if solver is None else solver
+    check_kind("refresh", refresh, Refresh, "Refresh(stagger=True)")
     schedule = make_schedule(every, refresh or Refresh())
     check_dtype("root_dtype", root_dtype)
     always = schedule.always

@@ -133,6 +133,8 @@ def make_basis(basis: str | Basis | None, *, keep_order: bool = False) -> Basis:
         if basis == "eigh":
             return EighBasis(descending=keep_order)
         return QRBasis(sort=None if keep_order else "before" if basis is None else "after")
+    if not isinstance(basis, (EighBasis, QRBasis)):
+        raise ValueError(f"basis={basis!r}: give 'eigh', 'qr', None, EighBasis() or QRBasis().")
     sorts = not basis.descending if isinstance(basis, EighBasis) else basis.sort is not None
     if keep_order and sorts:
         raise ValueError(

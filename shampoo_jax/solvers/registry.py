@@ -65,6 +65,8 @@ def make_solver(solver: str | Solver) -> Solver:
     Raises:
       ValueError: An unknown name.
     """
+    if isinstance(solver, type) or not (isinstance(solver, str) or hasattr(solver, "init_root")):
+        raise ValueError(f"solver={solver!r}: give a name or a Solver, such as TruncatedEigh().")
     if not isinstance(solver, str):
         return solver
     if solver not in SOLVERS:

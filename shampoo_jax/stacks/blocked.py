@@ -11,9 +11,10 @@ import numpy as np
 import optax
 
 from shampoo_jax.base.hyperparameters import check_static
+from shampoo_jax.base.options import check_kind
 from shampoo_jax.base.paths import KeyPath
 from shampoo_jax.blocks.blocking import Blocking
-from shampoo_jax.blocks.blocks import Blocks, ParametersRead, Unread, is_placeholder, where_block
+from shampoo_jax.blocks.blocks import Blocks, Unread, is_placeholder, where_block
 from shampoo_jax.blocks.exponents import ExponentOption, resolve_exponents
 from shampoo_jax.blocks.plan import Plan, make_plan
 from shampoo_jax.stacks.guard import Guarded, guard
@@ -96,6 +97,8 @@ def blocked(
       ((6, 4), -1.0)
     """
     check_static(locals())
+    check_kind("blocking", blocking, Blocking, "Blocking(size=64)")
+    check_kind("placement", placement, Placement, "Placement(mesh, owners='data')")
     blocking = Blocking() if blocking is None else blocking
     resolved = resolve_exponents(exponents)
 
@@ -161,7 +164,10 @@ class _Walk:
 
         try:
             new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
-        except ParametersRead:
+        except Exception:
+            # A part asked for parameters, in whatever way; an error of its own comes again.
+            if params is None or self.reads_parameters:
+                raise
             self.reads_parameters = True
             new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
         absent = extra.get("absent")

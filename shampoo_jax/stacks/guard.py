@@ -124,8 +124,10 @@ def unguarded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 def _are_arrays(extra: dict[str, Any]) -> bool:
     """Whether jit can take them: a function, such as a line search is given, cannot be traced."""
-    kinds = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
-    return all(isinstance(x, kinds) for x in jax.tree.leaves(extra))
+    kinds = (jax.Array, np.ndarray, np.generic, int, float, complex)
+    leaves = jax.tree.leaves(extra)
+    # A part may branch on a flag, which a traced one would not let it do.
+    return all(isinstance(x, kinds) and not isinstance(x, bool) for x in leaves)
 
 
 def _usable(gradients: list[Any]) -> Array:
