@@ -15,6 +15,7 @@ from shampoo_jax.blocks.exponents import resolve_exponents
 from shampoo_jax.directions.kl import scale_by_kl_shampoo, scale_by_kl_soap
 from shampoo_jax.directions.shampoo import scale_by_one_sided_shampoo, scale_by_shampoo
 from shampoo_jax.directions.soap import scale_by_soap
+from shampoo_jax.directions.walk import followed_by
 from shampoo_jax.inspect.checkpoints import (
     check_state,
     state_layout,
@@ -30,6 +31,7 @@ from shampoo_jax.optimizers.hyperball import hyperball, keep_norm, scale_to_norm
 from shampoo_jax.optimizers.momentum import momentum
 from shampoo_jax.optimizers.optimizer import as_optimizer
 from shampoo_jax.optimizers.routing import is_hidden_matrix
+from shampoo_jax.optimizers.scaling import scale_per_parameter
 from shampoo_jax.optimizers.weight_decay import Decay, add_scheduled_weight_decay, decay_parts
 from shampoo_jax.parts.eigenbasis import eigenbasis, in_eigenbasis
 from shampoo_jax.parts.factors import accumulate_factors, damp, normalize_by_trace
@@ -39,6 +41,7 @@ from shampoo_jax.parts.kl_eigenbasis import kl_eigenbasis
 from shampoo_jax.parts.kl_factors import accumulate_kl_factors
 from shampoo_jax.parts.lift import from_gradients, on_gradients, on_updates
 from shampoo_jax.parts.monitoring import monitor_spectrum, read_monitor
+from shampoo_jax.parts.orthogonalization import orthogonalize
 from shampoo_jax.parts.refresh import BasisRefresh, Refresh
 from shampoo_jax.parts.roots import invert_roots, precondition
 from shampoo_jax.solvers.bases import EighBasis, QRBasis
@@ -60,13 +63,13 @@ __all__ = [
     "accumulate_factors", "accumulate_kl_factors", "add_scheduled_weight_decay", "as_optimizer",
     "averaging", "batch_axes", "blocked", "check_finite", "check_state", "damp", "decay_parts",
     "default_dimension_numbers", "eigenbasis", "eval_params", "explain", "filter_gradient",
-    "from_gradients", "graft", "guard", "hyperball", "in_eigenbasis", "inject_hyperparams",
-    "invert_roots", "is_hidden_matrix", "keep_norm", "kl_eigenbasis", "kl_shampoo", "kl_soap",
-    "momentum", "make_solver", "monitor_spectrum", "normalize_by_trace", "on_gradients",
-    "on_updates", "one_sided_shampoo", "precondition", "presets", "read_monitor",
-    "register_solver", "resolve_exponents", "scale_by_kl_shampoo", "scale_by_kl_soap",
-    "scale_by_one_sided_shampoo", "scale_by_second_moment", "scale_by_shampoo", "scale_by_soap",
-    "scale_to_norm", "shampoo", "soap", "solver_names", "state_bytes", "state_layout",
-    "state_shardings", "state_to_tree", "tree_to_state",
+    "followed_by", "from_gradients", "graft", "guard", "hyperball", "in_eigenbasis",
+    "inject_hyperparams", "invert_roots", "is_hidden_matrix", "keep_norm", "kl_eigenbasis",
+    "kl_shampoo", "kl_soap", "make_solver", "momentum", "monitor_spectrum", "normalize_by_trace",
+    "on_gradients", "on_updates", "one_sided_shampoo", "orthogonalize", "precondition", "presets",
+    "read_monitor", "register_solver", "resolve_exponents", "scale_by_kl_shampoo",
+    "scale_by_kl_soap", "scale_by_one_sided_shampoo", "scale_by_second_moment", "scale_by_shampoo",
+    "scale_by_soap", "scale_per_parameter", "scale_to_norm", "shampoo", "soap", "solver_names",
+    "state_bytes", "state_layout", "state_shardings", "state_to_tree", "tree_to_state",
 ]
 # fmt: on

@@ -237,14 +237,14 @@ def sizes(root: Path) -> list[str]:
 
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
-    "shampoo_jax/base": 210,
+    "shampoo_jax/base": 235,
     "shampoo_jax/matrix": 705,
     "shampoo_jax/blocks": 395,
     "shampoo_jax/solvers": 315,
-    "shampoo_jax/stacks": 890,
-    "shampoo_jax/parts": 900,
-    "shampoo_jax/directions": 275,
-    "shampoo_jax/optimizers": 545,
+    "shampoo_jax/stacks": 920,
+    "shampoo_jax/parts": 930,
+    "shampoo_jax/directions": 292,
+    "shampoo_jax/optimizers": 555,
     "shampoo_jax/inspect": 555,
     "nanogpt/config": 395,
     "nanogpt/model": 180,
@@ -401,8 +401,8 @@ OFFENCES: list[tuple[Rule, dict[str, str], str]] = [
     ),
     (
         totals,
-        {f"shampoo_jax/base/{name}.py": "x = 1\n" * 106 for name in ("options", "paths")},
-        "shampoo_jax/base:1: 212 lines of code, more than 210",
+        {f"shampoo_jax/base/{name}.py": "x = 1\n" * 118 for name in ("options", "paths")},
+        "shampoo_jax/base:1: 236 lines of code, more than 235",
     ),
     (
         sizes,

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
     "docs/library.md",
+    "docs/extending.md",
     "docs/meshes.md",
     "docs/speedrun.md",
     "docs/running.md",

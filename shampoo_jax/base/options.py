@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WHOLE = "size merge every start chunk monitor order iterations max_iterations sign_steps".split()
+WHOLE = (
+    "size merge every start chunk monitor order iterations max_iterations sign_steps steps"
+).split()
 Scalar = float | jax.Array
 Whole = int | jax.Array
 

@@ -34,6 +34,8 @@ class Blocks:
         No number depends on them; entries that nobody reads are removed by the compiler.
       index: Position of each block among all blocks of all stacks, int32[N]. It does not depend on
         how stacks are spread over devices.
+      further: Other trees that were cut along with the gradient, by name, see `blocked`:
+        `[N, *block]`, or `[N, k, *block]` of leaves with k entries for each of the gradient.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp, optax, shampoo_jax
@@ -55,6 +57,7 @@ class Blocks:
     ready: Array | bool = True
     figures: dict[str, Array] = dataclasses.field(default_factory=dict)
     index: Array | None = None
+    further: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(

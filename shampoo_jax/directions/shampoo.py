@@ -33,7 +33,7 @@ def scale_by_shampoo(
     weighted: bool = True,
     blocking: Blocking | None = None,
     exponents: ExponentOption = None,
-    statistics: Literal["gradients", "kl"] = "gradients",
+    statistics: Literal["gradients", "kl"] | optax.GradientTransformation = "gradients",
     solver: str | Solver = "eigh",
     every: Whole = 1,
     refresh: Refresh | None = None,
@@ -76,7 +76,8 @@ def scale_by_shampoo(
         package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
         gradients. With a truncating solver, directions that no side has seen by the first refresh
         are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`, where supports
-        may grow.
+        may grow. Or a part, or chain of parts, that fills `Blocks.matrices` with factors, without
+        `b2`, `bias_correction` and `weighted`, which are then its own.
       solver: A `Solver`, which carries cutoffs and damping, or the name of one with its defaults:
         `"eigh"` is `TruncatedEigh()`; `"polynomial"`, the same truncated root by matrix products,
         and the cheaper `"polynomial_clip"`; `"auto"`, the faster one of eigh and polynomial for
@@ -86,8 +87,10 @@ def scale_by_shampoo(
       every: Steps between refreshes of the roots.
       refresh: First step that preconditions, and how refreshes are spread over steps and memory;
         None means `Refresh()`, from step `every` on.
-      mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
-      root_dtype: Of the stored roots; `jnp.bfloat16` halves them. Factors stay in float32.
+      mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it. Or a form of one's own: a
+        `NamedTuple` of arrays `[N, ...]` with a class method `encode(x)` and `decode(dtype)`.
+      root_dtype: Of the stored roots; `jnp.bfloat16` halves them, or a form likewise. Factors stay
+        in float32.
       graft: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"`, None, a part such as
         `scale_by_second_moment(b2, eps)`, or a stock Optax transformation without learning rate,
         `optax.scale_by_adam()` say, which then sees raw gradients. Named ones use `b2`, or 0.999
@@ -122,14 +125,14 @@ def scale_by_shampoo(
     check_static(options)
     chosen = make_solver(solver)
     check_options({**options, "solver": chosen})
-    check_choice("statistics", statistics, ("gradients", "kl"))
     for exponent in given_exponents(exponents):
         chosen.check(exponent)
     roots = invert_roots(chosen, every=every, refresh=refresh, root_dtype=root_dtype)
     form: Any = dict(bias_correction=bias_correction, weighted=weighted)
-    parts = [accumulate_factors(b2, **form), roots]
     if statistics == "kl":
         parts = [accumulate_kl_factors(roots, b2, **form)]
+    else:
+        parts = [_statistics(statistics, b2, form), roots]
     return walk(
         optax.chain(*parts, precondition()),
         options,
@@ -139,6 +142,19 @@ def scale_by_shampoo(
         magnitude=make_magnitude(graft, b2),
         whitened=statistics == "kl",
     )
+
+
+def _statistics(statistics: Any, b2: Any, form: dict[str, Any]) -> optax.GradientTransformation:
+    """The part of a name, or what is given as one."""
+    if isinstance(statistics, str):
+        check_choice("statistics", statistics, ("gradients", "kl"))
+        return accumulate_factors(b2, **form)
+    if not isinstance(statistics, optax.GradientTransformation) or isinstance(statistics, Guarded):
+        raise ValueError(
+            f"statistics={statistics!r}: use 'gradients', 'kl', or a part of stacks that fills "
+            "Blocks.matrices, such as accumulate_factors(0.95)."
+        )
+    return statistics
 
 
 @suggests

@@ -10,7 +10,7 @@ from shampoo_jax.parts.monitoring import monitor_spectrum
 from shampoo_jax.parts.refresh import Refresh
 from shampoo_jax.solvers.bases import Basis
 from shampoo_jax.solvers.solver import Solver
-from shampoo_jax.stacks.blocked import blocked
+from shampoo_jax.stacks.blocked import Design, blocked
 from shampoo_jax.stacks.guard import Guarded
 
 
@@ -60,5 +60,42 @@ def walk(
     tx.design = tx.design._replace(
         rebuild=lambda placement: factory(**{**options, "placement": placement}),
         work=Work(method, options["every"], options["refresh"] or Refresh(), whitened),
+    )
+    return tx
+
+
+def followed_by(direction: Guarded, part: optax.GradientTransformation) -> Guarded:
+    """A direction and a part behind it as one chain inside its blocks, at their owners.
+
+    Args:
+      direction: `scale_by_soap(...)`, `blocked(...)` or any other direction of this package.
+      part: Part of stacks, such as `orthogonalize()`, or a chain of parts; stock transformations
+        are lifted by `on_updates`.
+
+    Returns:
+      A direction, for `as_optimizer` and `explain` too.
+
+    Raises:
+      ValueError: What is no such direction, a complete optimizer say, which has steps behind its
+        blocks.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> soap = shampoo_jax.scale_by_soap(every=1)
+      >>> soap_muon = shampoo_jax.followed_by(soap, shampoo_jax.orthogonalize())
+      >>> tx = shampoo_jax.as_optimizer(soap_muon, 0.02)
+      >>> params = {"w": jnp.ones((4, 4))}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    design = getattr(direction, "design", None)
+    if not isinstance(design, Design):
+        raise ValueError(
+            f"direction={direction} has no blocks of its own: give a scale_by_* function's result, "
+            "or blocked(...), and put as_optimizer around the whole."
+        )
+    frame: Any = {name: getattr(design, name) for name in ("blocking", "exponents", "placement")}
+    tx = blocked(optax.chain(design.inner, part), **frame)
+    tx.design = tx.design._replace(
+        rebuild=lambda placement: followed_by(design.rebuild(placement), part), work=design.work
     )
     return tx

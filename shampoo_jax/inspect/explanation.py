@@ -158,9 +158,9 @@ def _designs(optimizer: Any) -> tuple[Design, Routed | None, Work]:
     design = routed.direction if routed else design
     if not isinstance(design, Design):
         raise TypeError(
-            f"explain cannot tell the blocks of {optimizer!r}: give it what shampoo(...), "
-            "scale_by_soap(...), blocked(...) or as_optimizer of one of these returned, before it "
-            "is wrapped in anything."
+            f"explain cannot tell the blocks of a {type(optimizer).__name__}: give it what "
+            "shampoo(...), scale_by_soap(...), blocked(...) or as_optimizer of one of these "
+            "returned, before it is wrapped in anything."
         )
     unknown: Any = _Unknown()
     return design, routed, design.work or Work(unknown, 1, Refresh())

@@ -43,7 +43,7 @@ def shampoo(
     weighted: bool = True,
     blocking: Blocking | None = None,
     exponents: ExponentOption = None,
-    statistics: Literal["gradients", "kl"] = "gradients",
+    statistics: Literal["gradients", "kl"] | optax.GradientTransformation = "gradients",
     solver: str | Solver = "eigh",
     every: Whole = 1,
     refresh: Refresh | None = None,
@@ -81,7 +81,7 @@ def shampoo(
         package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
         gradients. With a truncating solver, directions that no side has seen by the first refresh
         are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`, where supports
-        may grow.
+        may grow. Or a part that fills `Blocks.matrices`, see `scale_by_shampoo`.
       solver: A `Solver`, which carries cutoffs and damping, or the name of one with its defaults:
         `"eigh"` is `TruncatedEigh()`; `"polynomial"`, the same truncated root by matrix products,
         and the cheaper `"polynomial_clip"`; `"auto"`, the faster one of eigh and polynomial for

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_dtype, check_range
+from shampoo_jax.base.options import check_range
+from shampoo_jax.base.storage import check_form, decode, encode
 from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, each_of, make_part
 
 Array = jax.Array
@@ -39,7 +40,8 @@ def filter_gradient(
       b1: Decay of the stored average, in [0, 1).
       b3: Decay of the emitted average, in [0, 1); None means `b1`.
       bias_correction: Whether to divide by the sum of the weights.
-      mu_dtype: Of the stored average; None means that of the blocks. Arithmetic is in theirs.
+      mu_dtype: Of the stored average, or a form of one's own, see `scale_by_shampoo`; None means
+        that of the blocks. Arithmetic is in theirs.
 
     Returns:
       A part. Its state holds one array per stack of blocks.
@@ -57,18 +59,18 @@ def filter_gradient(
     """
     check_range("b1", b1)
     check_range("b3", b3)
-    check_dtype("mu_dtype", mu_dtype)
+    check_form("mu_dtype", mu_dtype)
     b3 = b1 if b3 is None else b3
 
-    def step(count: Array, b: Blocks, mu: Array) -> tuple[Blocks, Array]:
-        g, old = b.gradient, mu.astype(b.gradient.dtype)
+    def step(count: Array, b: Blocks, mu: Any) -> tuple[Blocks, Any]:
+        g, old = b.gradient, decode(mu, b.gradient.dtype)
         out = b3 * old + (1 - b3) * g
         if bias_correction:
             out = out / (1 - b3 * power(b1, count - 1, out.dtype))
         new = b1 * old + (1 - b1) * g
-        return dataclasses.replace(b, update=out.astype(g.dtype)), new.astype(mu.dtype)
+        return dataclasses.replace(b, update=out.astype(g.dtype)), encode(new, mu)
 
-    return counted(FilterGradientState, lambda p: jnp.zeros_like(p.update, mu_dtype), step)
+    return counted(FilterGradientState, lambda p: encode(jnp.zeros_like(p.update), mu_dtype), step)
 
 
 def counted(kind: Any, first: Callable[[Blocks], Any], step: Callable[..., Any]) -> Part:

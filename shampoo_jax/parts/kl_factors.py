@@ -11,6 +11,7 @@ from shampoo_jax.blocks.blocks import Matrices, Part, Stacks, each, make_part, w
 from shampoo_jax.matrix.products import apply_matrices, contract
 from shampoo_jax.parts.factors import averaged, zero_factors
 from shampoo_jax.parts.filtering import Average
+from shampoo_jax.parts.roots import decoded
 from shampoo_jax.solvers.solver import identities
 
 Array = jax.Array
@@ -86,7 +87,8 @@ def accumulate_kl_factors(
         count, roots = optax.safe_increment(state.count), _roots_in(state.inner)
         given, factors = {}, {}
         for key, b in stacks.items():
-            old, whitening = state.factors[key], jax.tree.map(_identity_for_zero, roots[key])
+            old, stored = state.factors[key], decoded(roots[key], b.gradient.dtype)
+            whitening = jax.tree.map(_identity_for_zero, stored)
             squares = whitened_squares(b.gradient, old, whitening, normalize)
             given[key], factors[key] = averaged(average, count, b, old, squares)
         new, inner = tx.update(given, state.inner, params, **extra)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_dtype, check_kind
+from shampoo_jax.base.options import check_kind
+from shampoo_jax.base.storage import check_form, decode, encode
 from shampoo_jax.blocks.blocks import (
     Blocks,
     Matrices,
@@ -58,7 +59,8 @@ def invert_roots(
       solver: How roots are computed, with its cutoffs or damping; None means `TruncatedEigh()`.
       every: Steps between refreshes, at least 1.
       refresh: First step that refreshes, and how refreshes are spread; None means `Refresh()`.
-      root_dtype: Of the stored roots; None means that of the factors, which are never narrowed.
+      root_dtype: Of the stored roots, or a form of one's own, see `scale_by_shampoo`; None means
+        that of the factors, which are never narrowed.
 
     Returns:
       A part. Its state holds `[N, d, d]` for each dimension of each stack whose exponent is not 0.
@@ -78,7 +80,7 @@ def invert_roots(
     solve = TruncatedEigh() if solver is None else solver
     check_kind("refresh", refresh, Refresh, "Refresh(stagger=True)")
     schedule = make_schedule(every, refresh or Refresh())
-    check_dtype("root_dtype", root_dtype)
+    check_form("root_dtype", root_dtype)
     always = schedule.always
 
     def init(params: Stacks) -> InvertRootsState:
@@ -103,9 +105,13 @@ def _first(solve: Solver, root_dtype: Any, p: Blocks) -> tuple[Matrices, Any]:
     except ValueError as error:
         raise ValueError(f"blocks of shape {'x'.join(map(str, p.shape))}: {error}") from None
     dtype = p.update.dtype
-    stored = root_dtype or dtype
-    roots = p.per_factor(lambda n, d, e: solve.init_root(n, d, dtype, e).astype(stored))
+    roots = p.per_factor(lambda n, d, e: encode(solve.init_root(n, d, dtype, e), root_dtype))
     return roots, p.per_factor(lambda n, d, e: solve.init(n, d, dtype))
+
+
+def decoded(roots: Any, dtype: Any) -> Matrices:
+    """Stored roots of a stack in the dtype of the arithmetic."""
+    return tuple(None if root is None else decode(root, dtype) for root in roots)
 
 
 def no_failures(p: Blocks) -> Array:
@@ -137,7 +143,8 @@ def _refresh(solve: Solver, exponents: tuple[float, ...], old: Old, factors: Mat
             continue
         root, ok, state = solve(factor, exponent, carried[k])
         keep = functools.partial(where_block, ok)
-        new_roots[k], new_carried[k] = jax.tree.map(keep, (root, state), (roots[k], carried[k]))
+        new = encode(root, roots[k]), state
+        new_roots[k], new_carried[k] = jax.tree.map(keep, new, (roots[k], carried[k]))
         failed |= ~ok
     return tuple(new_roots), tuple(new_carried), failures + failed
 
@@ -146,7 +153,7 @@ def _report(
     solve: Solver, ready: Array, b: Blocks, roots: Matrices, carried: Any, failures: Array
 ) -> Blocks:
     """Hands the roots on, with figures for a monitor, which stands where the factors are gone."""
-    matrices = jax.tree.map(lambda root: root.astype(b.update.dtype), roots)
+    matrices = decoded(roots, b.update.dtype)
     figures: dict[str, Any] = {**b.figures, "failures": failures}
     for k, root in enumerate(roots):
         if root is None:

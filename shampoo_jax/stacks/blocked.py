@@ -1,5 +1,6 @@
 """From a parameter tree to stacks of equal blocks and back."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from shampoo_jax.blocks.plan import Plan, make_plan
 from shampoo_jax.stacks.guard import Guarded, guard
 from shampoo_jax.stacks.layout import Layout, OneDevice
 from shampoo_jax.stacks.placement import Placement
-from shampoo_jax.stacks.split import join, split
+from shampoo_jax.stacks.split import join, split, split_further
 
 Array = jax.Array
 
@@ -41,6 +42,7 @@ class Design(NamedTuple):
     """What a transformation was built from, for `explain`.
 
     Attributes:
+      inner: What runs on the stacks.
       blocking: How parameters are cut.
       exponents: The option, resolved.
       placement: Where blocks lie; None on one device.
@@ -48,6 +50,7 @@ class Design(NamedTuple):
       work: What refreshes cost, see `directions.walk.Work`; None for parts chained by hand.
     """
 
+    inner: optax.GradientTransformation
     blocking: Blocking
     exponents: Any
     placement: Placement | None
@@ -68,6 +71,10 @@ def blocked(
     boxes of equal shape from all parameters form one stack. `inner` sees
     `{"3072x768": Blocks, ...}`; its state is keyed likewise. Gradients that are missing, narrow or
     not finite are dealt with before, see `guard`.
+
+    Further trees are cut along: with `update(gradients, state, params, further={"halves": tree})`
+    parts find stacks of that tree in `Blocks.further["halves"]`. Its leaves have the paths and
+    shapes of the gradients, or one axis more in front: k gradients of microbatches, say.
 
     Args:
       inner: Transformation of stacks: the parts of this package, chains of them, and stock
@@ -107,7 +114,7 @@ def blocked(
 
     walk = _Walk(optax.with_extra_args_support(inner), blocking, resolved, placement)
     tx = optax.GradientTransformationExtraArgs(walk.init, walk.update)
-    return guard(tx, Design(blocking, resolved, placement, rebuild))
+    return guard(tx, Design(inner, blocking, resolved, placement, rebuild))
 
 
 class _Walk:
@@ -147,15 +154,20 @@ class _Walk:
         self, updates: Any, state: BlockedState, params: Any = None, **extra: Any
     ) -> tuple[Any, BlockedState]:
         leaves, structure = jax.tree.flatten(updates)
+        absent = extra.get("absent", frozenset())
         _check_count(leaves, state)
         layout = self.layout_of(structure, *map(described, leaves))
-        stacks = split(leaves, layout.incoming)
+        along = split_further(extra.pop("further", {}), updates, layout.incoming, absent)
+        stacks = {key: (x, along[key]) for key, x in split(leaves, layout.incoming).items()}
         unread = None if params is None else Unread()
 
         def step(stacks: Any, index: Any, cut: Any, state: Any) -> tuple[dict[str, Array], Any]:
             """Updates by stack and the new state, of the blocks of one owner."""
             weights = unread if cut is None else self._blocks(layout, cut, index)
-            blocks = self._blocks(layout, stacks, index)
+            gradients = {key: x for key, (x, _) in stacks.items()}
+            blocks = self._blocks(layout, gradients, index)
+            for key, (_, others) in stacks.items():
+                blocks[key] = dataclasses.replace(blocks[key], further=others)
             new, state = self.inner.update(blocks, state, weights, **extra)
             arrays = {}
             for key, b in new.items():
@@ -170,7 +182,6 @@ class _Walk:
                 raise
             self.reads_parameters = True
             new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
-        absent = extra.get("absent")
         if absent:
             inner_state = _restore(inner_state, state.inner, updates, layout, absent)
         new = join(new, layout, [x.dtype for x in leaves])

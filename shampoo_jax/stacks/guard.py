@@ -41,6 +41,8 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
       overflow, updates are zero and all state stays as it was: one such gradient would make a
       factor infinite for ever. It is `optax.apply_if_finite` that never gives up.
     - `inner` computes in float32 or wider; updates have the dtype of the gradients.
+    - The extra argument `further`, trees like that of the gradients (see `blocked`), is treated as
+      they are.
 
     Args:
       inner: The whole optimizer, or any transformation.
@@ -73,7 +75,9 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
         return optax.ApplyIfFiniteState(in_a_row, jnp.array(True), total, tx.init(widen(params)))
 
     def step(absent: Paths, updates: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
-        known = {**extra, "absent": absent} if absent else extra
+        known = {**extra, "absent": absent} if absent else dict(extra)
+        further = known.get("further", {})
+        known |= {"further": widen(further)} if further else {}
 
         # The branch gets the gradients themselves: as checked they would be copied for it.
         def take() -> tuple[Any, Any]:
@@ -86,7 +90,7 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
         def skip() -> tuple[Any, Any]:
             return _zeros(updates, params, take), state.inner_state
 
-        ok = _usable(jax.tree.leaves(updates))
+        ok = _usable(jax.tree.leaves((updates, further)))
         new, inner_state = jax.lax.cond(ok, take, skip)
         in_a_row = jnp.where(ok, 0, optax.safe_increment(state.notfinite_count))
         total = jnp.where(ok, state.total_notfinite, optax.safe_increment(state.total_notfinite))

@@ -1,13 +1,14 @@
 """Leaves cut into stacks of equal blocks, and put together again."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from shampoo_jax.base.paths import KeyPath, name_of
 from shampoo_jax.blocks.plan import LeafPlan
 from shampoo_jax.stacks.layout import Bucket, Layout
 
@@ -30,6 +31,50 @@ def split(leaves: Sequence[Array], layout: Layout) -> dict[str, Array]:
         for key, piece in _cut(x, bucket, layout).items():
             pieces.setdefault(key, []).append(piece)
     return {key: _to_owners(parts, key, layout, leaves) for key, parts in pieces.items()}
+
+
+def split_further(
+    further: Mapping[str, Any], like: Any, layout: Layout, absent: Collection[KeyPath]
+) -> dict[str, dict[str, Array]]:
+    """Cuts other trees as gradients are cut.
+
+    Args:
+      further: By name, trees that have the leaves of `like`, or these with one axis more in front.
+      like: Tree of gradients.
+      layout: How its leaves are cut and where they go.
+      absent: Leaves that have no gradient, and need to have none here: zeros stand for it.
+
+    Returns:
+      Stacks `[N, *block]`, or `[N, k, *block]` with an axis of k in front, by key, then by name.
+    """
+    found: dict[str, dict[str, Array]] = {key: {} for key in layout.lengths}
+    for name, tree in further.items():
+        leaves, depth = _leaves_of(tree, like, name, absent)
+        cut = functools.partial(split, layout=layout)
+        for key, x in (jax.vmap(cut, out_axes=1) if depth else cut)(leaves).items():
+            found[key][name] = x
+    return found
+
+
+def _leaves_of(
+    tree: Any, like: Any, name: str, absent: Collection[KeyPath]
+) -> tuple[list[Array], int]:
+    """The leaves of a further tree in the order of `like`, and how many axes they have more."""
+    given = dict(jax.tree_util.tree_leaves_with_path(tree))
+    wanted = jax.tree_util.tree_leaves_with_path(like)
+    fronts = {np.shape(given[p])[: np.ndim(given[p]) - g.ndim] for p, g in wanted if p in given}
+    front = min(fronts, default=())
+    for path, g in wanted:
+        if path in absent and path not in given:
+            given[path] = jnp.zeros((*front, *g.shape), g.dtype)
+        found = np.shape(given[path]) if path in given else None
+        if found != (*front, *g.shape) or len(front) > 1:
+            raise ValueError(
+                f"further[{name!r}] has shape {found} (None: no such leaf) for parameter "
+                f"{name_of(path)!r}, its gradient {g.shape}: give a tree like that of the "
+                "gradients, all leaves with at most one axis of one length in front."
+            )
+    return [given[path] for path, _ in wanted], len(front)
 
 
 def join(stacks: dict[str, Array], layout: Layout, dtypes: Sequence[Any]) -> list[Array]:

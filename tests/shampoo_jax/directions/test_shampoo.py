@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import shampoo_jax as sj
 from shampoo_jax import (
     Blocking,
     DimensionNumbers,
@@ -270,3 +271,25 @@ def test_objects_refuse_their_fields_when_they_are_made(make, options, message):
 def test_an_unknown_side_is_refused(side):
     with pytest.raises(ValueError, match=f"side={side!r}: use one of 'left', 'right', 'smaller'"):
         scale_by_one_sided_shampoo(side=side)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_statistic_is_a_part(complete):
+    grads = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(5, 3)), jnp.float32)}
+    factors = optax.chain(sj.accumulate_factors(0.7), sj.damp(0.1))
+    make = (lambda **options: sj.shampoo(0.1, **options)) if complete else sj.scale_by_shampoo
+    tx = make(b1=0.5, statistics=factors, graft=None)
+    parts = (sj.filter_gradient(0.5), factors, sj.invert_roots(), sj.precondition())
+    direct = sj.blocked(optax.chain(*parts))
+    state, other = tx.init(grads), direct.init(grads)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, grads)
+        expected, other = direct.update(grads, other, grads)
+    scale = -0.1 if complete else 1.0
+    np.testing.assert_allclose(updates["w"], scale * expected["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("statistics", ["fisher", 3, sj.scale_by_shampoo(), sj.accumulate_factors])
+def test_statistics_of_another_kind_are_refused(statistics):
+    with pytest.raises(ValueError, match="statistics=.*'gradients'.*'kl'"):
+        sj.shampoo(0.1, statistics=statistics)

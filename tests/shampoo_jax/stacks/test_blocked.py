@@ -1,5 +1,6 @@
 """Cutting parameters into stacks and back, and parts that run on the stacks."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,6 +11,8 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import shampoo_jax as sj
 from shampoo_jax.blocks.exponents import default_exponents
@@ -171,3 +174,70 @@ def test_plain_numbers_are_parameters_as_in_optax():
         params = {"scale": 2.0, "w": np.ones((2, 2), np.float32)}
         updates, _ = tx.update(params, tx.init(params), params)
         assert updates["scale"] == 2.0 and jnp.shape(updates["scale"]) == ()
+
+
+def sum_of_further(stacks, state, params=None, **extra):
+    """Updates that show what came along: both trees, the microbatches summed."""
+    return {
+        key: dataclasses.replace(b, update=b.further["half"] + b.further["micro"].sum(1))
+        for key, b in stacks.items()
+    }, state
+
+
+FURTHER = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), sum_of_further)
+
+
+def with_further(grads):
+    micro = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), grads)
+    return {"half": jax.tree.map(lambda x: x / 2, grads), "micro": micro}
+
+
+@pytest.mark.parametrize("axis_type", [None, AxisType.Auto, AxisType.Explicit])
+def test_further_trees_are_cut_like_gradients(axis_type):
+    grads = {"w": jnp.arange(16.0 * 12).reshape(16, 12), "v": jnp.arange(6.0)}
+    further, place = with_further(grads), None
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type or AxisType.Auto,))
+    if axis_type is not None:
+        spec = {"w": P("x"), "v": P()}
+        place = sj.Placement(mesh, owners="x", parameter_spec=lambda path, _: spec[path[-1].key])
+        grads = {k: jax.device_put(x, NamedSharding(mesh, spec[k])) for k, x in grads.items()}
+        further["micro"] = {
+            k: jax.device_put(x, NamedSharding(mesh, P(None, *spec[k])))
+            for k, x in further["micro"].items()
+        }
+        further["half"] = jax.tree.map(lambda x: x / 2, grads)
+    tx = sj.blocked(FURTHER, blocking=sj.Blocking(size=5), placement=place)
+    with jax.set_mesh(mesh):
+        updates, _ = jax.jit(tx.update)(grads, tx.init(grads), grads, further=further)
+    jax.tree.map(lambda u, g: np.testing.assert_array_equal(u, 6.5 * g), updates, grads)
+
+
+def test_further_trees_pass_complete_optimizers_and_missing_gradients():
+    grads = {"w": jnp.arange(6.0).reshape(3, 2), "u": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    tx = sj.as_optimizer(sj.blocked(FURTHER), 0.5)
+    further = with_further(grads)
+    for tree in further.values():
+        tree["u"] = None
+    updates, _ = tx.update({**grads, "u": None}, tx.init(grads), grads, further=further)
+    np.testing.assert_array_equal(updates["w"], -0.5 * 6.5 * grads["w"])
+    assert updates["u"] is None
+
+
+def test_a_further_tree_that_is_not_finite_skips_the_step():
+    grads = {"w": jnp.ones((3, 2))}
+    tx, further = sj.blocked(FURTHER), with_further(grads)
+    further["half"]["w"] = further["half"]["w"].at[0, 0].set(jnp.nan)
+    updates, state = tx.update(grads, tx.init(grads), further=further)
+    np.testing.assert_array_equal(updates["w"], 0.0)
+    assert int(state.total_notfinite) == 1
+
+
+@pytest.mark.parametrize(
+    "leaf", [jnp.ones((2, 3)), None, jnp.ones((2, 2, 3, 2)), jnp.ones((4, 3, 2))]
+)
+def test_a_further_tree_of_other_leaves_is_refused(leaf):
+    grads = {"w": jnp.ones((3, 2)), "v": jnp.ones(2)}
+    tx = sj.blocked(FURTHER)
+    with pytest.raises(ValueError, match=r"further\['half'\].*'[wv]'.*like that of the gradients"):
+        further = {"half": {"w": leaf, "v": jnp.ones(2)}}
+        tx.update(grads, tx.init(grads), further=further)
