@@ -173,7 +173,7 @@ class _Walk:
         absent = extra.get("absent")
         if absent:
             inner_state = _restore(inner_state, state.inner, updates, layout, absent)
-        new = join(new, layout, [x.dtype for x in leaves])
+        new = join(new, layout, leaves)
         return structure.unflatten(new), state._replace(inner=inner_state)
 
     def _cut(self, params: Any, layout: Layout) -> dict[str, Array] | None:
