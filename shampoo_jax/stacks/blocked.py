@@ -184,7 +184,7 @@ class _Walk:
             new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
         if absent:
             inner_state = _restore(inner_state, state.inner, updates, layout, absent)
-        new = join(new, layout, [x.dtype for x in leaves])
+        new = join(new, layout, leaves)
         return structure.unflatten(new), state._replace(inner=inner_state)
 
     def _cut(self, params: Any, layout: Layout) -> dict[str, Array] | None:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 from shampoo_jax.base.options import is_number
 from shampoo_jax.base.paths import KeyPath, name_of, nodes_of, parameter_of
+from shampoo_jax.stacks.placement import laid_as
 
 Array = jax.Array
 Paths = frozenset[KeyPath]
@@ -85,7 +86,7 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
             new, inner_state = tx.update(widen(updates), state.inner_state, wide, **known)
             if absent:
                 inner_state = _restore(inner_state, state.inner_state, params, absent)
-            return cast_like(new, updates), inner_state
+            return _as_parameters_lie(cast_like(new, updates), params), inner_state
 
         def skip() -> tuple[Any, Any]:
             return _zeros(updates, params, take), state.inner_state
@@ -109,6 +110,13 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
     guarded = Guarded(init, update)
     guarded.inner, guarded.design = tx, design
     return guarded
+
+
+def _as_parameters_lie(updates: Any, params: Any) -> Any:
+    """Updates that can be added to parameters; a placement may not have been told of their layout."""
+    if jax.tree.structure(params) != jax.tree.structure(updates):
+        return updates
+    return jax.tree.map(lambda u, p: laid_as(u, jax.typeof(p).sharding), updates, params)
 
 
 def _zeros(updates: Any, params: Any, take: Callable[[], tuple[Any, Any]]) -> Any:

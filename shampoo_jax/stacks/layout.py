@@ -9,26 +9,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from shampoo_jax.base.paths import KeyPath, stack_of
 from shampoo_jax.blocks.plan import Cell, LeafPlan, Plan, leading_axes
-from shampoo_jax.stacks.placement import Axes, Spec, axes_of
+from shampoo_jax.stacks.placement import Axes, Spec, axes_of, laid_as
 
 Array = jax.Array
 
 
 class OneDevice:
-    """The layout without a mesh: nothing travels, one owner has all blocks."""
+    """The layout without a mesh: nothing travels, one owner has all blocks.
+
+    Leaves that Explicit axes split become whole on every device: they are all that owner.
+    """
 
     multiple = 1
     communication_dtype = None
     gradient_spec = None
 
     def put(self, x: Array, spec: Spec) -> Array:
-        """The value itself."""
+        """The value itself, whole."""
+        lies = jax.typeof(x).sharding
+        return laid_as(x, NamedSharding(lies.mesh, PartitionSpec(*(None for _ in spec))))
+
+    def put_back(self, x: Array, spec: Spec, gradient: Array) -> Array:
+        """The update where its gradient lies."""
         del spec
-        return x
+        return laid_as(x, jax.typeof(gradient).sharding)
 
     def reshape(self, x: Array, shape: Sequence[int], spec: Spec) -> Array:
         """A reshape."""

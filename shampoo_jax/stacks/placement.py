@@ -104,6 +104,11 @@ class Placement:
         """Pins a value to a layout, on Auto and on Explicit meshes."""
         return self._pin(x, self._sharding(spec))
 
+    def put_back(self, x: Array, spec: Spec, gradient: Array) -> Array:
+        """Pins an update to the layout of its parameter, wherever its gradient lies."""
+        del gradient
+        return self.put(x, spec)
+
     @functools.cached_property
     def _pin(self) -> Callable[[Array, NamedSharding], Array]:
         explicit = AxisType.Explicit in self.mesh.axis_types
@@ -219,6 +224,13 @@ class Placement:
     def size(self, axes: Axes) -> int:
         """Number of devices along some axes."""
         return math.prod(self.mesh.shape[a] for a in axes)
+
+
+def laid_as(x: Array, sharding: NamedSharding) -> Array:
+    """An array laid out so, where Explicit axes make it part of its type how it lies."""
+    if AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(x).sharding == sharding:
+        return x
+    return jax.sharding.reshard(x, sharding)
 
 
 def axes_of(entry: str | Sequence[str]) -> Axes:
