@@ -8,6 +8,7 @@ Source of every constant: KellerJordan/modded-nanogpt, records/track_3_optimizat
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -173,7 +174,8 @@ class Attention(nnx.Module):
         self.v = Linear(*draw("qkv", width, width))
         self.proj = Linear(*draw("attn_proj", width, width))
         self.head_dim = config.head_dim
-        self.implementation = attention_implementation(config)
+        known = config.attention != "auto" or config.dtype == "bfloat16"
+        self.attention = config.attention if known else "xla"
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, D), dtype of the argument."""
@@ -181,30 +183,44 @@ class Attention(nnx.Module):
         q_BxTxNxH = rotate(rms_norm(self.q(x_BxTxD).reshape(heads)))
         k_BxTxNxH = rotate(rms_norm(self.k(x_BxTxD).reshape(heads)))
         v_BxTxNxH = self.v(x_BxTxD).reshape(heads)
-        out_BxTxNxH = jax.nn.dot_product_attention(
-            q_BxTxNxH,
-            k_BxTxNxH,
-            v_BxTxNxH,
-            scale=ATTENTION_SCALE,
-            is_causal=True,
-            implementation=self.implementation,
-        )
+        out_BxTxNxH = attend(q_BxTxNxH, k_BxTxNxH, v_BxTxNxH, self.attention)
         return self.proj(out_BxTxNxH.reshape(x_BxTxD.shape))
 
 
-def attention_implementation(config: ModelConfig) -> Literal["xla", "cudnn"]:
-    """Resolves `config.attention`: "auto" is cuDNN's flash attention for bfloat16 on a GPU.
+def attend(
+    q_BxTxNxH: jax.Array,
+    k_BxTxNxH: jax.Array,
+    v_BxTxNxH: jax.Array,
+    attention: Literal["auto", "xla", "cudnn"],
+) -> jax.Array:
+    """Causal attention by one of two kernels.
 
     Args:
-        config: Model configuration.
+        q_BxTxNxH: Queries (B, T, N, H).
+        k_BxTxNxH: Keys, of the same shape.
+        v_BxTxNxH: Values, of the same shape.
+        attention: "xla", "cudnn", or "auto": cuDNN's flash attention in a program for NVIDIA GPUs,
+            where cuDNN is installed and takes these shapes, XLA's in any other program.
 
     Returns:
-        "xla" or "cudnn".
+        Array (B, T, N, H) of the dtype of the arguments.
     """
-    if config.attention != "auto":
-        return config.attention
-    flash = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
-    return "cudnn" if flash else "xla"
+
+    def by(implementation: Literal["xla", "cudnn"]) -> Callable[..., jax.Array]:
+        return functools.partial(
+            jax.nn.dot_product_attention,
+            scale=ATTENTION_SCALE,
+            is_causal=True,
+            implementation=implementation,
+        )
+
+    heads = q_BxTxNxH, k_BxTxNxH, v_BxTxNxH
+    if attention != "auto":
+        return by(attention)(*heads)
+    try:
+        return jax.lax.platform_dependent(*heads, cuda=by("cudnn"), default=by("xla"))
+    except (RuntimeError, ValueError):  # jax's: no cuDNN here, or none that takes these shapes
+        return by("xla")(*heads)
 
 
 class MLP(nnx.Module):

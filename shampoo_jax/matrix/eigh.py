@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from shampoo_jax.base.options import check_choice
 from shampoo_jax.matrix.batching import map_matrices
 from shampoo_jax.matrix.products import identity_like, matmul
 
@@ -16,8 +17,8 @@ Array = jax.Array
 Spectrum = tuple[Array, Array]  # eigenvalues [..., d] and eigenvectors [..., d, d]
 Roots = tuple[Array, Array]  # [..., d, d], and whether each can be used
 
-# Where XLA has each algorithm, see `jax.lax.linalg.EighImplementation`.
-IMPLEMENTATIONS = {"qr": ("cpu", "gpu"), "jacobi": ("gpu", "tpu"), "qdwh": ("tpu",)}
+# The names of `jax.lax.linalg.EighImplementation`, which jax 0.8.0 does not have yet.
+IMPLEMENTATIONS = ("qr", "jacobi", "qdwh")
 
 
 def eigh(matrices: Array, implementation: str | None = None) -> Spectrum:
@@ -34,20 +35,26 @@ def eigh(matrices: Array, implementation: str | None = None) -> Spectrum:
       Eigenvalues `[..., d]` in ascending order and eigenvectors `[..., d, d]` in columns.
 
     Raises:
-      ValueError: An implementation that does not exist, or not on the default backend.
+      ValueError: An implementation that does not exist, or any with jax 0.8.0.
+      NotImplementedError: From jax, when the program is lowered for a platform that has not got it.
     """
-    backend = jax.default_backend()
-    if implementation is not None and backend not in IMPLEMENTATIONS.get(implementation, ()):
-        here = [name for name, backends in IMPLEMENTATIONS.items() if backend in backends]
-        raise ValueError(
-            f"implementation={implementation!r} of eigh does not exist on {backend}: use one of "
-            f"{here}, or None."
-        )
+    check_choice("implementation", implementation, (*IMPLEMENTATIONS, None))
     _warn_about_blas_threads()
-    chosen = jax.lax.linalg.EighImplementation(implementation) if implementation else None
-    one = functools.partial(jax.lax.linalg.eigh, implementation=chosen)
+    one = functools.partial(jax.lax.linalg.eigh, **_choosing(implementation))
     vectors, values = map_matrices(one, matrices.shape[:-2], matrices)
     return values, vectors
+
+
+def _choosing(implementation: str | None) -> dict[str, Any]:
+    """The keyword of `jax.lax.linalg.eigh` for an implementation; none for XLA's own choice."""
+    if implementation is None:
+        return {}
+    if not hasattr(jax.lax.linalg, "EighImplementation"):
+        raise ValueError(
+            f"implementation={implementation!r}: jax {jax.__version__} has no choice; use None, or "
+            "jax 0.8.1 or newer."
+        )
+    return {"implementation": jax.lax.linalg.EighImplementation(implementation)}
 
 
 _warned = False
@@ -56,7 +63,7 @@ _warned = False
 def _warn_about_blas_threads() -> None:
     """Warns once where LAPACK's own threads would slow CPU decompositions 10 to 100 times."""
     global _warned
-    if not _warned and jax.default_backend() == "cpu" and "OPENBLAS_NUM_THREADS" not in os.environ:
+    if not _warned and "OPENBLAS_NUM_THREADS" not in os.environ and jax.default_backend() == "cpu":
         _warned = True
         warnings.warn(
             "eigh on CPU is 10 to 100 times slower with LAPACK's own thread pool: set the "

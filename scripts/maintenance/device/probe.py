@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from nanogpt.model.gpt import attention_implementation
+from nanogpt.config.run import ModelConfig
+from nanogpt.model.gpt import GPT
 from nanogpt.train.provenance import provenance
 from scripts.maintenance.device import candidates
 from scripts.maintenance.device.measure import Program, compile_all, on_gpu, ready, seconds_per_call
@@ -32,9 +34,18 @@ def run(part: str, recorder: Recorder, sizes: Sizes, carried: pathlib.Path) -> N
     for edge in sorted({edge for _, edge in sizes.stacks} | {128}):
         recorder.add("choices", name=f"edge {edge}", **candidates.choices(edge, backend))
     model = candidates.model_config(sizes, bfloat16=on_gpu())
-    recorder.add("choices", name="attention", solver=attention_implementation(model))
+    recorder.add("choices", name="attention", solver=_attention(model))
     _rates(recorder, sizes)
     recorder.attempt("clock", "after the products", _smi)
+
+
+def _attention(config: ModelConfig) -> str:
+    """The kernel in the model's program, of which nothing is run."""
+    tokens = jax.ShapeDtypeStruct((1, config.sequence_length), jnp.int32)
+    model = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0)))
+    graphdef, params = nnx.split(model)
+    program = jax.jit(lambda p, tokens: nnx.merge(graphdef, p)(tokens)).lower(params, tokens)
+    return "cudnn" if "cudnn" in program.as_text() else "xla"
 
 
 def device() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flax import nnx
 
 import nanogpt.model.gpt
 from nanogpt.config.run import ModelConfig
-from nanogpt.model.gpt import Linear, attention_implementation, rms_norm, rotate, soft_cap
+from nanogpt.model.gpt import GPT, Linear, rms_norm, rotate, soft_cap
 from nanogpt.train.train_step import abstract_params
 from scripts.maintenance.parity import golden
 from scripts.maintenance.parity import model as parity
@@ -136,17 +136,42 @@ def test_a5_kernels_are_in_out():
     assert linear.kernel.shape == (3, 5) and linear(jnp.ones((2, 4, 3))).shape == (2, 4, 5)
 
 
-def test_auto_attention_is_xla_here_and_an_explicit_choice_is_kept():
+def lowered_attention(monkeypatch, platform, *, cudnn=jnp.sin, **options):
+    """A model's program for a platform, with stand-ins for both kernels."""
+    kernel = {"cudnn": cudnn, "xla": jnp.cbrt}
+    stand_in = lambda q, k, v, *, implementation, **_: kernel[implementation](q)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     shape = dict(vocab=8, layers=1, dim=16, head_dim=8, T=4)
-    assert attention_implementation(golden.model_config(shape)) == "xla"
-    assert attention_implementation(golden.model_config(shape, attention="cudnn")) == "cudnn"
+    graphdef, params = nnx.split(GPT(golden.model_config(shape, **options), nnx.Rngs(0)))
+    loss = lambda p, tokens: nnx.merge(graphdef, p)(tokens).sum()  # noqa: E731
+    traced = jax.jit(jax.value_and_grad(loss)).trace(params, jnp.zeros((2, 4), jnp.int32))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_auto_attention_is_flash_attention_on_gpu_in_bfloat16(monkeypatch):
-    shape = dict(vocab=8, layers=1, dim=16, head_dim=8, T=4)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert attention_implementation(golden.model_config(shape, dtype="bfloat16")) == "cudnn"
-    assert attention_implementation(golden.model_config(shape)) == "xla"
+@pytest.mark.parametrize(
+    ("platform", "options", "flash"),
+    [
+        ("cuda", dict(dtype="bfloat16"), True),
+        *((name, dict(dtype="bfloat16"), False) for name in ("cpu", "rocm", "tpu")),
+        ("cuda", dict(), False),
+        ("cuda", dict(dtype="bfloat16", attention="xla"), False),
+        ("cpu", dict(attention="cudnn"), True),
+    ],
+)
+def test_the_platform_that_is_lowered_for_chooses_attention(monkeypatch, platform, options, flash):
+    text = lowered_attention(monkeypatch, platform, **options)
+    assert ("sine" in text, "cbrt" in text) == (flash, not flash)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, ValueError])
+def test_auto_attention_is_xla_where_cudnn_refuses(monkeypatch, error):
+    def refuse(_):
+        raise error("cuDNN is not detected.")
+
+    text = lowered_attention(monkeypatch, "cuda", cudnn=refuse, dtype="bfloat16")
+    assert "cbrt" in text
+    with pytest.raises(error, match="cuDNN"):
+        lowered_attention(monkeypatch, "cuda", cudnn=refuse, attention="cudnn")
 
 
 def test_attention_is_causal():

@@ -1,0 +1,38 @@
+"""Optimizers are lowered for platforms that are not here: the target chooses, not this machine."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import shampoo_jax as sj
+
+PARAMS = {"w": jax.ShapeDtypeStruct((130, 3), jnp.float32)}
+# Decompositions by platform: LAPACK's, cuSOLVER's and XLA's own.
+PREFIX = {"cpu": "lapack_", "cuda": "cusolver_", "tpu": ("Eigh", "Qr", "ProductOf")}
+
+
+def lowered(monkeypatch, tx):
+    """Programs of one update by platform, traced once, where nobody may ask what is here."""
+
+    def nobody_asks():
+        raise AssertionError("a program was made to depend on this machine")
+
+    monkeypatch.setattr(jax, "default_backend", nobody_asks)
+    traced = jax.jit(tx.update).trace(PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS)
+    return {name: traced.lower(lowering_platforms=(name,)).as_text() for name in PREFIX}
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap"])
+def test_decompositions_are_those_of_the_target(name, monkeypatch):
+    for platform, text in lowered(monkeypatch, getattr(sj, name)(0.1)).items():
+        calls = set(re.findall(r"custom_call @(\w+)", text))
+        assert calls and all(call.startswith(PREFIX[platform]) for call in calls), calls
+
+
+def test_auto_solves_by_products_on_accelerators_alone(monkeypatch):
+    programs = lowered(monkeypatch, sj.shampoo(0.1, solver="auto"))
+    products = {platform: text.count("dot_general") for platform, text in programs.items()}
+    assert products["cpu"] < 20 < products["tpu"] == products["cuda"]
+    assert "tf32" in programs["cuda"] and "tf32" not in programs["cpu"] + programs["tpu"]
