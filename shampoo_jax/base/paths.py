@@ -1,6 +1,6 @@
 """Whose state a leaf is, told from its path in the state, and where parts are in it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -12,6 +12,41 @@ Node = TypeVar("Node")
 def name_of(path: KeyPath) -> str:
     """Components of a path joined by `/`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def as_written(path: KeyPath) -> KeyPath:
+    """A path without what `optax.contrib.split_real_and_imaginary` appends to it.
+
+    Both halves of a complex parameter go by its name: rules see them as they see real ones.
+
+    >>> key = jax.tree_util.GetAttrKey
+    >>> name_of(as_written((key("conv"), key("kernel"), key("imaginary"))))
+    'conv/kernel'
+    """
+    last = path[-1] if path else None
+    halves = isinstance(last, jax.tree_util.GetAttrKey) and last.name in ("real", "imaginary")
+    return path[:-1] if halves else path
+
+
+def check_named(tree: Any) -> None:
+    """Raises ValueError for a mapping whose entries jax numbers: no rule could know their names.
+
+    That is one registered as a pytree without keys, such as Haiku's FlatMapping.
+    """
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_numbered):
+        if _is_numbered(node):
+            raise ValueError(
+                f"parameters {name_of(path) or 'as a whole'} lie in a {type(node).__name__}, whose "
+                "entries jax numbers instead of naming them: convert to dict, with Haiku "
+                "haiku.data_structures.to_mutable_dict(params)."
+            )
+
+
+def _is_numbered(node: Any) -> bool:
+    if not isinstance(node, Mapping):
+        return False
+    entries = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)
+    return any(isinstance(k, jax.tree_util.FlattenedIndexKey) for path, _ in entries for k in path)
 
 
 def nodes_of(kind: type[Node], tree: Any) -> list[tuple[KeyPath, Node]]:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from shampoo_jax.base.options import check_real
+from shampoo_jax.base.paths import as_written, check_named
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.dimension_numbers import DimensionNumbers, resolve_dimension_numbers
 from shampoo_jax.blocks.exponents import Exponents, smaller_side
@@ -180,8 +181,10 @@ def make_plan(params: Any, blocking: Blocking, exponents: Exponents) -> Plan:
       The plan.
 
     Raises:
-      ValueError: A complex parameter, or dimension numbers that do not fit its shape.
+      ValueError: A complex parameter, one without a name, or dimension numbers that do not fit its
+        shape.
     """
+    check_named(params)
     rule = resolve_dimension_numbers(blocking.dimension_numbers)
     # A block and its transpose can share a stack if their exponents are transposed as well.
     canonical = blocking.canonical and exponents((3, 2)) == exponents((2, 3))[::-1]
@@ -189,7 +192,7 @@ def make_plan(params: Any, blocking: Blocking, exponents: Exponents) -> Plan:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         check_real(path, leaf)
         name, shape = jax.tree_util.keystr(path), tuple(np.shape(leaf))
-        permutation, batch, merged = _read_as(shape, rule(path, leaf), blocking, name)
+        permutation, batch, merged = _read_as(shape, rule(as_written(path), leaf), blocking, name)
         cells = _cells(merged, blocking.size, canonical, exponents) if batch else ()
         plans.append(LeafPlan(name, shape, permutation, batch, merged, cells))
     return Plan(tuple(plans), exponents)

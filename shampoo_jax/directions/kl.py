@@ -110,6 +110,7 @@ def scale_by_kl_soap(
     first_weight: Scalar | None = None,
     normalize: bool = True,
     bias_correction: bool = False,
+    eps_hat: bool = False,
     blocking: Blocking | None = WHOLE,
     exponents: ExponentOption = "bounded",
     basis: str | Basis | None = None,
@@ -137,6 +138,7 @@ def scale_by_kl_soap(
       normalize: Whether statistics are means over the other dimensions, not sums.
       bias_correction: Whether moments are divided by the sum of their weights. Eigenvalues have a
         first value, they need none.
+      eps_hat: Whether eps is added before the bias correction, see `scale_by_second_moment`.
       blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
         None means `Blocking()`, blocks of up to 1024 x 1024.
       exponents: Dimensions with exponent 0 are left alone; other values do not matter. `"bounded"`
@@ -170,7 +172,8 @@ def scale_by_kl_soap(
     """
     options = locals()
     first_moment = filter_gradient(b1, bias_correction=bias_correction, mu_dtype=mu_dtype)
-    second_moment = scale_by_second_moment(b2, eps, bias_correction=bias_correction)
+    correction: Any = {"bias_correction": bias_correction, "eps_hat": eps_hat}
+    second_moment = scale_by_second_moment(b2, eps, **correction)
     inner = optax.chain(first_moment, second_moment)
     decay = b2 if factor_b2 is None else factor_b2
     return _kl(options, scale_by_kl_soap, inner, decay, scaled=False)

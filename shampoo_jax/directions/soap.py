@@ -36,6 +36,7 @@ def scale_by_soap(
     exponent: float | Callable[[int], float] = 0.5,
     bias_correction: bool = True,
     weighted: bool = True,
+    eps_hat: bool = False,
     blocking: Blocking | None = WHOLE,
     exponents: ExponentOption = "bounded",
     basis: str | Basis | None = None,
@@ -57,6 +58,9 @@ def scale_by_soap(
     moments are sorted by eigenvalue at each refresh. Meta's form (`EigenvalueCorrectedShampoo`) is
     `presets.meta_soap`.
 
+    The authors' code adds eps before the bias correction, `eps_hat=True`. With eps far below the
+    gradients, 1e-8 say, that makes no difference; where they are comparable, early steps are smaller.
+
     Weight decay in `soap` acts as AdamW's, on the parameters before the step; the authors' code
     shrinks them after it, which differs by `lr^2 * weight_decay * U`.
 
@@ -75,6 +79,8 @@ def scale_by_soap(
         giving it.
       bias_correction: Whether moments are divided by the sum of their weights.
       weighted: Whether new statistics have weight `1 - b2`; False adds them with weight 1.
+      eps_hat: Whether eps is added before the bias correction, as in the authors' code, see
+        `scale_by_second_moment`.
       blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
         None means `Blocking()`, blocks of up to 1024 x 1024.
       exponents: Dimensions with exponent 0 keep their basis; other values do not matter.
@@ -112,7 +118,7 @@ def scale_by_soap(
     when, method = refresh_of_bases(refresh), make_basis(basis)
     weighting: Any = {"bias_correction": bias_correction, "weighted": weighted}
     first_moment = filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype)
-    second = scale_by_second_moment(b2, eps, exponent=exponent, **weighting)
+    second = scale_by_second_moment(b2, eps, exponent=exponent, eps_hat=eps_hat, **weighting)
     # A first moment inside is skipped with the rest; outside it can serve a graft.
     inner = optax.chain(first_moment, second) if when.skip_first else second
     bases = eigenbasis(inner, basis=method, every=every, refresh=when, rtol=rtol)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh
 
-from shampoo_jax.base.paths import name_of
+from shampoo_jax.base.paths import as_written, name_of
 from shampoo_jax.blocks.plan import Plan, make_plan
 from shampoo_jax.directions.walk import Work
 from shampoo_jax.inspect.report import Report, Row
@@ -171,7 +171,7 @@ def _routes(params: Any, routed: Routed | None) -> tuple[Any, Any]:
     rule = routed.rule if routed else lambda path, leaf: True
 
     def those(taken: bool) -> Any:
-        keep = lambda path, x: x if rule(path, x) == taken else None  # noqa: E731
+        keep = lambda path, x: x if rule(as_written(path), x) == taken else None  # noqa: E731
         return jax.tree_util.tree_map_with_path(keep, params)
 
     return those(True), those(False)

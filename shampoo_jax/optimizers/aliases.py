@@ -144,6 +144,7 @@ def soap(
     factor_b2: Scalar | None = None,
     eps: Scalar = 1e-8,
     bias_correction: bool = True,
+    eps_hat: bool = False,
     blocking: Blocking | None = WHOLE,
     exponents: ExponentOption = "bounded",
     basis: str | Basis | None = None,
@@ -172,6 +173,8 @@ def soap(
       factor_b2: Decay of the factors; None means `b2`.
       eps: Added to the denominator; on the scale of the gradients.
       bias_correction: Whether moments are divided by the sum of their weights.
+      eps_hat: Whether eps is added before the bias correction, as in the authors' code, see
+        `scale_by_second_moment`.
       blocking: How parameters are read and cut; by default, as the authors do, matrices are whole.
         None means `Blocking()`, blocks of up to 1024 x 1024.
       exponents: Dimensions with exponent 0 keep their basis; other values do not matter.

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from shampoo_jax.base.options import check_real
+from shampoo_jax.base.paths import as_written, check_named
 from shampoo_jax.blocks.dimension_numbers import (
     DimensionOption,
     component_names,
@@ -84,11 +85,12 @@ def labels_by(rule: Rule) -> Callable[[Any], Any]:
 
     def label(path: tuple[Any, ...], leaf: Any) -> str:
         check_real(path, leaf)
-        return "matrices" if rule(path, leaf) else "others"
+        return "matrices" if rule(as_written(path), leaf) else "others"
 
     @functools.lru_cache(maxsize=16)
     def labels_of(structure: Any, *leaves: tuple[tuple[int, ...], Any]) -> Any:
         tree = structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+        check_named(tree)
         return jax.tree_util.tree_map_with_path(label, tree)
 
     def labels(params: Any) -> Any:

@@ -86,11 +86,12 @@ def scale_by_second_moment(
     exponent: float | Callable[[int], float] = 0.5,
     bias_correction: bool = True,
     weighted: bool = True,
+    eps_hat: bool = False,
 ) -> Part:
     """Divides the update by the root of a moving average of the squared raw gradient.
 
     `nu = b2 * nu + w * G^2`, `update = update / ((nu / (1 - b2^t))^e + eps)` with
-    `w = 1 - b2` and `e = 1/2`.
+    `w = 1 - b2` and `e = 1/2`; with `eps_hat`, `update / ((nu^e + eps) / (1 - b2^t)^e)`.
     Unlike `optax.scale_by_adam` it divides what earlier parts made of the gradient but squares the
     gradient itself. With correction this is Adam's magnitude, without RMSProp's, with `b2 = 1`
     (a sum, uncorrected) AdaGrad's.
@@ -102,6 +103,9 @@ def scale_by_second_moment(
       exponent: e, any positive number, or a function of the number of dimensions giving it.
       bias_correction: Whether to divide `nu` by `1 - b2^t`.
       weighted: Whether `w = 1 - b2`; False adds squares with weight 1, uncorrected.
+      eps_hat: Whether eps is added before the bias correction instead of after it: the "epsilon
+        hat" of Kingma and Ba (arXiv:1412.6980, end of section 2). In early steps it then counts
+        `(1 - b2^t)^(-e)` times as much; without correction there is no difference.
 
     Returns:
       A part. Its state holds one stack `nu` per stack of blocks.
@@ -120,15 +124,21 @@ def scale_by_second_moment(
     average = Average(b2, bias_correction, weighted)
 
     def step(count: Array, b: Blocks, nu: Array) -> tuple[Blocks, Array]:
-        new = average.add(nu, b.gradient**2)
-        n = new / average.correction(count, new.dtype)
+        new, correction = average.add(nu, b.gradient**2), average.correction(count, nu.dtype)
         e = exponent(b.ndim) if callable(exponent) else exponent
-        root = (jnp.sqrt(n) if e == 0.5 else n**e) + eps
+        if eps_hat:
+            root = (_power(new, e) + eps) / _power(correction, e)
+        else:
+            root = _power(new / correction, e) + eps
         # 0/0 where a gradient has been zero so far and eps is 0 or underflows.
         quotient = jnp.where(root > 0, b.update / jnp.where(root > 0, root, 1.0), 0.0)
         return dataclasses.replace(b, update=quotient.astype(b.update.dtype)), new
 
     return counted(ScaleBySecondMomentState, lambda p: jnp.zeros_like(p.update), step)
+
+
+def _power(x: Array, exponent: float) -> Array:
+    return jnp.sqrt(x) if exponent == 0.5 else x**exponent
 
 
 def make_magnitude(

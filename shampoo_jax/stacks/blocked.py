@@ -209,9 +209,7 @@ def _check_count(leaves: list[Any], state: BlockedState) -> None:
     if len(leaves) != len(state.fingerprints):
         raise ValueError(
             f"{len(leaves)} gradients for {len(state.fingerprints)} parameters: where a gradient "
-            "is None, pass the parameters too, update(updates, state, params); where the model has "
-            "changed, the state belongs to other parameters: init again, or carry it over by "
-            "state_to_tree and tree_to_state."
+            "is None, pass the parameters too, update(updates, state, params)."
         )
 
 

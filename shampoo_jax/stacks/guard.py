@@ -54,7 +54,8 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
       `total_notfinite` counts the skipped steps, see `check_finite`.
 
     Raises:
-      ValueError: In `update`, a gradient of another name or shape than its parameter.
+      ValueError: In `update`, a gradient of another name or shape than its parameter, or a state
+        that was made for other parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -104,7 +105,11 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
         filled, own, params = _fill_missing(updates, params)
         absent = own | extra.pop("absent", frozenset())
         run = compiled if not extra or _are_arrays(extra) else step
-        new, state = run(absent, filled, state, params, extra)
+        try:
+            new, state = run(absent, filled, state, params, extra)
+        except Exception as error:
+            _check_owner(tx, state, updates if params is None else params, error)
+            raise
         return (_drop(new, own) if own else new), state
 
     guarded = Guarded(init, update)
@@ -117,6 +122,22 @@ def _as_parameters_lie(updates: Any, params: Any) -> Any:
     if jax.tree.structure(params) != jax.tree.structure(updates):
         return updates
     return jax.tree.map(lambda u, p: laid_as(u, jax.typeof(p).sharding), updates, params)
+
+
+def _check_owner(tx: Any, state: Any, params: Any, error: Exception) -> None:
+    """Raises ValueError where an error comes from a state that was made for other parameters."""
+    if any(x is None for x in jax.tree.leaves(params, is_leaf=lambda x: x is None)):
+        return  # gradients without the parameters, which alone could tell
+    try:
+        fresh = jax.eval_shape(tx.init, params)
+    except Exception:
+        return
+    (made, given), (held, found) = jax.tree.flatten(fresh), jax.tree.flatten(state.inner_state)
+    if given != found or [x.shape for x in made] != [*map(np.shape, held)]:
+        raise ValueError(
+            "the optimizer state belongs to other parameters, of other names, shapes or number, or "
+            "to another optimizer: init again, or carry it over by state_to_tree and tree_to_state."
+        ) from error
 
 
 def _zeros(updates: Any, params: Any, take: Callable[[], tuple[Any, Any]]) -> Any:

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shampoo_jax.base.options import check_dtype
-from shampoo_jax.base.paths import KeyPath, parameter_of
+from shampoo_jax.base.paths import KeyPath, as_written, parameter_of
 from shampoo_jax.blocks.blocks import is_placeholder
 
 Array = jax.Array
@@ -147,7 +147,7 @@ class Placement:
 
     def spec_of(self, path: KeyPath, leaf: Any) -> Spec:
         """The layout of a parameter, one entry a dimension."""
-        spec, shape = self.parameter_spec(path, leaf), np.shape(leaf)
+        spec, shape = self.parameter_spec(as_written(path), leaf), np.shape(leaf)
         known = isinstance(spec, PartitionSpec) and PartitionSpec.UNCONSTRAINED not in spec
         entries = [axes_of(e or ()) for e in spec] if known else []
         fits = known and len(entries) <= len(shape)

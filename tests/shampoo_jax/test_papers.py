@@ -65,6 +65,18 @@ def test_equals_the_paper(name):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6 * max(1, np.abs(theirs).max()))
 
 
+def test_soap_adds_eps_where_the_authors_do():
+    grads, options = gradients(), dict(b1=0.9, b2=0.95, every=3, eps=1.0)
+    found = {
+        hat: directions(sj.scale_by_soap(**options, eps_hat=hat), grads) for hat in (False, True)
+    }
+    expected = papers.soap(grads, **options)
+    apart = [np.abs(u - e).max() for u, e in zip(found[False], expected, strict=True)]
+    assert max(apart) > 0.1
+    for ours, theirs in zip(found[True], expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "one_sided"])
 def test_a_wide_matrix_is_treated_as_its_transpose(name):
     # One more row than columns: a null space of two dimensions would have any basis at all.

@@ -6,9 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from shampoo_jax import Blocking, DimensionNumbers
+import shampoo_jax as sj
+from shampoo_jax import Blocking, DimensionNumbers, batch_axes
 from shampoo_jax.blocks.exponents import default_exponents, left_side, smaller_side
 from shampoo_jax.blocks.plan import block_key, leading_axes, make_plan, merge_dimensions
 
@@ -183,6 +185,42 @@ def test_dimension_numbers_see_path_and_leaf_and_may_decline():
 def test_dimension_numbers_that_do_not_fit_are_refused(numbers):
     with pytest.raises(ValueError, match=r"\['w'\].*\(2, 3, 4\).*exactly once"):
         plan({"w": (2, 3, 4)}, dimension_numbers=lambda path, x: numbers)
+
+
+def test_halves_of_complex_parameters_are_read_as_real_ones_are():
+    whole = {
+        "conv": {"kernel": jnp.ones((3, 3, 4, 8), jnp.complex64)},
+        "real": jnp.ones((2, 2)),
+        "layers": {"query": {"kernel": jnp.ones((5, 6, 2, 4), jnp.complex64)}},
+    }
+    blocking = Blocking(dimension_numbers=batch_axes({"layers": 0}))
+    seen = []
+    # What `optax.contrib.split_real_and_imaginary` hands on, whose types are not public.
+    record = optax.GradientTransformation(lambda p: seen.append(p), lambda u, s, p=None: (u, s))
+    optax.contrib.split_real_and_imaginary(record).init(whole)
+    leaves = make_plan(seen[0], blocking, default_exponents).leaves
+    merged = [(leaf.batch, leaf.merged) for leaf in leaves]
+    assert merged == [(1, (36, 8))] * 2 + [(5, (6, 8))] * 2 + [(1, (2, 2))]
+
+
+class Numbered(dict):
+    """A mapping that jax flattens without keys, as Haiku's FlatMapping is."""
+
+
+jax.tree_util.register_pytree_node(
+    Numbered, lambda x: (tuple(x.values()), tuple(x)), lambda k, x: Numbered(zip(k, x, strict=True))
+)
+
+
+@pytest.mark.parametrize("tx", [sj.scale_by_shampoo(), sj.soap(0.1), sj.kl_soap(0.1)])
+@pytest.mark.parametrize("outside", [True, False])
+def test_parameters_without_names_are_refused_with_the_remedy(tx, outside):
+    params = Numbered(b=jnp.ones(3), w=jnp.ones((4, 3)))
+    where = "as a whole" if outside else "layer"
+    with pytest.raises(ValueError, match=f"parameters {where} lie in a Numbered.*convert to dict"):
+        tx.init(params if outside else {"layer": params})
+    with pytest.raises(ValueError, match="convert to dict"):
+        sj.explain(params, tx)
 
 
 def test_complex_parameters_are_refused_with_the_remedy():

@@ -361,8 +361,8 @@ def test_another_format_is_refused_with_its_number_and_the_remedy():
     assert tree["format"] == FORMAT
     older = {key: tree[key] for key in ("parameters", "shared")}  # number 1 had no such key
     message = refusal(older, tx, SQUARES)
-    assert "the tree has format number 1, this version of shampoo_jax reads 2" in message
-    assert "restore it with the version that saved it (0.1 for number 1)" in message
+    assert "the tree has format number 1, the shampoo_jax that is installed reads 2" in message
+    assert "finish the run with the one that saved it, whose shampoo_jax.FORMAT is that" in message
     newer = {**tree, "format": np.int32(FORMAT + 1)}
     assert "format number 3" in refusal(newer, tx, SQUARES)
 
@@ -376,10 +376,12 @@ def test_a_state_of_another_format_is_refused_wherever_it_lies(tx):
         is_leaf=is_blocked,
     )
     for call in (check_state, state_to_tree):
-        with pytest.raises(ValueError, match="state has format number 3, .* reads 2: restore it"):
+        with pytest.raises(
+            ValueError, match="state has format number 3, .* reads 2: finish the run"
+        ):
             call(newer, PARAMS)
     tree = state_to_tree(tx.init(PARAMS), PARAMS)
-    with pytest.raises(ValueError, match="state has format number 3, .* reads 2: restore it"):
+    with pytest.raises(ValueError, match="state has format number 3, .* reads 2: finish the run"):
         tree_to_state(tree, newer, PARAMS)
 
 

@@ -220,3 +220,21 @@ def test_a_gradient_whose_squares_overflow_is_skipped_and_forgotten():
 def test_a_complex_parameter_is_refused_wherever_it_is_routed():
     with pytest.raises(ValueError, match=r"\['b'\] is complex \(complex64\).*split_real_and_imag"):
         sj.shampoo(0.1).init({"b": jnp.ones(2, jnp.complex64)})
+
+
+def test_both_halves_of_a_complex_parameter_are_routed_by_its_name():
+    shapes = {"conv": {"kernel": (3, 3, 4, 8), "bias": (2, 4)}, "embed": (9, 4), "w": (4, 3)}
+    shaped = functools.partial(jax.tree.map, is_leaf=lambda x: isinstance(x, tuple))
+    seen = []
+
+    def rule(path, leaf):
+        seen.append(jax.tree_util.keystr(path))
+        return sj.is_hidden_matrix(path, leaf)
+
+    tx = optax.contrib.split_real_and_imaginary(sj.shampoo(0.1, preconditioned=rule))
+    state = tx.init(shaped(lambda x: jnp.ones(x, jnp.complex64), shapes))
+    real = sj.shampoo(0.1).init(shaped(jnp.ones, shapes))
+    # Every stack has two blocks for one.
+    assert sj.state_layout(state) == [{"36x8": [0, 1], "4x3": [2, 3]}]
+    assert [list(x) for x in sj.state_layout(real)] == [["36x8", "4x3"]]
+    assert set(seen) == {"['conv']['kernel']", "['conv']['bias']", "['embed']", "['w']"}

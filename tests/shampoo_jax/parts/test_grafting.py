@@ -145,6 +145,10 @@ def test_any_stock_transformation_sizes_the_update_from_raw_gradients(name):
         (0.9, {"weighted": False}),
         (0.9, {"exponent": 0.4}),
         (0.9, {"exponent": lambda ndim: 1 / (2 * ndim)}),
+        (0.9, {"eps_hat": True}),
+        (0.9, {"eps_hat": True, "exponent": 0.4}),
+        (0.9, {"eps_hat": True, "bias_correction": False}),
+        (1.0, {"eps_hat": True}),
     ],
 )
 def test_second_moment(b2, options):
@@ -155,10 +159,13 @@ def test_second_moment(b2, options):
     weighted = options.get("weighted", True) and b2 < 1
     weight = 1 - b2 if weighted else 1.0
     nu = b2 * weight * GRADIENT.astype(np.float64) ** 2 + weight * second.astype(np.float64) ** 2
-    corrected = nu / (1 - b2**2) if weighted and options.get("bias_correction", True) else nu
+    corrected = weighted and options.get("bias_correction", True)
     exponent = options.get("exponent", 0.5)
     exponent = exponent(2) if callable(exponent) else exponent
-    np.testing.assert_allclose(new.update, UPDATE / (corrected**exponent + eps), rtol=2e-5)
+    correction = (1 - b2**2) ** exponent if corrected else 1.0
+    hat = options.get("eps_hat", False)
+    root = (nu**exponent + (eps if hat else eps * correction)) / correction
+    np.testing.assert_allclose(new.update, UPDATE / root, rtol=2e-5)
     np.testing.assert_allclose(state.nu["k"], nu, rtol=1e-5)
 
 

@@ -129,6 +129,41 @@ def test_a_missing_gradient_needs_parameters():
         tx.update(without(GRADIENTS[0], "a"), tx.init(PARAMS))
 
 
+OLD = {"a": {"w": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+GROWN = {
+    "a matrix more": OLD | {"b": {"w": jnp.ones((4, 3))}},
+    "a vector more": OLD | {"b": {"bias": jnp.ones(4)}},
+    "no vector": {"a": {"w": jnp.ones((4, 3))}},
+    "no matrix": {"a": {"bias": jnp.zeros(3)}},
+    "other matrix": {"a": {"w": jnp.ones((5, 3)), "bias": jnp.zeros(3)}},
+    "longer vector": {"a": {"w": jnp.ones((4, 3)), "bias": jnp.zeros(7)}},
+    "vector of one": {"a": {"w": jnp.ones((4, 3)), "bias": jnp.zeros(1)}},  # which broadcasts
+    "other names": {"c": OLD["a"]},
+    "a tuple": tuple(OLD["a"].values()),
+}
+
+
+@pytest.mark.parametrize("change", GROWN)
+@pytest.mark.parametrize("direction", [True, False])
+def test_a_state_of_other_parameters_is_refused(change, direction):
+    if direction and change in ("other names", "a tuple"):
+        return  # stacks have no names: `check_state` compares those
+    tx = sj.scale_by_kl_shampoo() if direction else sj.soap(0.1, momentum=0.9)
+    state, params = jax.eval_shape(tx.init, OLD), GROWN[change]
+    for given in ((params,), ()) if direction else ((params,),):
+        with pytest.raises(ValueError, match="state belongs to other parameters.*: init again, or"):
+            jax.eval_shape(tx.update, params, state, *given)
+
+
+def test_errors_of_parts_stay_what_they_are():
+    def update(updates, state, params=None):
+        raise KeyError("mine")
+
+    tx = sj.guard(optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+    with pytest.raises(KeyError, match="mine"):
+        tx.update(OLD, tx.init(OLD), OLD)
+
+
 def test_missing_gradients_trace_once_for_each_pattern():
     tx, traces = shampoo(), []
 
