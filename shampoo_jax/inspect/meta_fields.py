@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -177,7 +178,8 @@ class Filler:
                 )
             exponent = self.exponents(shape)[dimension]
             spectrum = jnp.asarray(values)[None], jnp.asarray(vectors)[None]
-            return np.asarray(self.solver.root(*spectrum, exponent)[0])
+            # One program for each shape, not one for each operation.
+            return np.asarray(jax.jit(self.solver.root, static_argnums=2)(*spectrum, exponent)[0])
         return self._take(slot.block, f"{field}/{k}", (d, d))
 
     def _take(self, number: int, field: str, shape: Shape) -> np.ndarray:
