@@ -255,8 +255,9 @@ def scaled_shampoo(config: Config) -> Transformation:
 def solver(config: Config) -> sj.Solver:
     """The inverse-root solver of a config."""
     chosen, rank = config["preconditioner"]["solver"], config["preconditioner"]["rank"]
-    if config["preconditioner"]["kind"].endswith("_eig"):
-        return carried(config)
+    kept = carried_solver(config)
+    if kept is not None:
+        return kept
     match chosen["kind"]:
         case "newton":
             check_fractions(config, 1)
@@ -301,8 +302,15 @@ def given(option: dict[int, Any] | None) -> set[float]:
     return {float(x) for values in entries for x in values} - {0.0}
 
 
-def carried(config: Config) -> sj.Solver:
-    """The solver that keeps the eigendecomposition between refreshes."""
+def of_roots(config: Config) -> dict[str, Any]:
+    """What `import_meta_state` has to know of the optimizer to make roots."""
+    return {"solver": carried_solver(config), "exponents": exponents(config)}
+
+
+def carried_solver(config: Config) -> sj.CarriedBasis | None:
+    """The solver of a config that keeps the eigendecomposition between refreshes."""
+    if not config["preconditioner"]["kind"].endswith("_eig"):
+        return None
     method, rank = basis(config["preconditioner"]["solver"]), config["preconditioner"]["rank"]
     if rank["kind"] == "pseudo":
         return sj.CarriedBasis(method, rtol=rank["rtol"], atol=rank["atol"])

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,14 @@ def _check_arrays(z: Any, names: list[str]) -> None:
 def replay(
     trajectory: Trajectory,
     make: Callable[[dict[str, Any]], optax.GradientTransformation] = golden_adapter.optimizer,
+    archive: Mapping[str, np.ndarray] | None = None,
 ) -> float:
     """Runs a trajectory and returns the worst error as a multiple of the tolerance.
 
     Args:
       trajectory: What was recorded.
       make: Builds the optimizer; another one in tests that want to see a miss.
+      archive: The reference's state and parameters after some of the steps: the others are ours.
 
     Returns:
       The largest error over tolerance over all steps and parameters; at most 1 is agreement.
@@ -133,7 +135,13 @@ def replay(
     with jax.enable_x64(trajectory.config.get("dtype") == "float64"):
         tx = make({**trajectory.config, "learning_rates": trajectory.learning_rates})
         params = {n: jnp.asarray(p, trajectory.dtype) for n, p in trajectory.params.items()}
-        state = jax.jit(tx.init)(params)
+        state, begin = jax.jit(tx.init)(params), 0
+        if archive is not None:
+            params = {n: jnp.asarray(archive[f"params/{n}"]) for n in params}
+            begin = int(archive[f"state/{next(iter(params))}/step"])
+            state = shampoo_jax.import_meta_state(
+                archive, state, params, **golden_adapter.of_roots(trajectory.config)
+            )
 
         def advance(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
             updates, state = tx.update(updates, state, params)
@@ -145,7 +153,7 @@ def replay(
         # Twelve tiny steps cost nothing, compiling them does: a third less without optimization.
         step = jax.jit(advance, compiler_options={"xla_backend_optimization_level": 0})
         worst = 0.0
-        for t, gradients in enumerate(trajectory.gradients):
+        for t, gradients in enumerate(trajectory.gradients[begin:], begin):
             updates = {
                 n: None if g is None else jnp.asarray(g, trajectory.dtype)
                 for n, g in gradients.items()
@@ -171,11 +179,12 @@ def _miss(trajectory: Trajectory, ours: jax.Array, theirs: np.ndarray, spread: f
     return float(np.nan_to_num(error / (4 * spread + TOLERANCE[trajectory.dtype]), nan=np.inf))
 
 
-def error(path: Path) -> float:
+def error(path: Path, states: Path | None = None) -> float:
     """The worst error over tolerance of a file of either layout.
 
     Args:
       path: npz file.
+      states: Folder of archives of the reference's state, to go on from the one of this name.
 
     Raises:
       ValueError: the file is not in the format, or has an option that we do not have; the message
@@ -184,7 +193,10 @@ def error(path: Path) -> float:
     try:
         if golden_matrix.holds_cases(path):
             return golden_matrix.worst_error(*golden_matrix.load(path))
-        return replay(load(path))
+        if states is None:
+            return replay(load(path))
+        with np.load(states / path.name, allow_pickle=False) as archive:
+            return replay(load(path), archive=dict(archive))
     except (ValueError, KeyError, OSError) as e:
         raise ValueError(f"{path}: {e}") from e
 
@@ -201,11 +213,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="recorded files (.npz)")
     parser.add_argument("--table", type=Path, help="Markdown file to write the errors to as well")
+    parser.add_argument(
+        "--states", type=Path, help="folder of the reference's states to go on from"
+    )
     options = parser.parse_args(argv)
     failed, rows = False, []
     for path in options.files:
         try:
-            worst = error(path)
+            worst = error(path, options.states)
         except ValueError as e:
             failed = True
             print(f"{path.stem:40s}    REFUSED {e}", flush=True)

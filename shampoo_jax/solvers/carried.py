@@ -75,6 +75,13 @@ class CarriedBasis(Checked, Solver):
 
         return eigh.spectral_root(factor, exponent, self._powers(exponent), refreshed)
 
+    def root(self, values: Array, vectors: Array, exponent: float) -> Array:
+        """Roots `[n, d, d]` of eigendecompositions that are kept, `[n, d]` and `[n, d, d]`.
+
+        With damping `before` the values have to hold it, as a call computes them.
+        """
+        return eigh.reconstruct(self._powers(exponent)(values), vectors)
+
     def _powers(self, exponent: float) -> Callable[..., Array]:
         """The rule for eigenvalues, see `spectral_root`."""
         options = {"exponent": exponent, "rtol": self.rtol, "atol": self.atol}
