@@ -169,7 +169,8 @@ class Checkpoints:
             name, before, now = difference
             raise ValueError(
                 f"cannot resume from {self.directory}: it was saved with {name}={before!r}, this "
-                f"run has {name}={now!r}. Set {name} back, or start a new run under another name."
+                f"run has {name}={now!r}. Set {name} back, or start a new run under another name; "
+                "--go-on-from takes another schedule from where both are still the same."
             )
 
     def _check_data(self, same: bool) -> None:

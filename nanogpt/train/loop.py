@@ -69,6 +69,7 @@ def fit(
     if jax.process_index():
         console = rich.console.Console(quiet=True)
     console = console or plain_console()
+    console.print(f"{config.name}: {'resuming' if resume else 'compiling'} ...", markup=False)
     with (
         contextlib.closing(folder),
         stop_request() as stop,
@@ -79,7 +80,8 @@ def fit(
         if not (resume and run.finished()):
             if run.saved is None:
                 run.begin()
-            console.print(f"{config.name}: compiling ...", markup=False)
+            if resume:
+                console.print(f"{config.name}: compiling ...", markup=False)
             with agreed("compiling"):
                 run.compile()
             if run.saved is None:
@@ -199,12 +201,20 @@ class _Run:
         sizes = self.config.data
         # A compiled step takes its own result, so that has to lie where the first state does.
         shardings = self.layout and jax.tree.map(lambda x: x.sharding, self.state)
+        # Restored arrays are bound to their device and fresh ones are not: for patterns of either
+        # the program is the same, and a resumed run finds it in the cache.
+        patterns = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=x.sharding if self.layout else None
+            ),
+            self.state,
+        )
         step = make_train_step(self.graphdef, self.optimizer, self.config, self.layout, shardings)
         batch = batch_pattern(sizes.batch_rows, self.config, self.layout)
-        self.train_step = _compiled(step, self.state, batch)
+        self.train_step = _compiled(step, patterns, batch)
         evaluate = make_eval_step(self.graphdef, self.config, self.layout)
         batch = batch_pattern(sizes.microbatch_rows, self.config, self.layout)
-        self.evaluate = _compiled(evaluate, self.state.params, batch)
+        self.evaluate = _compiled(evaluate, patterns.params, batch)
         self.compile_s = time.perf_counter() - begin
 
     def _settle(self, report: Report) -> None:

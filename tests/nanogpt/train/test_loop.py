@@ -238,6 +238,14 @@ def test_interrupted_run_goes_on_bit_for_bit(
 
 
 def test_shampoo_goes_on_bit_for_bit(shards, tmp_path, monkeypatch):
+    """And with the programs that it began with, which the cache of compilations then holds."""
+    programs, compiled = [], loop._compiled
+
+    def compile(function, *arguments):
+        programs.append(function.lower(*arguments).as_text())
+        return compiled(function, *arguments)
+
+    monkeypatch.setattr(loop, "_compiled", compile)
     straight = tiny(shards, tmp_path, "straight", "shampoo")
     fit(straight)
     cut = tiny(shards, tmp_path, "cut", "shampoo")
@@ -248,6 +256,7 @@ def test_shampoo_goes_on_bit_for_bit(shards, tmp_path, monkeypatch):
     fit(cut, resume=True)
     assert losses(cut) == losses(straight)
     assert_equal(saved(cut), saved(straight))
+    assert programs[:2] == programs[2:4] == programs[4:]
 
 
 def test_killed_run_goes_on_from_its_last_checkpoint(shards, tmp_path, whole):
@@ -456,10 +465,10 @@ def test_a_trace_of_a_few_steps(shards, tmp_path):
 def test_it_says_at_once_that_it_compiles(shards, tmp_path, monkeypatch):
     said = io.StringIO()
 
-    def compile(self):
+    def compile(*_):
         assert said.getvalue() == "run: compiling ...\n"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Run, "compile", compile)
+    monkeypatch.setattr(loop, "init_state", compile)
     with pytest.raises(KeyboardInterrupt):
         fit(tiny(shards, tmp_path), console=rich.console.Console(file=said))
