@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nanogpt.config.recipes import PUBLISHED
+from nanogpt.config.presets import PUBLISHED
 
 
 class Command(NamedTuple):

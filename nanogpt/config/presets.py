@@ -1,12 +1,67 @@
-"""Complete runs by name: the published recipes at full size, and two small copies for a CPU."""
+"""Complete runs by name, and which optimizers there are, with which settings, from where.
 
-from nanogpt.config.recipes import RECIPES, read_table
-from nanogpt.config.run import Config, DataConfig, ModelConfig
-from nanogpt.config.settings import MatrixConfig
+The numbers are in optimizers.toml, a table an optimizer, and what the runs of a preset share in
+presets.toml.
+"""
 
-PRESETS = RECIPES  # of each preset the recipes, by optimizer
-_SHARED = read_table("presets.toml")
+import dataclasses
+import pathlib
+import tomllib
+from typing import Any
 
+from nanogpt.config.run import (
+    AuxiliaryConfig,
+    Config,
+    CooldownConfig,
+    DataConfig,
+    ModelConfig,
+    ScheduleConfig,
+)
+from nanogpt.config.settings import SETTINGS, MatrixConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What is known of an optimizer's recipe for track 3.
+
+    Attributes:
+        source: Where the settings were published, which are those, unless `note` says otherwise.
+        expected_steps: Step whose validation loss is the result; the schedule may be longer.
+        expected_loss: Mean validation loss there.
+        expected_runs: Runs that the mean is of.
+        inside_rules: Whether every step is one forward-backward pass, as the benchmark demands.
+        same_model: Whether the published runs trained this model on these data.
+        note: What is not as published, or not known.
+    """
+
+    source: str
+    expected_steps: int | None = None
+    expected_loss: float | None = None
+    expected_runs: int | None = None
+    inside_rules: bool = True
+    same_model: bool = True
+    note: str = ""
+
+
+def _read_table(name: str) -> dict[str, Any]:
+    """Reads a table of this folder; its lists become tuples, as settings want them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return tuple(map(plain, value)) if isinstance(value, list) else value
+
+    return plain(tomllib.loads((pathlib.Path(__file__).parent / name).read_text(encoding="utf-8")))
+
+
+_SHARED, _TABLES = _read_table("presets.toml"), _read_table("optimizers.toml")
+_AUXILIARY = _TABLES.pop("auxiliary")
+# Of each preset the names of its recipes.
+PRESETS = {name: tuple(o for o, table in _TABLES.items() if name in table) for name in _SHARED}
+PUBLISHED = {
+    name: Published(**{k: v for k, v in table.items() if k not in ("direction", *PRESETS)})
+    for name, table in _TABLES.items()
+}
 # Optimizers that `nanogpt.optimizers.build.register` added to this process, with the settings that
 # each starts from.
 OWN: dict[str, MatrixConfig] = {}
@@ -19,9 +74,8 @@ def preset(name: str, optimizer: str) -> Config:
         name: "track3" (162M parameters, FineWeb, a GPU), "cpu" (1.3M parameters, minutes: the
             demo) or "board" (the scaled-down board of all optimizers).
         optimizer: A recipe of the preset, as "adamw", "muon", "muon_track3", "shampoo"; the others
-            are listed by `PRESETS[name]`, those of track3 explained by
-            `nanogpt.config.recipes.PUBLISHED`. Or an optimizer added by
-            `nanogpt.optimizers.build.register`.
+            are listed by `PRESETS[name]`, those of track3 explained by `PUBLISHED`. Or an optimizer
+            added by `nanogpt.optimizers.build.register`, for which the rest is AdamW's.
 
     Returns:
         The run's configuration, named "{name}-{optimizer}".
@@ -35,20 +89,28 @@ def preset(name: str, optimizer: str) -> Config:
     """
     if name not in PRESETS:
         raise ValueError(f"preset={name!r} is unknown: choose one of {', '.join(PRESETS)}.")
-    recipes, shared = PRESETS[name], dict(_SHARED[name])
-    if optimizer in recipes:
-        recipe = recipes[optimizer]
-    elif optimizer in OWN:
-        recipe = recipes["adamw"]._replace(optimizer=optimizer, matrices=OWN[optimizer])
-    else:
+    known = optimizer in PRESETS[name]
+    if not known and not is_own(optimizer):
         raise ValueError(
             f"optimizer={optimizer!r} is unknown in preset {name!r}: "
-            f"choose one of {', '.join(recipes)}."
+            f"choose one of {', '.join(PRESETS[name])}."
         )
-    settings = recipe._asdict()
-    model = ModelConfig(**shared.pop("model"), init=settings.pop("init"))
-    data = DataConfig(**shared.pop("data"))
-    return Config(f"{name}-{optimizer}", seed=0, model=model, data=data, **settings, **shared)
+    table, shared = _TABLES[optimizer if known else "adamw"], dict(_SHARED[name])
+    direction = table.get("direction", optimizer) if known else optimizer
+    recipe, rest = table[name], table[name]["auxiliary"]
+    own = recipe.get("matrices_cooldown")
+    return Config(
+        f"{name}-{optimizer}",
+        seed=0,
+        model=ModelConfig(**shared.pop("model"), init=recipe.get("init", "benchmark")),
+        data=DataConfig(**shared.pop("data")),
+        schedule=ScheduleConfig(**recipe["schedule"]),
+        optimizer=direction,
+        matrices=SETTINGS[direction](**recipe["matrices"]) if known else OWN[optimizer],
+        auxiliary=AuxiliaryConfig(**(_AUXILIARY[rest] if isinstance(rest, str) else rest)),
+        matrices_cooldown=None if own is None else CooldownConfig(**own),
+        **shared,
+    )
 
 
 def is_own(name: str) -> bool:

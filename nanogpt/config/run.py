@@ -6,9 +6,9 @@ text. Impossible values are refused where they are set, before any work.
 """
 
 import dataclasses
-import math
 import pathlib
-from typing import Literal
+import re
+from typing import Any, Literal
 
 import tyro
 
@@ -71,13 +71,15 @@ class ModelConfig:
             )
 
 
-def check_folder(settings: "DataConfig | OutputConfig") -> None:
+def check_folders(settings: Any, *names: str) -> None:
     """Refuses a folder that is none of this machine's: as a path, gs://x would be ./gs:/x."""
-    if "://" in settings.directory:
-        raise ValueError(
-            f"directory={settings.directory!r}: must be a folder of this machine; copy the data "
-            "here, or mount the bucket (gcsfuse, mountpoint-s3) and name the mounted folder."
-        )
+    for name in names:
+        value = getattr(settings, name)
+        if re.match(r"\w+:/", value):
+            raise ValueError(
+                f"{name}={value!r}: must be a folder of this machine; copy the data here, or mount "
+                "the bucket (gcsfuse, mountpoint-s3) and name the mounted folder."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class DataConfig:
     seed: int = 0  # order of the rows in mode shuffled
 
     def __post_init__(self):
-        check_folder(self)
+        check_folders(self, "directory")
         check(self, "at least 1", "batch_rows", "microbatch_rows", "val_tokens")
         check(self, "at least 0", "seed")
         if self.batch_rows % self.microbatch_rows:
@@ -102,63 +104,38 @@ class DataConfig:
             )
 
 
-def check_line(settings: "ScheduleConfig | CooldownConfig") -> None:
-    """Refuses an impossible cooldown, by name: see `nanogpt.optimizers.schedules.eta`."""
-    check(settings, "between 0 and 1", "cooldown", "final")
-    check(settings, "positive and finite", "power")
-    if not 1 <= settings.horizon < math.inf:
-        raise ValueError(f"horizon={settings.horizon!r}: must be at least 1 and finite.")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CooldownConfig:
+    """A schedule of the block matrices' own, of as many steps as the run's."""
 
-
-def check_warmup(settings: "ScheduleConfig | WarmCooldownConfig") -> None:
-    """Refuses an impossible warmup, by name."""
-    check(settings, "at least 0", "warmup_steps")
-    if settings.warmup_from is not None:
-        check(settings, "at least 0 and finite", "warmup_from")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-    """Learning-rate multiplier eta(s) of update s = 0..steps-1, common to all groups."""
-
-    steps: int  # optimizer steps
-    cooldown: float = 0.7  # fraction of the steps over which eta falls linearly to 0
-    warmup_steps: int = 0  # eta is capped by (s + 1) / warmup_steps
+    cooldown: float = 1.0  # fraction of the horizon over which eta falls
+    warmup_steps: int | None = None  # eta is capped by (s + 1) / warmup_steps; None: as the run's
     warmup_from: float | None = None  # learning rate of the first update; replaces the cap's rule
     power: float = 1.0  # exponent of the cooldown's straight line
     horizon: float = 1.0  # where the line ends, in multiples of steps
     final: float = 0.0  # multiplier where the line ends
+
+    def __post_init__(self):
+        check(self, "between 0 and 1", "cooldown", "final")
+        check(self, "positive and finite", "power")
+        check(self, "at least 1 and finite", "horizon")
+        check(self, "at least 0", "warmup_steps")
+        check(self, "at least 0 and finite", "warmup_from")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig(CooldownConfig):
+    """Learning-rate multiplier eta(s) of update s = 0..steps-1, common to all groups."""
+
+    steps: int  # optimizer steps
+    _: dataclasses.KW_ONLY
+    cooldown: float = 0.7  # fraction of the steps over which eta falls linearly to 0
+    warmup_steps: int = 0  # eta is capped by (s + 1) / warmup_steps
     shape: Literal["linear", "cosine"] = "linear"  # cosine: from the warmup's end at the earliest
 
     def __post_init__(self):
-        check(self, "at least 1", "steps")
-        check_warmup(self)
-        check_line(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class CooldownConfig:
-    """A cooldown of the block matrices' own; steps and warmup are those of the run's schedule."""
-
-    cooldown: float = 1.0  # fraction of the horizon over which eta falls
-    power: float = 1.0  # exponent of the straight line
-    horizon: float = 1.0  # where the line ends, in multiples of steps
-    final: float = 0.0  # multiplier where the line ends
-
-    def __post_init__(self):
-        check_line(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class WarmCooldownConfig(CooldownConfig):
-    """A cooldown of the block matrices' own, after a warmup of their own; steps are the run's."""
-
-    warmup_steps: int = 0  # eta is capped by (s + 1) / warmup_steps
-    warmup_from: float | None = None  # learning rate of the first update; replaces the cap's rule
-
-    def __post_init__(self):
         super().__post_init__()
-        check_warmup(self)
+        check(self, "at least 1", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +169,7 @@ class OutputConfig:
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self):
-        check_folder(self)
+        check_folders(self, "directory")
         check(self, "at least 1", "log_every", "keep_checkpoints")
         check(self, "at least 0", "checkpoint_every")
 
@@ -211,7 +188,7 @@ class Config:
     matrices: MatrixConfig  # its hyperparameters, of a class in `nanogpt.config.settings`
     auxiliary: AuxiliaryConfig
     output: OutputConfig = OutputConfig()
-    # Cooldown of the block matrices, if they have their own; None: that of the schedule.
+    # Schedule of the block matrices, if they have their own; None: that of the run.
     matrices_cooldown: CooldownConfig | None = None
     val_every: int = 125  # steps between validations while s < 0.9 * steps
     val_every_final: int = 25  # steps between validations afterwards
@@ -229,8 +206,8 @@ class Config:
     def __post_init__(self):
         check(self, "at least 0", "seed")
         check(self, "at least 1", "val_every", "val_every_final", "nonfinite_limit")
-        if self.clip_norm is not None:
-            check(self, "positive and finite", "clip_norm")
+        check(self, "positive and finite", "clip_norm")
+        check_folders(self, "name", "init_from", "go_on_from")
         parse_mesh(self.mesh)
         path = pathlib.PurePath(self.name)
         if not path.parts or path.is_absolute() or ".." in path.parts:

@@ -18,8 +18,9 @@ _RULES = {
     "at least 0 and below 1": lambda value: 0 <= value < 1,
     "positive and finite": lambda value: 0 < value < math.inf,
     "at least 0 and finite": lambda value: 0 <= value < math.inf,
+    "at least 1 and finite": lambda value: 1 <= value < math.inf,
 }
-# Of fields whose name means the same for every optimizer; those that may be None are free then.
+# Of fields whose name means the same for every optimizer.
 _FIELD_RULES = {
     "positive and finite": (
         "learning_rate",
@@ -37,12 +38,11 @@ _FIELD_RULES = {
 
 
 def check(settings: Any, rule: str, *names: str) -> None:
-    """Refuses a named field that breaks a rule.
+    """Refuses a named field that breaks a rule; those that may be None are free then.
 
     Args:
         settings: Any object with these fields.
-        rule: "at least 1", "at least 0", "between 0 and 1", "at least 0 and below 1", "positive and
-            finite" or "at least 0 and finite".
+        rule: A key of `_RULES`.
         *names: Fields.
 
     Raises:
@@ -50,7 +50,7 @@ def check(settings: Any, rule: str, *names: str) -> None:
     """
     for name in names:
         value = getattr(settings, name)
-        if not _RULES[rule](value):
+        if value is not None and not _RULES[rule](value):
             raise ValueError(f"{name}={value!r}: must be {rule}.")
 
 
@@ -69,8 +69,7 @@ class MatrixConfig:
 
     def __post_init__(self):
         for rule, names in _FIELD_RULES.items():
-            numbers = (n for n in names if isinstance(getattr(self, n, None), int | float))
-            check(self, rule, *numbers)
+            check(self, rule, *(name for name in names if hasattr(self, name)))
         if self.hyperball and self.weight_decay:
             raise ValueError(
                 f"weight_decay={self.weight_decay} with hyperball=True, which undoes any change of "

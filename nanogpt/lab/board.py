@@ -57,7 +57,7 @@ class Options:
     """How thorough a board is."""
 
     quick: bool = False  # no tuning, one seed, 60 steps
-    entries: tuple[str, ...] = tuple(PRESETS["board"])  # recipes of the preset
+    entries: tuple[str, ...] = PRESETS["board"]  # recipes of the preset
     jobs: int = os.cpu_count() or 1  # runs side by side; default: one a core
 
     def __post_init__(self):

@@ -37,7 +37,7 @@ def command(*errors: type[Exception], stopped: str) -> Callable[[Callable], Main
                 function(sys.argv[1:] if arguments is None else arguments)
             except BrokenPipeError:  # `nanogpt.cli` ends without a word
                 raise
-            except (ValueError, FileExistsError, FileNotFoundError, *errors) as error:
+            except (ValueError, OSError, *errors) as error:
                 sys.exit(f"error: {error}")
             except (Interrupted, StopSignal, KeyboardInterrupt) as signalled:
                 print(stopped, file=sys.stderr)

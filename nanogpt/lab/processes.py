@@ -83,7 +83,7 @@ def _begin(share: int | None) -> None:
 def _apply(function: Callable[[Any], Any], item: Any) -> Any:
     try:
         return function(item)
-    except Interrupted as stopped:  # another item may wait already
+    except (Interrupted, StopSignal) as stopped:  # another item may wait already
         os._exit(128 + stopped.signum)
 
 

@@ -33,8 +33,16 @@ def read(path: str) -> dict[str, Any]:
 
 
 def chosen(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the settings say about preset and optimizer."""
-    return {name: settings[name] for name in CHOICES if settings.get(name) is not None}
+    """Returns what the settings say about preset and optimizer.
+
+    Raises:
+        ValueError: something that is no name.
+    """
+    found = {name: settings[name] for name in CHOICES if settings.get(name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise ValueError(f"--config: {name}={value!r}: must be a name.")
+    return found
 
 
 def words(settings: Mapping[str, Any], default: Config) -> list[str]:

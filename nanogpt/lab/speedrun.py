@@ -9,8 +9,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 
-from nanogpt.config.presets import PRESETS, is_own
-from nanogpt.config.recipes import PUBLISHED
+from nanogpt.config.presets import PRESETS, PUBLISHED, is_own
 from nanogpt.config.run import Config
 from nanogpt.lab import compile_cache, run_file
 from nanogpt.lab.command import command

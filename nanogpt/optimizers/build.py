@@ -4,9 +4,9 @@ The only file that knows both parameter names and optimizers. Gradients are sums
 a batch, so every eps is on that scale.
 """
 
-import dataclasses
 import functools
 import inspect
+import math
 import re
 from typing import Any
 
@@ -16,7 +16,6 @@ import optax
 
 import shampoo_jax
 from nanogpt.config import presets
-from nanogpt.config.recipes import PUBLISHED
 from nanogpt.config.run import Config
 from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig
 from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam
@@ -30,20 +29,10 @@ ROUTES: tuple[tuple[str, str], ...] = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """An optimizer of the block matrices: its settings and its direction.
-
-    `direction(settings, placement)` gives the update before weight decay and learning rate.
-    """
-
-    settings: type[MatrixConfig]
-    direction: Direction
-
-
-REGISTRY: dict[str, Entry] = {
-    name: Entry(SETTINGS[name], direction) for name, direction in DIRECTIONS.items()
-}
+# Of every optimizer its direction: `direction(settings, placement)` gives the update before weight
+# decay and learning rate. The class of the settings is in `SETTINGS`, or that of those in `OWN`.
+REGISTRY: dict[str, Direction] = dict(DIRECTIONS)
+_TRIED = 4  # updates of a direction of a user's own, of which the first may be zero
 
 
 def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
@@ -66,14 +55,13 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
 
     Example:
         >>> register("sign", lambda settings, _: optax.scale_by_sign(), MatrixConfig(1e-3, 0.1))
-        >>> from nanogpt.config.presets import preset
-        >>> preset("cpu", "sign").matrices.learning_rate
+        >>> presets.preset("cpu", "sign").matrices.learning_rate
         0.001
         >>> del REGISTRY["sign"], presets.OWN["sign"]
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"name={name!r}: must be of letters, digits, '.', '_' and '-'.")
-    if name in DIRECTIONS or name in PUBLISHED:
+    if name in DIRECTIONS or name in presets.PUBLISHED:
         raise ValueError(f"name={name!r} is taken: choose another one.")
     if not isinstance(settings, MatrixConfig):
         raise ValueError(
@@ -87,8 +75,7 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
             f"direction={direction!r}: must be a function of (settings, placement) that returns an "
             "Optax transformation."
         ) from None
-    REGISTRY[name] = Entry(type(settings), direction)
-    presets.OWN[name] = settings
+    REGISTRY[name], presets.OWN[name] = direction, settings
 
 
 def build_optimizer(
@@ -114,28 +101,16 @@ def build_optimizer(
         ValueError: Unknown optimizer, settings of another optimizer, a direction that is none, or a
             parameter that does not match exactly one rule of `ROUTES`.
     """
-    direction = _entry(config).direction(config.matrices, placement)
-    if not (hasattr(direction, "init") and hasattr(direction, "update")):
-        raise ValueError(
-            f"optimizer={config.optimizer!r}: its direction is {direction!r}, no Optax "
-            "transformation."
-        )
+    direction = _direction(config, placement)
     if presets.is_own(config.optimizer):
-        _refuse_climbing(config)
-    aux = config.auxiliary
-    # The guard around everything does the work of a direction's own.
-    direction = getattr(direction, "inner", direction)
-    transforms = {
-        "matrices": optax.chain(direction, *_descent(config)),
-        **{
-            name: _adamw(config, peak, placement)
-            for name, peak in (
-                ("embed", aux.embed_learning_rate),
-                ("head", aux.head_learning_rate),
-                ("vectors", aux.vector_learning_rate),
-            )
-        },
+        _try(config)
+    rest = {
+        "embed": config.auxiliary.embed_learning_rate,
+        "head": config.auxiliary.head_learning_rate,
+        "vectors": config.auxiliary.vector_learning_rate,
     }
+    transforms = {name: _adamw(config, peak, placement) for name, peak in rest.items()}
+    transforms["matrices"] = optax.chain(direction, *_descent(config))
     grouped = optax.partition(transforms, route(params))
     if config.clip_norm is not None:
         tokens = config.data.batch_rows * config.model.sequence_length
@@ -148,23 +123,48 @@ def build_optimizer(
     return _of_whole_params(shampoo_jax.guard(stored))
 
 
-def _refuse_climbing(config: Config) -> None:
-    """Refuses a direction that points downhill, since the learning rate turns it: it would climb.
-
-    Tried on one small matrix with a linear loss; a complete optimizer shows itself so.
-    """
-    gradient = {"blocks": {"0": {"mlp": {"fc": {"kernel": jnp.eye(8) + 0.1}}}}}
-    params = jax.tree.map(jnp.zeros_like, gradient)
-    direction = _entry(config).direction(config.matrices, None)
-    update = optax.with_extra_args_support(direction).update
-    step = update(
-        gradient, direction.init(params), params, obj_fn=lambda p: optax.tree.vdot(gradient, p)
-    )[0]
-    if optax.tree.vdot(step, gradient) < 0:
+def _direction(config: Config, placement: shampoo_jax.Placement | None) -> Any:
+    """The direction of the block matrices, for settings of its own class."""
+    name = config.optimizer
+    if name not in REGISTRY:
+        raise ValueError(f"optimizer={name!r} is unknown: choose one of {', '.join(REGISTRY)}.")
+    wanted = type(presets.OWN[name]) if presets.is_own(name) else SETTINGS[name]
+    if not isinstance(config.matrices, wanted):
         raise ValueError(
-            f"optimizer={config.optimizer!r}: its direction goes against the gradient, so that "
-            "training would climb. Register the direction alone, as optax.scale_by_adam(), not a "
-            "complete optimizer such as optax.adamw(...): the learning rate is added around it."
+            f"matrices={type(config.matrices).__name__} does not fit optimizer={name!r}: give it a "
+            f"{wanted.__name__}."
+        )
+    direction = REGISTRY[name](config.matrices, placement)
+    if not (hasattr(direction, "init") and hasattr(direction, "update")):
+        raise ValueError(
+            f"optimizer={name!r}: its direction is {direction!r}, no Optax transformation."
+        )
+    # The guard around everything does the work of a direction's own.
+    return getattr(direction, "inner", direction)
+
+
+def _try(config: Config) -> None:
+    """Refuses a direction that would climb, since the learning rate turns its sign, or stand still.
+
+    So a complete optimizer shows itself. Tried on one small matrix with a linear loss: gradients
+    are symmetric and the matrix is not, so that what a direction does to weights does not count.
+    """
+    noise = jax.random.normal(jax.random.key(0), (_TRIED, 8, 8))
+    gradients = jnp.eye(8) + 0.1 + 0.1 * (noise + noise.swapaxes(1, 2))
+    tree = lambda kernel: {"blocks": {"0": {"mlp": {"fc": {"kernel": kernel}}}}}  # noqa: E731
+    params = tree(jnp.triu(jnp.ones((8, 8)), 1) - jnp.tril(jnp.ones((8, 8)), -1))
+    direction = optax.with_extra_args_support(_direction(config, None))
+    state, along = direction.init(params), 0.0
+    for gradient in map(tree, gradients):
+        loss = functools.partial(optax.tree.vdot, gradient)
+        step, state = direction.update(gradient, state, params, obj_fn=loss)
+        along += float(loss(step))
+    if not 0 < along < math.inf:
+        what = "goes against the gradient" if along < 0 else "is zero or not finite"
+        raise ValueError(
+            f"optimizer={config.optimizer!r}: its direction {what}, so training would climb or "
+            "stand still. Register the direction alone, as optax.scale_by_adam(), not a complete "
+            "optimizer such as optax.adamw(...): the learning rate is added around it."
         )
 
 
@@ -218,21 +218,6 @@ def _at_group(obj_fn: Any, params: optax.Params, group: optax.Params) -> jax.Arr
     masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
     whole = jax.tree.map(lambda own, p: p if masked(own) else own, group, params, is_leaf=masked)
     return obj_fn(whole)
-
-
-def _entry(config: Config) -> Entry:
-    """Looks the optimizer up and checks that its settings are of its class."""
-    if config.optimizer not in REGISTRY:
-        raise ValueError(
-            f"optimizer={config.optimizer!r} is unknown: choose one of {', '.join(REGISTRY)}."
-        )
-    entry = REGISTRY[config.optimizer]
-    if not isinstance(config.matrices, entry.settings):
-        raise ValueError(
-            f"matrices={type(config.matrices).__name__} does not fit "
-            f"optimizer={config.optimizer!r}: give it a {entry.settings.__name__}."
-        )
-    return entry
 
 
 def route(params: optax.Params, rules: tuple[tuple[str, str], ...] = ROUTES) -> optax.Params:

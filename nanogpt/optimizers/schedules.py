@@ -74,9 +74,14 @@ def learning_rate(peak: float, config: ScheduleConfig) -> optax.Schedule:
 
 
 def matrices_schedule(config: Config) -> ScheduleConfig:
-    """Returns the schedule of a run's block matrices, which may have a cooldown of their own."""
+    """Returns the schedule of a run's block matrices, which may be one of their own."""
     own = config.matrices_cooldown
-    return config.schedule if own is None else replace(config.schedule, **asdict(own))
+    return config.schedule if own is None else replace(config.schedule, **_set(asdict(own)))
+
+
+def _set(own: Mapping[str, Any]) -> dict[str, Any]:
+    """What the matrices' own schedule says; the rest is the run's."""
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
@@ -90,7 +95,7 @@ def common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
 
     def multipliers(run: Mapping[str, Any]) -> np.ndarray:
         schedule = run["schedule"]
-        own = schedule | (run["matrices_cooldown"] or {})
+        own = schedule | _set(run["matrices_cooldown"] or {})
         return np.stack([eta(steps, ScheduleConfig(**group)) for group in (schedule, own)])
 
     differ = (multipliers(one) != multipliers(other)).any(axis=0)

@@ -1,11 +1,14 @@
 """Runs that begin with another run: with its parameters, or with all that it did up to a step."""
 
+import hashlib
 import pathlib
 import shutil
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import common_steps
@@ -16,12 +19,15 @@ from nanogpt.train.run_folder import RunFolder
 _SIZES = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim")
 
 
-def read_params(config: Config, params: Any) -> Any:
+def read_params(config: Config, params: Any) -> tuple[Any, str]:
     """Loads the parameters of `config.init_from`'s newest checkpoint.
 
     Args:
         config: the run that begins with them.
         params: tree of arrays, the pattern for shapes, dtypes and placement.
+
+    Returns:
+        The parameters, and a digest of their values.
 
     Raises:
         ValueError: no such run, no checkpoint, or a model of other sizes.
@@ -29,23 +35,23 @@ def read_params(config: Config, params: Any) -> Any:
     folder, saved, steps = _read("init_from", config.init_from)
     for name in _SIZES:
         before, now = saved["model"][name], getattr(config.model, name)
-        if before == now:
-            continue
-        raise ValueError(
-            f"init_from={config.init_from!r}: that run has model.{name}={before}, this one {now}: "
-            f"set --model.{name.replace('_', '-')} {before}."
-        )
+        if before != now:
+            raise ValueError(
+                f"init_from={config.init_from!r}: that run has model.{name}={before}, this one "
+                f"{now}: set --model.{name.replace('_', '-')} {before}."
+            )
     pattern = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
+    args = ocp.args.PyTreeRestore(
+        item=pattern,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(pattern),
+        partial_restore=True,
+    )
     with ocp.PyTreeCheckpointer() as reader:
-        found = reader.restore(
-            (folder / "checkpoints" / str(max(steps)) / "state").absolute(),
-            args=ocp.args.PyTreeRestore(
-                item=pattern,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(pattern),
-                partial_restore=True,
-            ),
-        )
-    return found["params"]
+        path = folder / "checkpoints" / str(max(steps)) / "state"
+        found = reader.restore(path.absolute(), args=args)["params"]
+    whole = jax.tree.leaves(multihost_utils.process_allgather(found, tiled=True))
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in whole))
+    return found, digest.hexdigest()[:16]
 
 
 def common_checkpoint(config: Config) -> int:
@@ -70,17 +76,22 @@ def common_checkpoint(config: Config) -> int:
 def copy_run(config: Config, step: int) -> None:
     """Copies what `config.go_on_from` left up to a step into the run's own folder."""
     source, target = pathlib.Path(config.go_on_from), RunFolder(config)
-    shutil.copytree(source / "checkpoints" / str(step), target.checkpoints / str(step))
     for file in [*source.glob("metrics*.jsonl"), *source.glob(target.record.name)]:
         shutil.copy(file, target.path)
+    # Under another name first: half a checkpoint must not be taken for one.
+    partial = target.path / "copying"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source / "checkpoints" / str(step), partial)
+    target.checkpoints.mkdir(exist_ok=True)
+    partial.rename(target.checkpoints / str(step))
 
 
 def _read(name: str, folder: str) -> tuple[pathlib.Path, dict[str, Any], list[int]]:
     """A run's folder, settings, and the steps of its checkpoints."""
     path = pathlib.Path(folder)
-    metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
-    found = checkpoints.iterdir() if checkpoints.exists() else ()
-    steps = sorted(int(entry.name) for entry in found if entry.name.isdigit())
+    metrics = path / "metrics.jsonl"
+    entries = [entry.name for entry in path.glob("checkpoints/*")]
+    steps = sorted(int(entry) for entry in entries if entry.isdigit())
     if not steps or not metrics.exists():
         raise ValueError(
             f"{name}={folder!r}: holds no run with checkpoints: give the folder that has "

@@ -9,7 +9,7 @@ import grain
 import jax
 
 import data_pipeline
-from data_pipeline import Baselines
+from data_pipeline import Baselines, Manifest
 from nanogpt.config.prepared import PADDING
 from nanogpt.config.run import Config
 from nanogpt.train.mesh import Layout
@@ -38,6 +38,11 @@ class RunData:
     baselines: Baselines | None
     notes: tuple[str, ...]
 
+    def begun_with(self, digest: str) -> "RunData":
+        """Returns what a run reads that begins with parameters of this digest."""
+        model = f"{self.identity['model']}, begun with {digest}"
+        return dataclasses.replace(self, identity=self.identity | {"model": model})
+
 
 def open_data(config: Config) -> RunData:
     """Opens the shards of a run and refuses bad or too few ones before any work is done.
@@ -47,10 +52,11 @@ def open_data(config: Config) -> RunData:
         ValueError: val_tokens is not a whole number of microbatches.
     """
     data, length = config.data, config.model.sequence_length
-    training = data_pipeline.shard_paths(data.directory, "train")
+    first = data_pipeline.shard_paths(data.directory, "train")[0]
     scored = data_pipeline.shard_paths(data.directory, "val")[0]
-    baselines, notes = _read_manifest(config)
-    identity = _identity(config, training[0], scored)
+    told = pathlib.Path(data.directory, "manifest.json").exists()
+    manifest = data_pipeline.read_manifest(data.directory) if told else None
+    notes = _notes(config, manifest) if manifest else ()
     training, order = _training_shards(config), _order(config)
     data_pipeline.check_shards([*training, scored], config.model.vocab_size)
     place = {"rank": jax.process_index(), "world": jax.process_count()}
@@ -61,12 +67,14 @@ def open_data(config: Config) -> RunData:
         return data_pipeline.val_batches(scored, **sizes, **place)
 
     validation()  # raises if val_tokens does not suit the shard
+    baselines = manifest.baselines if manifest else None
+    known = baselines is not None and baselines.val_tokens == data.val_tokens
     return RunData(
         training=data_pipeline.train_batches(training, seed=data.seed, **order, **place),
         validation=validation,
         fingerprint=data_fingerprint(config),
-        identity=identity,
-        baselines=baselines,
+        identity=_identity(config, manifest, first, scored),
+        baselines=baselines if known else None,
         notes=notes,
     )
 
@@ -105,56 +113,50 @@ def batch_pattern(
 
 
 def _identity(
-    config: Config, training: pathlib.Path, scored: pathlib.Path
+    config: Config, manifest: Manifest | None, first: pathlib.Path, scored: pathlib.Path
 ) -> dict[str, str | None]:
     """See `RunData.identity`. A longer run reads more shards: the first one stands for the data."""
-    model, manifest = config.model, pathlib.Path(config.data.directory) / "manifest.json"
+    model, scored_tokens = config.model, {"val_tokens": config.data.val_tokens}
     tokenizer = None
-    if manifest.exists():
-        source = data_pipeline.read_manifest(manifest.parent).source
+    if manifest is not None:
+        source = manifest.source
         tokenizer = f"{source.tokenizer} {source.vocab_size} {source.merges_sha256[:12]}"
     sizes = (model.num_layers, model.model_dim, model.head_dim, model.mlp_dim)
-    scored_tokens = {"val_tokens": config.data.val_tokens}
     return {
-        "data": data_pipeline.fingerprint([training])[:16],
+        "data": data_pipeline.fingerprint([first])[:16],
         "tokenizer": tokenizer,
         "model": f"GPT {'x'.join(map(str, sizes))}, {model.vocab_size} ids, "
-        f"rows of {model.sequence_length}"
-        + (f", begun with {config.init_from}" if config.init_from else ""),
+        f"rows of {model.sequence_length}",
         "validation": f"{config.data.val_tokens} tokens of "
         f"{data_pipeline.fingerprint([scored], **scored_tokens)[:16]}",
     }
 
 
-def _read_manifest(config: Config) -> tuple[Baselines | None, tuple[str, ...]]:
-    """The manifest's figures if they are about the very tokens which the run scores, and notes.
+def _notes(config: Config, manifest: Manifest) -> tuple[str, ...]:
+    """What does not fit between the run and the text that its folder was made of.
 
     Raises:
         ShardError: the shards were made for a larger vocabulary than the model's.
     """
-    path = pathlib.Path(config.data.directory) / "manifest.json"
-    if not path.exists():
-        return None, ()
-    manifest, notes = data_pipeline.read_manifest(path.parent), []
+    folder, notes = config.data.directory, []
     made_for, size = manifest.source.vocab_size, config.model.vocab_size
+    found, scored = manifest.baselines.val_tokens, config.data.val_tokens
     if made_for > size:
         raise data_pipeline.ShardError(
-            f"{path.parent}: its shards have a vocabulary of {made_for}, model.vocab_size is "
-            f"{size}; set --model.vocab-size {made_for}, or prepare the text again with "
+            f"{folder}: its shards have a vocabulary of {made_for}, model.vocab_size is {size}; "
+            f"set --model.vocab-size {made_for}, or prepare the text again with "
             f"--vocab-size {size}."
         )
     if size - made_for >= PADDING:
         notes.append(
-            f"warning: the shards in {path.parent} use only {made_for} of the {size} ids of "
+            f"warning: the shards in {folder} use only {made_for} of the {size} ids of "
             f"model.vocab_size; set --model.vocab-size {made_for}, or prepare the text again with "
             f"--vocab-size {size}"
         )
-    found, scored = manifest.baselines, config.data.val_tokens
-    if found.val_tokens == scored:
-        return found, tuple(notes)
-    notes.append(
-        f"warning: no bigram line and no bits per byte, since {path} tells them for "
-        f"{found.val_tokens} validation tokens and this run scores {scored}; prepare the text "
-        f"again with --val-tokens {scored}"
-    )
-    return None, tuple(notes)
+    if found != scored:
+        notes.append(
+            f"warning: no bigram line and no bits per byte, since {folder} tells them for {found} "
+            f"validation tokens and this run scores {scored}; prepare the text again with "
+            f"--val-tokens {scored}"
+        )
+    return tuple(notes)

@@ -1,8 +1,11 @@
 """Checkpoints of a run: training state, data position, and what they belong to (Orbax)."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -32,7 +35,7 @@ class Checkpoints:
     returns when the state has been copied, so the next step may overwrite it.
 
     Args:
-        directory: created if it does not exist.
+        directory: made when it is first needed.
         config: the run's settings.
         fingerprint: identifies the data and their order.
     """
@@ -41,15 +44,22 @@ class Checkpoints:
         self.directory = directory
         self._config = config
         self._meta = {"config": plain(config), "data_fingerprint": fingerprint}
+        self._resources = contextlib.ExitStack()
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.output.keep_checkpoints,
+            max_to_keep=self._config.output.keep_checkpoints,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
+        self._resources.callback(manager.close)
+        return manager
 
     def latest(self) -> int | None:
         """Returns the newest checkpoint's number of updates, None if there is none."""
+        self._manager.reload()  # one may have been copied here
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: grain.DatasetIterator, seconds: float) -> None:
@@ -106,15 +116,46 @@ class Checkpoints:
             )
         return restored["state"], float(meta["meta"]["train_time_s"])
 
-    def check_config(self, saved: Meta) -> None:
-        """Refuses to go on with a run of another optimizer or other settings.
+    def check_start(self, record: Meta, identity: Mapping[str, Any]) -> None:
+        """Refuses to replace the records of another run, where they are all that is left of it.
 
         Args:
-            saved: that run's config, as JSON gives it back.
+            record: the first one, "start".
+            identity: what this run's losses are about, see `nanogpt.train.batches.RunData`.
 
         Raises:
-            ValueError: names the first setting that differs.
+            ValueError: config or data differ.
         """
+        self._check_config(record["config"])
+        told = record.get("fingerprint") or identity
+        self._check_data(all(told[name] == identity[name] for name in ("data", "validation")))
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes pending saves and frees the manager's threads."""
+        self._resources.close()
+
+    def _check(self, saved: Meta, state: Any, step: int) -> None:
+        before, now, data = saved["config"], self._meta["config"], self._meta["data_fingerprint"]
+        if common_steps(before, now) >= step:
+            if (steps := before["schedule"]["steps"]) != now["schedule"]["steps"]:
+                schedule = dataclasses.replace(self._config.schedule, steps=steps)
+                data = data_fingerprint(dataclasses.replace(self._config, schedule=schedule))
+            before = before | {name: now[name] for name in ("schedule", "matrices_cooldown")}
+        self._check_config(before)
+        self._check_data(saved["data_fingerprint"] == data)
+        if saved["stored"] != _stored(state):
+            raise ValueError(
+                f"cannot resume from {self.directory} with mesh={self._meta['config']['mesh']!r}: "
+                f"it was saved with mesh={saved['config']['mesh']!r}, and stacks of blocks are "
+                "padded to the number of devices. Resume on as many devices."
+            )
+
+    def _check_config(self, saved: Meta) -> None:
+        """Refuses to go on with a run of another optimizer or other settings, by name."""
         now = self._meta["config"]
         if saved["optimizer"] != now["optimizer"]:
             # It has its own recipe: the first setting that differs would be named in its place.
@@ -128,36 +169,16 @@ class Checkpoints:
             name, before, now = difference
             raise ValueError(
                 f"cannot resume from {self.directory}: it was saved with {name}={before!r}, this "
-                f"run has {name}={now!r}. Set {name} back, or start a new run under another name."
+                f"run has {name}={now!r}. Set {name} back, or start a new run under another name; "
+                "--go-on-from takes another schedule from where both are still the same."
             )
 
-    def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Finishes pending saves and frees the manager's threads."""
-        self._manager.close()
-
-    def _check(self, saved: Meta, state: Any, step: int) -> None:
-        before, now, data = saved["config"], self._meta["config"], self._meta["data_fingerprint"]
-        if common_steps(before, now) >= step:
-            if (steps := before["schedule"]["steps"]) != now["schedule"]["steps"]:
-                schedule = dataclasses.replace(self._config.schedule, steps=steps)
-                data = data_fingerprint(dataclasses.replace(self._config, schedule=schedule))
-            before = before | {name: now[name] for name in ("schedule", "matrices_cooldown")}
-        self.check_config(before)
-        if saved["data_fingerprint"] != data:
+    def _check_data(self, same: bool) -> None:
+        if not same:
             raise ValueError(
                 f"cannot resume from {self.directory}: the shards in data.directory="
-                f"{self._meta['config']['data']['directory']!r} are not those of the saved run. "
+                f"{self._config.data.directory!r} are not those of the saved run. "
                 "Point data.directory at them, or start a new run under another name."
-            )
-        if saved["stored"] != _stored(state):
-            raise ValueError(
-                f"cannot resume from {self.directory} with mesh={self._meta['config']['mesh']!r}: "
-                f"it was saved with mesh={saved['config']['mesh']!r}, and stacks of blocks are "
-                "padded to the number of devices. Resume on as many devices."
             )
 
 

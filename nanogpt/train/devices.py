@@ -1,29 +1,36 @@
 """What devices can do at most, and which share of it a run uses."""
 
+import re
+
 from nanogpt.config.run import Config
 from nanogpt.optimizers.flops import model_flops
 
-# Dense bfloat16 operations a second of one device, by a part of jax's device_kind; the longest that
-# matches counts. NVIDIA: data sheets of the products, whose numbers with sparsity are twice these.
-# TPU: "System architecture" of each version in Google's Cloud TPU documentation, per chip.
+# Dense bfloat16 operations a second of a device, by a pattern of all of jax's device_kind: a part
+# of a device (MIG), a laptop's or another product of a similar name has other rates, or none here.
+# NVIDIA's data sheets print twice these numbers, "with sparsity". Google's pages are
+# cloud.google.com/tpu/docs/v3 and so on, "Peak compute per chip (bf16)"; jax's own figures
+# for Pallas agree from v4 on.
 PEAKS = {
-    "V100": 125e12,  # float16: it has no bfloat16
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "RTX 4090": 165.2e12,  # Ada architecture white paper, accumulated in float32
-    "H100": 989.4e12,  # SXM
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835.5e12,
-    "H200": 989.4e12,
-    "GH200": 989.4e12,
-    "B200": 2250e12,
-    "TPU v3": 123e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,
+    # A100 data sheet, 1758950-r4: SXM and PCIe alike.
+    r"NVIDIA A100(-SXM4-\d+GB|-PCIE-\d+GB| \d+GB PCIe)": 312e12,
+    # H100 data sheet: SXM 1,979, PCIe 1,513, NVL 1,671 with sparsity; Hopper architecture paper.
+    r"NVIDIA H100 \d+GB HBM3": 989.4e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    r"NVIDIA H100 NVL": 835.5e12,
+    # H200 data sheet: 1,979 with sparsity.
+    r"NVIDIA H200": 989.4e12,
+    # Blackwell data sheet 3384703.
+    r"NVIDIA B200": 2250e12,
+    # L4 and L40S data sheets: 242 and 733 with sparsity; L40S 362.05 without.
+    r"NVIDIA L4": 121e12,
+    r"NVIDIA L40S": 362.05e12,
+    # NVIDIA's Ada architecture paper, bfloat16 accumulated in float32.
+    r"NVIDIA GeForce RTX 4090": 165.2e12,
+    r"TPU v3": 61.5e12,  # 123 a chip, which is two devices of jax's
+    r"TPU v4": 275e12,
+    r"TPU v5 lite|TPU v5e": 197e12,
+    r"TPU v5p?": 459e12,
+    r"TPU v6 lite|TPU v6e": 918e12,
 }
 
 
@@ -33,7 +40,7 @@ def peak_rate(kind: str) -> float | None:
     >>> peak_rate("NVIDIA H100 80GB HBM3") / 1e12, peak_rate("cpu")
     (989.4, None)
     """
-    return PEAKS.get(max((name for name in PEAKS if name in kind), key=len, default=""))
+    return next((rate for known, rate in PEAKS.items() if re.fullmatch(known, kind)), None)
 
 
 def seconds_at_peak(config: Config, kind: str, devices: int) -> float | None:

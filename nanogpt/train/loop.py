@@ -15,16 +15,17 @@ from nanogpt.train.batches import RunData, batch_pattern, open_data, to_device
 from nanogpt.train.checkpoint import Checkpoints
 from nanogpt.train.clock import StepClock
 from nanogpt.train.distributed import agreed, largest_of_all
-from nanogpt.train.interrupt import Interrupted, StopRequest, stop_request
+from nanogpt.train.interrupt import Interrupted, StopRequest, StopSignal, stop_request
 from nanogpt.train.mesh import Layout, make_layout
 from nanogpt.train.metrics import plain_console, read_records
 from nanogpt.train.nonfinite import check_row
-from nanogpt.train.profile import Profile
 from nanogpt.train.progress import Report
-from nanogpt.train.record_log import RecordLog, source_text
+from nanogpt.train.record_log import source_text
 from nanogpt.train.run_folder import RunFolder
 from nanogpt.train.sinks import check_sinks
 from nanogpt.train.train_step import abstract_params, init_state, make_eval_step, make_train_step
+
+TRACED = 3  # steps
 
 
 def fit(
@@ -54,6 +55,7 @@ def fit(
         ValueError: resume, and the saved run had other settings or data; or another process is at
             the same run.
         Interrupted: a signal stopped the run; its state is saved.
+        StopSignal: a signal stopped it before its first step; nothing is written.
         DivergedError: too many steps in a row had a gradient that is not finite.
         JobFailedError: with several processes, instead of the others where one cannot start.
     """
@@ -67,26 +69,30 @@ def fit(
     if jax.process_index():
         console = rich.console.Console(quiet=True)
     console = console or plain_console()
+    console.print(f"{config.name}: {'resuming' if resume else 'compiling'} ...", markup=False)
     with (
         contextlib.closing(folder),
         stop_request() as stop,
         contextlib.closing(_Run(config, data, folder, layout, stop)) as run,
     ):
         if resume:
-            run.open_checkpoints()
-        else:
-            run.begin()
+            run.go_to_newest()
         if not (resume and run.finished()):
-            console.print(f"{config.name}: compiling ...", markup=False)
-            with agreed("compiling and making the run's folder"):
+            if run.saved is None:
+                run.begin()
+            if resume:
+                console.print(f"{config.name}: compiling ...", markup=False)
+            with agreed("compiling"):
                 run.compile()
-                if not resume:
-                    # Not before: a run that turns out impossible must not cost an earlier one.
+            if run.saved is None:
+                # Not before: a run that is impossible, or stopped, must not cost an earlier one.
+                if run.stopped(0):
+                    raise StopSignal(stop.signum or 0)
+                with agreed("making the run's folder"):
                     folder.claim(resume=resume, overwrite=overwrite)
                     run.copy()
-            if not resume:
-                run.open_checkpoints()
-            with run.report(source, console) as report:
+                run.go_to_newest()
+            with Report(config, run.data, folder, run.saved, source, console) as report:
                 run.train(report)
         return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
 
@@ -121,18 +127,17 @@ class _Run:
         placement = None if layout is None else layout.placement
         self.optimizer = build_optimizer(config, abstract_params(config.model), placement)
         self.graphdef, self.state = init_state(config, self.optimizer, self.layout)
+        self.checkpoints = Checkpoints(folder.checkpoints, config, data.fingerprint)
         self.saved: int | None = None
         self.common: int | None = None  # step of another run's checkpoint to go on from
         self.clock = StepClock(0.0)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
-        self.resources = contextlib.ExitStack()
+        self.trace, self.resources = contextlib.ExitStack(), contextlib.ExitStack()
         self.resources.callback(data.training.close)
-
-    def open_checkpoints(self) -> None:
-        """Opens the folder of checkpoints and goes to the newest one, if there is one."""
-        directory, fingerprint = self.folder.checkpoints, self.data.fingerprint
-        self.checkpoints = Checkpoints(directory, self.config, fingerprint)
         self.resources.callback(self.checkpoints.close)
+
+    def go_to_newest(self) -> None:
+        """Goes to the newest checkpoint, if there is one; makes their folder."""
         self.saved = self.checkpoints.latest()
         if self.saved is not None:
             restored = self.checkpoints.restore(self.saved, self.state, self.data.training)
@@ -142,8 +147,9 @@ class _Run:
     def begin(self) -> None:
         """Takes over what another run leaves to this one; changes nothing on disk."""
         if self.config.init_from:
-            params = read_params(self.config, self.state.params)
+            params, digest = read_params(self.config, self.state.params)
             self.state = self.state._replace(params=params)
+            self.data = self.data.begun_with(digest)
         if self.config.go_on_from:
             self.common = common_checkpoint(self.config)
 
@@ -153,50 +159,31 @@ class _Run:
             copy_run(self.config, self.common)
 
     def finished(self) -> bool:
-        """Tells whether an earlier process has done everything; that outlives its checkpoints."""
+        """Tells whether an earlier process has done everything; that outlives its checkpoints.
+
+        Raises:
+            ValueError: only the records are left, and of another run than this one.
+        """
         metrics = self.folder.first_metrics
         records = read_records(metrics) if metrics.exists() else []
-        if not records or records[-1]["kind"] != "end":
+        if not records:
             return False
         if self.saved is None:
-            self.checkpoints.check_config(records[0]["config"])
-        return self.saved in (None, self.config.schedule.steps)
-
-    def report(self, source: str, console: rich.console.Console) -> Report:
-        """What this process writes about the run; the first one also the benchmark's log."""
-        first = jax.process_index() == 0
-        log = RecordLog(self.folder.record, self.config, source, self.saved) if first else None
-        return Report(
-            self.config,
-            self.folder.metrics,
-            self.saved,
-            identity=self.data.identity,
-            baselines=self.data.baselines,
-            record=log,
-            console=console,
-        )
+            self.checkpoints.check_start(records[0], self.data.identity)
+        return records[-1]["kind"] == "end" and self.saved in (None, self.config.schedule.steps)
 
     def train(self, report: Report) -> None:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""
-        report.start(self.state)
-        for note in self.data.notes:
-            report.note(note)
-        report.compiled(self.compile_s)
+        report.start(self.state, self.compile_s)
         every = self.config.output.checkpoint_every
-        wanted = self.config.profile and jax.process_index() == 0
-        profile = Profile(self.folder.path / "profile" if wanted else None, self.saved or 0)
-        self.resources.callback(profile.close)
         self.clock.start()
         for step in range(self.saved or 0, self.config.schedule.steps):
             self._validate_if_due(step, report)
-            if self._stopped(step):
+            if self.stopped(step):
                 self._stop(step, report)
             if every and step and step % every == 0:
                 self._save(step, report)
-            if profile.due(step):
-                self._settle(report)
-                profile.turn(step)
-                self.clock.start()
+            self._trace_if_due(step, report)
             batch = to_device(next(self.data.training), self.layout)
             self.state, metrics = self.train_step(self.state, batch)
             self._settle(report)
@@ -204,7 +191,8 @@ class _Run:
         self._finish(report)
 
     def close(self) -> None:
-        """Finishes saving and ends the reader's thread."""
+        """Ends a trace, finishes saving and ends the reader's thread."""
+        self.trace.close()
         self.resources.close()
 
     def compile(self) -> None:
@@ -213,12 +201,20 @@ class _Run:
         sizes = self.config.data
         # A compiled step takes its own result, so that has to lie where the first state does.
         shardings = self.layout and jax.tree.map(lambda x: x.sharding, self.state)
+        # Restored arrays are bound to their device and fresh ones are not: for patterns of either
+        # the program is the same, and a resumed run finds it in the cache.
+        patterns = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=x.sharding if self.layout else None
+            ),
+            self.state,
+        )
         step = make_train_step(self.graphdef, self.optimizer, self.config, self.layout, shardings)
         batch = batch_pattern(sizes.batch_rows, self.config, self.layout)
-        self.train_step = _compiled(step, self.state, batch)
+        self.train_step = _compiled(step, patterns, batch)
         evaluate = make_eval_step(self.graphdef, self.config, self.layout)
         batch = batch_pattern(sizes.microbatch_rows, self.config, self.layout)
-        self.evaluate = _compiled(evaluate, self.state.params, batch)
+        self.evaluate = _compiled(evaluate, patterns.params, batch)
         self.compile_s = time.perf_counter() - begin
 
     def _settle(self, report: Report) -> None:
@@ -230,6 +226,18 @@ class _Run:
             report.step(step, metrics, self.clock)
             check_row(step, int(metrics["skipped_in_a_row"]), self.config.nonfinite_limit)
 
+    def _trace_if_due(self, step: int, report: Report) -> None:
+        """Starts or ends the trace of a few steps; the first of a process are not like others."""
+        begin = (self.saved or 0) + 2
+        if not self.config.profile or jax.process_index() or step not in (begin, begin + TRACED):
+            return
+        self._settle(report)
+        if step == begin:
+            self.trace.enter_context(jax.profiler.trace(str(self.folder.profile)))
+        else:
+            self.trace.close()
+        self.clock.start()
+
     def _validate_if_due(self, step: int, report: Report) -> None:
         """Measures the loss before update `step`, off the clock; gives up when asked to stop."""
         if not validation_due(step, self.config):
@@ -237,7 +245,7 @@ class _Run:
         self._settle(report)
         total, tokens = 0.0, 0
         for batch in self.data.validation():
-            if self._stopped(step):
+            if self.stopped(step):
                 return
             total += float(self.evaluate(self.state.params, to_device(batch, self.layout)))
             tokens += batch["targets"].size * jax.process_count()
@@ -250,16 +258,15 @@ class _Run:
         self.checkpoints.save(step, self.state, self.data.training, self.clock.elapsed)
         self.clock.start()
 
-    def _stopped(self, step: int) -> bool:
+    def stopped(self, step: int) -> bool:
         """Whether a signal asks to stop; several processes ask each other every few steps."""
-        if jax.process_count() > 1 and step % self.config.output.log_every == 0:
-            agreed = largest_of_all(self.stop.signum or 0)
-            if not agreed:
-                return False  # a signal that came meanwhile is for the next time
-            self.stop.signum = agreed
-        elif jax.process_count() > 1:
-            return False
-        return self.stop.signum is not None
+        if jax.process_count() == 1:
+            return self.stop.signum is not None
+        # A signal that comes after this is for the next time.
+        due = step % self.config.output.log_every == 0
+        signum = largest_of_all(self.stop.signum or 0) if due else 0
+        self.stop.signum = signum or self.stop.signum
+        return bool(signum)
 
     def _stop(self, step: int, report: Report) -> None:
         self._save(step, report)
@@ -270,7 +277,7 @@ class _Run:
         """Measures and saves the end; a stop request during the last validation is honoured."""
         steps = self.config.schedule.steps
         self._validate_if_due(steps, report)
-        if self._stopped(steps):
+        if self.stopped(steps):
             self._stop(steps, report)
         self._save(steps, report)
         self.checkpoints.wait()

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import pathlib
-from typing import Any, Self
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -80,7 +80,7 @@ def plain_console() -> rich.console.Console:
 
 
 class Progress:
-    """One line of live figures on a terminal, a plain line a record anywhere else.
+    """One line of live figures on a terminal, a plain line a record anywhere else: a sink, too.
 
     Args:
         label: the run's name.
@@ -109,27 +109,30 @@ class Progress:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(label, total=steps, completed=done, figures="")
-
-    def __enter__(self) -> Self:
         self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
 
     def advance(self, step: int, figures: Record) -> None:
         """Moves the bar behind step `step`; draws nothing where there is no terminal."""
         self._bar.update(self._task, completed=step + 1, figures=_figures(figures))
 
-    def log(self, step: int, figures: Record) -> None:
-        """Prints what `advance` shows, with the time left, where there is no terminal."""
-        if not self._console.is_terminal:
-            count = f"step {step:>{len(str(self._steps))}}/{self._steps}"
-            self.note(f"{count}  {_figures(figures)}  ETA {_clock_time(figures['eta_s'])}")
+    def write(self, kind: str, **fields: Any) -> None:
+        """Shows what a terminal's bar does not: validations, and anywhere else the steps, too."""
+        if kind == "val":
+            bits = fields.get("bits_per_byte")
+            shown = f", {bits:.4f} bits per byte" if bits else ""
+            loss = f"validation loss {fields['loss']:.5f} nats per token"
+            self.note(f"step {fields['step']}: {loss}{shown}")
+        elif kind == "train" and not self._console.is_terminal:
+            count = f"step {fields['step']:>{len(str(self._steps))}}/{self._steps}"
+            self.note(f"{count}  {_figures(fields)}  ETA {_clock_time(fields['eta_s'])}")
 
     def note(self, message: str) -> None:
         """Prints a line above the bar."""
         self._console.print(f"{self._label}: {message}", markup=False)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.stop()
 
 
 def _figures(of: Record) -> str:

@@ -1,23 +1,22 @@
-"""Everything a run says about itself, to metrics.jsonl and to the screen."""
+"""Everything a run says about itself, to metrics.jsonl, to the screen and wherever else."""
 
 import dataclasses
 import math
-import pathlib
-from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
 import rich.console
 
-from data_pipeline import Baselines
 from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import eta, matrices_schedule
+from nanogpt.train.batches import RunData
 from nanogpt.train.clock import StepClock
 from nanogpt.train.devices import seconds_at_peak
 from nanogpt.train.metrics import MetricsWriter, Progress, keep_before
 from nanogpt.train.provenance import peak_memory_bytes, provenance
 from nanogpt.train.record_log import RecordLog
+from nanogpt.train.run_folder import RunFolder
 from nanogpt.train.sinks import Sink, open_sinks
 from nanogpt.train.train_step import TrainState
 
@@ -27,73 +26,70 @@ class Report:
 
     Args:
         config: the run.
-        path: metrics.jsonl; records from update `resumed` on are cut, all if that is None.
+        data: what it reads.
+        folder: where it writes; records from update `resumed` on are cut, all if that is None.
         resumed: updates done by earlier processes, None for a fresh run.
-        identity: what the losses are about, see `nanogpt.train.batches.RunData`.
-        baselines: losses to compare with, see `nanogpt.train.batches.RunData`.
-        record: the log in the benchmark's layout, where this process writes one.
-        console: where progress is shown; standard output by default.
+        source: the code as it was when the run started, see `nanogpt.train.record_log`.
+        console: where progress is shown.
     """
 
     def __init__(
         self,
         config: Config,
-        path: pathlib.Path,
+        data: RunData,
+        folder: RunFolder,
         resumed: int | None,
-        *,
-        identity: Mapping[str, str | None],
-        baselines: Baselines | None,
-        record: RecordLog | None = None,
-        console: rich.console.Console | None = None,
+        source: str,
+        console: rich.console.Console,
     ):
-        self._config, self._baselines, self._resumed = config, baselines, resumed
-        self._record, self._identity = record, identity
+        self._config, self._data, self._resumed = config, data, resumed
         self._tokens = config.data.batch_rows * config.model.sequence_length
         self._val_loss, self._skipped = math.nan, 0
         if resumed is None:
-            path.unlink(missing_ok=True)
+            folder.metrics.unlink(missing_ok=True)
         else:
-            keep_before(path, resumed, dataclasses.asdict(config))
-        self._sinks: list[Sink] = [MetricsWriter(path)]
+            keep_before(folder.metrics, resumed, dataclasses.asdict(config))
+        self._sinks: list[Sink] = [MetricsWriter(folder.metrics)]
         if jax.process_index() == 0:
+            self._sinks += [RecordLog(folder.record, config, source, resumed)]
             self._sinks += open_sinks(config, resumed)
         steps, rate = np.arange(config.schedule.steps), config.matrices.learning_rate
         self._rates = rate * np.asarray(eta(steps, matrices_schedule(config), rate))
         device = jax.devices()[0]
         self._at_peak = seconds_at_peak(config, device.device_kind, jax.device_count())
         self._progress = Progress(config.name, config.schedule.steps, resumed or 0, console)
+        self._sinks += [self._progress]
 
     def __enter__(self) -> Self:
-        self._progress.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.__exit__(*exception)
-        for sink in self._sinks:
+        for sink in reversed(self._sinks):
             sink.close()
 
-    def start(self, state: TrainState) -> None:
-        """Writes what the run is: the record "start", or "resume" for a later process."""
+    def start(self, state: TrainState, compile_s: float) -> None:
+        """Writes what the run is: the record "start", or "resume" for a later process.
+
+        Args:
+            state: before the first step.
+            compile_s: seconds spent on compiling, which no other figure includes.
+        """
+        self._skipped = int(state.opt_state.total_notfinite)
         if self._resumed is not None:
             self._write("resume", step=self._resumed, **provenance())
-            return
-        self._write(
-            "start",
-            config=dataclasses.asdict(self._config),
-            fingerprint=dict(self._identity),
-            **provenance(),
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-            optimizer_state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
-            baselines=dataclasses.asdict(self._baselines) if self._baselines else {},
-        )
-
-    def note(self, message: str) -> None:
-        """Shows a line that is about the whole run."""
-        self._progress.note(message)
-
-    def compiled(self, seconds: float) -> None:
-        """Shows the seconds spent on compiling, which no other figure includes."""
-        self._progress.note(f"compiled in {seconds:.1f} s")
+        else:
+            baselines = self._data.baselines
+            self._write(
+                "start",
+                config=dataclasses.asdict(self._config),
+                fingerprint=dict(self._data.identity),
+                **provenance(),
+                parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+                optimizer_state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
+                baselines=dataclasses.asdict(baselines) if baselines else {},
+            )
+        for note in (*self._data.notes, f"compiled in {compile_s:.1f} s"):
+            self._progress.note(note)
 
     def step(self, step: int, metrics: dict[str, jax.Array], clock: StepClock) -> None:
         """Reports a finished step; writes a record every log_every steps.
@@ -103,17 +99,9 @@ class Report:
             metrics: the step's, see `nanogpt.train.train_step.make_train_step`.
             clock: its last lap is this step.
         """
-        last, every = clock.recent(1), self._config.output.log_every
-        self._skipped = int(metrics["skipped"])
-        self._progress.advance(step, self._figures(step, metrics, last))
-        if step % every == 0 or step + 1 == self._config.schedule.steps:
-            figures = self._figures(step, metrics, clock.recent(every))
-            self._write("train", step=step, grad_norm=float(metrics["grad_norm"]), **figures)
-            self._progress.log(step, figures)
-
-    def _figures(self, step: int, metrics: dict[str, jax.Array], seconds: float) -> dict[str, Any]:
-        """What is shown and recorded of a step that took so many seconds."""
-        return {
+        every, steps = self._config.output.log_every, self._config.schedule.steps
+        seconds, self._skipped = clock.recent(every), int(metrics["skipped"])
+        figures = {
             "loss": float(metrics["loss"]),
             "learning_rate": float(self._rates[step]),
             "tokens_per_s": self._tokens / seconds,
@@ -121,18 +109,17 @@ class Report:
             "mfu": self._at_peak and self._at_peak / seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "skipped": self._skipped,
-            "eta_s": (self._config.schedule.steps - step - 1) * seconds,
+            "eta_s": (steps - step - 1) * seconds,
         }
+        self._progress.advance(step, figures)
+        if step % every == 0 or step + 1 == steps:
+            self._write("train", step=step, grad_norm=float(metrics["grad_norm"]), **figures)
 
     def validation(self, step: int, loss: float, clock: StepClock) -> None:
         """Writes the validation loss (nats per token) before update `step`."""
         self._val_loss = loss
         bits = self._bits_per_byte(loss)
         self._write("val", step=step, loss=loss, train_time_s=clock.elapsed, **bits)
-        if self._record is not None:
-            self._record.validation(step, loss, clock.elapsed)
-        shown = f", {bits['bits_per_byte']:.4f} bits per byte" if bits else ""
-        self._progress.note(f"step {step}: validation loss {loss:.5f} nats per token{shown}")
 
     def end(self, compile_s: float, clock: StepClock) -> None:
         """Writes the last record; `train_time_s` counts earlier processes, the rest this one."""
@@ -156,4 +143,5 @@ class Report:
 
     def _bits_per_byte(self, loss: float) -> dict[str, Any]:
         """The same loss in the unit that does not depend on the tokenizer, where it is known."""
-        return {"bits_per_byte": self._baselines.bits_per_byte(loss)} if self._baselines else {}
+        baselines = self._data.baselines
+        return {"bits_per_byte": baselines.bits_per_byte(loss)} if baselines else {}

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -23,15 +24,20 @@ def provenance() -> dict[str, Any]:
         str (UTC, ISO 8601), "git_commit": str | None, "git_dirty": bool | None}; the last two are
         None outside a git checkout.
     """
-    commit, dirty = _git_state()
+    device = jax.devices()[0]
+    kind = _processor_name() if device.platform == "cpu" else device.device_kind
+    git = ("git", "-C", str(pathlib.Path(__file__).parent))
+    commit = output_of(*git, "rev-parse", "HEAD")
+    changes = output_of(*git, "status", "--porcelain", "--untracked-files=no")
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
-        "versions": _versions(),
-        "device": _device(),
+        "versions": {"python": platform.python_version(), **versions},
+        "device": {"platform": device.platform, "kind": kind, "count": jax.device_count()},
         "host": platform.node(),
         "argv": sys.argv,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": commit,
-        "git_dirty": dirty,
+        "git_dirty": None if commit is None else bool(changes),
     }
 
 
@@ -47,48 +53,18 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def _device() -> dict[str, Any]:
-    device = jax.devices()[0]
-    kind = _processor_name() if device.platform == "cpu" else device.device_kind
-    return {"platform": device.platform, "kind": kind, "count": jax.device_count()}
+def output_of(*command: str) -> str | None:
+    """Returns what a command prints, None where it is missing, fails or takes half a minute."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _processor_name() -> str:
     """CPU model and core count; jax calls every processor "cpu"."""
-    model = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    model = found[1] if found else platform.processor() or platform.machine()
     return f"{model}, {os.cpu_count()} cores"
-
-
-def _git_state() -> tuple[str | None, bool | None]:
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
-        return None, None
-    return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of a git command on the tree that holds this file, None if there is no such tree."""
-    folder = pathlib.Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -10,14 +10,14 @@ import json
 import math
 import pathlib
 import re
-import subprocess
 import sys
+from typing import Any
 
 import jax
 from jax.extend import backend
 
 from nanogpt.config.run import Config
-from nanogpt.train.provenance import provenance
+from nanogpt.train.provenance import output_of, provenance
 
 RULE = "=" * 100
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -48,28 +48,18 @@ def environment_text(config: Config) -> str:
     device, versions = told["device"], told["versions"]
     platform = " ".join(backend.get_backend().platform_version.split())
     others = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "jax")
-    changed = " with local changes" if told["git_dirty"] else ""
-    return "\n".join(
-        [
-            f"Running JAX {versions['jax']} ({platform}) on {device['kind']} "
-            f"with world_size {device['count']}",
-            f"processes {jax.process_count()}, {others}",
-            f"git commit {told['git_commit'] or 'unknown'}{changed}",
-            "train_time counts neither compilation nor checkpoints",
-            f"config {json.dumps(dataclasses.asdict(config))}",
-        ]
-    )
+    git = f"{told['git_commit'] or 'unknown'}{' with local changes' if told['git_dirty'] else ''}"
+    return f"""\
+Running JAX {versions["jax"]} ({platform}) on {device["kind"]} with world_size {device["count"]}
+processes {jax.process_count()}, {others}
+git commit {git}
+train_time counts neither compilation nor checkpoints
+config {json.dumps(dataclasses.asdict(config))}"""
 
 
 def devices_text() -> str:
     """What the driver says of its GPUs; where there is none, the devices as JAX lists them."""
-    try:
-        done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
-        if done.returncode == 0:
-            return done.stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        pass
-    return "\n".join(str(device) for device in jax.devices())
+    return output_of("nvidia-smi") or "\n".join(str(device) for device in jax.devices())
 
 
 def record_line(step: int, steps: int, loss: float, seconds: float, step_s: float) -> str:
@@ -120,13 +110,19 @@ class RecordLog:
         partial.write_text(kept, encoding="utf-8")
         partial.replace(path)
 
-    def validation(self, step: int, loss: float, seconds: float) -> None:
-        """Appends a line; arguments as in `record_line`."""
+    def write(self, kind: str, **fields: Any) -> None:
+        """Appends a line for a validation, and nothing for any other record."""
+        if kind != "val":
+            return
+        step, seconds = fields["step"], fields["train_time_s"]
         since = step - self._step
         step_s = (seconds - self._seconds) / since if since else math.nan
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(record_line(step, self._steps, loss, seconds, step_s) + "\n")
+            file.write(record_line(step, self._steps, fields["loss"], seconds, step_s) + "\n")
         self._step, self._seconds = step, seconds
+
+    def close(self) -> None:
+        """Nothing is left to do."""
 
     def _keep_before(self, step: int) -> str:
         """The log without the validations that the resumed run measures again."""

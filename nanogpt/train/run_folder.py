@@ -10,7 +10,7 @@ from nanogpt.config.run import Config
 
 
 class RunFolder:
-    """Paths of a run: metrics.jsonl, record.txt and checkpoints/ under output.directory/name.
+    """Paths of a run: metrics.jsonl, record.txt, checkpoints/ and more under output.directory/name.
 
     Args:
         config: the run.
@@ -18,15 +18,15 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, process: int = 0):
-        self._output = config.output.directory
-        self.path = pathlib.Path(self._output) / config.name
+        self.path = pathlib.Path(config.output.directory) / config.name
         self.first_metrics = self.path / "metrics.jsonl"
         self.metrics = self.path / (f"metrics-{process}.jsonl" if process else "metrics.jsonl")
-        self.record = (
-            self.path / "record.txt"
-        )  # of the first process, see `nanogpt.train.record_log`
-        self._first = process == 0
+        self.record = self.path / "record.txt"  # of the first process, see `RecordLog`
         self.checkpoints = self.path / "checkpoints"
+        self.events, self.profile = self.path / "tensorboard", self.path / "profile"
+        self.wandb = self.path / "wandb.id"  # the run's id there
+        self._sources = [name for name in (config.init_from, config.go_on_from) if name]
+        self._first = process == 0
         self._lock: int | None = None  # file descriptor
 
     def holds_run(self) -> bool:
@@ -45,7 +45,12 @@ class RunFolder:
             FileNotFoundError: nothing to resume, or checkpoints without their metrics.jsonl.
             FileExistsError: a run lies here and neither is asked for.
         """
-        self._check_writable()
+        check_writable("output.directory", self.path)
+        if overwrite and any(_same(self.path, source) for source in self._sources):
+            raise ValueError(
+                f"{self.path} holds the run to begin with, which --overwrite would delete: give "
+                "this one another --name."
+            )
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other: choose one.")
         if resume and not self.holds_run():
@@ -58,7 +63,8 @@ class RunFolder:
                 f"{self.path} already holds a run: go on with --resume, replace it with "
                 "--overwrite, or choose another --name; with make: make speedrun ARGS=--resume."
             )
-        if resume and not self._recorded() and self._saved():
+        recorded = self.first_metrics.exists() and self.first_metrics.stat().st_size > 0
+        if resume and not recorded and any(self.checkpoints.glob("*")):
             raise FileNotFoundError(
                 f"{self.metrics} is missing or empty, but checkpoints lie beside it: put the file "
                 "back, or start anew with --overwrite or another --name."
@@ -100,8 +106,8 @@ class RunFolder:
             ) from error
         except OSError:
             os.close(folder)
-            return
-        self._lock = folder
+        else:
+            self._lock = folder
 
     def close(self) -> None:
         """Gives up the lock."""
@@ -111,28 +117,35 @@ class RunFolder:
 
     def clear(self) -> None:
         """Deletes the run that lies here, and nothing else."""
-        for metrics in self.path.glob("metrics*.jsonl"):
-            metrics.unlink(missing_ok=True)  # another process of the job may be at it, too
-        self.record.unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for file in (*self.path.glob("metrics*.jsonl"), self.record, self.wandb):
+            file.unlink(missing_ok=True)  # another process of the job may be at it, too
+        for folder in (self.checkpoints, self.events, self.profile):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def changed(self) -> int | None:
         """Returns when metrics.jsonl was last written (ns), None if there is none."""
         return self.metrics.stat().st_mtime_ns if self.metrics.exists() else None
 
-    def _check_writable(self) -> None:
-        """Tries it, since permissions do not tell of read-only file systems and quotas."""
-        there = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        try:
-            tempfile.TemporaryFile(dir=there).close()
-        except OSError as error:
-            raise ValueError(
-                f"output.directory={self._output!r}: cannot write in {there} "
-                f"({error.strerror}): set --output.directory to a folder where you can."
-            ) from None
 
-    def _recorded(self) -> bool:
-        return self.first_metrics.exists() and self.first_metrics.stat().st_size > 0
+def check_writable(name: str, folder: pathlib.Path) -> None:
+    """Refuses a folder that cannot be made or written, before any work.
 
-    def _saved(self) -> bool:
-        return self.checkpoints.exists() and any(self.checkpoints.iterdir())
+    Args:
+        name: of the setting that says so.
+        folder: need not be there yet.
+
+    Raises:
+        ValueError: names the setting, the folder and the cause.
+    """
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    try:  # permissions do not tell of read-only file systems and quotas
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(
+            f"{name}: {folder} cannot be written, since {there} cannot ({error.strerror}): set "
+            f"--{name} to a folder where you can."
+        ) from None
+
+
+def _same(folder: pathlib.Path, other: str) -> bool:
+    return folder.exists() and os.path.exists(other) and folder.samefile(other)

@@ -6,6 +6,8 @@ A sink of another kind is a class with the methods of `Sink`, named in `SINKS`.
 import importlib.util
 from typing import Any, Protocol
 
+import jax
+
 from nanogpt.config.run import Config
 from nanogpt.train.run_folder import RunFolder
 
@@ -35,8 +37,7 @@ class TensorBoard:
     def __init__(self, config: Config, resumed: int | None):
         from tensorboardX import SummaryWriter
 
-        folder = RunFolder(config).path / "tensorboard"
-        self._writer = SummaryWriter(str(folder), purge_step=resumed)
+        self._writer = SummaryWriter(str(RunFolder(config).events), purge_step=resumed)
 
     def write(self, kind: str, **fields: Any) -> None:
         """Numbers of a step, as kind/name."""
@@ -51,6 +52,8 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases, kept in the run's folder too; WANDB_MODE=offline sends nothing.
 
+    A resumed run goes on with the id that its folder holds.
+
     Args:
         config: the run.
         resumed: updates done by earlier processes, None for a fresh run.
@@ -59,13 +62,12 @@ class WandB:
     def __init__(self, config: Config, resumed: int | None):
         import wandb
 
+        folder = RunFolder(config)
+        known = folder.wandb.read_text() if resumed is not None and folder.wandb.exists() else None
         self._run = wandb.init(
-            project="nanogpt",
-            name=config.name,
-            id=config.name.replace("/", "-"),
-            resume=None if resumed is None else "allow",
-            dir=str(RunFolder(config).path),
+            project="nanogpt", name=config.name, id=known, resume="allow", dir=str(folder.path)
         )
+        folder.wandb.write_text(self._run.id)
 
     def write(self, kind: str, **fields: Any) -> None:
         """Numbers of a step, as kind/name; settings and the like from the record "start"."""
@@ -83,13 +85,22 @@ SINKS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def check_sinks(config: Config) -> None:
-    """Refuses a sink whose package is not installed."""
+    """Refuses a sink whose package is not installed, or whose server does not take the run."""
     for name in config.output.sinks:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ValueError(
                 f"output.sinks={name!r}: the package {PACKAGES[name]} is not installed: run "
                 f"`pip install {PACKAGES[name]}`, or leave the sink out."
             )
+    if "wandb" in config.output.sinks and jax.process_index() == 0:
+        import wandb
+
+        try:
+            wandb.login(verify=True)
+        except wandb.Error as error:
+            raise ValueError(
+                f"output.sinks='wandb': {error} Or set WANDB_MODE=offline, or leave the sink out."
+            ) from error
 
 
 def open_sinks(config: Config, resumed: int | None) -> list[Sink]:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from nanogpt import cli
-from nanogpt.config.recipes import PUBLISHED
+from nanogpt.config.presets import PUBLISHED
 
 COMMANDS = {name: command for group in cli.COMMANDS.values() for name, command in group.items()}
 # Runs a command line in this process and says which slow packages it has imported by then.

@@ -18,7 +18,7 @@ import optax.contrib
 
 import shampoo_jax
 from nanogpt.config.settings import MuonConfig
-from nanogpt.optimizers.build import REGISTRY
+from nanogpt.optimizers.directions import DIRECTIONS
 
 NEVER = 2**30  # interval of a refresh that no benchmark reaches
 PARTS = ("rest", "statistics", "apply", "roots")
@@ -63,7 +63,7 @@ def candidates(
 
 def _muons() -> Iterator[Candidate]:
     momentum = Stage("rest", "momentum", lambda: optax.trace(0.95, nesterov=True))
-    plain, track3 = REGISTRY["muon"].direction, REGISTRY["muon_track3"].direction
+    plain, track3 = DIRECTIONS["muon"], DIRECTIONS["muon_track3"]
     settings = {"learning_rate": 1.0, "weight_decay": 0.0}
     twelve = {"ns_steps": 12, "ns_coeffs": (2.0, -1.5, 0.5)}
     for name, direction, config in (

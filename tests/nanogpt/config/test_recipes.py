@@ -12,8 +12,7 @@ import optax
 import pytest
 
 from nanogpt.config import presets
-from nanogpt.config.presets import PRESETS, preset
-from nanogpt.config.recipes import PUBLISHED
+from nanogpt.config.presets import PRESETS, PUBLISHED, preset
 from nanogpt.config.run import ScheduleConfig
 from nanogpt.config.settings import LionConfig, MatrixConfig
 from nanogpt.optimizers import build as optimizers
@@ -45,7 +44,7 @@ def test_expected_results_are_those_of_the_curves(name):
     assert np.mean(at_end) == pytest.approx(published.expected_loss, abs=6e-6)
     # What the log was made with, in the words of the file's head.
     head = next(line for line in lines if line.startswith("# hyperparameters"))
-    rate = f"{published.recipe.matrices.learning_rate:g}".lstrip("0")
+    rate = f"{preset('track3', name).matrices.learning_rate:g}".lstrip("0")
     assert re.search(rf"lr\s?{re.escape(rate)}\b", head), (rate, head)
 
 
@@ -56,14 +55,14 @@ def test_every_entry_says_where_it_comes_from_and_what_to_expect():
         assert all(known) or not any(known), name
         assert published.note or all(known), name
         if published.expected_steps:
-            assert published.expected_steps <= published.recipe.schedule.steps, name
+            assert published.expected_steps <= preset("track3", name).schedule.steps, name
     assert [name for name, p in PUBLISHED.items() if not p.inside_rules] == ["sophia"]
 
 
 def test_a_published_result_is_the_mean_of_the_runs_in_the_pull_requests():
     runs = [3.27787, 3.27645, 3.27713, 3.27813]
     assert PUBLISHED["shampoo_third"].expected_loss == pytest.approx(np.mean(runs), abs=1e-9)
-    assert PUBLISHED["shampoo_third"].recipe.matrices.exponent == 1 / 3
+    assert preset("track3", "shampoo_third").matrices.exponent == 1 / 3
 
 
 def matrices_after_one_step(name, gradient):
@@ -136,14 +135,15 @@ def test_matrices_have_schedules_of_their_own(name, count, matrices, head):
 
 def test_eps_of_scripts_with_a_mean_loss_are_on_the_scale_of_sums():
     """#33 and the medium track add 1e-10 to gradients that are 2^19 times smaller than ours."""
-    means = [name for name, p in PUBLISHED.items() if p.recipe.auxiliary.eps != 1e-10]
+    runs = {name: preset("track3", name) for name in PUBLISHED}
+    means = [name for name, run in runs.items() if run.auxiliary.eps != 1e-10]
     assert means == ["muon_mlp_decay", "psgd"]
-    assert {PUBLISHED[name].recipe.auxiliary.eps for name in means} == {1e-10 * 2**19}
-    assert PUBLISHED["adamh"].recipe.matrices.eps == 1e-8
+    assert {runs[name].auxiliary.eps for name in means} == {1e-10 * 2**19}
+    assert runs["adamh"].matrices.eps == 1e-8
 
 
 def test_lion_is_set_by_the_rule_of_its_paper():
-    lion, adamw = (PUBLISHED[name].recipe for name in ("lion", "adamw"))
+    lion, adamw = (preset("track3", name) for name in ("lion", "adamw"))
     assert lion.matrices.learning_rate == pytest.approx(adamw.matrices.learning_rate / 10)
     assert lion.matrices.weight_decay == 10 * adamw.matrices.weight_decay
     assert (lion.schedule, lion.auxiliary) == (adamw.schedule, adamw.auxiliary)
@@ -238,10 +238,30 @@ def test_a_direction_that_returns_something_else_is_refused_by_name(monkeypatch)
         build_optimizer(config, {})
 
 
-@pytest.mark.parametrize("complete", [optax.adamw(0.1), optax.sgd(0.1), optax.lion(0.1)])
-def test_a_complete_optimizer_is_no_direction(monkeypatch, complete):
+def build(monkeypatch, direction):
     monkeypatch.setattr(optimizers, "REGISTRY", dict(REGISTRY))
     monkeypatch.setattr(presets, "OWN", {})
-    register("own", lambda settings, placement: complete, MatrixConfig(0.1, 0.0))
+    register("own", lambda settings, placement: direction, MatrixConfig(0.1, 0.0))
+    return build_optimizer(preset("board", "own"), {})
+
+
+WARMUP = optax.warmup_cosine_decay_schedule(0.0, 0.1, 100, 1000)
+
+
+@pytest.mark.parametrize(
+    "complete", [optax.adamw(0.1), optax.sgd(0.1), optax.lion(0.1), optax.adamw(WARMUP)]
+)
+def test_a_complete_optimizer_is_no_direction(monkeypatch, complete):
     with pytest.raises(ValueError, match="optimizer='own': its direction goes against the grad"):
-        build_optimizer(preset("board", "own"), {})
+        build(monkeypatch, complete)
+
+
+@pytest.mark.parametrize("factor", [0.0, np.nan, np.inf])
+def test_a_direction_that_leads_nowhere_is_refused(monkeypatch, factor):
+    with pytest.raises(ValueError, match="optimizer='own': its direction is zero or not finite"):
+        build(monkeypatch, optax.scale(factor))
+
+
+def test_a_direction_may_start_late_and_decay_weights(monkeypatch):
+    late = optax.scale_by_schedule(lambda count: 1.0 * (count > 0))
+    build(monkeypatch, optax.chain(late, optax.add_decayed_weights(-10.0)))

@@ -27,6 +27,8 @@ WRONG = [
     *(("data", name, 0) for name in ("batch_rows", "microbatch_rows", "val_tokens")),
     ("data", "seed", -1),
     *((section, "directory", "gs://bucket/a") for section in ("data", "output")),
+    *(("", name, "s3://bucket/a") for name in ("name", "init_from", "go_on_from")),
+    ("output", "directory", "gs:/bucket"),
     ("", "clip_norm", 0.0),
     ("schedule", "steps", 0),
     *(("schedule", "cooldown", value) for value in (-0.1, 1.1, math.nan)),

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline import write_shard
 from nanogpt.config import presets
-from nanogpt.config.presets import PRESETS, preset
+from nanogpt.config.presets import preset
 from nanogpt.config.settings import MatrixConfig
 from nanogpt.lab import board as leaderboard
 from nanogpt.lab.board import FULL, QUICK, RATE, TUNING_SEED, Plan
@@ -35,7 +35,7 @@ def outcome(trial, best_rate: float) -> dict:
 )
 def test_every_rate_is_bracketed_by_the_same_rule(best_power, tried):
     best_rate = {
-        name: PRESETS["board"][name].matrices.learning_rate * 2.0**best_power
+        name: preset("board", name).matrices.learning_rate * 2.0**best_power
         for name in ("adamw", "soap_h")
     }
     trained = []
@@ -53,7 +53,7 @@ def test_every_rate_is_bracketed_by_the_same_rule(best_power, tried):
 
 
 def test_the_budget_ends_a_search_at_the_edge():
-    rate = PRESETS["board"]["adamw"].matrices.learning_rate
+    rate = preset("board", "adamw").matrices.learning_rate
     losses = leaderboard.tune(["adamw"], FULL, lambda ts: [outcome(t, 64 * rate) for t in ts])
     assert sorted(losses["adamw"]) == [-1, 0, 1, 2, 3, 4]
     assert "edge" in leaderboard.tuning_table(losses)

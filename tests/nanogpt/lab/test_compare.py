@@ -30,3 +30,15 @@ def test_missing_run_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "none"), "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: .*none.*is not the folder of a run"):
         compare.main()
+
+
+def test_a_folder_that_cannot_be_is_a_line(monkeypatch, tmp_path):
+    """Any error of the file system is."""
+    (tmp_path / "file").touch()
+
+    def make(runs, out, references, *, unchecked):
+        out.mkdir(parents=True)
+
+    monkeypatch.setattr(comparison, "compare", make)
+    with pytest.raises(SystemExit, match="error: .*Not a directory.*file"):
+        compare.main([str(tmp_path), "--out", str(tmp_path / "file" / "out")])

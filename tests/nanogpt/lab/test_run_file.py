@@ -50,6 +50,8 @@ def test_switches_and_values_of_none():
         ("a: [1", "run.yaml: is neither YAML nor JSON"),
         ("- 1\n- 2\n", "run.yaml: must hold names with values"),
         ("a: !!python/object/apply:os.getpid []\n", "run.yaml: is neither YAML nor JSON"),
+        ("optimizer: [1]\n", r"--config: optimizer=\[1\]: must be a name"),
+        ("preset: {a: 1}\n", "--config: preset={'a': 1}: must be a name"),
     ],
 )
 def test_what_is_no_file_of_settings_is_refused(tmp_path, text, message):

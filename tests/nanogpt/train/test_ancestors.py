@@ -1,6 +1,7 @@
 """Runs that begin with another run."""
 
 import dataclasses
+import shutil
 
 import pytest
 
@@ -31,6 +32,37 @@ def test_parameters_of_another_run(shards, tmp_path, parent, optimizer):
     fit(config)
     assert records(config, "val")[0]["loss"] == records(parent, "val")[-1]["loss"]
     assert "begun with" in records(config)[0]["fingerprint"]["model"]
+
+
+def test_begun_with_tells_the_parameters_and_not_where_they_lie(shards, tmp_path, parent):
+    """Also of a run that is resumed before its first checkpoint: it begins with them, too."""
+    (tmp_path / "link").symlink_to(RunFolder(parent).path)
+    shorter = tiny(shards, tmp_path, "shorter", schedule=ScheduleConfig(1))
+    fit(shorter)
+    models = []
+    for number, source in enumerate((RunFolder(parent).path, "link", RunFolder(shorter).path)):
+        config = tiny(shards, tmp_path, f"on-{number}", schedule=ScheduleConfig(1))
+        config = dataclasses.replace(config, init_from=str(tmp_path / source))
+        fit(config)
+        models.append(records(config)[0]["fingerprint"]["model"])
+    assert models[0] == models[1] != models[2]
+    before = losses(config)
+    shutil.rmtree(RunFolder(config).checkpoints)
+    lines = RunFolder(config).metrics.read_text().splitlines(keepends=True)
+    RunFolder(config).metrics.write_text("".join(lines[:2]))
+    fit(config, resume=True)
+    assert losses(config) == before
+
+
+def test_a_run_does_not_replace_the_one_that_it_begins_with(shards, tmp_path):
+    config = tiny(shards, tmp_path, schedule=ScheduleConfig(1))
+    fit(config)
+    before = records(config)
+    for how in ("init_from", "go_on_from"):
+        again = dataclasses.replace(config, **{how: str(RunFolder(config).path)})
+        with pytest.raises(ValueError, match="run holds the run to begin with"):
+            fit(again, overwrite=True)
+    assert records(config) == before and saved(config, 1)
 
 
 def test_a_model_of_other_sizes_is_refused(shards, tmp_path, parent):

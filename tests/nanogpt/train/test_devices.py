@@ -15,13 +15,23 @@ from nanogpt.train.devices import peak_rate, seconds_at_peak
         ("NVIDIA H100 80GB HBM3", 989.4e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362.05e12),
+        ("TPU v3", 123e12 / 2),
         ("TPU v5 lite", 197e12),
         ("TPU v5p", 459e12),
+        # Other products, and a part of one.
+        ("NVIDIA L40", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Tesla V100-SXM2-16GB", None),  # has no bfloat16
         ("cpu", None),
     ],
 )
-def test_the_longest_name_that_matches_counts(kind, peak):
+def test_only_the_product_itself_has_a_rate(kind, peak):
     assert peak_rate(kind) == peak
 
 

@@ -30,7 +30,7 @@ from nanogpt.config.run import (
 from nanogpt.config.settings import AdamWConfig, ShampooConfig
 from nanogpt.train import loop
 from nanogpt.train import progress as report
-from nanogpt.train.interrupt import Interrupted
+from nanogpt.train.interrupt import Interrupted, StopSignal
 from nanogpt.train.loop import fit, validation_due
 from nanogpt.train.metrics import read_records
 from nanogpt.train.nonfinite import DivergedError
@@ -238,6 +238,14 @@ def test_interrupted_run_goes_on_bit_for_bit(
 
 
 def test_shampoo_goes_on_bit_for_bit(shards, tmp_path, monkeypatch):
+    """And with the programs that it began with, which the cache of compilations then holds."""
+    programs, compiled = [], loop._compiled
+
+    def compile(function, *arguments):
+        programs.append(function.lower(*arguments).as_text())
+        return compiled(function, *arguments)
+
+    monkeypatch.setattr(loop, "_compiled", compile)
     straight = tiny(shards, tmp_path, "straight", "shampoo")
     fit(straight)
     cut = tiny(shards, tmp_path, "cut", "shampoo")
@@ -248,6 +256,7 @@ def test_shampoo_goes_on_bit_for_bit(shards, tmp_path, monkeypatch):
     fit(cut, resume=True)
     assert losses(cut) == losses(straight)
     assert_equal(saved(cut), saved(straight))
+    assert programs[:2] == programs[2:4] == programs[4:]
 
 
 def test_killed_run_goes_on_from_its_last_checkpoint(shards, tmp_path, whole):
@@ -276,18 +285,18 @@ def test_checkpoints_of_a_running_loop_hold_their_own_step(whole):
 def test_nothing_is_compiled_during_the_loop(shards, tmp_path, monkeypatch):
     compiled = []
     counting = False
-    announce = report.Report.compiled
+    start = report.Report.start
 
-    def start_counting(self, seconds):
+    def start_counting(self, *args):
         nonlocal counting
-        announce(self, seconds)
+        start(self, *args)
         counting = True
 
     def listen(event, duration, **_):
         if counting and "compile" in event:
             compiled.append(event)
 
-    monkeypatch.setattr(report.Report, "compiled", start_counting)
+    monkeypatch.setattr(report.Report, "start", start_counting)
     jax.monitoring.register_event_duration_secs_listener(listen)
     fit(tiny(shards, tmp_path))
     assert compiled == []
@@ -312,6 +321,42 @@ def test_finished_run_whose_checkpoints_were_deleted_is_left_alone(shards, tmp_p
     with pytest.raises(ValueError, match="with seed=3, this run has seed=1"):
         fit(dataclasses.replace(config, seed=1), resume=True)
     assert records(config) == before
+
+
+def test_records_without_a_checkpoint_are_not_replaced_by_another_run(shards, tmp_path, whole):
+    """What is left of a run that was killed before its first checkpoint."""
+    config = tiny(shards, tmp_path)
+    folder = RunFolder(config)
+    folder.path.mkdir(parents=True)
+    before = "".join(json.dumps(record) + "\n" for record in records(whole)[:5])
+    folder.metrics.write_text(before)
+    with pytest.raises(ValueError, match="optimizer='adamw' trained it, this run has .*'shampoo'"):
+        fit(tiny(shards, tmp_path, optimizer="shampoo"), resume=True)
+    with pytest.raises(ValueError, match="with seed=3, this run has seed=1"):
+        fit(dataclasses.replace(config, seed=1), resume=True)
+    for name in ("train_000001", "val_000000"):
+        write_shard(tmp_path / f"text_{name}.bin", np.arange(700, dtype=np.uint16) % VOCAB)
+    other = dataclasses.replace(config.data, directory=str(tmp_path))
+    with pytest.raises(ValueError, match="are not those of the saved run"):
+        fit(dataclasses.replace(config, data=other), resume=True)
+    assert folder.metrics.read_text() == before
+    fit(config, resume=True)
+    assert losses(config) == losses(whole)
+
+
+def test_a_run_stopped_while_it_compiles_costs_no_other_one(shards, tmp_path, monkeypatch):
+    config = tiny(shards, tmp_path, schedule=ScheduleConfig(1))
+    fit(config)
+    before, compile = records(config), loop._Run.compile
+
+    def interrupted(self):
+        compile(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Run, "compile", interrupted)
+    with pytest.raises(StopSignal) as stopped:
+        fit(config, overwrite=True)
+    assert stopped.value.code == 128 + signal.SIGTERM and records(config) == before
 
 
 @pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}])
@@ -389,7 +434,12 @@ def poison(monkeypatch, bad):
 
 def test_skipped_steps_are_counted_and_shown(shards, tmp_path, monkeypatch):
     poison(monkeypatch, [2, 5])
-    end = fit(tiny(shards, tmp_path, nonfinite_limit=2))
+    config = tiny(shards, tmp_path, nonfinite_limit=2)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4 * 8 + 2, signal.SIGINT, rows=2)  # in the last validation
+        with pytest.raises(Interrupted):
+            fit(config)
+    end = fit(config, resume=True)
     assert end["kind"] == "end" and end["skipped"] == 2
 
 
@@ -415,10 +465,10 @@ def test_a_trace_of_a_few_steps(shards, tmp_path):
 def test_it_says_at_once_that_it_compiles(shards, tmp_path, monkeypatch):
     said = io.StringIO()
 
-    def compile(self):
+    def compile(*_):
         assert said.getvalue() == "run: compiling ...\n"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Run, "compile", compile)
+    monkeypatch.setattr(loop, "init_state", compile)
     with pytest.raises(KeyboardInterrupt):
         fit(tiny(shards, tmp_path), console=rich.console.Console(file=said))

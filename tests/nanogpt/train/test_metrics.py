@@ -1,5 +1,6 @@
 """metrics.jsonl and what is shown while a run goes on."""
 
+import contextlib
 import io
 import json
 import math
@@ -75,9 +76,11 @@ def shown(terminal: bool) -> str:
     console = rich.console.Console(
         file=screen, force_terminal=terminal, width=160, soft_wrap=True, highlight=False
     )
-    with Progress("cpu/[muon]", steps=2000, done=1000, console=console) as progress:
+    progress = Progress("cpu/[muon]", steps=2000, done=1000, console=console)
+    with contextlib.closing(progress):
         progress.advance(1009, FIGURES)
-        progress.log(1009, FIGURES)
+        progress.write("train", step=1009, **FIGURES)
+        progress.write("val", step=1009, loss=3.5, train_time_s=1.0, bits_per_byte=1.25)
         progress.note("hello")
     return screen.getvalue()
 
@@ -86,6 +89,7 @@ def test_plain_lines_where_there_is_no_terminal():
     assert shown(terminal=False) == (
         "cpu/[muon]: step 1009/2000  loss 3.2500  lr 0.00123  12,346 tokens/s  4000 ms/step  "
         "MFU 41.2%  2.3 GB  2 skipped  ETA 1:06:00\n"
+        "cpu/[muon]: step 1009: validation loss 3.50000 nats per token, 1.2500 bits per byte\n"
         "cpu/[muon]: hello\n"
     )
 
@@ -94,5 +98,5 @@ def test_bar_on_a_terminal():
     text = shown(terminal=True)
     for figure in ("cpu/[muon]", "1010/2000", "loss 3.2500", "12,346 tokens/s", "41.2%", "ETA"):
         assert figure in text
-    assert "step 1009" not in text
+    assert "step 1009/" not in text
     assert "hello" in text

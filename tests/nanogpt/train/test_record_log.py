@@ -79,9 +79,9 @@ def sections(text: str) -> list[list[str]]:
 def test_layout_of_a_whole_log(log, monkeypatch):
     monkeypatch.setattr(record_log, "devices_text", lambda: "GPU 0\nGPU 1")
     record = RecordLog(log, CONFIG, "import this", None)
-    record.validation(0, math.log(50304), 0.0)
-    record.validation(125, 4.81815, 52.99)
-    record.validation(250, 4.1979, 112.426)
+    record.write("val", step=0, loss=math.log(50304), train_time_s=0.0)
+    record.write("val", step=125, loss=4.81815, train_time_s=52.99)
+    record.write("val", step=250, loss=4.1979, train_time_s=112.426)
     source, machine, losses = sections(log.read_text())
     assert source == ["import this"]
     assert machine[0].startswith(f"Running JAX {jax.__version__} (cpu) on ")
@@ -99,13 +99,13 @@ def test_layout_of_a_whole_log(log, monkeypatch):
 def test_resumed_log_has_every_step_once_and_the_time_goes_on(log):
     record = RecordLog(log, CONFIG, "code", None)
     for step in (0, 125, 250, 375):
-        record.validation(step, 5.0, step / 10)
+        record.write("val", step=step, loss=5.0, train_time_s=step / 10)
     with log.open("a") as file:
         file.write("step:500/3375 val_lo")  # cut short by a crash
     before = log.read_text()
     record = RecordLog(log, CONFIG, "code", 250)
-    record.validation(250, 4.0, 25.5)
-    record.validation(375, 3.5, 50.5)
+    record.write("val", step=250, loss=4.0, train_time_s=25.5)
+    record.write("val", step=375, loss=3.5, train_time_s=50.5)
     kept = before[: before.index("step:250/")]
     assert log.read_text() == kept + (
         "Resumed after 250 updates\n"
@@ -116,10 +116,10 @@ def test_resumed_log_has_every_step_once_and_the_time_goes_on(log):
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_other_code_is_told_when_it_goes_on(log, lost):
-    RecordLog(log, CONFIG, "old", None).validation(0, 5.0, 0.0)
+    RecordLog(log, CONFIG, "old", None).write("val", step=0, loss=5.0, train_time_s=0.0)
     if lost:
         log.unlink()
-    RecordLog(log, CONFIG, "new", 3).validation(125, 4.0, 6.1)
+    RecordLog(log, CONFIG, "new", 3).write("val", step=125, loss=4.0, train_time_s=6.1)
     assert sections(log.read_text())[-3][-1] == "new"
     assert log.read_text().count(RULE) == (2 if lost else 4)
     assert environment_text(CONFIG) in log.read_text()

@@ -21,6 +21,10 @@ def used(folder):
     (folder.checkpoints / "5").mkdir(parents=True)
     folder.metrics.write_text("{}\n")
     folder.record.write_text("log")
+    folder.wandb.write_text("id")
+    for kept in (folder.events, folder.profile):
+        kept.mkdir()
+        (kept / "file").touch()
     (folder.path / "notes.txt").write_text("mine")
     return folder
 
@@ -88,6 +92,19 @@ def test_one_process_at_a_time(used):
 def test_a_folder_that_cannot_be_written_is_found_at_once(folder, tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(
-        ValueError, match="output.directory=.*cannot write in .*/a .*: set --output"
+        ValueError,
+        match="output.directory: .*cannot be written, since .*/a cannot .*: set --output",
     ):
         folder.check(resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("how", ["init_from", "go_on_from"])
+def test_a_run_does_not_delete_the_one_that_it_begins_with(used, tmp_path, how):
+    """By whatever way it is named."""
+    (tmp_path / "link").symlink_to(used.path)
+    output = OutputConfig(str(tmp_path))
+    config = dataclasses.replace(preset("cpu", "adamw"), name="a/b", output=output)
+    folder = RunFolder(dataclasses.replace(config, **{how: str(tmp_path / "link")}))
+    with pytest.raises(ValueError, match="a/b holds the run to begin with.*another --name"):
+        folder.claim(resume=False, overwrite=True)
+    assert used.metrics.exists()

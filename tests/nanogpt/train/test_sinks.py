@@ -2,11 +2,14 @@
 
 import dataclasses
 import importlib.util
+import sys
+import types
 import warnings
 
 import pytest
 
 from nanogpt.config.run import OutputConfig, ScheduleConfig
+from nanogpt.train import sinks
 from nanogpt.train.loop import fit
 from nanogpt.train.run_folder import RunFolder
 from tests.nanogpt.train.test_loop import records, shards, tiny
@@ -47,8 +50,51 @@ def test_every_sink_gets_the_records(config):
     found = scalars(folder / "tensorboard")
     losses = [(r["step"], pytest.approx(r["loss"])) for r in records(config, "train")]
     assert found["train/loss"] == losses and len(found["val/loss"]) == 2
-    logs = list((folder / "wandb").glob("offline-run-*/run-a-b.wandb"))
-    assert len(logs) == 1 and logs[0].stat().st_size > 1000
+    (log,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    assert log.stat().st_size > 1000
+    named = log.stem.removeprefix("run-")
+    assert named == RunFolder(config).wandb.read_text()
+
+
+def test_a_new_run_of_the_name_does_not_mix_with_the_old_one(shards, tmp_path, monkeypatch):
+    """A resumed one does: its id is the same, and its events are added."""
+    ids = iter(("first", "second", "third"))
+
+    class Run:
+        def __init__(self, id=None, **_):
+            self.id = id or next(ids)
+            self.config = types.SimpleNamespace(update=lambda *_, **__: None)
+
+        log = finish = lambda *_: None
+
+    fake = types.SimpleNamespace(init=Run, login=lambda **_: None, Error=Exception)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(sinks, "PACKAGES", dict.fromkeys(sinks.PACKAGES, "json"))
+    output = OutputConfig(str(tmp_path), sinks=("wandb",))
+    config = tiny(shards, tmp_path, output=output, schedule=ScheduleConfig(1))
+    folder = RunFolder(config)
+    fit(config)
+    folder.events.mkdir()
+    (folder.events / "events.old").touch()
+    sinks.open_sinks(config, 1)
+    assert folder.wandb.read_text() == "first" and (folder.events / "events.old").exists()
+    fit(config, overwrite=True)
+    assert folder.wandb.read_text() == "second" and not folder.events.exists()
+
+
+def test_a_server_that_refuses_is_found_before_anything_else(config, monkeypatch):
+    class Refused(Exception):
+        pass
+
+    def login(**_):
+        raise Refused("No API key configured.")
+
+    fake = types.SimpleNamespace(login=login, Error=Refused)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(sinks, "PACKAGES", dict.fromkeys(sinks.PACKAGES, "json"))
+    with pytest.raises(ValueError, match="No API key configured. Or set WANDB_MODE=offline"):
+        fit(config)
+    assert not RunFolder(config).path.exists()
 
 
 def test_a_package_that_is_missing_is_named_before_anything_else(config, monkeypatch):
