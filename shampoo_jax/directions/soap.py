@@ -59,7 +59,8 @@ def scale_by_soap(
     `presets.meta_soap`.
 
     The authors' code adds eps before the bias correction, `eps_hat=True`. With eps far below the
-    gradients, 1e-8 say, that makes no difference; where they are comparable, early steps are smaller.
+    gradients, 1e-8 say, that makes no difference; where they are comparable, early steps are
+    smaller.
 
     Weight decay in `soap` acts as AdamW's, on the parameters before the step; the authors' code
     shrinks them after it, which differs by `lr^2 * weight_decay * U`.

@@ -118,7 +118,7 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
 
 
 def _as_parameters_lie(updates: Any, params: Any) -> Any:
-    """Updates that can be added to parameters; a placement may not have been told of their layout."""
+    """Updates that can be added to parameters, of whose layout a placement may not know."""
     if jax.tree.structure(params) != jax.tree.structure(updates):
         return updates
     return jax.tree.map(lambda u, p: laid_as(u, jax.typeof(p).sharding), updates, params)
