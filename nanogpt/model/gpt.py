@@ -191,7 +191,7 @@ def attend(
     q_BxTxNxH: jax.Array,
     k_BxTxNxH: jax.Array,
     v_BxTxNxH: jax.Array,
-    attention: Literal["auto", "xla", "cudnn"],
+    attention: str,
 ) -> jax.Array:
     """Causal attention by one of two kernels.
 

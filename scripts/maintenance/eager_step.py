@@ -48,7 +48,7 @@ def measure(tx: optax.GradientTransformation, steps: int) -> dict[str, Any]:
     """Figures of so many eager steps with gradients that change."""
     compilations: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == COMPILED:
             compilations.append(event)
 
@@ -60,11 +60,10 @@ def measure(tx: optax.GradientTransformation, steps: int) -> dict[str, Any]:
     state, seconds, before, first = tx.init(PARAMS), [], 0, 0
     for step in range(steps):
         begin = time.perf_counter()
-        updates, state = jax.block_until_ready(tx.update(gradients[step % 4], state, PARAMS))
+        _, state = jax.block_until_ready(tx.update(gradients[step % 4], state, PARAMS))
         seconds.append(time.perf_counter() - begin)
         first = first if step else len(compilations)
         before = resident() if step == 9 else before
-    jax.block_until_ready(updates)
     return {
         "first_step_s": round(seconds[0], 2),
         "later_compilations": len(compilations) - first,

@@ -230,7 +230,7 @@ def _check_format(number: Any, holder: str) -> None:
         raise ValueError(
             f"{holder} has format number {np.max(number)}, the installed shampoo_jax reads "
             f"{FORMAT}: finish the run with the one that saved it, whose shampoo_jax.FORMAT is "
-            "that number (it has none for number 1), or start afresh here from the parameters alone."
+            "that number (it has none for number 1), or start afresh from the parameters alone."
         )
 
 

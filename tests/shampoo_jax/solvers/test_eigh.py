@@ -64,7 +64,7 @@ def test_the_implementation_can_be_chosen_where_the_lowered_platform_has_it(root
     with pytest.raises(NotImplementedError, match="Jacobi implementation is not supported on CPU"):
         root("jacobi", a)
 
-    def program(name: str, platform: str) -> str:  # for another machine, not run
+    def program(name: str, platform: str):  # for another machine, not run
         return jax.jit(lambda a: root(name, a)).trace(a).lower(lowering_platforms=(platform,))
 
     gpu = {name: program(name, "cuda").as_text() for name in ("qr", "jacobi")}
