@@ -246,10 +246,10 @@ TOTALS = {
     "shampoo_jax/directions": 292,
     "shampoo_jax/optimizers": 555,
     "shampoo_jax/inspect": 555,
-    "nanogpt/config": 395,
+    "nanogpt/config": 355,
     "nanogpt/model": 195,
-    "nanogpt/optimizers": 450,
-    "nanogpt/train": 1490,
+    "nanogpt/optimizers": 440,
+    "nanogpt/train": 1450,
     "nanogpt/report": 865,
     "nanogpt/lab": 1155,
 }

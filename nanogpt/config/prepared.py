@@ -1,5 +1,6 @@
 """What a run's defaults are on a prepared folder of one's own."""
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -19,11 +20,9 @@ def fitted(default: Config, words: Sequence[str]) -> Config:
         words: a command line; without --data.directory, or where that folder has no manifest, the
             preset stays as it is. Settings that it names are set afterwards.
     """
-    folder = next(
-        (b if a == "--data.directory" else a.partition("=")[2])
-        for a, b in zip([*words, "--data.directory="], [*words[1:], "", ""], strict=False)
-        if a.partition("=")[0] == "--data.directory"
-    )
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data.directory", dest="folder", default="", const="", nargs="?")
+    folder = parser.parse_known_args(words)[0].folder
     path = pathlib.Path(folder, "manifest.json")
     if not folder or not path.exists():
         return default

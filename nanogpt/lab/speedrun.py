@@ -86,7 +86,7 @@ def train(options: argparse.Namespace, rest: list[str]) -> None:
     from nanogpt.train.loop import fit
     from nanogpt.train.nonfinite import EXIT_CODE, DivergedError
 
-    first = distributed.start(**process_flags(options), detect=options.distributed) == 0
+    first = distributed.start(process_flags(options), detect=options.distributed) == 0
     with distributed.failing_for_all():
         try:
             with distributed.agreed("preparing the data"):

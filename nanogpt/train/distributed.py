@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import traceback
+import types
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -33,19 +34,12 @@ class JobFailedError(Exception):
     """Some process failed in `agreed`; raised in all of them, so that all can end at once."""
 
 
-def start(
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    *,
-    detect: bool = False,
-) -> int:
+def start(flags: Mapping[str, str | int | None], *, detect: bool = False) -> int:
     """Joins the processes of one job, if there are several. To be called before anything of jax.
 
     Args:
-        coordinator_address: host:port of process 0, the same in every process.
-        num_processes: how many there are.
-        process_id: number of this one, from 0.
+        flags: "coordinator_address" (host:port of process 0, the same in every process),
+            "num_processes" and "process_id" (of this one, from 0); None stands for not given.
         detect: ask whatever jax knows, such as the metadata server of a TPU slice.
 
     Returns:
@@ -54,11 +48,6 @@ def start(
     Raises:
         ValueError: as `join_arguments`.
     """
-    flags = {
-        "coordinator_address": coordinator_address,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
     arguments = join_arguments(os.environ, flags, detect=detect)
     # A program of several runs asks before each.
     if arguments is not None and not jax.distributed.is_initialized():
@@ -68,7 +57,7 @@ def start(
 
 def join_arguments(
     environment: Mapping[str, str],
-    flags: Mapping[str, str | int | None] | None = None,
+    flags: Mapping[str, str | int | None] = types.MappingProxyType({}),
     *,
     detect: bool = False,
 ) -> dict | None:
@@ -92,7 +81,7 @@ def join_arguments(
     >>> join_arguments({"SLURM_NTASKS": "1"}) is None
     True
     """
-    settings = {name: _setting(name, (flags or {}).get(name), environment) for name in _VARIABLES}
+    settings = {name: _setting(name, flags.get(name), environment) for name in _VARIABLES}
     launcher = next((names for names in _LAUNCHERS if _number(names[0], environment) > 1), None)
     if any(value is not None for value in settings.values()):
         for name, variable in zip(("num_processes", "process_id"), launcher or (), strict=False):

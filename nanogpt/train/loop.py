@@ -78,20 +78,9 @@ def fit(
         if resume:
             run.go_to_newest()
         if not (resume and run.finished()):
-            if run.saved is None:
-                run.begin()
             if resume:
                 console.print(f"{config.name}: compiling ...", markup=False)
-            with agreed("compiling"):
-                run.compile()
-            if run.saved is None:
-                # Not before: a run that is impossible, or stopped, must not cost an earlier one.
-                if run.stopped(0):
-                    raise StopSignal(stop.signum or 0)
-                with agreed("making the run's folder"):
-                    folder.claim(resume=resume, overwrite=overwrite)
-                    run.copy()
-                run.go_to_newest()
+            run.begin(resume=resume, overwrite=overwrite)
             with Report(config, run.data, folder, run.saved, source, console) as report:
                 run.train(report)
         return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
@@ -144,7 +133,26 @@ class _Run:
             self.state, seconds = restored
             self.clock = StepClock(seconds)
 
-    def begin(self) -> None:
+    def begin(self, *, resume: bool, overwrite: bool) -> None:
+        """Compiles, and then makes the folder of a run that has no checkpoint yet.
+
+        Not before: a run that is impossible, or stopped, must not cost an earlier one.
+        """
+        if self.saved is None:
+            self._inherit()
+        with agreed("compiling"):
+            self.compile()
+        if self.saved is not None:
+            return
+        if self.stopped(0):
+            raise StopSignal(self.stop.signum or 0)
+        with agreed("making the run's folder"):
+            self.folder.claim(resume=resume, overwrite=overwrite)
+            if self.common is not None and jax.process_index() == 0:
+                copy_run(self.config, self.common)
+        self.go_to_newest()
+
+    def _inherit(self) -> None:
         """Takes over what another run leaves to this one; changes nothing on disk."""
         if self.config.init_from:
             params, digest = read_params(self.config, self.state.params)
@@ -152,11 +160,6 @@ class _Run:
             self.data = self.data.begun_with(digest)
         if self.config.go_on_from:
             self.common = common_checkpoint(self.config)
-
-    def copy(self) -> None:
-        """Copies another run up to the step at which this one goes on; the first process does."""
-        if self.common is not None and jax.process_index() == 0:
-            copy_run(self.config, self.common)
 
     def finished(self) -> bool:
         """Tells whether an earlier process has done everything; that outlives its checkpoints.

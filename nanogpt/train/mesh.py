@@ -45,11 +45,8 @@ class Layout:
             leaf: array or its shape.
         """
         del path
-        size, shape = self.mesh.shape["fsdp"], np.shape(leaf)
-        dims = [k for k, d in enumerate(shape) if d % size == 0]
-        if size == 1 or len(shape) < 2 or not dims:
-            return P()
-        return P(*[None] * dims[0], "fsdp")
+        size = self.mesh.shape["fsdp"]
+        return P() if size == 1 or np.ndim(leaf) < 2 else _split(np.shape(leaf), size, "fsdp")
 
     def gradient_spec(self, path: tuple[Any, ...], leaf: Any) -> P:
         """The layout of scattered gradients: the first dimension that can be is split over all.
@@ -59,9 +56,7 @@ class Layout:
             leaf: array or its shape.
         """
         del path
-        size, shape = self.mesh.size, np.shape(leaf)
-        dims = [k for k, d in enumerate(shape) if d % size == 0]
-        return P(*[None] * dims[0], AXES) if dims else P()
+        return _split(np.shape(leaf), self.mesh.size, AXES)
 
     def summed(self, local: Callable[..., tuple[jax.Array, Any]], params: Any, batch: Any) -> Any:
         """Adds up what every device finds for its rows of a batch; under jit.
@@ -113,6 +108,12 @@ class Layout:
             ),
             params,
         )
+
+
+def _split(shape: tuple[int, ...], size: int, axes: str | tuple[str, ...]) -> P:
+    """Splits the first dimension that divides."""
+    dims = [k for k, d in enumerate(shape) if d % size == 0]
+    return P(*[None] * dims[0], axes) if dims else P()
 
 
 def make_layout(config: Config) -> Layout | None:

@@ -1,8 +1,8 @@
 """What a run reports: metrics.jsonl on disk, a progress bar or plain lines on the screen."""
 
+import datetime
 import json
 import math
-import os
 import pathlib
 from typing import Any
 
@@ -69,9 +69,14 @@ def keep_before(path: pathlib.Path, step: int, config: Record) -> None:
         for record in read_records(path)
         if record["kind"] == "start" or record.get("step", math.inf) < step
     ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file aside first: a full disk must not cost what there is."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def plain_console() -> rich.console.Console:
@@ -124,7 +129,8 @@ class Progress:
             self.note(f"step {fields['step']}: {loss}{shown}")
         elif kind == "train" and not self._console.is_terminal:
             count = f"step {fields['step']:>{len(str(self._steps))}}/{self._steps}"
-            self.note(f"{count}  {_figures(fields)}  ETA {_clock_time(fields['eta_s'])}")
+            left = datetime.timedelta(seconds=round(fields["eta_s"]))
+            self.note(f"{count}  {_figures(fields)}  ETA {left}")
 
     def note(self, message: str) -> None:
         """Prints a line above the bar."""
@@ -146,13 +152,6 @@ def _figures(of: Record) -> str:
         f"{of['skipped']} skipped" if of["skipped"] else "",
     ]
     return "  ".join(part for part in parts if part)
-
-
-def _clock_time(seconds: float) -> str:
-    """3725 -> "1:02:05", 65 -> "1:05"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _finite(value: Any) -> Any:

@@ -118,8 +118,7 @@ class Report:
     def validation(self, step: int, loss: float, clock: StepClock) -> None:
         """Writes the validation loss (nats per token) before update `step`."""
         self._val_loss = loss
-        bits = self._bits_per_byte(loss)
-        self._write("val", step=step, loss=loss, train_time_s=clock.elapsed, **bits)
+        self._write("val", step=step, loss=loss, train_time_s=clock.elapsed, **self._bits(loss))
 
     def end(self, compile_s: float, clock: StepClock) -> None:
         """Writes the last record; `train_time_s` counts earlier processes, the rest this one."""
@@ -128,7 +127,7 @@ class Report:
             "end",
             step=self._config.schedule.steps,
             loss=self._val_loss,
-            **self._bits_per_byte(self._val_loss),
+            **self._bits(self._val_loss),
             train_time_s=clock.elapsed,
             skipped=self._skipped,
             median_step_time_s=median,
@@ -141,7 +140,7 @@ class Report:
         for sink in self._sinks:
             sink.write(kind, **fields)
 
-    def _bits_per_byte(self, loss: float) -> dict[str, Any]:
+    def _bits(self, loss: float) -> dict[str, Any]:
         """The same loss in the unit that does not depend on the tokenizer, where it is known."""
         baselines = self._data.baselines
         return {"bits_per_byte": baselines.bits_per_byte(loss)} if baselines else {}

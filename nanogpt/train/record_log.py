@@ -17,6 +17,7 @@ import jax
 from jax.extend import backend
 
 from nanogpt.config.run import Config
+from nanogpt.train.metrics import replace_text
 from nanogpt.train.provenance import output_of, provenance
 
 RULE = "=" * 100
@@ -105,10 +106,7 @@ class RecordLog:
             kept += f"{what}{devices_text()}\n{RULE}\n"
         if resumed is not None:
             kept += f"Resumed after {resumed} updates\n"
-        # Written aside first: a full disk must not cost the lines that there are.
-        partial = path.with_suffix(".tmp")
-        partial.write_text(kept, encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, kept)
 
     def write(self, kind: str, **fields: Any) -> None:
         """Appends a line for a validation, and nothing for any other record."""

@@ -63,7 +63,7 @@ def test_several_runs_of_one_process_join_once(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given))
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: bool(joined))
     for _ in range(2):
-        assert distributed.start("host:1234", 2, 0) == 0
+        assert distributed.start(JOINED | {"process_id": 0}) == 0
     assert len(joined) == 1
 
 
