@@ -293,7 +293,7 @@ PLATFORM_ASKED = {
     "shampoo_jax/matrix/eigh.py:_warn_about_blas_threads",
     "shampoo_jax/solvers/polynomial.py:cost",
     "nanogpt/lab/speedrun.py:warn_without_accelerator",
-    "nanogpt/train/provenance.py:_device",
+    "nanogpt/train/provenance.py:provenance",
 }
 
 
