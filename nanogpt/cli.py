@@ -31,6 +31,9 @@ COMMANDS = {
     },
     "Prepare": {
         "data": Command("data:main", "token shards of your text, or the benchmark's"),
+        "import-meta": Command(
+            "import_meta:main", "a state of Meta's DistributedShampoo as one of ours"
+        ),
     },
 }
 

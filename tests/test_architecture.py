@@ -240,18 +240,18 @@ TOTALS = {
     "shampoo_jax/base": 235,
     "shampoo_jax/matrix": 710,
     "shampoo_jax/blocks": 395,
-    "shampoo_jax/solvers": 315,
+    "shampoo_jax/solvers": 317,
     "shampoo_jax/stacks": 920,
     "shampoo_jax/parts": 930,
     "shampoo_jax/directions": 292,
     "shampoo_jax/optimizers": 555,
-    "shampoo_jax/inspect": 555,
+    "shampoo_jax/inspect": 980,
     "nanogpt/config": 355,
     "nanogpt/model": 195,
     "nanogpt/optimizers": 440,
     "nanogpt/train": 1450,
     "nanogpt/report": 865,
-    "nanogpt/lab": 1155,
+    "nanogpt/lab": 1255,
 }
 
 

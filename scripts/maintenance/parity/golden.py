@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from nanogpt.config.run import ModelConfig
+from nanogpt.lab.import_meta import our_name
 
 RECORDED = pathlib.Path(__file__).parents[3] / "tests" / "golden"
 
@@ -44,13 +44,6 @@ def model_config(shape: Mapping[str, int], **changes: Any) -> ModelConfig:
         embed_dtype="float32",
     )
     return ModelConfig(**(settings | changes))
-
-
-def our_name(torch_name: str) -> str:
-    """blocks.0.attn.q.weight -> blocks/0/attn/q/kernel, proj.bias -> head/bias."""
-    name = re.sub(r"^proj\.", "head.", torch_name).replace(".", "/")
-    name = name.replace("embed/weight", "embed/embedding").replace("/weight", "/kernel")
-    return name.replace("/gains", "/scale")
 
 
 def from_torch(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
