@@ -12,6 +12,7 @@ import importlib
 import pathlib
 import pickle
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 HOW_TO_SAVE = (
     'torch.save({"params": dict(model.named_parameters()), "state": '
     'optimizer.state_dict()["state"]}, FILE)'
+)
+
+# What numpy and zipfile raise for bytes that are no archive.
+DAMAGED = (
+    *(ValueError, TypeError, KeyError, EOFError, OSError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
 )
 
 
@@ -82,7 +89,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is no archive of numbers ({error}): copy it anew.") from error
 
 

@@ -101,6 +101,26 @@ def test_what_is_no_file_of_numbers_is_refused(torch, tmp_path, monkeypatch):
     refused([tmp_path / "meta.pt", *out], "error: .*meta.pt is taken .* pip install torch")
 
 
+def test_a_damaged_archive_is_refused_or_read_as_it_was(tmp_path):
+    whole = {f"state/w/block_{i}/adagrad": np.arange(8.0) + i for i in range(2)}
+    np.savez(tmp_path / "whole.npz", **whole)
+    content, rng = (tmp_path / "whole.npz").read_bytes(), np.random.default_rng(0)
+    refusals, file = 0, tmp_path / "damaged.npz"
+    for trial in range(50):
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(damaged[: rng.integers(len(content))] if trial % 5 == 0 else damaged)
+        try:
+            found = import_meta.read(file)
+        except ValueError as error:
+            assert str(file) in str(error)
+            refusals += 1
+            continue
+        # A name may have changed; the import knows every name.
+        assert all(np.array_equal(found[key], whole[key]) for key in whole.keys() & found.keys())
+    assert refusals > 25
+
+
 def test_a_command_line_that_makes_no_sense_is_refused(torch, tmp_path):
     file = tmp_path / "meta.pt"
     refused([file, "--out", tmp_path], "error: .* exists: name another --out")

@@ -91,7 +91,7 @@ def symmetric(seed, d):
 
 def theirs(shape=SHAPE, **options):
     """A state of theirs as torch would give it, its factors numbered 10 * block + dimension."""
-    entry = {"step": np.array(7)}
+    entry: dict = {"step": np.array(7)}
     for i, box in enumerate(boxes(shape)):
         block = WHOLE.reshape(shape)[box]
         factors = {k: symmetric(10 * i + k, d) for k, d in enumerate(block.shape)}
