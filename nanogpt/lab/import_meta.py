@@ -87,7 +87,8 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, since numpy leaves a damaged one open.
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             return dict(file)
     except DAMAGED as error:
         raise ValueError(f"{path} is no archive of numbers ({error}): copy it anew.") from error
