@@ -251,7 +251,7 @@ TOTALS = {
     "nanogpt/optimizers": 440,
     "nanogpt/train": 1450,
     "nanogpt/report": 865,
-    "nanogpt/lab": 1255,
+    "nanogpt/lab": 1262,
 }
 
 
