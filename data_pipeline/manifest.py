@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -99,12 +100,12 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return Manifest(
-            source=Source(**fields["source"]),
-            train=tuple(Shard(**shard) for shard in fields["train"]),
-            val=tuple(Shard(**shard) for shard in fields["val"]),
-            baselines=Baselines(**fields["baselines"]),
+            source=_checked(Source(**fields["source"])),
+            train=tuple(_checked(Shard(**shard)) for shard in fields["train"]),
+            val=tuple(_checked(Shard(**shard)) for shard in fields["val"]),
+            baselines=_checked(Baselines(**fields["baselines"])),
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
             f"{path}: not a manifest of this version ({error!r}); delete it and prepare the "
             "folder again."
@@ -140,6 +141,14 @@ def describe(
         val=tuple(_shard(path, tokenizer) for path in val),
         baselines=baselines(train, val[0], tokenizer, val_tokens),
     )
+
+
+def _checked(part: Any) -> Any:
+    """A part of a manifest whose values are of the types that it says."""
+    for name, kind in get_type_hints(type(part)).items():
+        if not isinstance(getattr(part, name), kind):
+            raise TypeError(f"{name}={getattr(part, name)!r}")
+    return part
 
 
 def _shard(path: Path, tokenizer: Tokenizer) -> Shard:

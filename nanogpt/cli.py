@@ -5,35 +5,25 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from nanogpt.config.presets import PUBLISHED
 
-
-class Command(NamedTuple):
-    """A subcommand: the function that takes its arguments, and one line of help."""
-
-    function: str  # module:name, in nanogpt.lab
-    help: str
-
-
+# By group: a command's function, module:name in nanogpt.lab, and one line of help.
 COMMANDS = {
     "Train": {
-        "demo": Command("speedrun:main", "AdamW, Muon and Shampoo on the same text, and a picture"),
-        "train": Command("speedrun:train_command", "one optimizer, one seed or several"),
-        "sweep": Command("sweep:main", "many runs that differ in a few settings"),
-        "board": Command("board:main", "every optimizer at a small size, tuned"),
+        "demo": ("speedrun:main", "AdamW, Muon and Shampoo on the same text, and a picture"),
+        "train": ("speedrun:train_command", "one optimizer, one seed or several"),
+        "sweep": ("search:sweep", "many runs that differ in a few settings"),
+        "board": ("search:board", "every optimizer at a small size, tuned"),
     },
     "Look": {
-        "compare": Command("compare:main", "draw any runs and published curves"),
-        "verdict": Command("verdict:main", "what sets of runs prove"),
-        "records": Command("records:main", "the board of track 3 as published"),
+        "compare": ("look:compare", "draw any runs and published curves"),
+        "verdict": ("look:verdict", "what sets of runs prove"),
+        "records": ("look:records", "the board of track 3 as published"),
     },
     "Prepare": {
-        "data": Command("data:main", "token shards of your text, or the benchmark's"),
-        "import-meta": Command(
-            "import_meta:main", "a state of Meta's DistributedShampoo as one of ours"
-        ),
+        "data": ("data:main", "token shards of your text, or the benchmark's"),
+        "import-meta": ("import_meta:main", "a state of Meta's DistributedShampoo as one of ours"),
     },
 }
 
@@ -59,7 +49,7 @@ def run(arguments: Sequence[str]) -> None:
     commands = {key: value for group in COMMANDS.values() for key, value in group.items()}
     if name not in commands:
         sys.exit(f"error: {name!r} is no command: choose one of {', '.join(commands)}.")
-    module, _, function = commands[name].function.partition(":")
+    module, _, function = commands[name][0].partition(":")
     getattr(importlib.import_module(f"nanogpt.lab.{module}"), function)(rest)
 
 
@@ -68,7 +58,7 @@ def help_text() -> str:
     lines = ["usage: nanogpt COMMAND ..., nanogpt COMMAND --help"]
     for group, commands in COMMANDS.items():
         lines += ["", f"{group}:"]
-        lines += [f"  {name:<18}{command.help}" for name, command in commands.items()]
+        lines += [f"  {name:<18}{line}" for name, (_, line) in commands.items()]
     lines += ["", "Optimizers (--optimizer of train), with the source of their settings:"]
     lines += [f"  {name:<18}{entry.source}" for name, entry in PUBLISHED.items()]
     return "\n".join(lines)

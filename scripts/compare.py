@@ -1,6 +1,8 @@
 """Same as `nanogpt compare`."""
 
-from nanogpt.lab.compare import main
+import sys
+
+from nanogpt.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["compare", *sys.argv[1:]])

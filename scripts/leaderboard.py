@@ -1,6 +1,8 @@
 """Same as `nanogpt board`."""
 
-from nanogpt.lab.board import main
+import sys
+
+from nanogpt.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["board", *sys.argv[1:]])

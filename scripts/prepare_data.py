@@ -1,6 +1,8 @@
 """Same as `nanogpt data`."""
 
-from nanogpt.lab.data import main
+import sys
+
+from nanogpt.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["data", *sys.argv[1:]])

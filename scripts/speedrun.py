@@ -1,6 +1,8 @@
 """Same as `nanogpt demo, or nanogpt train`."""
 
-from nanogpt.lab.speedrun import main
+import sys
+
+from nanogpt.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["demo", *sys.argv[1:]])

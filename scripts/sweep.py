@@ -1,6 +1,8 @@
 """Same as `nanogpt sweep`."""
 
-from nanogpt.lab.sweep import main
+import sys
+
+from nanogpt.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["sweep", *sys.argv[1:]])

@@ -1,6 +1,8 @@
 """Same as `nanogpt records`."""
 
-from nanogpt.lab.records import main
+import sys
+
+from nanogpt.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["records", *sys.argv[1:]])

@@ -1,6 +1,8 @@
 """Same as `nanogpt verdict`."""
 
-from nanogpt.lab.verdict import main
+import sys
+
+from nanogpt.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["verdict", *sys.argv[1:]])

@@ -246,12 +246,12 @@ TOTALS = {
     "shampoo_jax/directions": 292,
     "shampoo_jax/optimizers": 555,
     "shampoo_jax/inspect": 980,
-    "nanogpt/config": 355,
+    "nanogpt/config": 365,
     "nanogpt/model": 195,
     "nanogpt/optimizers": 440,
-    "nanogpt/train": 1450,
-    "nanogpt/report": 865,
-    "nanogpt/lab": 1262,
+    "nanogpt/train": 1460,
+    "nanogpt/report": 870,
+    "nanogpt/lab": 1125,
 }
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import operator
 import pathlib
 from collections.abc import Sequence
 
@@ -19,6 +20,9 @@ def fitted(default: Config, words: Sequence[str]) -> Config:
         default: the preset.
         words: a command line; without --data.directory, or where that folder has no manifest, the
             preset stays as it is. Settings that it names are set afterwards.
+
+    Raises:
+        ValueError: a manifest that cannot be read; names it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data.directory", dest="folder", default="", const="", nargs="?")
@@ -26,8 +30,15 @@ def fitted(default: Config, words: Sequence[str]) -> Config:
     path = pathlib.Path(folder, "manifest.json")
     if not folder or not path.exists():
         return default
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    ids, scored = manifest["source"]["vocab_size"], manifest["baselines"]["val_tokens"]
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["source"]["vocab_size"], manifest["baselines"]["val_tokens"]
+        ids, scored = map(operator.index, found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a manifest of this version ({error!r}); delete it and prepare the "
+            "folder again."
+        ) from None
     model, data = default.model, default.data
     if not 0 <= model.vocab_size - ids < PADDING:
         model = dataclasses.replace(model, vocab_size=ids)

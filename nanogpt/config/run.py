@@ -8,7 +8,7 @@ text. Impossible values are refused where they are set, before any work.
 import dataclasses
 import pathlib
 import re
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -71,10 +71,9 @@ class ModelConfig:
             )
 
 
-def check_folders(settings: Any, *names: str) -> None:
-    """Refuses a folder that is none of this machine's: as a path, gs://x would be ./gs:/x."""
-    for name in names:
-        value = getattr(settings, name)
+def check_folders(**folders: str) -> None:
+    """Refuses folders that are none of this machine's: as a path, gs://x would be ./gs:/x."""
+    for name, value in folders.items():
         if re.match(r"\w+:/", value):
             raise ValueError(
                 f"{name}={value!r}: must be a folder of this machine; copy the data here, or mount "
@@ -94,7 +93,7 @@ class DataConfig:
     seed: int = 0  # order of the rows in mode shuffled
 
     def __post_init__(self):
-        check_folders(self, "directory")
+        check_folders(directory=self.directory)
         check(self, "at least 1", "batch_rows", "microbatch_rows", "val_tokens")
         check(self, "at least 0", "seed")
         if self.batch_rows % self.microbatch_rows:
@@ -169,7 +168,7 @@ class OutputConfig:
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self):
-        check_folders(self, "directory")
+        check_folders(directory=self.directory)
         check(self, "at least 1", "log_every", "keep_checkpoints")
         check(self, "at least 0", "checkpoint_every")
 
@@ -207,7 +206,7 @@ class Config:
         check(self, "at least 0", "seed")
         check(self, "at least 1", "val_every", "val_every_final", "nonfinite_limit")
         check(self, "positive and finite", "clip_norm")
-        check_folders(self, "name", "init_from", "go_on_from")
+        check_folders(name=self.name, init_from=self.init_from, go_on_from=self.go_on_from)
         parse_mesh(self.mesh)
         path = pathlib.PurePath(self.name)
         if not path.parts or path.is_absolute() or ".." in path.parts:

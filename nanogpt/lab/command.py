@@ -1,44 +1,38 @@
 """What the commands do alike: errors in a line, and an end that says how to go on."""
 
+import errno
 import functools
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Protocol
+
+import tyro
 
 from nanogpt.train.interrupt import Interrupted, StopSignal
 
-
-class Main(Protocol):
-    """What a subcommand's module calls main."""
-
-    def __call__(self, arguments: Sequence[str] | None = None) -> None:
-        """Runs the command line."""
-
-
+Main = Callable[[Sequence[str]], None]  # takes a command's words
 GOES_ON = "stopped; the same command goes on from here"
 
 
-def command(*errors: type[Exception], stopped: str) -> Callable[[Callable], Main]:
-    """Makes a subcommand of a function of its arguments.
+def command(*errors: type[Exception], stopped: str = "stopped") -> Callable[[Main], Main]:
+    """Makes a subcommand of a function of its words.
 
     Args:
         *errors: what ends it with a line instead of a traceback, beside wrong values and files.
         stopped: what is said after a signal that asks to stop; the status is 128 + the signal.
-
-    Returns:
-        Decorator; what it returns takes the process's arguments where it is given none.
     """
 
-    def wrap(function: Callable[[Sequence[str]], None]) -> Main:
+    def wrap(function: Main) -> Main:
         @functools.wraps(function)
-        def main(arguments: Sequence[str] | None = None) -> None:
+        def main(words: Sequence[str]) -> None:
             try:
-                function(sys.argv[1:] if arguments is None else arguments)
+                function(words)
             except BrokenPipeError:  # `nanogpt.cli` ends without a word
                 raise
             except (ValueError, OSError, *errors) as error:
-                sys.exit(f"error: {error}")
+                full = getattr(error, "errno", None) == errno.ENOSPC
+                remedy = "the disk is full: make room and repeat the command, a run's with --resume"
+                sys.exit(f"error: {error}" + f"; {remedy}" * full)
             except (Interrupted, StopSignal, KeyboardInterrupt) as signalled:
                 print(stopped, file=sys.stderr)
                 sys.exit(128 + getattr(signalled, "signum", signal.SIGINT))
@@ -46,3 +40,13 @@ def command(*errors: type[Exception], stopped: str) -> Callable[[Callable], Main
         return main
 
     return wrap
+
+
+def flags(function: Callable[..., None]) -> Main:
+    """Makes a function of words of one whose arguments are the flags of its command."""
+
+    @functools.wraps(function)
+    def read(words: Sequence[str]) -> None:
+        tyro.cli(function, prog=f"nanogpt {function.__name__}", args=words)
+
+    return read

@@ -17,7 +17,8 @@ def read(path: str) -> dict[str, Any]:
     """Returns what a file holds; of YAML only plain data is read, so a file cannot run code.
 
     Raises:
-        ValueError: no such file, no YAML or JSON, or something else than names with values.
+        ValueError: no such file, no YAML or JSON, something else than names with values, or a
+            preset or optimizer that is no name.
     """
     try:
         found = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -29,20 +30,16 @@ def read(path: str) -> dict[str, Any]:
         raise ValueError(
             f"--config {path}: must hold names with values, as --print-config writes them."
         )
+    for name in CHOICES:
+        if not isinstance(found.get(name), str | None):
+            raise ValueError(f"--config {path}: {name}={found[name]!r}: must be a name.")
     return found
 
 
-def chosen(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the settings say about preset and optimizer.
-
-    Raises:
-        ValueError: something that is no name.
-    """
-    found = {name: settings[name] for name in CHOICES if settings.get(name) is not None}
-    for name, value in found.items():
-        if not isinstance(value, str):
-            raise ValueError(f"--config: {name}={value!r}: must be a name.")
-    return found
+def chosen(path: str) -> dict[str, Any]:
+    """Returns what a file says about preset and optimizer."""
+    settings = read(path)
+    return {name: settings[name] for name in CHOICES if settings.get(name)}
 
 
 def words(settings: Mapping[str, Any], default: Config) -> list[str]:

@@ -1,25 +1,44 @@
 """Points of a search: which values of which settings a sweep tries."""
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
+import tyro
+
+from nanogpt.config.settings import check
+from nanogpt.lab.command_line import DEMO
 
 Point = dict[str, str]  # a value, as on the command line, for each dotted name
+Draw = Callable[[np.random.Generator], str]
+Axes = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
-class Range(NamedTuple):
-    """Numbers to draw from, uniformly or, with `log`, uniformly in their logarithm."""
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a sweep tries."""
 
-    low: float
-    high: float
-    log: bool
+    preset: str = "cpu"  # where settings start: track3, cpu or board
+    config: str | None = None  # file with settings of all trials, in YAML or JSON
+    optimizers: tuple[str, ...] = DEMO  # as in the preset
+    grid: Axes = ()  # values of a setting, NAME=A,B,...
+    random: Axes = ()  # draw a setting between A and B: NAME=log:A:B; lin for uniform
+    runs: int | None = None  # trials an optimizer; None: the whole grid
+    search_seed: int = 0  # of the draws
+    name: str = "sweep"  # folder of the trials under runs/
+    jobs: int = 1  # trials side by side, each in a process; CPU only
+
+    def __post_init__(self):
+        check(self, "at least 1", "jobs", "runs")
+        if not self.optimizers:
+            raise ValueError("optimizers=(): a sweep needs at least one.")
 
 
 def parse_list(text: str) -> tuple[str, tuple[str, ...]]:
-    """Reads NAME=A,B,...
+    """Reads NAME=A,B,...; a name may be spelt as a flag, with hyphens.
 
     Raises:
         ValueError: anything else, or a value twice.
@@ -31,17 +50,22 @@ def parse_list(text: str) -> tuple[str, tuple[str, ...]]:
     found = tuple(values.split(","))
     if not name or not all(found) or len(set(found)) < len(found):
         raise ValueError(f"--grid {text}: must be NAME=A,B,... with different values.")
-    return name, found
+    return name.replace("-", "_"), found
 
 
-def parse_range(text: str) -> tuple[str, Range]:
-    """Reads NAME=log:LOW:HIGH or NAME=lin:LOW:HIGH.
+def parse_range(text: str) -> tuple[str, Draw]:
+    """Reads NAME=log:LOW:HIGH or NAME=lin:LOW:HIGH; a name may be spelt as a flag, with hyphens.
+
+    Returns:
+        The name, and a function that draws a number of four digits, uniformly, or with log
+        uniformly in its logarithm: enough, and it can be read.
 
     Raises:
         ValueError: anything else, LOW not below HIGH, or a logarithm of what is not positive.
 
-    >>> parse_range("matrices.learning_rate=log:1e-3:1e-1")
-    ('matrices.learning_rate', Range(low=0.001, high=0.1, log=True))
+    >>> name, draw = parse_range("matrices.learning-rate=log:1e-3:1e-1")
+    >>> name, draw(np.random.default_rng(0))
+    ('matrices.learning_rate', '0.01879')
     """
     name, _, values = text.partition("=")
     scale, _, ends = values.partition(":")
@@ -55,12 +79,15 @@ def parse_range(text: str) -> tuple[str, Range]:
             f"--random {text}: must be NAME=log:LOW:HIGH or NAME=lin:LOW:HIGH with LOW < HIGH, "
             "above 0 for log."
         )
-    return name, Range(low, high, scale == "log")
+    if scale == "log":
+        low, high = math.log(low), math.log(high)
+        return name.replace("-", "_"), lambda random: f"{math.exp(random.uniform(low, high)):.4g}"
+    return name.replace("-", "_"), lambda random: f"{random.uniform(low, high):.4g}"
 
 
 def points(
     lists: Mapping[str, Sequence[str]],
-    ranges: Mapping[str, Range] | None = None,
+    ranges: Mapping[str, Draw] | None = None,
     runs: int | None = None,
     seed: int = 0,
 ) -> list[Point]:
@@ -98,13 +125,6 @@ def points(
         raise ValueError("runs=None: say by --runs how many points to draw.")
     return [
         combinations[index % len(combinations)]
-        | {name: _draw(random, range_) for name, range_ in ranges.items()}
+        | {name: draw(random) for name, draw in ranges.items()}
         for index in range(runs)
     ]
-
-
-def _draw(random: np.random.Generator, range_: Range) -> str:
-    """A number of four digits, which is enough and can be read."""
-    low, high, log = range_
-    value = math.exp(random.uniform(math.log(low), math.log(high))) if log else 0.0
-    return f"{value if log else random.uniform(low, high):.4g}"

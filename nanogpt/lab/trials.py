@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +19,15 @@ import rich.console
 from nanogpt.config.run import Config
 from nanogpt.lab.processes import in_processes
 from nanogpt.report.comparison import Run, read_run
+from nanogpt.report.curves import recorded_curve
 from nanogpt.train.batches import open_data
 from nanogpt.train.checkpoint import FREE_SETTINGS, plain
 from nanogpt.train.loop import fit
 from nanogpt.train.metrics import MetricsWriter, Record, read_records
 from nanogpt.train.nonfinite import DivergedError
 from nanogpt.train.run_folder import RunFolder
+
+COLUMNS = ("steps", "losses", "seconds")  # of a run's curve
 
 
 class Trial(NamedTuple):
@@ -39,13 +42,7 @@ class Trial(NamedTuple):
     config: Config
 
 
-def run_trials(
-    trials: Sequence[Trial],
-    path: pathlib.Path,
-    *,
-    jobs: int = 1,
-    say: Callable[[str], None] = print,
-) -> list[Record]:
+def run_trials(trials: Sequence[Trial], path: pathlib.Path, *, jobs: int = 1) -> list[Record]:
     """Trains what the file does not hold yet, and appends a record a trial.
 
     A trial is known by all of its settings and its data, not by its name. One that was stopped goes
@@ -58,7 +55,6 @@ def run_trials(
         trials: the runs; equal ones are trained once.
         path: JSONL file; created with its folder if missing.
         jobs: processes side by side, with an equal share of the cores each; 1: this process.
-        say: is told of every finished trial.
 
     Returns:
         The records, in the order of the trials: "status" "finished" or "diverged", final "loss"
@@ -73,7 +69,7 @@ def run_trials(
     """
     identities = _identities(trials)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path, say):
+    with _alone(path):
         known = {record["identity"]: record for record in read_trials(path)}
         missing = {
             identity: trial
@@ -88,7 +84,7 @@ def run_trials(
                     continue
                 writer.write("trial", identity=identity, **record)
                 known[identity] = record
-                say(f"trial {count} of {len(missing)}, {record['name']}: {describe(record)}")
+                print(f"trial {count} of {len(missing)}, {record['name']}: {describe(record)}")
     failed = [trial.config.name for identity, trial in missing.items() if identity not in known]
     if failed:
         raise RuntimeError(
@@ -103,13 +99,13 @@ def run_trials(
 
 
 @contextlib.contextmanager
-def _alone(path: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
+def _alone(path: pathlib.Path) -> Iterator[None]:
     """Keeps other processes from the same trials: they would train them in the same folders."""
     with open(f"{path}.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process that writes {path}")
+            print(f"waiting for another process that writes {path}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -121,13 +117,8 @@ def read_trials(path: pathlib.Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    records = read_records(path)
-    if not path.read_text(encoding="utf-8").endswith("\n"):
-        temporary = path.with_suffix(".tmp")
-        lines = (json.dumps(record) + "\n" for record in records)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
-    return records
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return read_records(path)
 
 
 def describe(record: Record) -> str:
@@ -144,24 +135,19 @@ def run_trial(trial: Trial) -> Record:
     shutil.rmtree(folder.checkpoints)
     jax.clear_caches()  # programs of this trial, which no other one uses
     run = read_run(folder.path)
-    loss = run.losses[-1]
-    diverged = not run.end or not loss <= run.losses[0]
-    loss = loss if run.end else math.nan
     return {
         "name": trial.config.name,
         "settings": trial.settings,
         "seed": trial.config.seed,
-        "status": "diverged" if diverged else "finished",
-        "loss": _finite(loss),
+        "status": run.status,
+        "loss": _finite(run.curve.losses[-1]),
         "step_time_s": run.end.get("median_step_time_s"),
         "step_times_s": [
             r["step_time_s"] for r in read_records(folder.metrics) if r["kind"] == "train"
         ],
         "start": run.start,
         "end": run.end,
-        "steps": list(run.steps),
-        "losses": [_finite(value) for value in run.losses],
-        "seconds": list(run.seconds),
+        **{name: [_finite(value) for value in getattr(run.curve, name)] for name in COLUMNS},
     }
 
 
@@ -169,20 +155,16 @@ def _fit(config: Config, folder: RunFolder) -> None:
     """Goes on with a run that was stopped, or trains anew where it had other settings or data."""
     console = rich.console.Console(quiet=True)
     if folder.checkpoints.exists() and any(folder.checkpoints.iterdir()):
-        try:
+        with contextlib.suppress(ValueError, FileNotFoundError):
             fit(config, resume=True, console=console)
-        except (ValueError, FileNotFoundError):
-            pass
-        else:
             return
     fit(config, overwrite=True, console=console)
 
 
 def as_run(record: Record, label: str) -> Run:
     """Returns a trial's record as the run that it was."""
-    losses = (math.nan if loss is None else loss for loss in record["losses"])
-    steps, seconds = tuple(record["steps"]), tuple(record["seconds"])
-    return Run(label, record["start"], record["end"], steps, tuple(losses), seconds)
+    curve = recorded_curve(label, *(record[name] for name in COLUMNS))
+    return Run(record["name"], record["start"], record["end"], curve)
 
 
 def _train(trials: list[Trial], jobs: int) -> Iterator[tuple[int, Record | None]]:

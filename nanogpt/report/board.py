@@ -10,11 +10,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nanogpt.report.curves import Curve, common_steps, steps_to_reach
+from nanogpt.report.curves import Curve, steps_to_reach
 from nanogpt.report.groups import Group
-from nanogpt.report.plotting import COLOURS, GREY, STYLE, limits
-from nanogpt.report.tables import markdown, shown
-from nanogpt.report.verdicts import result_at
+from nanogpt.report.plotting import COLOURS, STYLE, limits, mark, trace
+from nanogpt.report.tables import shown, table
 
 # Of a family's curves one after the other; after as many families as there are colours, too.
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (10, 2)))
@@ -45,9 +44,9 @@ def board_table(
     columns: dict[str, Callable[[Group], str]] = {
         "optimizer": lambda group: group.label,
         "n": lambda group: str(len(group.runs)),
-        "steps": lambda group: str(last_step(group)),
-        "final loss": lambda group: f"{result_at(group.runs, last_step(group)).mean:.4f}",
-        "std": lambda group: _finite(result_at(group.runs, last_step(group)).std, ".4f"),
+        "steps": lambda group: str(group.result.step),
+        "final loss": lambda group: f"{group.result.mean:.4f}",
+        "std": lambda group: shown(group.result.std, ".4f"),
     }
     if target is not None:
         reach = f"steps to {target:.4f}".rstrip("0")
@@ -55,20 +54,7 @@ def board_table(
     columns["step time (ms)"] = lambda group: shown(group.seconds_per_step, ".0f", 1e3)
     if any(group.flops_per_step for group in groups):
         columns["TFLOP per step"] = lambda group: shown(group.flops_per_step, ".4g", 1e-12)
-    columns |= extra or {}
-    return markdown(list(columns), [[cell(g) for cell in columns.values()] for g in groups])
-
-
-def last_step(group: Group) -> int:
-    """Returns the last step at which all runs of a group were validated.
-
-    Raises:
-        ValueError: there is none; names the group.
-    """
-    steps = common_steps(group.runs)
-    if not steps:
-        raise ValueError(f"group {group.label!r}: no step at which all its runs were validated.")
-    return steps[-1]
+    return table({**columns, **(extra or {})}, groups)
 
 
 def draw_board(
@@ -99,19 +85,23 @@ def draw_board(
     """
     if not groups:
         raise ValueError("no groups to draw: a leaderboard needs at least one.")
-    curves = [(group, group.curve) for group in groups if last_step(group) >= 0]
-    low, high = limits([curve for _, curve in curves], [], _levels(target))
-    panels = [panel for panel in _panels(curves, machine) if any(x is not None for x in panel[1])]
+    curves = [group.curve for group in groups if group.result]
+    low, high = limits(curves, _levels(target))
+    panels = {
+        label: placed
+        for label, place in _panels(machine).items()
+        if any(placed := [place(*pair) for pair in zip(groups, curves, strict=True)])
+    }
     path = pathlib.Path(out_dir) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         rows = math.ceil((len(panels) + 1) / 2)
         figure = Figure(figsize=(15, 5.2 * rows + 0.6), dpi=90, layout="constrained")
         axes = figure.subplots(rows, 2, squeeze=False).flatten()
-        for place, (label, positions) in zip(axes, panels, strict=False):
-            _draw(place, curves, positions, target)
+        for place, (label, placed) in zip(axes, panels.items(), strict=False):
+            _draw(place, groups, curves, placed, target)
             place.set(xlabel=label, ylim=(low, high), xlim=(0, None))
-        _draw_final_stretch(axes[len(panels)], curves, target)
+        _draw_final_stretch(axes[len(panels)], groups, curves, target)
         for place in axes[len(panels) + 1 :]:
             place.remove()
         for place in axes[: len(panels) + 1 : 2]:
@@ -123,75 +113,67 @@ def draw_board(
     return path
 
 
-Placed = Sequence[tuple[Group, Curve]]
-Positions = list[Sequence[float] | None]
+Position = Sequence[float]  # of a curve's points on a panel's horizontal axis; empty: not drawn
 
 
-def _panels(curves: Placed, machine: str) -> list[tuple[str, Positions]]:
-    """What each panel's horizontal axis is, and where every curve lies on it, None if nowhere."""
-    by_step: Positions = [curve.steps for _, curve in curves]
-    by_time: Positions = [
-        curve.seconds if group.timed and math.isfinite(curve.seconds[-1]) else None
-        for group, curve in curves
-    ]
-    by_flops: Positions = [
-        [step * group.flops_per_step for step in curve.steps] if group.flops_per_step else None
-        for group, curve in curves
-    ]
-    return [
-        ("optimizer step", by_step),
-        (f"training time{machine and f' on {machine}'} (seconds)", by_time),
-        ("operations (FLOP)", by_flops),
-    ]
+def _panels(machine: str) -> dict[str, Callable[[Group, Curve], Position]]:
+    """What each panel's horizontal axis is, and where a curve lies on it."""
+    return {
+        "optimizer step": lambda group, curve: curve.steps,
+        f"training time{machine and f' on {machine}'} (seconds)": lambda group, curve: (
+            curve.seconds if group.timed and math.isfinite(curve.seconds[-1]) else ()
+        ),
+        "operations (FLOP)": lambda group, curve: (
+            [step * group.flops_per_step for step in curve.steps] if group.flops_per_step else ()
+        ),
+    }
 
 
-def _draw(axes: Axes, curves: Placed, positions: Positions, target: float | None) -> None:
-    styles = _styles([group for group, _ in curves])
-    for (group, curve), x, (colour, dashes) in zip(curves, positions, styles, strict=True):
-        if x is None:
-            continue
-        style: dict[str, Any] = {"color": colour, "linestyle": dashes}
-        style["linewidth"] = 1.4 if group.reference else 2.2
-        axes.plot(x, curve.losses, label=group.label, **style)
-        axes.plot(x[-1:], curve.losses[-1:], "o", color=colour, markersize=5)
-    for level in _levels(target).values():
-        axes.axhline(level, color=GREY, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
+def _draw(
+    axes: Axes,
+    groups: Sequence[Group],
+    curves: Sequence[Curve],
+    placed: Sequence[Position],
+    target: float | None,
+) -> None:
+    for group, curve, x, style in zip(groups, curves, placed, _styles(groups), strict=True):
+        if len(x):
+            trace(axes, x, curve.losses, label=group.label, **style)
+    mark(axes, _levels(target))
 
 
-def _draw_final_stretch(axes: Axes, curves: Placed, target: float | None) -> None:
+def _draw_final_stretch(
+    axes: Axes, groups: Sequence[Group], curves: Sequence[Curve], target: float | None
+) -> None:
     """By step again, from where the first curve begins its last tenth to where most have ended."""
-    _draw(axes, curves, [curve.steps for _, curve in curves], target)
+    _draw(axes, groups, curves, [curve.steps for curve in curves], target)
     late = [
         (step, loss)
-        for _, curve in curves
+        for curve in curves
         for step, loss in zip(curve.steps, curve.losses, strict=True)
         if step >= (1 - FINAL_STRETCH) * curve.steps[-1] and math.isfinite(loss)
     ]
     if late:
         steps, losses = zip(*late, strict=True)
-        levels = [*losses, *_levels(target).values()]
+        levels = [*losses, *_levels(target)]
         margin = 0.05 * (max(levels) - min(levels)) or 0.05
-        ends = [curve.steps[-1] for _, curve in curves]
+        ends = [curve.steps[-1] for curve in curves]
         right = min(1.02 * max(ends), LONGEST * statistics.median(ends))
         axes.set(xlim=(min(steps), right), ylim=(min(levels) - margin, max(levels) + margin))
     axes.set(xlabel="optimizer step, the end enlarged")
 
 
-def _styles(groups: Sequence[Group]) -> list[tuple[str, Any]]:
-    """Colour and dashes of every group."""
+def _styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Colour, dashes and width of every group."""
     families = [group.family or group.label for group in groups]
-    order = list(dict.fromkeys(families))
-    styles = []
-    for index, family in enumerate(families):
+    order, styles = list(dict.fromkeys(families)), []
+    for index, (family, group) in enumerate(zip(families, groups, strict=True)):
         turn, colour = divmod(order.index(family), len(COLOURS))
         dashes = DASHES[(turn + families[:index].count(family)) % len(DASHES)]
-        styles.append((COLOURS[colour], dashes))
+        width = 1.4 if group.reference else 2.2
+        styles.append({"color": COLOURS[colour], "linestyle": dashes, "linewidth": width})
     return styles
 
 
-def _levels(target: float | None) -> dict[str, float]:
-    return {} if target is None else {"target": target}
-
-
-def _finite(value: float, form: str) -> str:
-    return shown(value if math.isfinite(value) else None, form)
+def _levels(target: float | None) -> list[float]:
+    return [] if target is None else [target]

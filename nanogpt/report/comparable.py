@@ -17,12 +17,16 @@ PARTS = ("data", "tokenizer", "model", "validation")
 Starts = Mapping[str, Mapping[str, Any]]
 # Of each track the loss to reach; published curves name theirs in their file's name.
 TARGETS = {"t3": TARGET, "t2": MEDIUM_TARGET}
-# What the rules of track 3 fix.
-FIXED = (
-    *("model.vocab_size", "model.num_layers", "model.model_dim", "model.head_dim", "model.mlp_dim"),
-    *("model.sequence_length", "data.mode", "data.batch_rows", "data.val_tokens"),
-)
+# What the rules of track 3 fix: settings, and the text as the fingerprint tells it.
+FIXED = {
+    "model": ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "sequence_length"),
+    "data": ("mode", "batch_rows", "val_tokens"),
+}
 BENCHMARK = preset("track3", "muon_track3")
+TEXT = {
+    "shards": "fineweb_train_000001.bin and fineweb_val_000000.bin",
+    "tokenizer": "gpt2 50257 1ce1664773c5",
+}
 
 
 def check_comparable(starts: Starts, *, unchecked: bool = False) -> list[str]:
@@ -70,47 +74,56 @@ def same_clock(starts: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
-def departure(config: Mapping[str, Any]) -> str | None:
+def departure(start: Mapping[str, Any]) -> str | None:
     """Returns where a run leaves the rules of track 3, None where it keeps them.
 
-    >>> departure({"model": {"vocab_size": 300}})
+    Args:
+        start: first record of its metrics. What its fingerprint does not tell is not held against
+            it: shards without a manifest are of an unknown tokenizer.
+
+    >>> departure({"config": {"model": {"vocab_size": 300}}})
     'model.vocab_size=300, the benchmark 50304'
     """
+    config, told = start["config"], start.get("fingerprint") or {}
     benchmark: Mapping[str, Any] = dataclasses.asdict(BENCHMARK)
-    for path in FIXED:
-        part, name = path.split(".")
-        found, wanted = config.get(part, {}).get(name), benchmark[part][name]
-        if found != wanted:
-            return f"{path}={found!r}, the benchmark {wanted!r}"
+    for part, names in FIXED.items():
+        for name in names:
+            found, wanted = config.get(part, {}).get(name), benchmark[part][name]
+            if found != wanted:
+                return f"{part}.{name}={found!r}, the benchmark {wanted!r}"
+    if begun := config.get("init_from"):
+        return f"init_from={begun!r}, the benchmark begins with none"
+    for name, wanted in TEXT.items():
+        if told.get(name, wanted) not in (None, wanted):
+            return f"{name} {told[name]!r}, the benchmark {wanted!r}"
     return None
 
 
-def common_track(published: Sequence[str], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
+def common_track(published: Sequence[str], starts: Starts) -> str | None:
     """Returns the track that published curves and runs share, None where there is none.
 
     Args:
         published: names of the files of curves, as t3_36_muon_tuned_3250.
-        configs: configurations of the runs, by name.
+        starts: first record of the metrics of each run, by the run's name.
 
     Raises:
         ValueError: curves of two tracks, or a run beside a curve of which it has not the rules.
     """
-    tracks = {name: name.partition("_")[0] for name in published}
-    known = {name: track for name, track in tracks.items() if track in TARGETS}
-    departures = {name: departure(config) for name, config in configs.items()}
+    known = [name for name in published if name.partition("_")[0] in TARGETS]
+    departures = {name: departure(start) for name, start in starts.items()}
     if not known:
-        return "t3" if configs and not any(departures.values()) else None
-    first, track = next(iter(known.items()))
-    for name, other in known.items():
-        if other != track:
+        return "t3" if starts and not any(departures.values()) else None
+    track = known[0].partition("_")[0]
+    for name in known:
+        if not name.startswith(f"{track}_"):
             raise ValueError(
-                f"{first} and {name} are of two tracks with two models: name curves of one."
+                f"{known[0]} and {name} are of two tracks with two models: name curves of one."
             )
     for name, left in departures.items():
         if track != "t3" or left:
             had = f"it has {left}" if left else "it is of track 3"
             raise ValueError(
-                f"{name} cannot be compared with {first}: {had}. Name runs of the curve's track, "
-                "or leave the curve out."
+                f"{name} cannot be compared with {known[0]}: {had}. Name runs of the curve's "
+                "track, or leave the curve out."
             )
     return track

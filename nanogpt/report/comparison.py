@@ -3,42 +3,44 @@
 Reads finished or unfinished runs and published curves; imports no jax, so that drawing is quick.
 """
 
-import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from nanogpt.report.comparable import check_comparable, common_track, same_clock
-from nanogpt.report.curves import Curve, published_file, read_reference, steps_to_reach
+from nanogpt.report.curves import (
+    Curve,
+    published_file,
+    read_reference,
+    recorded_curve,
+    steps_to_reach,
+)
 from nanogpt.report.plotting import draw
-from nanogpt.report.tables import markdown, shown
+from nanogpt.report.tables import shown, table
 from nanogpt.train.metrics import read_records
 
 # Names of the field; a run of an unlisted optimizer is called by its registry name.
 TITLES = {"adamw": "AdamW", "muon": "Muon", "muon_track3": "Muon (track 3)", "shampoo": "Shampoo"}
 TARGET = "adamw"
+COLUMNS = ("step", "loss", "train_time_s")  # of a validation's record
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A run as its metrics file tells it.
 
     Attributes:
-        label: what the picture calls it.
+        folder: where it lies.
         start: first record: config, versions, device, sizes, baselines.
-        end: last record if the run is finished, else empty.
-        steps: updates before each validation.
-        losses: validation loss, nats per token; nan where it was not finite.
-        seconds: training time at each validation.
+        end: last record if the run has ended, by itself or because it diverged; else empty.
+        curve: its validations, called by the optimizer; nan where a loss was not finite, and in the
+            place of the last one of a run that ended before it because it diverged.
     """
 
-    label: str
+    folder: str
     start: dict[str, Any]
     end: dict[str, Any]
-    steps: tuple[int, ...]
-    losses: tuple[float, ...]
-    seconds: tuple[float, ...]
+    curve: Curve
 
     @property
     def optimizer(self) -> str:
@@ -46,9 +48,11 @@ class Run:
         return self.start["config"]["optimizer"]
 
     @property
-    def curve(self) -> Curve:
-        """The validations alone."""
-        return Curve(self.label, self.steps, self.losses, self.seconds)
+    def status(self) -> str:
+        """One of "finished", "unfinished", and "diverged": ended no better than it began."""
+        if not self.end:
+            return "unfinished"
+        return "finished" if self.curve.losses[-1] <= self.curve.losses[0] else "diverged"
 
 
 def compare(
@@ -77,17 +81,18 @@ def compare(
     if not run_dirs:
         raise ValueError("no runs to compare: name at least one folder of a run.")
     out = pathlib.Path(out_dir)
-    runs = _distinct([read_run(pathlib.Path(folder)) for folder in run_dirs])
-    starts = {run.label: run.start for run in runs}
+    runs = [read_run(pathlib.Path(folder)) for folder in run_dirs]
+    lines = [run.curve._replace(label=label) for run, label in zip(runs, labels(runs), strict=True)]
+    runs = [run._replace(curve=curve) for run, curve in zip(runs, lines, strict=True)]
+    starts = {run.folder: run.start for run in runs}
     unknown = check_comparable(starts, unchecked=unchecked)
-    configs = {label: start["config"] for label, start in starts.items()}
-    common_track([pathlib.Path(path).name for path in references], configs)
-    lines = [run.curve for run in runs]
+    common_track([pathlib.Path(path).name for path in references], starts)
     curves = [read_reference(published_file(pathlib.Path(path))) for path in references]
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "comparison.png"
-    note = f"not checked to be comparable: {', '.join(unknown)}" if unknown else ""
-    timed = same_clock(list(starts.values()))
+    names = [run.curve.label for run in runs if run.folder in unknown]
+    note = f"not checked to be comparable: {', '.join(names)}" if names else ""
+    timed = same_clock([run.start for run in runs])
     draw(picture, lines, curves, baselines(runs), note=note, timed=timed)
     (out / "comparison.md").write_text(report(runs), encoding="utf-8")
     return picture
@@ -104,48 +109,58 @@ def read_run(folder: pathlib.Path) -> Run:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {folder} is not the folder of a run.")
     records = read_records(path)
-    validations = [record for record in records if record["kind"] == "val"]
-    if not validations or records[0]["kind"] != "start":
+    validations = [record for record in records if record.get("kind") == "val"]
+    if not validations or records[0].get("kind") != "start":
         raise ValueError(f"{path} holds no validation yet: train the run first.")
-    optimizer = records[0]["config"]["optimizer"]
-    return Run(
-        label=TITLES.get(optimizer, optimizer),
-        start=records[0],
-        end=records[-1] if records[-1]["kind"] == "end" else {},
-        steps=tuple(record["step"] for record in validations),
-        losses=tuple(_number(record["loss"]) for record in validations),
-        seconds=tuple(record["train_time_s"] for record in validations),
-    )
+    start, last = records[0], records[-1]
+    try:
+        if last["kind"] == "diverged":
+            end = {"step": start["config"]["schedule"]["steps"], "loss": None}
+            validations.append(end | {"train_time_s": math.nan})
+        columns = [[record[name] for record in validations] for name in COLUMNS]
+        optimizer = start["config"]["optimizer"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds a record of another version: {error!r}.") from None
+    curve = recorded_curve(TITLES.get(optimizer, optimizer), *columns)
+    return Run(str(folder), start, last if last["kind"] in ("end", "diverged") else {}, curve)
 
 
 def baselines(runs: Sequence[Run]) -> dict[str, float]:
-    """Returns {label: nats per token} of the n-gram models on the validation text of the runs.
+    """Returns {name: nats per token} of the n-gram models on the validation text of the runs.
 
     Empty when the runs do not agree on them: a line would be wrong for some.
     """
     found = [run.start["baselines"] for run in runs]
-    names = {"unigram": "unigram", "bigram": "bigram"}
-    return {
-        title: found[0][name]
-        for name, title in names.items()
-        if all(name in entry and entry[name] == found[0].get(name) for entry in found)
-    }
+    agreed = [name for name in ("unigram", "bigram") if len({f.get(name) for f in found}) == 1]
+    return {name: found[0][name] for name in agreed if name in found[0]}
 
 
 def report(runs: Sequence[Run]) -> str:
     """Returns the text of comparison.md."""
     # Nothing reaches a loss that is not finite.
-    last = [run.losses[-1] for run in runs if run.optimizer == TARGET]
-    finals = [loss for loss in last if math.isfinite(loss)]
-    target = min(finals) if finals else None
-    head = [
-        "optimizer", "steps", "final loss (nats/token)", "bits/byte",
-        "steps to AdamW's final loss", "training time (s)", "step time (ms, median)", "tokens/s",
-        "peak memory (MB)", "optimizer state (MB)", "compile (s)",
-    ]  # fmt: skip
+    last = [run.curve.losses[-1] for run in runs if run.optimizer == TARGET]
+    target = min(filter(math.isfinite, last), default=None)
     timed = same_clock([run.start for run in runs])
-    table = markdown(head, [_row(run, target, timed) for run in runs])
-    parts = ["# Comparison of optimizers", table, "![validation loss](comparison.png)"]
+    columns: dict[str, Callable[[Run], str]] = {
+        "optimizer": lambda run: run.curve.label,
+        "steps": _steps,
+        "final loss (nats/token)": lambda run: (
+            "diverged" if run.status == "diverged" else f"{run.curve.losses[-1]:.4f}"
+        ),
+        "bits/byte": lambda run: shown(run.end.get("bits_per_byte"), ".4f"),
+        "steps to AdamW's final loss": lambda run: shown(_reached(run, target), ".0f"),
+        "training time (s)": lambda run: shown(run.curve.seconds[-1] if timed else None, ".1f"),
+        "step time (ms, median)": _end("median_step_time_s", ".1f", 1e3, shows=timed),
+        "tokens/s": _end("tokens_per_s", ",.0f", shows=timed),
+        "peak memory (MB)": _end("peak_memory_bytes", ",.0f", 1e-6),
+        "optimizer state (MB)": lambda run: shown(run.start["optimizer_state_bytes"], ",.1f", 1e-6),
+        "compile (s)": _end("compile_s", ".1f", shows=timed),
+    }
+    parts = [
+        "# Comparison of optimizers",
+        table(columns, runs),
+        "![validation loss](comparison.png)",
+    ]
     if not timed:
         parts.append("The runs are from different hosts or devices, so their times are left out.")
     lines = [f"{name} {loss:.4f}" for name, loss in baselines(runs).items()]
@@ -157,25 +172,21 @@ def report(runs: Sequence[Run]) -> str:
     return "\n\n".join(parts + _machines(runs)) + "\n"
 
 
-def _row(run: Run, target: float | None, timed: bool) -> list[str]:
-    end = run.end if timed else {}
-    reached = None if target is None else steps_to_reach(run.curve, target)
-    if run.optimizer == TARGET and run.losses[-1] == target:
-        reached = float(run.steps[-1])
-    planned, done = run.start["config"]["schedule"]["steps"], run.steps[-1]
-    return [
-        run.label,
-        str(done) if done == planned else f"{done} of {planned}",
-        f"{run.losses[-1]:.4f}",
-        shown(run.end.get("bits_per_byte"), ".4f"),
-        shown(reached, ".0f"),
-        shown(run.seconds[-1] if timed else None, ".1f"),
-        shown(end.get("median_step_time_s"), ".1f", 1e3),
-        shown(end.get("tokens_per_s"), ",.0f"),
-        shown(run.end.get("peak_memory_bytes"), ",.0f", 1e-6),
-        shown(run.start["optimizer_state_bytes"], ",.1f", 1e-6),
-        shown(end.get("compile_s"), ".1f"),
-    ]
+def _end(name: str, form: str, scale: float = 1.0, *, shows: bool = True) -> Callable[[Run], str]:
+    """A column of what the last records say."""
+    return lambda run: shown(run.end.get(name) if shows else None, form, scale)
+
+
+def _steps(run: Run) -> str:
+    planned = run.start["config"]["schedule"]["steps"]
+    done = run.end.get("step", run.curve.steps[-1])
+    return str(done) if done == planned else f"{done} of {planned}"
+
+
+def _reached(run: Run, target: float | None) -> float | None:
+    if run.optimizer == TARGET and run.curve.losses[-1] == target:
+        return float(run.curve.steps[-1])
+    return None if target is None else steps_to_reach(run.curve, target)
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:
@@ -194,16 +205,14 @@ def _machines(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def _distinct(runs: list[Run]) -> list[Run]:
-    """Calls runs of the same optimizer by their folders' names too."""
-    labels = [run.label for run in runs]
-    return [
-        dataclasses.replace(run, label=f"{run.label} {run.start['config']['name']}")
-        if labels.count(run.label) > 1
-        else run
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Calls runs by optimizer; several of one optimizer also by name, those of one by folder."""
+    choices = [
+        [
+            f"{run.curve.label} {more}".strip()
+            for more in ("", run.start["config"]["name"], run.folder)
+        ]
         for run in runs
     ]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    taken = [label for own in choices for label in own]
+    return [next((c for c in own if taken.count(c) == 1), own[-1]) for own in choices]

@@ -4,9 +4,10 @@ import csv
 import itertools
 import math
 import pathlib
-import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 COLUMN = "val_loss"
 PUBLISHED_CURVES = pathlib.Path(__file__).parent / "published"
@@ -19,6 +20,12 @@ class Curve(NamedTuple):
     steps: Sequence[int]
     losses: Sequence[float]  # nats per token
     seconds: Sequence[float]  # training time
+
+
+def recorded_curve(label: str, steps: Sequence[int], *columns: Sequence[float | None]) -> Curve:
+    """Returns the curve of losses and seconds as JSON has them, null in the place of nan."""
+    losses, seconds = (tuple(math.nan if x is None else x for x in column) for column in columns)
+    return Curve(label, tuple(steps), losses, seconds)
 
 
 def published_file(path: pathlib.Path) -> pathlib.Path:
@@ -55,12 +62,11 @@ def read_curves(path: pathlib.Path, column: str = COLUMN) -> list[Curve]:
     return _curves(path, rows, column)
 
 
-def read_reference(path: pathlib.Path, column: str = COLUMN) -> Curve:
+def read_reference(path: pathlib.Path) -> Curve:
     """Reads a published result as one curve, the mean of its runs.
 
     Args:
         path: as `read_curves` takes it; without a column "run" the file holds the mean itself.
-        column: which losses.
 
     Returns:
         The curve, called by the file's name.
@@ -69,7 +75,7 @@ def read_reference(path: pathlib.Path, column: str = COLUMN) -> Curve:
         ValueError: a column is missing, a row is not of numbers, or a run has a step twice; names
             the file.
     """
-    return mean_curve(_curves(path, _rows(path, column), column), _name(path))
+    return mean_curve(_curves(path, _rows(path, COLUMN), COLUMN), _name(path))
 
 
 def common_steps(curves: Sequence[Curve]) -> list[int]:
@@ -85,15 +91,11 @@ def common_steps(curves: Sequence[Curve]) -> list[int]:
 def mean_curve(curves: Sequence[Curve], label: str) -> Curve:
     """Returns the mean over the steps that all curves have."""
     steps = common_steps(curves)
-    points = [
-        dict(zip(curve.steps, zip(curve.losses, curve.seconds, strict=True), strict=True))
-        for curve in curves
-    ]
-    losses, seconds = (
-        tuple(math.fsum(at[step][column] for at in points) / len(curves) for step in steps)
-        for column in (0, 1)
-    )
-    return Curve(label, tuple(steps), losses, seconds)
+    at = [[curve.steps.index(step) for step in steps] for curve in curves]
+    pairs = list(zip(curves, at, strict=True))
+    losses = np.mean([[curve.losses[k] for k in places] for curve, places in pairs], axis=0)
+    seconds = np.mean([[curve.seconds[k] for k in places] for curve, places in pairs], axis=0)
+    return Curve(label, tuple(steps), tuple(losses), tuple(seconds))
 
 
 def steps_to_reach(curve: Curve, target: float) -> float | None:
@@ -115,17 +117,11 @@ def steps_to_reach(curve: Curve, target: float) -> float | None:
     return None
 
 
-def step_time(curves: Sequence[Curve]) -> float:
+def step_time(curve: Curve) -> float:
     """Returns the median training time of a step in seconds, nan where no times are known."""
-    times = [
-        (after - before) / (end - start)
-        for curve in curves
-        for start, end, before, after in zip(
-            curve.steps, curve.steps[1:], curve.seconds, curve.seconds[1:], strict=False
-        )
-    ]
-    known = [time for time in times if math.isfinite(time)]
-    return statistics.median(known) if known else math.nan
+    times = np.diff(curve.seconds) / np.diff(curve.steps)
+    known = times[np.isfinite(times)]
+    return float(np.median(known)) if known.size else math.nan
 
 
 def _rows(path: pathlib.Path, column: str) -> list[dict[str, str]]:

@@ -2,14 +2,21 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanogpt.report.comparable import check_comparable
-from nanogpt.report.comparison import Run, read_run
-from nanogpt.report.curves import COLUMN, Curve, mean_curve, published_file, read_curves, step_time
+from nanogpt.report.comparison import Run, labels, read_run
+from nanogpt.report.curves import (
+    COLUMN,
+    Curve,
+    mean_curve,
+    published_file,
+    read_curves,
+    step_time,
+)
+from nanogpt.report.verdicts import Result, last_result
 
 # What may differ between runs of one set.
 FREE = ("seed", "name", "output", "nonfinite_limit")
@@ -20,7 +27,7 @@ class Group:
     """Runs of one setting.
 
     Attributes:
-        label: what tables and pictures call it.
+        label: what tables and pictures call it; says how many of its runs are not finished.
         runs: every run of that setting.
         step_time_s: median training time of a step in seconds; None: taken from the runs.
         flops_per_step: operations of a step, see `nanogpt.optimizers.flops`; None: not known.
@@ -28,8 +35,8 @@ class Group:
         timed: whether its times can be compared with the others', as those of one machine can.
         drawn: what pictures show; None: the mean of the runs.
         reference: whether it is a published result, which pictures draw thinner.
-        config: the configuration of the first run, of a run of ours; see
-        `nanogpt.config.run.Config`. machine: where it ran.
+        start: the first run's record "start", of a run of ours.
+        machine: where it ran.
         family: groups of one family share a colour and differ in dashes; empty: a family alone.
     """
 
@@ -41,7 +48,7 @@ class Group:
     timed: bool = True
     drawn: Curve | None = None
     reference: bool = False
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    start: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     machine: str = ""
     family: str = ""
 
@@ -51,10 +58,14 @@ class Group:
         return (self.drawn or mean_curve(self.runs, self.label))._replace(label=self.label)
 
     @property
-    def seconds_per_step(self) -> float | None:
-        """Time of a step, None where it is not known."""
-        time = step_time([self.curve]) if self.step_time_s is None else self.step_time_s
-        return time if math.isfinite(time) else None
+    def result(self) -> Result:
+        """Its runs at the last step of all of them; errors as of `last_result`."""
+        return last_result(self.runs)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Time of a step, nan where it is not known."""
+        return step_time(self.curve) if self.step_time_s is None else self.step_time_s
 
 
 def read_groups(
@@ -89,11 +100,12 @@ def read_groups(
         for folder in run_folders(path):
             run = read_run(folder)
             sets.setdefault(_setting(run), {})[folder.resolve()] = run
-    starts = {str(folder): run.start for runs in sets.values() for folder, run in runs.items()}
+    starts = {run.folder: run.start for runs in sets.values() for run in runs.values()}
     check_comparable(starts, unchecked=unchecked)
-    for runs in sets.values():
+    own = [list(runs.values()) for runs in sets.values()]
+    for runs in own:
         _refuse_repeats(runs)
-    return _own([list(runs.values()) for runs in sets.values()]) + published
+    return _own(own) + published
 
 
 def run_folders(path: pathlib.Path) -> list[pathlib.Path]:
@@ -115,26 +127,26 @@ def _setting(run: Run) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _refuse_repeats(runs: Mapping[pathlib.Path, Run]) -> None:
+def _refuse_repeats(runs: Sequence[Run]) -> None:
     """Every run counts as an independent one, which a repeated seed is not."""
-    by_seed: dict[int, pathlib.Path] = {}
-    for folder, run in runs.items():
-        first = by_seed.setdefault(run.start["config"]["seed"], folder)
-        if first != folder:
+    by_seed: dict[int, Run] = {}
+    for run in runs:
+        first = by_seed.setdefault(run.start["config"]["seed"], run)
+        if first is not run:
             raise ValueError(
-                f"{first} and {folder} are runs of the same setting and seed: they would count "
-                "twice. Name the folders to count."
+                f"{first.folder} and {run.folder} are runs of the same setting and seed: they "
+                "would count twice. Name the folders to count."
             )
 
 
 def _own(sets: list[list[Run]]) -> list[Group]:
-    """Calls sets of the same optimizer by the first run's name too."""
-    names = [runs[0].label for runs in sets]
+    """Calls sets as their first runs, and says what became of runs that are not finished."""
     groups = []
-    for name, runs in zip(names, sets, strict=True):
-        config, device = runs[0].start["config"], runs[0].start["device"]
-        label = f"{name} {config['name']}" if names.count(name) > 1 else name
-        machine = f"{device['count']} x {device['kind']}"
+    for label, runs in zip(labels([runs[0] for runs in sets]), sets, strict=True):
+        start, states = runs[0].start, [run.status for run in runs]
+        told = [f"{states.count(s)} {s}" for s in ("unfinished", "diverged") if s in states]
+        label += f" ({', '.join(told)})" * bool(told)
+        machine = f"{start['device']['count']} x {start['device']['kind']}"
         curves = [run.curve for run in runs]
-        groups.append(Group(label, curves, config=config, machine=machine))
+        groups.append(Group(label, curves, start=start, machine=machine))
     return groups

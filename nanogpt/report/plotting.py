@@ -1,7 +1,9 @@
 """The picture of a comparison: validation loss by step and by training time."""
 
+import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -47,50 +49,53 @@ def draw(
         timed: whether the runs' times mean the same; else the panel by time says why it is empty.
     """
     baselines = baselines or {}
-    low, high = limits(lines, references, baselines)
+    low, high = limits([*lines, *references], baselines.values())
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13.5, 5.6), dpi=110, layout="constrained")
         by_step, by_time = figure.subplots(1, 2, sharey=True)
         for axes, column in ((by_step, "steps"), (by_time, "seconds")):
-            if timed or column == "steps":
-                _draw_runs(axes, lines, column)
-            _draw_baselines(axes, baselines)
+            shown = lines if timed or axes is by_step else ()
+            for line, colour in zip(shown, itertools.cycle(COLOURS), strict=False):
+                x, style = getattr(line, column), {"linewidth": 2.2, "zorder": 3}
+                trace(axes, x, line.losses, color=colour, label=line.label, **style)
+            mark(axes, baselines.values())
             axes.set_ylim(low, high)
-        _draw_references(by_step, references)
+        for line, dashes in zip(references, itertools.cycle(DASHES), strict=False):
+            style = {"color": GREY, "linestyle": dashes, "zorder": 2}
+            by_step.plot(line.steps, line.losses, label=line.label, **style)
         # Explicit: what diverged is not drawn, but its label needs its place on the axis.
         by_step.set_xlim(0, 1.05 * max(line.steps[-1] for line in [*lines, *references]) or 1)
-        by_time.set_xlim(0, 1.05 * max(line.seconds[-1] for line in lines) or 1)
+        seconds = [0.0, *(x for line in lines for x in line.seconds if np.isfinite(x))]
         by_step.set(xlabel="optimizer step", ylabel="validation loss (nats per token)")
-        by_time.set(xlabel="training time (seconds)")
+        by_time.set(xlabel="training time (seconds)", xlim=(0, 1.05 * max(seconds) or 1))
         if not timed:
             middle = {"transform": by_time.transAxes, "ha": "center", "color": GREY}
             by_time.text(0.5, 0.5, "different hosts or devices: times left out", **middle)
         if note:
             figure.supxlabel(note, color=GREY, fontsize=11)
         _label_ends(by_step, lines)
-        _label_baselines(by_time, baselines)
+        names = [(f"{name}\n{loss:.3f}", 1.0, loss, GREY) for name, loss in baselines.items()]
+        _label(by_time, names, 0.1, xycoords=("axes fraction", "data"))
         figure.legend(
             *by_step.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
         )
         figure.savefig(path)
 
 
-def limits(
-    lines: Sequence[Curve], references: Sequence[Curve], baselines: Mapping[str, float]
-) -> tuple[float, float]:
+def limits(lines: Sequence[Curve], levels: Iterable[float] = ()) -> tuple[float, float]:
     """Returns the losses between which the picture is drawn.
 
     The first steps fall from ln(vocabulary) so fast that showing them would squeeze the end, where
     runs differ: the top is a little above what the worst run has reached after a tenth of its
-    steps, or above the highest baseline. Losses that are not finite do not count.
+    steps, or above the highest of `levels`. Losses that are not finite do not count.
     """
     measured = [
         (loss, step >= 0.1 * curve.steps[-1])
-        for curve in [*lines, *references]
+        for curve in lines
         for step, loss in zip(curve.steps, curve.losses, strict=True)
         if np.isfinite(loss)
     ]
-    levels = [*baselines.values()]
+    levels = list(levels)
     lowest = min([loss for loss, _ in measured] + levels, default=0.0)
     # A run that diverged in its first tenth has nothing but its beginning.
     late = [loss for loss, is_late in measured if is_late] or [loss for loss, _ in measured]
@@ -106,74 +111,45 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     [0.5, 1.5, 5.0]
     """
     order = np.argsort(positions, kind="stable")
-    groups: list[list[float]] = []
-    for position in np.asarray(positions, float)[order]:
-        groups.append([position, 1])
-        while len(groups) > 1 and _touch(groups[-2], groups[-1], gap):
-            (a, m), (b, n) = groups[-2:]
-            groups[-2:] = [[(a * m + b * n) / (m + n), m + n]]
-    moved = [c + gap * (i - (n - 1) / 2) for c, n in groups for i in range(int(n))]
-    result = [0.0] * len(moved)
-    for place, value in zip(order, moved, strict=True):
-        result[place] = float(value)
-    return result
+    places = np.asarray(positions, float)[order]
+    for _ in range(1000):
+        missing = np.maximum(gap - np.diff(places), 0) / 2
+        places[:-1] -= missing
+        places[1:] += missing
+    return places[np.argsort(order)].tolist()
 
 
-def _touch(lower: list[float], upper: list[float], gap: float) -> bool:
-    """Whether two groups [centre, count] of spread positions overlap."""
-    return upper[0] - lower[0] < gap * (lower[1] + upper[1]) / 2
+def trace(axes: Axes, x: Sequence[float], losses: Sequence[float], **style: Any) -> None:
+    """Draws a run's curve, and a dot where it ends."""
+    axes.plot(x, losses, **style)
+    axes.plot(x[-1:], losses[-1:], "o", color=style["color"], markersize=6, zorder=4)
 
 
-def _draw_runs(axes: Axes, lines: Sequence[Curve], column: str) -> None:
-    for index, line in enumerate(lines):
-        x, colour = getattr(line, column), COLOURS[index % len(COLOURS)]
-        axes.plot(x, line.losses, color=colour, linewidth=2.2, label=line.label, zorder=3)
-        axes.plot(x[-1:], line.losses[-1:], "o", color=colour, markersize=6, zorder=4)
-
-
-def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
-    for loss in baselines.values():
-        axes.axhline(loss, color=GREY, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
-
-
-def _label_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
-    """Names the baselines right of the panel, where no curve can cross them."""
-    low, high = axes.get_ylim()
-    places = spread(list(baselines.values()), gap=0.1 * (high - low))
-    for (label, loss), place in zip(baselines.items(), places, strict=True):
-        axes.annotate(
-            f"{label}\n{loss:.3f}",
-            (1.01, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            color=GREY,
-            fontsize=12,
-        )
-
-
-def _draw_references(axes: Axes, references: Sequence[Curve]) -> None:
-    for index, line in enumerate(references):
-        dashes = DASHES[index % len(DASHES)]
-        axes.plot(line.steps, line.losses, color=GREY, linestyle=dashes, label=line.label, zorder=2)
+def mark(axes: Axes, levels: Iterable[float]) -> None:
+    """Draws losses as horizontal lines."""
+    for level in levels:
+        axes.axhline(level, color=GREY, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
 
 
 def _label_ends(axes: Axes, lines: Sequence[Curve]) -> None:
-    """Writes each run's final loss at its right end, moved apart where they would overlap."""
+    """Writes each run's final loss at its right end; at the top if it diverged and has none."""
+    texts = []
+    for line, colour in zip(lines, itertools.cycle(COLOURS), strict=False):
+        step, loss = line.steps[-1], line.losses[-1]
+        if np.isfinite(loss):
+            texts.append((f"{line.label} {loss:.3f}", step, loss, colour))
+        else:
+            texts.append((f"{line.label} diverged", step, axes.get_ylim()[1], colour))
+    halo = [withStroke(linewidth=3, foreground="white")]
+    _label(axes, texts, 0.045, fontweight="bold", path_effects=halo)
+
+
+def _label(
+    axes: Axes, texts: Sequence[tuple[str, float, float, str]], gap: float, **style: Any
+) -> None:
+    """Writes (text, x, y, colour) right of x, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    # A run that diverged has no end to write at: its label goes to the top.
-    finals = [line.losses[-1] if np.isfinite(line.losses[-1]) else high for line in lines]
-    places = spread(finals, gap=0.045 * (high - low))
-    for index, (line, place) in enumerate(zip(lines, places, strict=True)):
-        loss = line.losses[-1]
-        axes.annotate(
-            f"{line.label} {loss:.3f}" if np.isfinite(loss) else f"{line.label} diverged",
-            (line.steps[-1], place),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            color=COLOURS[index % len(COLOURS)],
-            annotation_clip=False,
-            fontsize=12,
-            fontweight="bold",
-            path_effects=[withStroke(linewidth=3, foreground="white")],
-        )
+    heights = spread([y for _, _, y, _ in texts], gap * (high - low))
+    style |= {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "fontsize": 12}
+    for (text, x, _, colour), y in zip(texts, heights, strict=True):
+        axes.annotate(text, (x, y), color=colour, annotation_clip=False, **style)

@@ -3,8 +3,7 @@
 import csv
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 from nanogpt.optimizers.flops import (
     block_shapes,
@@ -31,22 +30,9 @@ MUON = muon_flops(SHAPES, 12)  # the first results may have iterated less often
 SOAP = soap_flops(SHAPES, 1)
 
 
-class Published(NamedTuple):
-    """A published result."""
-
-    label: str
-    family: str
-    file: str
-    value: str  # as the benchmark's table prints it
-    machine: str
-    own_flops: float | None  # of a step's optimizer; None: there is no formula
-    column: str
-    drawn: str  # file of the curve, where `file` holds final losses alone; else empty
-
-
 FLOPS = {
     "": 0.0,
-    "unknown": None,  # there is no formula
+    "unknown": 0.0,  # there is no formula
     "muon": MUON,
     "soap": SOAP,
     "soap and muon": SOAP + MUON,
@@ -55,16 +41,10 @@ FLOPS = {
 }
 
 
-def read_results() -> list[Published]:
+def read_results() -> list[dict[str, str]]:
     """Reads the published results, in the order of the benchmark's table."""
     lines = (PUBLISHED_CURVES / "results.csv").read_text(encoding="utf-8").splitlines()
-    rows: Iterable[dict[str, Any]] = csv.DictReader(
-        line for line in lines if not line.startswith("# ")
-    )
-    return [
-        Published(**row | {"own_flops": FLOPS[row["own_flops"]], "column": row["column"] or COLUMN})
-        for row in rows
-    ]
+    return list(csv.DictReader(line for line in lines if not line.startswith("# ")))
 
 
 def write_records(
@@ -106,41 +86,46 @@ def own_groups(runs: Sequence[pathlib.Path]) -> list[Group]:
         ValueError: runs of another model, batch or validation, whose losses mean something else.
     """
     groups = read_groups(runs)
-    common_track(["t3"], {group.config["name"]: group.config for group in groups})
+    common_track(["t3_"], {group.start["config"]["name"]: group.start for group in groups})
     return [
         dataclasses.replace(
             group,
             label=f"{group.label}, this project",
-            flops_per_step=step_flops(group.config),
+            flops_per_step=step_flops(group.start["config"]),
             timed=group.machine.startswith("8 x ") and "H100" in group.machine,
         )
         for group in groups
     ]
 
 
-def published_group(entry: Published, curves: pathlib.Path) -> Group:
+def published_group(entry: Mapping[str, str], curves: pathlib.Path) -> Group:
     """Reads a published result.
 
+    Args:
+        entry: a row of results.csv: label, family, file of the runs, value as the benchmark's table
+            prints it, machine, own_flops (a key of `FLOPS`), column of losses if another one, and
+            the file that is drawn where the first one holds final losses alone.
+        curves: folder of the files.
+
     Raises:
-        FileNotFoundError: its CSV file is missing.
+        FileNotFoundError: one of them is missing.
     """
-    for name in filter(None, (entry.file, entry.drawn)):
+    for name in filter(None, (entry["file"], entry["drawn"])):
         if not (curves / f"{name}.csv").is_file():
             raise FileNotFoundError(
                 f"{curves / name}.csv does not exist: --curves must be the folder of the published "
                 f"curves, {PUBLISHED_CURVES} by default."
             )
-    drawn = read_curves(curves / f"{entry.drawn}.csv")[0] if entry.drawn else None
     return Group(
-        entry.label,
-        read_curves(curves / f"{entry.file}.csv", entry.column),
-        flops_per_step=MODEL + (entry.own_flops or 0.0),
-        published=entry.value,
-        timed=entry.machine == COMMON,
-        drawn=drawn,
+        entry["label"],
+        read_curves(curves / f"{entry['file']}.csv", entry["column"] or COLUMN),
+        flops_per_step=MODEL + FLOPS[entry["own_flops"]],
+        published=entry["value"],
+        timed=entry["machine"] == COMMON,
+        drawn=read_curves(curves / f"{entry['drawn']}.csv")[0] if entry["drawn"] else None,
         reference=True,
-        machine=entry.machine,
-        family=entry.family,
+        machine=entry["machine"],
+        family=entry["family"],
     )
 
 
@@ -148,7 +133,7 @@ def text(groups: Sequence[Group]) -> str:
     """Returns the page: verdicts, comparisons with the baseline, costs, and how to read them."""
     own = [group.label for group in groups if not group.reference]
     baseline = next(group for group in groups if group.label == BASELINE)
-    flops = {name: (value or 0.0) * 1e-12 for name, value in FLOPS.items()}
+    flops = {name: value * 1e-12 for name, value in FLOPS.items()}
     return page(
         "track3",
         ours=f"Runs of this project: {', '.join(own)}." if own else NO_RUNS,

@@ -1,7 +1,8 @@
 """Tables and pages in Markdown."""
 
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 PAGES = pathlib.Path(__file__).parent / "pages"
@@ -19,13 +20,18 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def table(columns: Mapping[str, Callable[[Any], str]], rows: Iterable[Any]) -> str:
+    """Returns a table of {title: function from a row to its cell}."""
+    return markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+
+
 def shown(value: float | None, form: str, scale: float = 1.0) -> str:
-    """Returns value * scale in a format, "-" where there is no value.
+    """Returns value * scale in a format, "-" where there is no value or none that is finite.
 
     >>> shown(0.1523, ".0f", 1e3), shown(None, ".0f")
     ('152', '-')
     """
-    return "-" if value is None else format(value * scale, form)
+    return "-" if value is None or not math.isfinite(value) else format(value * scale, form)
 
 
 def page(name: str, **values: Any) -> str:

@@ -1,9 +1,13 @@
 """The benchmark's verdicts over sets of runs, as tables."""
 
+import itertools
 import math
+import pathlib
 from collections.abc import Iterable, Sequence
 
-from nanogpt.report.groups import Group
+from nanogpt.report.comparable import TARGETS, common_track
+from nanogpt.report.curves import COLUMN
+from nanogpt.report.groups import Group, read_groups
 from nanogpt.report.tables import markdown, shown
 from nanogpt.report.verdicts import (
     LOSS_PER_STEP,
@@ -15,6 +19,38 @@ from nanogpt.report.verdicts import (
     passes,
     score,
 )
+
+
+def verdicts(
+    paths: Sequence[pathlib.Path],
+    target: float | None = None,
+    unchecked: bool = False,
+    column: str = COLUMN,
+) -> str:
+    """Returns in Markdown what sets of runs prove; arguments as in `read_groups`.
+
+    Raises:
+        ValueError: a target that is no loss, or none and runs of no track; runs that cannot be
+            read or compared.
+    """
+    if target is not None and not 0 < target < math.inf:
+        raise ValueError(f"target={target}: must be positive and finite, in nats per token.")
+    groups = read_groups(paths, column, unchecked=unchecked)
+    if target is None:
+        published = [group.label for group in groups if group.reference]
+        starts = {group.label: group.start for group in groups if not group.reference}
+        track = common_track(published, starts)
+        if track is None:
+            raise ValueError(
+                "no target: these runs are of no track of the benchmark, whose 3.28 would mean "
+                "nothing for them. Say by --target which loss they are to reach."
+            )
+        target = TARGETS[track]
+    parts = [rule(target), acceptance_table(groups, target)]
+    if len(groups) > 1:
+        pairs = itertools.combinations(groups, 2)
+        parts += [pairwise_rule(), pairwise_table(pairs, target)]
+    return "\n\n".join(parts)
 
 
 def rule(target: float = TARGET) -> str:
@@ -47,7 +83,7 @@ def acceptance_table(groups: Sequence[Group], target: float = TARGET) -> str:
         rows.append(
             [
                 *(group.label, str(result.n), str(result.step), f"{result.mean:.5f}"),
-                shown(result.std if math.isfinite(result.std) else None, ".5f"),
+                shown(result.std, ".5f"),
                 f"{score(result, target):.5f}",
                 *(("accepted", str(result.step)) if accepted else ("not accepted", "none")),
                 group.published or "-",

@@ -95,13 +95,22 @@ def claim(runs: Sequence[Curve], target: float = TARGET) -> Result:
     """Returns the result at the earliest step that passes, else at the last step of all runs.
 
     Raises:
-        ValueError: no runs, or no step at which all were validated.
+        ValueError: as `last_result`.
+    """
+    return earliest_pass(runs, target) or last_result(runs)
+
+
+def last_result(runs: Sequence[Curve]) -> Result:
+    """Returns the result at the last step at which all runs were validated.
+
+    Raises:
+        ValueError: no runs, or no such step; names the runs.
     """
     steps = common_steps(runs)
     if not steps:
         labels = ", ".join(run.label for run in runs) or "none"
         raise ValueError(f"no step at which all runs were validated; runs: {labels}.")
-    return earliest_pass(runs, target) or result_at(runs, steps[-1])
+    return result_at(runs, steps[-1])
 
 
 def pairwise_score(new: Result, old: Result) -> float:

@@ -24,8 +24,9 @@ class RunData:
         training: yields this process's rows of batch after batch; checkpointable.
         validation: returns the validation batches, from the first, at each call.
         fingerprint: identifies shards and order.
-        identity: what the losses are about: data, tokenizer (None where the folder's manifest does
-            not tell), model, validation tokens; runs that differ in one cannot be compared.
+        identity: what the losses are about: shards, data, tokenizer (None where the folder's
+            manifest does not tell), model, validation tokens; runs that differ in one of the last
+            four cannot be compared.
         baselines: losses of n-gram models on the tokens that validation scores; None if the
             folder's manifest does not tell.
         notes: what the user should know about these data before training on them.
@@ -123,6 +124,7 @@ def _identity(
         tokenizer = f"{source.tokenizer} {source.vocab_size} {source.merges_sha256[:12]}"
     sizes = (model.num_layers, model.model_dim, model.head_dim, model.mlp_dim)
     return {
+        "shards": f"{first.name} and {scored.name}",
         "data": data_pipeline.fingerprint([first])[:16],
         "tokenizer": tokenizer,
         "model": f"GPT {'x'.join(map(str, sizes))}, {model.vocab_size} ids, "

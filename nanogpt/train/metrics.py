@@ -40,9 +40,9 @@ def read_records(path: pathlib.Path) -> list[Record]:
     """Returns the records of a metrics file; a last line cut short by a crash is dropped.
 
     Raises:
-        ValueError: a line before the last is not JSON; names file and line.
+        ValueError: a line before the last is not JSON, or one is no record; names file and line.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -50,6 +50,9 @@ def read_records(path: pathlib.Path) -> list[Record]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            break
+        if not isinstance(records[-1], dict):
+            raise ValueError(f"{path}, line {number} is no record: {line[:80]}")
     return records
 
 

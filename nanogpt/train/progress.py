@@ -114,6 +114,8 @@ class Report:
         self._progress.advance(step, figures)
         if step % every == 0 or step + 1 == steps:
             self._write("train", step=step, grad_norm=float(metrics["grad_norm"]), **figures)
+        if int(metrics["skipped_in_a_row"]) >= self._config.nonfinite_limit:
+            self._write("diverged", step=step, skipped=self._skipped)
 
     def validation(self, step: int, loss: float, clock: StepClock) -> None:
         """Writes the validation loss (nats per token) before update `step`."""

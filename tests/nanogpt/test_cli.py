@@ -36,15 +36,15 @@ def test_help_imports_nothing_slow(name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_a_function(name):
-    module, _, function = COMMANDS[name].function.partition(":")
+    module, _, function = COMMANDS[name][0].partition(":")
     assert callable(getattr(importlib.import_module(f"nanogpt.lab.{module}"), function))
 
 
 def test_help_lists_commands_and_where_optimizers_come_from(capsys):
     cli.main([])
     text = capsys.readouterr().out
-    for name, command in COMMANDS.items():
-        assert f"  {name:<18}{command.help}\n" in text
+    for name, (_, line) in COMMANDS.items():
+        assert f"  {name:<18}{line}\n" in text
     for name, entry in PUBLISHED.items():
         assert f"  {name:<18}{entry.source}" in text
 

@@ -13,6 +13,7 @@ from nanogpt.config import presets
 from nanogpt.config.presets import preset
 from nanogpt.config.settings import MatrixConfig
 from nanogpt.lab import board as leaderboard
+from nanogpt.lab import search
 from nanogpt.lab.board import FULL, QUICK, RATE, TUNING_SEED, Plan
 from nanogpt.optimizers import build as optimizers
 from nanogpt.optimizers.build import register
@@ -85,11 +86,11 @@ def made_up(name: str, seed: int, losses: list[float]) -> dict:
         "matrices": {"learning_rate": 0.125, "ns_steps": 5},
     }  # fmt: skip
     start = {
-        "config": config, "versions": {"jax": "9"}, "device": {"kind": "abacus"},
+        "config": config, "versions": {"jax": "9"}, "device": {"kind": "abacus"}, "host": "here",
         "parameters": 7, "baselines": {"bigram": 3.75},
     }  # fmt: skip
     return {
-        "settings": {"entry": name}, "start": start, "end": {},
+        "name": name, "settings": {"entry": name}, "start": start, "end": {},
         "steps": [0, 50, 100], "losses": losses, "seconds": [0.0, 1.0, 2.0],
     }  # fmt: skip
 
@@ -99,11 +100,12 @@ def test_page_of_made_up_runs(tmp_path):
         made_up("adamw", 0, [6.0, 4.5, 4.0]), made_up("adamw", 1, [6.0, 4.5, 3.5]),
         made_up("muon", 0, [6.0, 4.0, 3.5]), made_up("muon", 1, [6.0, 4.0, 3.0]),
     ]  # fmt: skip
-    timed = {"step_times_s": [9.0, 0.5, 0.25, 0.75]}
-    groups = [leaderboard.make_group(name, timed, finals) for name in ("muon", "adamw")]
+    timed = {"step_times_s": [9.0, 0.5, 0.25, 0.75], "start": finals[0]["start"]}
+    groups = leaderboard.make_groups(["adamw", "muon"], [timed, timed], finals)
+    assert [group.label for group in groups] == ["muon", "adamw"]
     muon_flops = step_flops(finals[2]["start"]["config"])
     assert groups[0].runs[0].seconds == [0.0, 12.5, 25.0]
-    page = leaderboard.write_board(tmp_path, groups, {"muon": {0: 1.0}}, finals[0]["start"], 80)
+    page = leaderboard.write_board(tmp_path, groups, {"muon": {0: 1.0}}, 80)
     muon = next(line for line in page.splitlines() if line.startswith("| muon | 2"))
     # Mean 3.25; AdamW's 3.75 lies a third of the way from 4.0 at 50 to 3.25 at 100.
     cells = [cell.strip() for cell in muon.split("|")[1:-1]]
@@ -120,25 +122,40 @@ def test_page_of_made_up_runs(tmp_path):
 
 def test_diverged_runs_have_a_row(tmp_path):
     nan = made_up("lion", 0, [6.0, None, None])
-    (group,) = [leaderboard.make_group("lion", {"step_times_s": [1.0, 1.0]}, [nan])]
-    assert isinstance(group, Group) and math.isnan(leaderboard.final_loss(group))
-    page = leaderboard.write_board(tmp_path, [group], {"lion": {}}, nan["start"], 60)
+    timed = {"step_times_s": [1.0, 1.0], "start": nan["start"]}
+    (group,) = leaderboard.make_groups(["lion"], [timed], [nan])
+    assert isinstance(group, Group) and math.isnan(group.result.mean)
+    page = leaderboard.write_board(tmp_path, [group], {"lion": {}}, 60)
     assert "| lion | 1 | 100 | nan |" in page
+
+
+def test_a_board_that_moved_to_another_host_has_no_times(tmp_path):
+    """Its losses stay: they mean the same on every machine."""
+    finals = [made_up("muon", 0, [6.0, 4.5, 4.0]), made_up("adamw", 0, [6.0, 4.5, 4.25])]
+    timed = [
+        {"step_times_s": [1.0, 1.0], "start": finals[0]["start"] | {"host": host}}
+        for host in ("here", "there")
+    ]
+    groups = leaderboard.make_groups(["muon", "adamw"], timed, finals)
+    assert all(math.isnan(group.seconds_per_step) for group in groups)
+    page = leaderboard.write_board(tmp_path, groups, {"muon": {}}, 60)
+    assert "| muon | 1 | 100 | 4.0000 | - | 75 | - |" in page
 
 
 def test_a_page_says_tuned_or_untuned_and_not_both(tmp_path):
     run = made_up("muon", 0, [6.0, 4.5, 4.0])
-    (group,) = [leaderboard.make_group("muon", {"step_times_s": [1.0, 1.0]}, [run])]
+    timed = {"step_times_s": [1.0, 1.0], "start": run["start"]}
+    (group,) = leaderboard.make_groups(["muon"], [timed], [run])
 
     def said(tuned, timed):
-        page = leaderboard.write_board(tmp_path, [group], tuned, run["start"], timed)
+        page = leaderboard.write_board(tmp_path, [group], tuned, timed)
         return " ".join(page.split())
 
     quick, full = said({"muon": {}}, 60), said({"muon": {0: 4.0}}, 80)
-    assert "Nothing was tuned" in quick and "untuned" in quick and "over 15 steps" in quick
+    assert "Nothing was tuned" in quick and "over 15 steps" in quick
     assert "Only the rate" not in quick and "the best" not in quick
     assert "Only the rate of the matrices was tuned" in full and "over 20 steps" in full
-    assert "untuned" not in full and "100 steps say little" in full
+    assert "Nothing" not in full and "100 steps say little" in full
 
 
 @pytest.fixture
@@ -163,6 +180,7 @@ def tiny_preset(tmp_path, monkeypatch):
     for name, value in settings.items():
         jax.config.update(name, value)
     monkeypatch.setattr(leaderboard, "preset", tiny)
+    monkeypatch.setattr(leaderboard, "prepare_data", lambda config: None)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     for name, value in before.items():
@@ -171,7 +189,7 @@ def tiny_preset(tmp_path, monkeypatch):
 
 def test_a_stopped_board_goes_on(tiny_preset, capsys):
     folder = tiny_preset / "runs" / "tiny"
-    page = leaderboard.run_board(["adamw", "lion"], TINY, folder, jobs=1)
+    page = leaderboard.run_board(["adamw", "lion"], TINY, jobs=1)
     records = read_records(folder / "board.jsonl")
     roles = [record["settings"]["role"] for record in records]
     assert roles == 2 * ["tune"] + 2 * ["final"] + 2 * ["time"]
@@ -180,7 +198,7 @@ def test_a_stopped_board_goes_on(tiny_preset, capsys):
     lines = whole.splitlines(keepends=True)
     (folder / "board.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
     capsys.readouterr()
-    leaderboard.run_board(["adamw", "lion"], TINY, folder, jobs=1)
+    leaderboard.run_board(["adamw", "lion"], TINY, jobs=1)
     assert "trial 1 of 1, tiny/lion/final" in capsys.readouterr().out
     again = read_records(folder / "board.jsonl")
     assert [(r["name"], r["loss"]) for r in again] == [(r["name"], r["loss"]) for r in records]
@@ -198,11 +216,11 @@ def test_an_optimizer_of_ones_own_has_a_row(tiny_preset, monkeypatch, capsys):
     before = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
     try:
-        leaderboard.main(["--quick", "--entries", "own", "own", "--jobs", "1"])
+        search.board(["--quick", "--entries", "own", "own", "--jobs", "1"])
         assert jax.config.jax_platforms == "cpu"
     finally:
         jax.config.update("jax_platforms", before)
     printed = capsys.readouterr().out
     assert "| own | 1 | 60 |" in printed and printed.count("| own |") == 1
     with pytest.raises(SystemExit, match="error: optimizer='nobody' is unknown"):
-        leaderboard.main(["--quick", "--entries", "own", "nobody"])
+        search.board(["--quick", "--entries", "own", "nobody"])

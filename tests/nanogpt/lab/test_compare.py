@@ -1,10 +1,10 @@
 """The command that draws any set of runs."""
 
-import sys
+import json
 
 import pytest
 
-from nanogpt.lab import compare
+from nanogpt.lab import look
 from nanogpt.report import comparison
 
 
@@ -18,27 +18,33 @@ def test_arguments_reach_the_comparison(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(comparison, "compare", record)
     a, b, c = (tmp_path / name for name in "abc")
-    command = ["compare", str(a), str(b), "--out", str(tmp_path), "--reference", str(c)]
-    monkeypatch.setattr(sys, "argv", command)
-    compare.main()
+    look.compare([str(a), str(b), "--out", str(tmp_path), "--reference", str(c)])
     assert seen == [((a, b), tmp_path, (c,), False)]
     printed = capsys.readouterr().out
     assert "| table |" in printed and str(tmp_path / "comparison.png") in printed
 
 
-def test_missing_run_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "none"), "--out", str(tmp_path)])
+def test_missing_run_is_named(tmp_path):
     with pytest.raises(SystemExit, match="error: .*none.*is not the folder of a run"):
-        compare.main()
+        look.compare([str(tmp_path / "none"), "--out", str(tmp_path)])
 
 
-def test_a_folder_that_cannot_be_is_a_line(monkeypatch, tmp_path):
-    """Any error of the file system is."""
-    (tmp_path / "file").touch()
-
-    def make(runs, out, references, *, unchecked):
-        out.mkdir(parents=True)
-
-    monkeypatch.setattr(comparison, "compare", make)
-    with pytest.raises(SystemExit, match="error: .*Not a directory.*file"):
-        compare.main([str(tmp_path), "--out", str(tmp_path / "file" / "out")])
+@pytest.mark.parametrize("command", [look.compare, look.records])
+def test_where_nothing_can_be_written_is_said_in_a_line(tmp_path, monkeypatch, command):
+    (tmp_path / "file").write_text("")
+    runs = []
+    if command is look.compare:
+        monkeypatch.setattr(comparison, "check_comparable", lambda *_, **__: [])
+        start = {
+            "kind": "start",
+            "config": {"optimizer": "adamw", "name": "a"},
+            "device": {},
+            "baselines": {},
+        }
+        val = {"kind": "val", "step": 1, "loss": 1.0, "train_time_s": 1.0}
+        (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(val)}\n")
+        runs = [str(tmp_path)]
+    with pytest.raises(SystemExit, match="error: .*Not a directory"):
+        command([*runs, "--out", str(tmp_path / "file" / "x")])
+    with pytest.raises(SystemExit, match="error: out='gs://b/x': must be a folder of this machine"):
+        command([*runs, "--out", "gs://b/x"])

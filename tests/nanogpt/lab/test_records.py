@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from nanogpt.config.presets import preset
-from nanogpt.lab import records as command
+from nanogpt.lab import look
 from nanogpt.report import records
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -19,7 +19,7 @@ def write(monkeypatch, tmp_path):
     monkeypatch.setattr(records, "draw_board", lambda groups, out, **_: out / "track3.png")
 
     def run(*folders):
-        command.main([*map(str, folders), "--out", str(tmp_path)])
+        look.records([*map(str, folders), "--out", str(tmp_path)])
         return (tmp_path / "track3.md").read_text()
 
     return run
@@ -31,7 +31,9 @@ def test_committed_page_is_up_to_date(write):
 
 def test_every_published_result_of_track_3_is_listed():
     files = {path.name for path in (ROOT / "nanogpt" / "report" / "published").glob("t3_*.csv")}
-    listed = {f"{name}.csv" for entry in records.read_results() for name in entry[2::5] if name}
+    listed = {
+        f"{entry[column]}.csv" for entry in records.read_results() for column in ("file", "drawn")
+    }
     missing = {name for name in files - listed if not name.endswith(".mean.csv")}
     assert missing == {"t3_12b_muon_3150_ablation.csv"}
 
@@ -48,7 +50,8 @@ def test_runs_of_ours_stand_beside_them(write, tmp_path):
         ]
         folder = tmp_path / f"seed{seed}"
         folder.mkdir()
-        lines = [json.dumps(record) for record in [start, *validations]]
+        end = {"kind": "end", "step": 3375}
+        lines = [json.dumps(record) for record in [start, *validations, end]]
         (folder / "metrics.jsonl").write_text("\n".join(lines))
     page = write(tmp_path)
     assert "Runs of this project: Shampoo, this project." in page
@@ -76,4 +79,4 @@ def test_missing_curves_are_named(tmp_path):
     with pytest.raises(
         SystemExit, match=r"error: .*t3_01_muon_3600.csv does not exist: --curves must"
     ):
-        command.main(["--curves", str(tmp_path)])
+        look.records(["--curves", str(tmp_path)])

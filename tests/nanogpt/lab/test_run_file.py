@@ -50,8 +50,8 @@ def test_switches_and_values_of_none():
         ("a: [1", "run.yaml: is neither YAML nor JSON"),
         ("- 1\n- 2\n", "run.yaml: must hold names with values"),
         ("a: !!python/object/apply:os.getpid []\n", "run.yaml: is neither YAML nor JSON"),
-        ("optimizer: [1]\n", r"--config: optimizer=\[1\]: must be a name"),
-        ("preset: {a: 1}\n", "--config: preset={'a': 1}: must be a name"),
+        ("optimizer: [1]\n", r"run.yaml: optimizer=\[1\]: must be a name"),
+        ("preset: 5\n", "run.yaml: preset=5: must be a name"),
     ],
 )
 def test_what_is_no_file_of_settings_is_refused(tmp_path, text, message):
@@ -74,5 +74,7 @@ def test_printing_trains_nothing(tmp_path, capsys, monkeypatch):
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["optimizer"] == "muon" and printed["schedule"]["steps"] == 5
     assert not list(pathlib.Path().iterdir())
-    with pytest.raises(SystemExit, match="name its optimizer by --optimizer"):
+    with pytest.raises(
+        SystemExit, match="--print-config is about one optimizer: name it by --optimizer"
+    ):
         speedrun.main(["--print-config"])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from nanogpt.lab.search_space import Range, points
+from nanogpt.lab.search_space import parse_range, points
 
 LISTS = {"a": ("1", "2", "3"), "b": ("x", "y")}
 
@@ -24,7 +24,7 @@ def test_a_budget_below_the_grid_takes_some_and_widens():
 
 
 def test_draws_take_turns_and_widen():
-    ranges = {"c": Range(1e-3, 1e-1, True), "d": Range(-1.0, 1.0, False)}
+    ranges = dict(map(parse_range, ["c=log:1e-3:1e-1", "d=lin:-1:1"]))
     found = points(LISTS, ranges, runs=600)
     assert found[:60] == points(LISTS, ranges, runs=60)
     assert sum(point["a"] == "1" for point in found) == 200
@@ -35,4 +35,4 @@ def test_draws_take_turns_and_widen():
 
 def test_draws_need_a_budget():
     with pytest.raises(ValueError, match="say by --runs how many"):
-        points({}, {"c": Range(0.0, 1.0, False)})
+        points({}, dict([parse_range("c=lin:0:1")]))

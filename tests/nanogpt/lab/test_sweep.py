@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_pipeline import write_shard
-from nanogpt.lab import preset_data, sweep
-from nanogpt.lab import trials as trials_module
+from nanogpt.config.presets import preset
+from nanogpt.lab import search, sweep
 from nanogpt.train.interrupt import Interrupted
 from nanogpt.train.metrics import read_records
 
@@ -21,7 +21,7 @@ GRID = ["--grid", "matrices.learning_rate=x0.5,x1"]
 
 def trials(*arguments: str):
     """The trials of a command line."""
-    return sweep.make_trials(*sweep.read(arguments))
+    return sweep.make_trials(*search.read_sweep(arguments))
 
 
 def test_every_optimizer_gets_its_own_rates():
@@ -47,6 +47,29 @@ def test_any_setting_can_be_an_axis():
     assert [t.config.matrices.hyperball for t in made] == [True, False]
     made = trials("--optimizers", "soap", "--preset", "board", "--grid", "matrices.every=x1,x3")
     assert [t.config.matrices.every for t in made] == [5, 15]
+
+
+def test_a_file_says_preset_and_optimizer_unless_flags_do(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: board\noptimizer: soap\nmatrices: {every: 3}\n")
+    (trial,) = trials("--config", str(path))
+    assert (trial.config.optimizer, trial.config.matrices.every) == ("soap", 3)
+    assert trial.config.model == preset("board", "soap").model
+    path.write_text("optimizer: soap\nschedule: {steps: 7}\n")
+    made = trials("--config", str(path), "--optimizers", "muon", "adamw", "--preset", "board")
+    assert [trial.config.optimizer for trial in made] == ["muon", "adamw"]
+    assert {trial.config.schedule.steps for trial in made} == {7}
+    assert made[0].config.model == preset("board", "muon").model
+
+
+def test_times_of_two_hosts_are_left_out():
+    records = [
+        {"settings": {"optimizer": "a"}, "loss": 3.0, "status": "finished", "step_time_s": 0.1}
+        | {"start": {"host": host, "device": {"kind": "abacus"}}}
+        for host in ("here", "here", "there")
+    ]
+    assert "| a | 3.0000 | 100 |" in sweep.table(records[:2])
+    assert "| a | 3.0000 | - |" in sweep.table(records) and "100" not in sweep.table(records)
 
 
 def test_many_axes_have_names_that_fit():
@@ -83,15 +106,16 @@ def test_many_axes_have_names_that_fit():
         (["--grid", "matrices.ns-steps=3"], "is no setting of the optimizer 'adamw'"),
         (["--grid", "matrices.b1=0.5,low"], "could not convert string to float: 'low'"),
         (["--optimizers", "sgd"], "optimizer='sgd' is unknown"),
+        (["--optimizers"], "optimizers=(): a sweep needs at least one"),
         (["--jobs", "0"], "jobs=0: must be at least 1"),
         (["--runs", "0"], "runs=0: must be at least 1"),
     ],
 )
 def test_impossible_searches_are_refused(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(preset_data, "prepare_data", lambda config: pytest.fail("work was done"))
+    monkeypatch.setattr(sweep, "prepare_data", lambda config: pytest.fail("work was done"))
     with pytest.raises(SystemExit) as stopped:
-        sweep.main(["--optimizers", "adamw", *arguments])
+        search.sweep(["--optimizers", "adamw", *arguments])
     assert message in f"{stopped.value} {capsys.readouterr().err}"
 
 
@@ -100,10 +124,10 @@ def test_a_signal_ends_it_with_its_code(monkeypatch, tmp_path, capsys):
         raise Interrupted(signal.SIGTERM, 5, "runs/x")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(preset_data, "prepare_data", lambda config: None)
-    monkeypatch.setattr(trials_module, "run_trials", stopped)
+    monkeypatch.setattr(sweep, "prepare_data", lambda config: None)
+    monkeypatch.setattr(sweep, "run_trials", stopped)
     with pytest.raises(SystemExit) as ended:
-        sweep.main(["--optimizers", "adamw", *GRID])
+        search.sweep(["--optimizers", "adamw", *GRID])
     assert ended.value.code == 128 + signal.SIGTERM
     assert "the same command goes on" in capsys.readouterr().err
 
@@ -122,7 +146,7 @@ def test_a_real_sweep_is_kept_and_widened(tiny_data, tmp_path, monkeypatch, caps
     """A first sweep here; then a rate more, which diverges, in a process of its own."""
     monkeypatch.chdir(tmp_path)
     common = ["--optimizers", "adamw", *TINY, "--data.directory", str(tiny_data)]
-    sweep.main([*common, *GRID])
+    search.sweep([*common, *GRID])
     path = tmp_path / "runs" / "sweep" / "trials.jsonl"
     first = path.read_text()
     records = read_records(path)
@@ -133,7 +157,7 @@ def test_a_real_sweep_is_kept_and_widened(tiny_data, tmp_path, monkeypatch, caps
     capsys.readouterr()
     path.write_text(first + '{"kind": "tri')  # a crash cut the next record short
     wider = ["--grid", "matrices.learning_rate=x1,x0.5,0.0040,1e30", "--jobs", "2"]
-    sweep.main([*common, *wider])
+    search.sweep([*common, *wider])
     assert path.read_text().startswith(first)
     (added,) = read_records(path)[2:]
     assert (added["status"], added["loss"]) == ("diverged", None)
@@ -141,6 +165,6 @@ def test_a_real_sweep_is_kept_and_widened(tiny_data, tmp_path, monkeypatch, caps
     assert "trial 1 of 1" in printed and "| 1e+30 | diverged |" in printed
     assert printed.count("| adamw |") == 4
     # What is trained is shown by the axis of the sweep at hand, also where that is another one.
-    sweep.main([*common, "--grid", "matrices.b1=0.9"])
+    search.sweep([*common, "--grid", "matrices.b1=0.9"])
     printed = capsys.readouterr().out
     assert "| optimizer | matrices.b1 |" in printed and "| adamw | 0.9 |" in printed

@@ -14,12 +14,11 @@ from nanogpt.train.nonfinite import DivergedError
 from nanogpt.train.run_folder import RunFolder
 
 
-def test_a_second_process_waits_for_the_file(tmp_path):
+def test_a_second_process_waits_for_the_file(tmp_path, monkeypatch):
     path, said = tmp_path / "sweep" / "trials.jsonl", threading.Event()
+    monkeypatch.setattr(trials, "print", lambda _: said.set(), raising=False)
     assert run_trials([], path) == []
-    second = threading.Thread(
-        target=run_trials, args=([], path), kwargs={"say": lambda _: said.set()}
-    )
+    second = threading.Thread(target=run_trials, args=([], path))
     with open(f"{path}.lock") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         second.start()
@@ -85,13 +84,16 @@ def test_a_run_that_stopped_itself_is_recorded_as_diverged(tmp_path, monkeypatch
 
     def fit(config, *, overwrite, console):
         folder.checkpoints.mkdir(parents=True)
-        start = {"kind": "start", "config": {"optimizer": "adamw"}}
+        settings = {"optimizer": "adamw", "schedule": {"steps": 60}}
+        start = {"kind": "start", "config": settings}
         val = {"kind": "val", "step": 0, "loss": 4.0, "train_time_s": 0.0}
         train = {"kind": "train", "step": 10, "loss": None, "step_time_s": 0.1}
-        lines = [json.dumps(record) for record in (start, val, train)]
+        end = {"kind": "diverged", "step": 15, "skipped": 10}
+        lines = [json.dumps(record) for record in (start, val, train, end)]
         folder.metrics.write_text("\n".join(lines))
         raise DivergedError("diverged")
 
     monkeypatch.setattr(trials, "fit", fit)
     record = run_trial(Trial({}, config))
-    assert (record["status"], record["loss"], record["losses"]) == ("diverged", None, [4.0])
+    assert (record["status"], record["loss"]) == ("diverged", None)
+    assert (record["steps"], record["losses"]) == ([0, 60], [4.0, None])

@@ -127,7 +127,7 @@ def test_diverged_runs_are_drawn_and_listed(tmp_path):
 @pytest.mark.parametrize("make", [board_table, lambda groups: draw_board(groups, "unused")])
 def test_runs_that_share_no_step_are_named(make):
     apart = [Curve(label, (step,), (1.0,), (0.0,)) for step, label in enumerate("ab")]
-    with pytest.raises(ValueError, match="group 'x': no step"):
+    with pytest.raises(ValueError, match="no step at which all runs were validated; runs: a, b"):
         make([Group("x", apart)])
 
 

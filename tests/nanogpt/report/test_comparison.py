@@ -110,7 +110,7 @@ def test_unfinished_run_has_dashes(tmp_path):
 def test_diverged_run_is_drawn_and_listed(tmp_path, folders):
     diverged = write_run(tmp_path / "bad", "soap", (6.0, None, None, None))
     compare([*folders, diverged], tmp_path / "out")
-    assert cells((tmp_path / "out" / "comparison.md").read_text())[-1][2] == "nan"
+    assert cells((tmp_path / "out" / "comparison.md").read_text())[-1][2] == "diverged"
 
 
 def test_a_diverged_adamw_is_no_target_for_the_others(tmp_path, folders):
@@ -159,6 +159,21 @@ def test_folders_without_a_run_are_named(tmp_path, make, error, message):
         compare([tmp_path / "a"], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]\n", "line 1 is no record: \\[1\\]"),
+        ("3\n{}\n", "line 1 is no record: 3"),
+        ('{"kind": "start"}\n{"kind": "val"}\n', "of another version: KeyError"),
+        ("\xff\n{}\n", "line 1 is not JSON"),
+    ],
+)
+def test_what_is_no_metrics_file_is_named(tmp_path, text, message):
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=f"metrics.jsonl.*{message}"):
+        read_run(tmp_path)
+
+
 def test_nothing_to_compare(tmp_path):
     with pytest.raises(ValueError, match="at least one"):
         compare([], tmp_path)
@@ -166,4 +181,4 @@ def test_nothing_to_compare(tmp_path):
 
 def test_null_losses_become_nan(tmp_path):
     run = read_run(write_run(tmp_path / "a", "muon", (6.0, None, 5.0, 4.0)))
-    assert math.isnan(run.losses[1]) and np.nanmin(run.losses) == 4.0
+    assert math.isnan(run.curve.losses[1]) and np.nanmin(run.curve.losses) == 4.0

@@ -94,9 +94,9 @@ def test_steps_to_reach(losses, target, expected):
 
 def test_step_time_is_the_median_over_intervals():
     slow = Curve("slow", STEPS, STEPS, (0.0, 10.0, 20.0, 90.0))
-    assert step_time([slow]) == 1.0
-    assert step_time([slow, Curve("fast", STEPS, STEPS, (0.0, 5.0, 10.0, 15.0))]) == 0.75
-    assert math.isnan(step_time([Curve("untimed", STEPS, STEPS, [math.nan] * 4)]))
+    assert step_time(slow) == 1.0
+    assert step_time(Curve("fast", STEPS, STEPS, (0.0, 5.0, 20.0, 25.0))) == 0.5
+    assert math.isnan(step_time(Curve("untimed", STEPS, STEPS, [math.nan] * 4)))
 
 
 def test_mean_of_runs_that_share_nothing_is_empty():

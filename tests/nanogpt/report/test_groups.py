@@ -24,12 +24,13 @@ def write_run(folder, optimizer, seed, rate=0.1):
         "config": config | {"matrices": {"learning_rate": rate}},
         "device": {"platform": "cpu", "kind": "abacus", "count": 2},
     }
+    end = {"kind": "end", "step": 10}
     validations = [
         {"kind": "val", "step": step, "loss": 5.0 - step / 10 + seed, "train_time_s": 0.5 * step}
         for step in (0, 10)
     ]
     folder.mkdir(parents=True)
-    text = "".join(json.dumps(record) + "\n" for record in [start, *validations])
+    text = "".join(json.dumps(record) + "\n" for record in [start, *validations, end])
     (folder / "metrics.jsonl").write_text(text)
 
 
@@ -47,7 +48,7 @@ def test_runs_that_differ_in_the_seed_alone_make_a_set(runs):
     assert [run.losses for run in groups[0].runs] == [(5.0, 4.0), (6.0, 5.0)]
     assert groups[0].curve == ("AdamW", (0, 10), (5.5, 4.5), (0.0, 5.0))
     assert groups[0].seconds_per_step == 0.5
-    assert groups[0].machine == "2 x abacus" and groups[0].config["optimizer"] == "adamw"
+    assert groups[0].machine == "2 x abacus" and groups[0].start["config"]["optimizer"] == "adamw"
 
 
 def test_other_settings_make_another_set_that_is_told_apart(runs):
@@ -74,7 +75,7 @@ def test_a_csv_file_is_a_set(runs, tmp_path):
     groups = read_groups([path, runs], "val_ema_loss")
     assert [group.label for group in groups] == ["AdamW", "Muon", "t3_x"]
     assert [run.losses for run in groups[-1].runs] == [(4.0,), (6.0,)]
-    assert groups[-1].seconds_per_step is None
+    assert math.isnan(groups[-1].seconds_per_step)
     assert [group.reference for group in groups] == [False, False, True]
 
 

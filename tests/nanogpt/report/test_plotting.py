@@ -25,24 +25,24 @@ def test_labels_that_have_room_stay():
 
 
 def test_limits_leave_out_the_first_fall_and_show_every_end():
-    low, high = limits([FAST, SLOW], [], {})
+    low, high = limits([FAST, SLOW])
     assert 2.7 < low < 3.0
     assert 6.7 <= high < 7.0  # the slow run after a tenth of its steps is at 6.7
 
 
 def test_limits_show_every_baseline():
-    low, high = limits([FAST, SLOW], [], {"unigram": 8.0, "bigram": 2.5})
+    low, high = limits([FAST, SLOW], [8.0, 2.5])
     assert 2.0 < low < 2.5
     assert 8.0 < high < 8.5
 
 
 def test_limits_show_runs_that_are_worse_than_every_baseline():
-    low, high = limits([FAST, SLOW], [], {"unigram": 2.0})
+    low, high = limits([FAST, SLOW], [2.0])
     assert 6.7 <= high
 
 
 def test_limits_of_a_constant_are_not_empty():
-    low, high = limits([Curve("flat", [0, 1], [2.0, 2.0], [0, 1])], [], {})
+    low, high = limits([Curve("flat", [0, 1], [2.0, 2.0], [0, 1])])
     assert low < 2.0 < high
 
 
@@ -50,7 +50,7 @@ def test_limits_of_a_constant_are_not_empty():
 @pytest.mark.parametrize("first", [7.0, np.nan])
 def test_diverged_runs_still_give_a_picture(tmp_path, first, baselines):
     runs = [Curve(name, [0, 10, 20], [first, np.nan, np.nan], [0, 1, 2]) for name in ("a", "b")]
-    low, high = limits(runs, [], baselines)
+    low, high = limits(runs, baselines.values())
     assert np.isfinite([low, high]).all() and low < high
     draw(tmp_path / "picture.png", runs, baselines=baselines)
     assert (tmp_path / "picture.png").stat().st_size > 1000

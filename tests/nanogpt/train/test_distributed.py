@@ -132,7 +132,7 @@ def counted(batch, layout):
         batches.append(batch)
     return to_device(batch, layout)
 loop.to_device = counted
-speedrun.main()
+speedrun.main(sys.argv[1:])
 """
 SETTINGS = (
     "--optimizer shampoo --name run --model.vocab-size 32 --model.num-layers 1 "

@@ -449,7 +449,7 @@ def test_too_many_in_a_row_end_the_run(shards, tmp_path, monkeypatch):
     with pytest.raises(DivergedError, match="the gradients of steps 5 to 7 are not finite"):
         fit(config)
     last = read_records(RunFolder(config).metrics)[-1]
-    assert (last["kind"], last["step"], last["skipped"]) == ("train", 7, 4)
+    assert (last["kind"], last["step"], last["skipped"]) == ("diverged", 7, 4)
 
 
 def test_a_trace_of_a_few_steps(shards, tmp_path):
