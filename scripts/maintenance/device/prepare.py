@@ -29,8 +29,6 @@ PACKAGES = (
     *("absl-py", "docstring_parser", "etils", "flax", "msgpack", "optax", "Pygments", "PyYAML"),
     *("rich", "treescope", "typing_extensions", "tyro"),
 )
-# The pinned flax cannot be imported with jax 0.11, whose experimental part it uses.
-OTHER_VERSIONS = {"flax": "0.12.12"}
 # pip takes only platforms that are named, so the older ones that wheels are tagged with, too.
 PLATFORMS = tuple(f"manylinux_2_{n}_x86_64" for n in (28, 27, 17)) + ("manylinux2014_x86_64",)
 
@@ -85,12 +83,12 @@ def write_text(folder: pathlib.Path, out: pathlib.Path, sizes: Sizes) -> None:
 
 
 def pins(text: str) -> dict[str, str]:
-    r"""Versions of a constraints file, by package in lower case.
+    r"""Versions of a constraints file, by package in lower case; the last of several counts.
 
-    >>> pins("jax==0.10.2\nPyYAML==6.0.3\n")
-    {'jax': '0.10.2', 'pyyaml': '6.0.3'}
+    >>> pins('flax==1.2; python_version < "3.12"\nflax==1.3; python_version >= "3.12"\nPyYAML==6\n')
+    {'flax': '1.3', 'pyyaml': '6'}
     """
-    pairs = re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE)
+    pairs = re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)
     return {name.lower(): version for name, version in pairs}
 
 
@@ -101,7 +99,7 @@ def download(folder: pathlib.Path) -> None:
         RuntimeError: pip failed; with its last line.
     """
     known = pins((ROOT / "constraints.txt").read_text(encoding="utf-8"))
-    wanted = [f"{n}=={OTHER_VERSIONS.get(n, known[n.lower()])}" for n in PACKAGES]
+    wanted = [f"{n}=={known[n.lower()]}" for n in PACKAGES]
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.whl"):  # two versions of a package would stop the installation
         old.unlink()

@@ -48,8 +48,8 @@ def test_without_text_the_remedy_is_named(tmp_path):
 
 def test_every_wheels_version_is_known():
     known = prepare.pins((prepare.ROOT / "constraints.txt").read_text())
-    missing = [n for n in prepare.PACKAGES if n.lower() not in known]
-    assert not missing and set(prepare.OTHER_VERSIONS) <= set(prepare.PACKAGES)
+    assert not [n for n in prepare.PACKAGES if n.lower() not in known]
+    assert known["flax"] == "0.12.12"  # 0.12.8, of Python 3.11, does not run with jax 0.11
 
 
 def test_what_is_carried_is_counted_and_bounded(tmp_path, monkeypatch):
