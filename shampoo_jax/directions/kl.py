@@ -76,7 +76,8 @@ def scale_by_kl_shampoo(
         `BasisRefresh()`.
       max_scale: Largest `d^(-1/2)`: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
-        update; 0.0 truncates nothing, None means `d * eps` of the dtype.
+        update; 0.0 truncates nothing, None means `d * eps` of the dtype. Any but 0.0 leaves no
+        basis of a null space to rounding, see `eigenbasis`.
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
       placement: Mesh and axes over which blocks are split; None means one device.
@@ -151,7 +152,8 @@ def scale_by_kl_soap(
         `BasisRefresh()`.
       max_scale: Largest `d^(-1/2)`: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
-        update; 0.0 truncates nothing, None means `d * eps` of the dtype.
+        update; 0.0 truncates nothing, None means `d * eps` of the dtype. Any but 0.0 leaves no
+        basis of a null space to rounding, see `eigenbasis`.
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
       placement: Mesh and axes over which blocks are split; None means one device.
