@@ -61,8 +61,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             check_range(name, value, closed=name in UP_TO_ONE)
         elif name == "exponent" and is_number(value) and not value > 0:
             raise ValueError(f"exponent={value} must be positive: 0.5 is the paper's.")
-        elif name == "max_scale" and value != "size" and not (is_number(value) and value > 0):
-            raise ValueError(f"max_scale={value!r}: use 'size' or a positive number.")
+        elif name == "max_scale" and value not in ("size", "relative"):
+            if not (is_number(value) and value > 0):
+                raise ValueError(
+                    f"max_scale={value!r}: use 'size', 'relative' or a number above 0."
+                )
     _check_pairs(options)
 
 

@@ -51,10 +51,13 @@ def scale_by_kl_shampoo(
     `presets.meta_kl_shampoo`. Weight decay in `kl_shampoo` acts as AdamW's, on the parameters
     before the step, where the authors' code shrinks them after it.
 
-    The result depends on the scale of the gradients: eigenvalues start at 0.1, meant for a mean
-    loss. The second step's update is 10 times the first moment, with the default `b1` the gradient
-    itself: gradients around 1000, of a loss summed over tokens, move parameters by 1000 learning
-    rates in that step. Divide such a loss by the number of tokens.
+    The result depends on the scale of the gradients, unless `max_scale="relative"`: eigenvalues
+    start at 0.1, meant for a mean loss. The second step's update is 10 times the first moment, with
+    the default `b1` the gradient itself: gradients around 1000, of a loss summed over tokens, move
+    parameters by 1000 learning rates in that step; divide such a loss by the number of tokens. At
+    the other end eigenvalues are bounded: blocks `m x n` whose gradients have a root mean square
+    below `1 / (m n)` (each of them 10 at least, 4000 at most) are never preconditioned, their
+    update is a constant times the first moment.
 
     Args:
       b1: Decay of the first moment, in [0, 1).
@@ -75,8 +78,10 @@ def scale_by_kl_shampoo(
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'
         `BasisRefresh()`.
       max_scale: Largest `d^(-1/2)`: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
+        `"relative"` makes eigenvalues relative to the gradients, see `kl_eigenbasis`.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
-        update; 0.0 truncates nothing, None means `d * eps` of the dtype.
+        update; 0.0 truncates nothing, None means `d * eps` of the dtype. Any but 0.0 leaves no
+        basis of a null space to rounding, see `eigenbasis`.
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
       placement: Mesh and axes over which blocks are split; None means one device.
@@ -126,8 +131,8 @@ def scale_by_kl_soap(
 
     Source: Lin et al. 2025, arXiv:2509.03378. `first_weight=1.0, max_scale=4000` with `every=1` is
     the direction of track-3 result 19. Bases depend on the scale of the gradients through the first
-    eigenvalues, 0.1, meant for a mean loss; sizes of updates are Adam's and do so through `eps`
-    only.
+    eigenvalues, 0.1, and their bound, meant for a mean loss, unless `max_scale="relative"`; sizes
+    of updates are Adam's and do so through `eps` only.
 
     Args:
       b1: Decay of the first moment, in [0, 1).
@@ -150,8 +155,10 @@ def scale_by_kl_soap(
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'
         `BasisRefresh()`.
       max_scale: Largest `d^(-1/2)`: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
+        `"relative"` makes eigenvalues relative to the gradients, see `kl_eigenbasis`.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
-        update; 0.0 truncates nothing, None means `d * eps` of the dtype.
+        update; 0.0 truncates nothing, None means `d * eps` of the dtype. Any but 0.0 leaves no
+        basis of a null space to rounding, see `eigenbasis`.
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
       placement: Mesh and axes over which blocks are split; None means one device.

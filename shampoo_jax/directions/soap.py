@@ -58,9 +58,8 @@ def scale_by_soap(
     moments are sorted by eigenvalue at each refresh. Meta's form (`EigenvalueCorrectedShampoo`) is
     `presets.meta_soap`.
 
-    The authors' code adds eps before the bias correction, `eps_hat=True`. With eps far below the
-    gradients, 1e-8 say, that makes no difference; where they are comparable, early steps are
-    smaller.
+    The authors' code adds eps before the bias correction, `eps_hat=True`: no difference while eps
+    is far below the gradients, smaller early steps where it is not.
 
     Weight decay in `soap` acts as AdamW's, on the parameters before the step; the authors' code
     shrinks them after it, which differs by `lr^2 * weight_decay * U`.
@@ -92,7 +91,8 @@ def scale_by_soap(
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'
         `BasisRefresh()`.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
-        update; 0.0 truncates nothing, None means `d * eps` of the dtype.
+        update; 0.0 truncates nothing, None means `d * eps` of the dtype. Any but 0.0 leaves no
+        basis of a null space to rounding, see `eigenbasis`.
       graft: Magnitude of every block, as in `scale_by_shampoo`; None leaves that of the direction.
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.

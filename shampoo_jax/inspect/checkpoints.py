@@ -228,7 +228,7 @@ def _stacks(node: BlockedState) -> dict[str, list[int]]:
 def _check_format(number: Any, holder: str) -> None:
     if not np.all(np.asarray(number) == FORMAT):
         raise ValueError(
-            f"{holder} has format number {np.max(number)}, the installed shampoo_jax reads "
+            f"{holder} has format number {np.max(number)}, the shampoo_jax that is installed reads "
             f"{FORMAT}: finish the run with the one that saved it, whose shampoo_jax.FORMAT is "
             "that number (it has none for number 1), or start afresh from the parameters alone."
         )

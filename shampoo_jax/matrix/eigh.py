@@ -125,6 +125,18 @@ def truncated_power(
     return jnp.where(keep, jnp.where(keep, values, 1.0) ** -exponent, 0.0)
 
 
+def without_noise(values: Array, rtol: float | None) -> Array:
+    """Eigenvalues, those of at most `rtol` times the largest of each matrix as 0.
+
+    >>> without_noise(jnp.array([4.0, -1e-9, 1.0]), 0.5).tolist()
+    [4.0, 0.0, 0.0]
+    """
+    rtol = relative_cutoff(rtol, values.shape[-1], values.dtype)
+    if isinstance(rtol, float) and rtol == 0:
+        return values
+    return jnp.where(values > rtol * values.max(-1, keepdims=True), values, 0.0)
+
+
 def shifted_power(
     values: Array, exponent: float, *, damping: Any, added: bool, unit: Any = 1.0
 ) -> Array:

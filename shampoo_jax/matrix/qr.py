@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from shampoo_jax.matrix.batching import map_selected
-from shampoo_jax.matrix.eigh import eigh, power_of_two_scale
+from shampoo_jax.matrix.batching import map_matrices, map_selected
+from shampoo_jax.matrix.eigh import eigh, power_of_two_scale, without_noise
 from shampoo_jax.matrix.products import identity_like, matmul
 
 
@@ -31,7 +31,11 @@ def off_diagonal_ratio(factor: jax.Array, basis: jax.Array) -> jax.Array:
 
 
 def orthogonal_iteration(
-    factor: jax.Array, basis: jax.Array, iterations: int = 1, tolerance: ArrayLike = 0.0
+    factor: jax.Array,
+    basis: jax.Array,
+    iterations: int = 1,
+    tolerance: ArrayLike = 0.0,
+    rtol: float | None = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns eigenvalue estimates and a basis refined from the previous one by QR iterations.
 
@@ -44,6 +48,8 @@ def orthogonal_iteration(
       basis: f[..., n, n], orthogonal, the warm start.
       iterations: Static, the largest number of QR decompositions.
       tolerance: Accepted off-diagonal ratio; scalar or one per matrix.
+      rtol: Columns whose estimates are at most this times the largest keep their order; None means
+        `n * eps`.
 
     Returns:
       `(eigenvalues, basis)`: f[..., n] ascending, and f[..., n, n] with columns in that order
@@ -67,9 +73,9 @@ def orthogonal_iteration(
 
     rotated, basis = jax.lax.fori_loop(0, iterations, iterate, (rotated, basis))
     values = _diagonal(rotated)
-    ascending = jnp.argsort(values, stable=True)
+    ascending = jnp.argsort(without_noise(values, rtol), stable=True)
     values = jnp.take_along_axis(values, ascending, -1)
-    basis = jnp.take_along_axis(basis, ascending[:, None, :], -1)
+    basis = columns(basis, ascending)
     return values.reshape(*leading, -1), basis.reshape(*leading, *basis.shape[1:])
 
 
@@ -103,6 +109,39 @@ def adaptive_eigh(
     decompose = functools.partial(eigh, implementation=implementation)
     values, basis = map_selected(decompose, stale, old, factors)
     return values.reshape(*leading, -1), basis.reshape(*leading, *basis.shape[1:])
+
+
+def completed(basis: jax.Array, keep: jax.Array) -> jax.Array:
+    """Returns the basis with the columns that are not kept replaced by others of the same span.
+
+    In a null space rounding alone chooses the basis. Here it follows from the kept columns: these
+    are followed by fixed random vectors, which are orthogonalized in their order, so that a small
+    change of the kept ones changes the others little.
+
+    Args:
+      basis: f[N, n, n], orthogonal.
+      keep: bool[N, n], the columns that stay.
+
+    Returns:
+      f[N, n, n], orthogonal; signs of the new columns are arbitrary.
+
+    >>> found = completed(jnp.eye(3)[None], jnp.array([[True, False, False]]))
+    >>> found[0, :, 0].tolist(), found[0, 0].tolist()
+    ([1.0, 0.0, 0.0], [1.0, 0.0, 0.0])
+    """
+    first = jnp.argsort(~keep, axis=-1, stable=True)
+    kept = jnp.take_along_axis(keep, first, -1)[:, None, :]
+    ordered = columns(basis, first)
+    # Gaussian ones: columns of the identity may lie in the span of the kept ones.
+    others = jax.random.normal(jax.random.key(0), basis.shape[1:], basis.dtype)
+    given = jnp.where(kept, ordered, jnp.broadcast_to(others, basis.shape))
+    q = map_matrices(lambda x: jnp.linalg.qr(x)[0], given.shape[:1], given)
+    return columns(jnp.where(kept, ordered, q), jnp.argsort(first, axis=-1))
+
+
+def columns(matrices: jax.Array, order: jax.Array) -> jax.Array:
+    """Returns the columns of each matrix of a stack in this order, `[..., n]`."""
+    return jnp.take_along_axis(matrices, order[..., None, :], -1)
 
 
 def _flat(factor: jax.Array, basis: jax.Array, tolerance: ArrayLike):

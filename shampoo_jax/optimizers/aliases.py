@@ -242,7 +242,8 @@ def kl_shampoo(
 ) -> Guarded:
     """KL-Shampoo on matrices, AdamW on everything else.
 
-    See `scale_by_kl_shampoo` for the direction. Not for a loss summed over tokens.
+    See `scale_by_kl_shampoo` for the direction. Not for a loss summed over tokens, nor for tiny
+    gradients, without `max_scale="relative"`.
 
     Args:
       learning_rate: Number or schedule; 3e-3 in the paper's code.
@@ -264,6 +265,7 @@ def kl_shampoo(
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'
         `BasisRefresh()`.
       max_scale: Largest `d^(-1/2)`: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
+        `"relative"` makes eigenvalues relative to the gradients, see `kl_eigenbasis`.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
         update; 0.0 truncates nothing, None means `d * eps` of the dtype.
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
@@ -344,6 +346,7 @@ def kl_soap(
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'
         `BasisRefresh()`.
       max_scale: Largest `d^(-1/2)`: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
+        `"relative"` makes eigenvalues relative to the gradients, see `kl_eigenbasis`.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
         update; 0.0 truncates nothing, None means `d * eps` of the dtype.
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.

@@ -22,13 +22,13 @@ from shampoo_jax.blocks.blocks import (
     make_part,
     where_block,
 )
-from shampoo_jax.matrix import eigh
+from shampoo_jax.matrix import eigh, qr
 from shampoo_jax.matrix.products import apply_matrices
 from shampoo_jax.parts.change_of_basis import Move, carry, check_inner, per_stack
 from shampoo_jax.parts.lift import from_gradients
 from shampoo_jax.parts.refresh import BasisRefresh, Schedule, make_schedule, when
 from shampoo_jax.parts.roots import no_failures
-from shampoo_jax.solvers.bases import Basis, EighBasis, reorders
+from shampoo_jax.solvers.bases import Basis, EighBasis, ascends, reorders
 from shampoo_jax.solvers.solver import identities
 
 Array = jax.Array
@@ -69,6 +69,14 @@ def eigenbasis(
     `m <- m x_k Q_new^T Q_old`, so they go on describing the same tensor; all other leaves stay, or
     are permuted with the columns if `refresh.reorder`. Dimensions of exponent 0 are not rotated;
     the values of the others do not matter.
+
+    A factor of low rank, of a tall block or in the first steps, has a null space in which rounding
+    alone chooses the basis. What new gradients have there is divided by second moments in that
+    basis, so that gradients changed in their last bit change updates altogether. The authors' code
+    of SOAP and KL-Shampoo does nothing about it, nor does this with `rtol=0.0`. With any other
+    `rtol` such directions are left out of updates, and their basis is completed by fixed vectors
+    (`matrix.qr.completed`, one more QR decomposition a refresh): updates then depend on gradients
+    as smoothly as the eigenvectors above the cutoff do.
 
     Args:
       inner: Part of stacks; its per-block state must have the blocks' shape.
@@ -122,7 +130,8 @@ def eigenbasis(
         if refresh.when == "before":
             state = schedule.run(renew, count, state)
         else:
-            beginning = moving._replace(basis=EighBasis(descending=True))
+            # In the order of later ones, or second moments would meet the columns in reverse.
+            beginning = moving._replace(basis=EighBasis(descending=not ascends(basis)))
             state = when(count == 1, functools.partial(_renew, stacks, beginning, None), state)
         new, used = _use(tx, stacks, state, params, extra)
         if refresh.skip_first:
@@ -233,12 +242,16 @@ def _refresh(moving: _Moving, paths: list[KeyPath], old: Old, factors: Matrices)
         if factor is None or basis is None:
             continue
         ok = eigh.finite(factor)
-        values, found, moved = moving.basis(where_block(ok, factor, jnp.zeros_like(factor)), basis)
+        sound = where_block(ok, factor, jnp.zeros_like(factor))
+        known = keep[k] if keep else None
+        values, found, moved = moving.basis(sound, basis, known, moving.rtol)
+        kept = eigh.truncated_power(values, 0.0, rtol=moving.rtol) > 0
+        if keep:
+            found = qr.completed(found, kept)
         ok &= eigh.finite(found)
         failed |= ~ok
         new[k] = where_block(ok, found, basis)
         if keep:
-            kept = eigh.truncated_power(values, 0.0, rtol=moving.rtol) > 0
             new_keep[k] = where_block(ok, kept, keep[k])
         if moving.reorder and moved is not None:
             columns[k] = where_block(ok, moved, jnp.arange(basis.shape[-1])[None])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from shampoo_jax.blocks.blocks import (
     along,
     each,
     make_part,
+    norms,
     stateless,
     where_block,
 )
@@ -30,6 +32,8 @@ from shampoo_jax.solvers.bases import Basis, make_basis
 
 Array = jax.Array
 
+# Largest d^(-1/2) of `max_scale="size"` lies between these, as it does in that code.
+SIZE_BOUNDS = 10, 4000
 # Smallest tracked eigenvalue, and the first value of all (authors' code of arXiv:2509.03378).
 EIGENVALUE_FLOOR = 1e-30
 EIGENVALUE_INIT = 0.1
@@ -72,6 +76,11 @@ def kl_eigenbasis(
     The first gradient only fills factors and bases; all eigenvalues start at 0.1. Source: Lin et
     al. 2025, arXiv:2509.03378, and its authors' code.
 
+    The least eigenvalue of a factor is `max_scale^-2`, so blocks whose gradients have a root mean
+    square below the product of `1 / max_scale` over dimensions, 1/256 for 16 x 16 and 2e-6 for
+    768 x 768 by default, meet it in all directions for ever: their update is the first moment
+    times a constant. A monitor's figure `capped` tells; `max_scale="relative"` has no such limit.
+
     Where a finite gradient makes something of a block overflow, the block keeps its factors, bases,
     eigenvalues and inner state, its update is zero, and this is counted.
 
@@ -93,6 +102,10 @@ def kl_eigenbasis(
         step `every`. Without `skip_first` the first update is made with eigenvalues 0.1, so that
         with `scaled` it is on the scale of the gradients.
       max_scale: Largest s: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
+        `"relative"` means the same as a multiple of a factor's smallest s, with eigenvalues that
+        start at `r^(2/n)`, r the root mean square of a block's first gradient that is not zero and
+        n its number of factors, and a first gradient that is whitened by these: multiplying every
+        gradient by a constant then changes nothing but through eps.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
         update; 0.0 truncates nothing, None means `d * eps` of the dtype.
 
@@ -119,16 +132,21 @@ def kl_eigenbasis(
     form = _Form(b2, 1 - b2 if first_weight is None else first_weight, normalize, max_scale)
 
     def init(params: Stacks) -> KLEigenbasisState:
-        factors, eigenvalues = each(zero_factors, params), each(_first_eigenvalues, params)
+        first = functools.partial(_first_eigenvalues, 0.0 if form.relative else EIGENVALUE_INIT)
+        factors, eigenvalues = each(zero_factors, params), each(first, params)
         return KLEigenbasisState(jnp.zeros([], jnp.int32), factors, eigenvalues, tx.init(params))
 
     def update(stacks: Stacks, old: KLEigenbasisState, params: Any, **extra: Any) -> Step:
         factors, eigenvalues, given = {}, {}, {}
         for key, b in stacks.items():
-            factors[key], eigenvalues[key] = _statistics(form, old, key, b)
-            used = eigenvalues[key] if when.when == "before" else old.eigenvalues[key]
+            begun = _begin(form, old, key, b)
+            factors[key], eigenvalues[key] = _statistics(form, old, key, b, begun)
+            used = eigenvalues[key] if when.when == "before" else begun.eigenvalues
+            figures = {**b.figures, **_capped(form, eigenvalues[key])}
             # Factors where `eigenbasis` reads them, eigenvalues where `_scale_by_eigenvalues` does.
-            given[key] = dataclasses.replace(b, matrices=factors[key], eigenvalues=used)
+            given[key] = dataclasses.replace(
+                b, matrices=factors[key], eigenvalues=used, figures=figures
+            )
         new, inner = tx.update(given, old.inner, params, **extra)
         count = optax.safe_increment(old.count)
         return _keep_finite(new, KLEigenbasisState(count, factors, eigenvalues, inner), old)
@@ -144,30 +162,63 @@ class _Form(NamedTuple):
     normalize: bool
     max_scale: str | float
 
+    @property
+    def relative(self) -> bool:
+        """Whether eigenvalues are in units of the gradients."""
+        return self.max_scale == "relative"
 
-def _statistics(form: _Form, old: KLEigenbasisState, key: str, b: Blocks) -> tuple[Any, Any]:
+
+class _Begun(NamedTuple):
+    """Eigenvalues before a gradient enters them, and whether it is the first one."""
+
+    eigenvalues: Matrices
+    whitening: Matrices  # what the gradient is whitened by, `[N, d]`
+    is_first: Array  # bool[] or, by block, bool[N, 1]
+
+
+def _begin(form: _Form, old: KLEigenbasisState, key: str, b: Blocks) -> _Begun:
+    """Eigenvalues to use; relative ones start with a block's first gradient that is not zero."""
+    eigenvalues = old.eigenvalues[key]
+    count = sum(d is not None for d in eigenvalues)
+    if not (form.relative and count):
+        is_first = old.count == 0
+        # The first gradient is whitened by nothing; bases are identities until it is used.
+        scales = jax.tree.map(lambda d: jnp.where(is_first, 1.0, d), eigenvalues)
+        return _Begun(eigenvalues, scales, is_first)
+    is_first = ~jax.tree.leaves(eigenvalues)[0].any(-1, keepdims=True)
+    size = norms(b.gradient)[:, None] / math.prod(b.shape) ** 0.5
+    # Without any gradient yet, 1 is as good as any number.
+    start = jnp.where(size > 0, size, 1.0) ** (2 / count)
+    begun = jax.tree.map(lambda d: jnp.where(is_first, start, d), eigenvalues)
+    return _Begun(begun, begun, is_first)
+
+
+def _statistics(
+    form: _Form, old: KLEigenbasisState, key: str, b: Blocks, begun: _Begun
+) -> tuple[Any, Any]:
     """Factors and tracked eigenvalues of a stack after this gradient."""
-    factors, eigenvalues, q = old.factors[key], old.eigenvalues[key], old.inner.bases[key]
-    is_first = old.count == 0
+    factors, q, (eigenvalues, whitening, is_first) = old.factors[key], old.inner.bases[key], begun
     weight = jnp.where(is_first, form.first_weight, 1 - form.b2)
-    # The first gradient is whitened by nothing; bases are identities until it is used.
-    scales = jax.tree.map(lambda d: jnp.where(is_first, 1.0, d**-0.5)[:, None, :], eigenvalues)
-    roots = jax.tree.map(lambda q, scale: (q * scale).swapaxes(1, 2), q, scales)
+    weight = weight[:, :, None] if weight.ndim else weight
+    roots = jax.tree.map(lambda q, d: (q * d[:, None, :] ** -0.5).swapaxes(1, 2), q, whitening)
     squares = whitened_squares(b.gradient, factors, roots, form.normalize)
     new = jax.tree.map(lambda s, c: (form.b2 * s + weight * c).astype(s.dtype), factors, squares)
     energies = apply_matrices(b.gradient, q, transpose=True) ** 2
+    # A block without any gradient goes on waiting for its first one.
+    waits = is_first & (norms(b.gradient)[:, None] == 0) if form.relative else jnp.array(False)
 
     def track(old: Array | None, k: int) -> Array | None:
         if old is None:
             return None
         fresh = form.b2 * old + (1 - form.b2) * _reduce(energies, eigenvalues, k, form.normalize)
-        return jnp.where(is_first, old, _bounded(fresh, form.max_scale)).astype(old.dtype)
+        fresh = jnp.where(is_first, old, jnp.maximum(fresh, _least(fresh, form)))
+        return jnp.where(waits, 0.0, fresh).astype(old.dtype)
 
     return new, tuple(track(old, k) for k, old in enumerate(eigenvalues))
 
 
-def _first_eigenvalues(p: Blocks) -> Matrices:
-    return p.per_factor(lambda n, d, e: jnp.full((n, d), EIGENVALUE_INIT, p.update.dtype))
+def _first_eigenvalues(value: float, p: Blocks) -> Matrices:
+    return p.per_factor(lambda n, d, e: jnp.full((n, d), value, p.update.dtype))
 
 
 def _scale_by_eigenvalues(eps: Any) -> Part:
@@ -192,10 +243,24 @@ def _reduce(squares: Array, eigenvalues: Matrices, dim: int, normalize: bool) ->
     return squares.mean(others) if normalize else squares.sum(others)
 
 
-def _bounded(d: Array, max_scale: str | float) -> Array:
-    """Eigenvalues bounded from below such that `d^(-1/2)` is at most `max_scale`."""
-    largest = max(10, min(d.shape[1], 4000)) if max_scale == "size" else float(max_scale)
-    return jnp.maximum(jnp.maximum(d, EIGENVALUE_FLOOR), largest**-2)
+def _least(d: Array, form: _Form) -> Array:
+    """Bound of eigenvalues `[N, d]` from below, such that `d^(-1/2)` is at most `max_scale`."""
+    low, high = SIZE_BOUNDS
+    by_size = max(low, min(d.shape[1], high)) ** -2
+    if form.relative:
+        return by_size * d.max(-1, keepdims=True)
+    bound = by_size if form.max_scale == "size" else float(form.max_scale) ** -2
+    return jnp.maximum(jnp.asarray(EIGENVALUE_FLOOR, d.dtype), bound)
+
+
+def _capped(form: _Form, eigenvalues: Matrices) -> dict[str, Array]:
+    """Figures for a monitor: the share of eigenvalues at their bound, `[N]` by dimension."""
+    found = {}
+    for k, d in enumerate(eigenvalues):
+        if d is not None:
+            # Rounding may differ by an ulp from where they were bounded.
+            found[f"capped/{k}"] = (d <= _least(d, form) * (1 + 1e-6)).mean(-1).astype(d.dtype)
+    return found
 
 
 def _keep_finite(stacks: Stacks, new: KLEigenbasisState, old: KLEigenbasisState) -> Step:

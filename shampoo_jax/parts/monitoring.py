@@ -1,6 +1,7 @@
 """Telemetry: what the factors, their roots and the graft look like while training."""
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ Figures = dict[str, Array]
 
 # Figures of one dimension of a stack, and of a whole stack; each is an array [N].
 SPECTRUM_FIGURES = ("effective_rank", "kept_rank", "condition_number", "dropped_energy")
-DIMENSION_FIGURES = (*SPECTRUM_FIGURES, "root_residual", "rotation")
+DIMENSION_FIGURES = (*SPECTRUM_FIGURES, "root_residual", "rotation", "capped")
 STACK_FIGURES = ("graft_ratio", "failures", "fallbacks")
 
 
@@ -50,6 +51,9 @@ def monitor_spectrum(*, every: int | Array = 1) -> Part:
       - `rotation`: angle in radians by which the eigenbasis turned at its last refresh,
         `arccos(sqrt(sum_i w_i max_j <q_i, old_j>^2))` with weights `w` the share of `q_i` in
         `tr(A)`; 0 if only order and signs changed, and for parts that keep no basis.
+      - `capped`: share of the eigenvalues that KL-Shampoo and KL-SOAP track which are at their
+        bound, see `kl_eigenbasis`; 1 in all dimensions of a block means that its gradients are too
+        small for `max_scale`. 0 for other parts.
 
     For an eigenbasis `Q` the estimates `diag(Q^T A Q)` take the place of the spectrum, directions
     above `d * eps` times the largest count as kept, and the residual is 0.
@@ -122,6 +126,8 @@ def _record(b: Blocks, old: dict[str, Any]) -> dict[str, Any]:
         else:
             previous, rotation = b.figures[f"previous/{k}"], old[str(k)]["rotation"]
             figures = _basis_figures(factor / scale, matrix, previous, rotation)
+            if f"capped/{k}" in b.figures:
+                figures["capped"] = b.figures[f"capped/{k}"]
         new[str(k)] = {name: figures.get(name, old[str(k)][name]) for name in DIMENSION_FIGURES}
     return jax.tree.map(lambda n, o: jnp.where(b.ready, n, o).astype(o.dtype), new, old)
 
@@ -234,6 +240,7 @@ def read_monitor(opt_state: Any) -> dict[str, dict[str, np.ndarray]]:
       `{"3072x768/0": {"effective_rank": [N], ...}, "3072x768": {"graft_ratio": [N], ...}}`:
       stack and dimension, then figure, then one number per block. With several monitors the keys
       start with each one's place in the state. Copies to the host, so it waits for the step.
+      Warns where all tracked eigenvalues of a block are at their bound.
 
     Raises:
       ValueError: The state holds no monitor.
@@ -256,4 +263,21 @@ def read_monitor(opt_state: Any) -> dict[str, dict[str, np.ndarray]]:
         for path, value in jax.tree_util.tree_leaves_with_path(state.figures):
             key, name = name_of((*place, *path[:-1])), name_of(path[-1:])
             result.setdefault(key, {})[name] = np.asarray(value)
+    _warn_of_caps(result)
     return result
+
+
+def _warn_of_caps(found: dict[str, dict[str, np.ndarray]]) -> None:
+    """Warns of stacks with blocks whose tracked eigenvalues are all at their bound."""
+    by_stack: dict[str, list[np.ndarray]] = {}
+    for key, figures in found.items():
+        if "capped" in figures:
+            by_stack.setdefault(key.rpartition("/")[0], []).append(figures["capped"] == 1)
+    for key, capped in by_stack.items():
+        if np.all(capped, 0).any():
+            warnings.warn(
+                f"all eigenvalues of blocks {key} are at their bound, so that only the scale of "
+                "their gradients changes: these are too small for max_scale, multiply the loss by "
+                "a constant or set max_scale='relative'.",
+                stacklevel=3,
+            )

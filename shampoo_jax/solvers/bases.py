@@ -41,8 +41,11 @@ class EighBasis(Checked):
         """Of one basis; at most, where some are skipped."""
         return Cost(EIGH, "eigh" if is_off(self.tolerance) else "eigh at most")
 
-    def __call__(self, factor: Array, basis: Array) -> tuple[Array, Array, Array | None]:
+    def __call__(
+        self, factor: Array, basis: Array, kept: Array | None = None, rtol: float | None = 0.0
+    ) -> tuple[Array, Array, Array | None]:
         """Eigenvalues `[N, d]`, basis `[N, d, d]`, and the reordering of old columns: none."""
+        del kept, rtol  # only what starts from the old basis has to know
         if is_off(self.tolerance):
             values, basis = eigh.eigh(factor, self.implementation)
         else:
@@ -87,15 +90,29 @@ class QRBasis(Checked):
         products = {"after": 2 + 2 * n, "before": 2 + n, None: 1 + n}[self.sort]
         return Cost(PRODUCT * products + QR * n, f"{n} QR step{'s' if n > 1 else ''}")
 
-    def __call__(self, factor: Array, basis: Array) -> tuple[Array, Array, Array | None]:
-        """Eigenvalue estimates `[N, d]`, basis `[N, d, d]`, and the new order of old columns."""
-        if self.sort == "after":
-            values, basis = qr.orthogonal_iteration(factor, basis, self.iterations, self.tolerance)
-            return values, basis, None
-        order = None
+    def __call__(
+        self, factor: Array, basis: Array, kept: Array | None = None, rtol: float | None = 0.0
+    ) -> tuple[Array, Array, Array | None]:
+        """Eigenvalue estimates `[N, d]`, basis `[N, d, d]`, and the new order of old columns.
+
+        Estimates of at most `rtol` times the largest are noise: columns that have them keep their
+        order. Where it is known which columns were above that before, `kept`, `bool[N, d]`, these
+        are orthogonalized first: products of the others need not be independent, and rounding,
+        which then chooses columns, shall leave none but those of the null space to choose.
+        """
+        values, order = eigh.without_noise(eigenvalue_estimates(factor, basis), rtol), None
         if self.sort == "before":
-            order = jnp.argsort(-eigenvalue_estimates(factor, basis), axis=-1, stable=True)
-            basis = jnp.take_along_axis(basis, order[:, None, :], axis=2)
+            order = jnp.argsort(-values, axis=-1, stable=True)
+            basis = qr.columns(basis, order)
+        first = None
+        if kept is not None:
+            known = jnp.where(kept & (values > 0), -values, 0.0)
+            known = known if order is None else jnp.take_along_axis(known, order, -1)
+            first = jnp.argsort(known, axis=-1, stable=True)
+            basis = qr.columns(basis, first)
+        if self.sort == "after":
+            options = self.iterations, self.tolerance, rtol
+            return *qr.orthogonal_iteration(factor, basis, *options), None
         for _ in range(self.iterations):
             product = matmul(factor, basis)
             scaled = product / eigh.power_of_two_scale(product)
@@ -104,6 +121,8 @@ class QRBasis(Checked):
             else:
                 stale = ~(qr.off_diagonal_ratio(factor, basis) <= self.tolerance)
                 basis = map_selected(_orthonormal, stale, basis, scaled)
+        if first is not None:
+            basis = qr.columns(basis, jnp.argsort(first, axis=-1))
         return eigenvalue_estimates(factor, basis), basis, order
 
 
@@ -117,6 +136,11 @@ Basis = EighBasis | QRBasis
 def reorders(basis: Basis) -> bool:
     """Whether a refresh reports how it reordered the old columns."""
     return isinstance(basis, QRBasis) and basis.sort == "before"
+
+
+def ascends(basis: Basis) -> bool:
+    """Whether refreshes put the smallest eigenvalue first."""
+    return not basis.descending if isinstance(basis, EighBasis) else basis.sort == "after"
 
 
 def make_basis(basis: str | Basis | None, *, keep_order: bool = False) -> Basis:
@@ -135,8 +159,7 @@ def make_basis(basis: str | Basis | None, *, keep_order: bool = False) -> Basis:
         return QRBasis(sort=None if keep_order else "before" if basis is None else "after")
     if not isinstance(basis, (EighBasis, QRBasis)):
         raise ValueError(f"basis={basis!r}: give 'eigh', 'qr', None, EighBasis() or QRBasis().")
-    sorts = not basis.descending if isinstance(basis, EighBasis) else basis.sort is not None
-    if keep_order and sorts:
+    if keep_order and (ascends(basis) or reorders(basis)):
         raise ValueError(
             f"basis={basis} sorts columns, their tracked eigenvalues stay: use QRBasis(sort=None) "
             "or EighBasis(descending=True)."

@@ -9,7 +9,7 @@ from shampoo_jax import QRBasis, scale_by_kl_shampoo, scale_by_kl_soap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_scale": "largest"}, "max_scale='largest': use 'size' or a positive number"),
+        ({"max_scale": "largest"}, "max_scale='largest': use 'size', 'relative' or a number"),
         ({"max_scale": 0.0}, "max_scale=0.0: use"),
         ({"rtol": 2.0}, "rtol=2.0 must lie in"),
         ({"eps": -1.0}, "eps=-1.0 must not be negative"),

@@ -362,7 +362,10 @@ def test_another_format_is_refused_with_its_number_and_the_remedy():
     older = {key: tree[key] for key in ("parameters", "shared")}  # number 1 had no such key
     message = refusal(older, tx, SQUARES)
     assert "the tree has format number 1, the shampoo_jax that is installed reads 2" in message
-    assert "finish the run with the one that saved it, whose shampoo_jax.FORMAT is that" in message
+    assert (
+        "finish the run with the one that saved it, whose shampoo_jax.FORMAT is that number"
+        in message
+    )
     newer = {**tree, "format": np.int32(FORMAT + 1)}
     assert "format number 3" in refusal(newer, tx, SQUARES)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from shampoo_jax.matrix import qr
 from shampoo_jax.matrix.qr import adaptive_eigh, off_diagonal_ratio, orthogonal_iteration
 
 N = 6
@@ -149,3 +150,24 @@ def test_inside_shard_map():
         sharded = jax.shard_map(refresh, mesh=mesh, in_specs=spec, out_specs=spec)
         actual, expected = jax.jit(sharded)(factor, basis), refresh(factor, basis)
         np.testing.assert_allclose(actual[0], expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_completed_basis_follows_from_the_columns_that_stay():
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        basis = jnp.asarray(np.linalg.qr(rng.normal(size=(2, 6, 6)))[0])
+        keep = jnp.array([[True, False, True, False, False, True], [False] * 6])
+        # The same columns to be kept, signs aside, and any others beside them.
+        turned = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        other = np.array(basis)
+        other[0][:, [1, 3, 4]] = basis[0][:, [1, 3, 4]] @ turned
+        other[0][:, 0] *= -1
+        other[1] = np.eye(6)
+        pair = qr.completed(basis, keep), qr.completed(jnp.asarray(other), keep)
+    found, again, basis = map(np.asarray, (*pair, basis))
+    np.testing.assert_array_equal(found[0][:, [0, 2, 5]], basis[0][:, [0, 2, 5]])
+    np.testing.assert_allclose(
+        found.swapaxes(1, 2) @ found, np.broadcast_to(np.eye(6), (2, 6, 6)), atol=1e-14
+    )
+    np.testing.assert_allclose(np.abs(again), np.abs(found), atol=1e-13)
+    assert np.abs(other[0] - found[0]).max() > 0.1

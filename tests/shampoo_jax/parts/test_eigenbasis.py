@@ -125,7 +125,7 @@ def test_stacks_of_any_name(keys):
 
 def test_a_refused_basis_keeps_what_it_truncates():
     """A factor that overflows leaves the old basis in use, with its old null directions."""
-    low_rank = normal(4, 1) @ normal(1, 3)
+    low_rank = jnp.outer(jnp.arange(1.0, 5.0), jnp.arange(3.0, 0.0, -1.0))
     part = sj.eigenbasis(sj.on_updates(optax.identity()), rtol=None)
     # Without `blocked`, which skips such a step.
     tx = optax.chain(sj.accumulate_factors(0.9), part)
@@ -177,9 +177,9 @@ def test_no_more_bases_are_computed_at_a_time_than_a_chunk(part, monkeypatch):
     sizes = []
     orthogonalize = sj.QRBasis.__call__
 
-    def observed(self, factor, basis):
+    def observed(self, factor, *args):
         sizes.append(len(factor))
-        return orthogonalize(self, factor, basis)
+        return orthogonalize(self, factor, *args)
 
     monkeypatch.setattr(sj.QRBasis, "__call__", observed)
     for chunk, expected in ((None, {5}), (2, {2})):
@@ -190,3 +190,44 @@ def test_no_more_bases_are_computed_at_a_time_than_a_chunk(part, monkeypatch):
         tx = optax.chain(sj.accumulate_factors(0.9), tx)
         jax.make_jaxpr(tx.update)(stacks, tx.init(stacks))
         assert set(sizes) == expected
+
+
+def of_low_rank(steps):
+    """Stacks of three gradients whose factors have null spaces, which become smaller or move."""
+    draw = np.random.default_rng(0)
+    u = np.linalg.qr(draw.normal(size=(9, 9)))[0]
+    for t in range(steps):
+        tall, outer = draw.normal(size=(9, 3)), np.outer(draw.normal(size=9), draw.normal(size=3))
+        begin = 0 if t < 6 else 4
+        yield np.stack([tall, outer, u[:, begin : begin + 3] @ draw.normal(size=(3, 3))])
+
+
+@pytest.mark.parametrize(
+    ("direction", "basis"),
+    [(sj.scale_by_soap, None), (sj.scale_by_soap, "qr"), (sj.scale_by_kl_shampoo, None)],
+)
+def test_truncation_leaves_no_basis_to_rounding(direction, basis):
+    """A small change of the gradients changes updates little, whatever their rank."""
+    three = sj.DimensionNumbers(((1,), (2,)), batch=(0,))
+    blocking = sj.Blocking(size=None, dimension_numbers=lambda path, leaf: three)
+    tx = direction(0.2, 0.3, basis=basis, every=2, rtol=None, blocking=blocking)
+    noise = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        update, start = jax.jit(tx.update), tx.init(jnp.ones((3, 9, 3)))
+        states = [start, start]
+        for g in of_low_rank(24):
+            # Far above rounding, and far below the cutoff in a factor, where it is squared.
+            near = g * (1 + 1e-12 * noise.normal(size=g.shape))
+            steps = [update(x, state) for x, state in zip((g, near), states, strict=True)]
+            (one, other), states = zip(*steps, strict=True)
+            np.testing.assert_allclose(other, one, rtol=0, atol=1e-4 * max(1.0, abs(one).max()))
+
+
+@pytest.mark.parametrize("basis", ["eigh", "qr", None])
+def test_second_moments_stay_with_their_columns(basis):
+    """A constant gradient has one basis: every step is its polar factor, whatever the order."""
+    g = np.diag([4.0, 2.0, 1.0]) + 0.1
+    left, _, right = np.linalg.svd(g)
+    with jax.enable_x64(True):
+        updates, _ = run(sj.scale_by_soap(basis=basis, every=2), [g] * 6, g)
+    np.testing.assert_allclose(updates[1:], np.broadcast_to(left @ right, (5, 3, 3)), atol=1e-6)

@@ -122,16 +122,19 @@ def practical(
     b1=0.9,
     b2=0.8,
     every=2,
+    max_scale="size",
 ):
     """KL-Shampoo, or with second moments KL-SOAP, of square gradients in numpy."""
     n = len(grads[0])
-    size, cap = (n if normalize else 1), max(10, n)
-    left, right = ((1 - b2) * x @ x.T / size for x in (grads[0], grads[0].T))
+    size, cap, relative = (n if normalize else 1), max(10, n), max_scale == "relative"
+    start = np.sqrt(np.mean(grads[0] ** 2)) if relative else 0.1
+    whitening = start if relative else 1.0
+    left, right = ((1 - b2) * x @ x.T / size / whitening for x in (grads[0], grads[0].T))
     ql, qr = (np.linalg.eigh(s)[1][:, ::-1] for s in (left, right))
     before, skip_first = refresh.when == "before", refresh.skip_first
     if before:
         ql = qr = np.eye(n)
-    dl, dr, m, v, uses, updates = np.full(n, 0.1), np.full(n, 0.1), 0.0, 0.0, 0, []
+    dl, dr, m, v, uses, updates = np.full(n, start), np.full(n, start), 0.0, 0.0, 0, []
     for t, g in enumerate(grads):
         for act in ("learn", "use") if before else ("use", "learn"):
             if act == "use" and not (t == 0 and skip_first):
@@ -148,9 +151,10 @@ def practical(
                 left = b2 * left + (1 - b2) * g @ qr @ np.diag(1 / dr) @ qr.T @ g.T / size
                 right = b2 * right + (1 - b2) * g.T @ ql @ np.diag(1 / dl) @ ql.T @ g / size
                 new = (p / dr).sum(1) / size, (p.T / dl).sum(1) / size
+                dl, dr = (b2 * d + (1 - b2) * x for d, x in zip((dl, dr), new, strict=True))
+                units = (dl.max(), dr.max()) if relative else (1.0, 1.0)
                 dl, dr = (
-                    np.maximum(b2 * d + (1 - b2) * x, cap**-2.0)
-                    for d, x in zip((dl, dr), new, strict=True)
+                    np.maximum(d, u * cap**-2.0) for d, u in zip((dl, dr), units, strict=True)
                 )
                 if (t + 1 - skip_first) % every == 0:
                     ql, qr = np.linalg.qr(left @ ql)[0], np.linalg.qr(right @ qr)[0]
@@ -161,6 +165,8 @@ OPTIONS = {
     "sums, corrected": dict(normalize=False, bias_correction=True),
     "first step used": dict(refresh=sj.BasisRefresh(skip_first=False)),
     "before, corrected": dict(refresh=BEFORE, bias_correction=True),
+    "relative": dict(max_scale="relative"),
+    "relative, before": dict(max_scale="relative", refresh=BEFORE, normalize=False),
 }
 
 
@@ -171,6 +177,8 @@ OPTIONS = {
         (sj.scale_by_kl_soap, "first step used"),
         (sj.scale_by_kl_shampoo, "before, corrected"),
         (sj.scale_by_kl_soap, "before, corrected"),
+        (sj.scale_by_kl_shampoo, "relative"),
+        (sj.scale_by_kl_soap, "relative, before"),
     ],
 )
 def test_what_others_do_differently(direction, options):
@@ -199,3 +207,43 @@ def test_what_others_do_differently(direction, options):
 def test_contradictions_are_refused(direction, options, message):
     with pytest.raises(ValueError, match=message):
         direction(**options)
+
+
+@pytest.mark.parametrize("direction", [sj.scale_by_kl_shampoo, sj.scale_by_kl_soap])
+def test_relative_eigenvalues_do_not_know_the_scale(direction):
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 3), "t": (3, 4, 2), "late": (4, 3), "never": (4, 3)}
+    grads = [{k: rng.normal(size=s).astype("f") for k, s in shapes.items()} for _ in range(6)]
+    for t, g in enumerate(grads):
+        # No gradient at first, as behind weights that start at zero.
+        g["late"], g["never"] = g["late"] * (t > 1), g["never"] * 0
+    tx = direction(0.0, 0.8, eps=0.0, every=2, max_scale="relative", blocking=sj.Blocking(merge=3))
+    update, found = jax.jit(tx.update), []
+    for scale in (1.0, 2.0**-16, 2.0**16):
+        state, updates = tx.init(grads[0]), []
+        for g in grads:
+            new, state = update(jax.tree.map(lambda x, s=scale: s * x, g), state)
+            updates.append(new)
+        found.append(updates)
+        assert_finite((updates, state))
+    for other in found[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other, found[0])
+    assert all(0.1 < np.abs(u["late"]).max() < 10 for u in found[0][3:])
+    assert np.abs(found[0][5]["never"]).max() == 0
+
+
+def test_a_monitor_tells_of_gradients_that_are_too_small():
+    """A root mean square below 1/10 to the power of the number of factors meets the bound."""
+    rng = np.random.default_rng(0)
+    params = {"small": jnp.zeros((4, 3)), "large": jnp.zeros((5, 3))}
+    tx = sj.scale_by_kl_shampoo(0.0, 0.1, monitor=1)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(5):
+        g = {"small": 1e-3 * rng.normal(size=(4, 3)), "large": rng.normal(size=(5, 3))}
+        updates, state = update(jax.tree.map(jnp.float32, g), state)
+    with pytest.warns(UserWarning, match="eigenvalues of blocks 4x3 are .*max_scale='relative'"):
+        figures = sj.read_monitor(state)
+    assert [figures[f"{key}/{k}"]["capped"].item() for key in ("4x3", "5x3") for k in (0, 1)] == [
+        *(1.0, 1.0, 0.0, 0.0)
+    ]
+    np.testing.assert_allclose(updates["small"], 100 * g["small"], rtol=1e-4)  # of any direction
