@@ -123,9 +123,9 @@ def scale_by_soap(
     # A first moment inside is skipped with the rest; outside it can serve a graft.
     inner = optax.chain(first_moment, second) if when.skip_first else second
     bases = eigenbasis(inner, basis=method, every=every, refresh=when, rtol=rtol)
-    factors = accumulate_factors(b2 if factor_b2 is None else factor_b2, **weighting)
+    factors = _factors(b2 if factor_b2 is None else factor_b2, damping, rtol, weighting)
     return walk(
-        optax.chain(factors, *_damping(damping, rtol), bases),
+        optax.chain(*factors, bases),
         options,
         scale_by_soap,
         method,
@@ -134,13 +134,16 @@ def scale_by_soap(
     )
 
 
-def _damping(damping: Any, rtol: Any) -> list[optax.GradientTransformation]:
-    """The part that damps factors, if any; ValueError beside truncation."""
+def _factors(
+    b2: Any, damping: Any, rtol: Any, form: dict[str, Any]
+) -> list[optax.GradientTransformation]:
+    """The part that accumulates factors, and one that damps them, if any."""
+    factors = accumulate_factors(b2, **form)
     if is_off(damping):
-        return []
+        return [factors]
     if not is_off(rtol):
         raise ValueError(
             f"damping={damping} with rtol={rtol}: damping lifts the null directions that "
             "truncation is to remove, drop damping or set rtol=0.0."
         )
-    return [damp(damping)]
+    return [factors, damp(damping)]

@@ -15,8 +15,6 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import shampoo_jax as sj
 from shampoo_jax.base.hyperparameters import TRACED

@@ -19,11 +19,13 @@ import shampoo_jax as sj
 from tests.shampoo_jax.test_contract import ALIASES, DIRECTIONS, FACTORIES, everyone
 
 PLACED = {
-    **{n: functools.partial(getattr(sj, n), b2=0.8, every=2) for n in DIRECTIONS if n[:5] == "scale"},
+    **{
+        n: functools.partial(getattr(sj, n), b2=0.8, every=2)
+        for n in DIRECTIONS
+        if n[:5] == "scale"
+    },
     **{n: functools.partial(alias, 0.1) for n, alias in ALIASES.items()},
 }
-
-
 
 
 def mesh_of(kind, **axes):
@@ -36,7 +38,7 @@ def middle(path, leaf):
 
 
 def drawn(seed, mesh=None):
-    """Statistics of the square matrix have full rank: in a null space all is a matter of rounding."""
+    """Statistics of the square matrix have full rank: in a null space all is rounding."""
     draw = np.random.default_rng(seed)
     shapes = {"square": (8, 8), "bias": (8,), "empty": (0, 8, 4)}
     tree = {name: jnp.asarray(draw.normal(size=s), jnp.float16) for name, s in shapes.items()}
