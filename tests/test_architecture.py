@@ -237,14 +237,14 @@ def sizes(root: Path) -> list[str]:
 
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
-    "shampoo_jax/base": 255,
+    "shampoo_jax/base": 260,
     "shampoo_jax/matrix": 730,
     "shampoo_jax/blocks": 395,
     "shampoo_jax/solvers": 335,
     "shampoo_jax/stacks": 955,
     "shampoo_jax/parts": 1000,
-    "shampoo_jax/directions": 300,
-    "shampoo_jax/optimizers": 560,
+    "shampoo_jax/directions": 295,
+    "shampoo_jax/optimizers": 555,
     "shampoo_jax/inspect": 980,
     "nanogpt/config": 365,
     "nanogpt/model": 190,

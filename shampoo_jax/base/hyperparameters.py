@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from shampoo_jax.base.options import check_options
+
 Factory = Callable[..., optax.GradientTransformation]
 
 # Options that enter the arithmetic only. Every other option of this package decides what is
@@ -78,3 +80,10 @@ def check_static(options: Mapping[str, Any]) -> None:
                 "Python value. With optax.inject_hyperparams name it in static_args, or use "
                 "shampoo_jax.inject_hyperparams, which does so."
             )
+
+
+def checked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options themselves, once none is traced that cannot be and none out of range."""
+    check_static(options)
+    check_options(options)
+    return options

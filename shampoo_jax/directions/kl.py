@@ -5,8 +5,8 @@ from typing import Any
 import optax
 from jax.typing import DTypeLike
 
-from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.options import Scalar, Whole, check_options
+from shampoo_jax.base.hyperparameters import checked
+from shampoo_jax.base.options import Scalar, Whole
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption
@@ -194,8 +194,7 @@ def _kl(
     **scaling: Any,
 ) -> Guarded:
     """The walk around `kl_eigenbasis` with the options that both its directions have."""
-    check_static(options)
-    check_options(options)
+    checked(options)
     method = make_basis(options["basis"], keep_order=True)
     names = ("first_weight", "normalize", "every", "refresh", "max_scale", "rtol")
     shared = {name: options[name] for name in names}

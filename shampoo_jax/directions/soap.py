@@ -6,8 +6,8 @@ from typing import Any
 import optax
 from jax.typing import DTypeLike
 
-from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.options import Scalar, Whole, check_options, is_off
+from shampoo_jax.base.hyperparameters import checked
+from shampoo_jax.base.options import Scalar, Whole, is_off
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption
@@ -113,9 +113,7 @@ def scale_by_soap(
       >>> float(jnp.abs(updates["w"]).max())  # the first step only fills the state
       0.0
     """
-    options = locals()
-    check_static(options)
-    check_options(options)
+    options = checked(locals())
     when, method = refresh_of_bases(refresh), make_basis(basis)
     weighting: Any = {"bias_correction": bias_correction, "weighted": weighted}
     first_moment = filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype)

@@ -4,8 +4,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.options import check_options
+from shampoo_jax.base.hyperparameters import checked
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.optimizers.momentum import momentum as momentum_part
 from shampoo_jax.optimizers.routing import Rule, hidden_matrix_of, labels_by
@@ -77,9 +76,7 @@ def as_optimizer(
       >>> updates["w"].round(3).tolist()  # -0.1 * (1 + 0.5)
       [[-0.15, -0.15], [-0.15, -0.15]]
     """
-    options: dict[str, Any] = locals()
-    check_static(options)
-    check_options(options)
+    options: dict[str, Any] = checked(locals())
     design = direction.design if isinstance(direction, Guarded) else None
     placement = getattr(design, "placement", None) if placement is None else placement
     split = (lambda tx: tx) if placement is None else placement.elementwise
