@@ -45,7 +45,7 @@ def test_sensible_options_pass(options):
     [
         ({"first_weight": -0.5}, "first_weight=-0.5 must not be negative"),
         ({"damping": -1}, "damping=-1 must not be negative"),
-        ({"max_scale": 0.0}, "max_scale=0.0: use 'size' or a positive number"),
+        ({"max_scale": 0.0}, "max_scale=0.0: use 'size', 'relative' or a number above 0"),
         ({"max_scale": "none"}, "max_scale='none': use 'size'"),
         ({"exponent": 0.0}, "exponent=0.0 must be positive"),
         ({"eps": np.float32(-1)}, "eps=-1.0 must not be negative"),
