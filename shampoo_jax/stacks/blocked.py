@@ -20,7 +20,7 @@ from shampoo_jax.blocks.exponents import ExponentOption, resolve_exponents
 from shampoo_jax.blocks.plan import Plan, make_plan
 from shampoo_jax.stacks.guard import Guarded, guard
 from shampoo_jax.stacks.layout import Layout, OneDevice
-from shampoo_jax.stacks.placement import Placement
+from shampoo_jax.stacks.placement import Placement, laid_as
 from shampoo_jax.stacks.split import join, split, split_further
 
 Array = jax.Array
@@ -184,7 +184,9 @@ class _Walk:
             new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
         if absent:
             inner_state = _restore(inner_state, state.inner, updates, layout, absent)
-        new = join(new, layout, leaves)
+        new = join(new, layout, [x.dtype for x in leaves])
+        if isinstance(self.devices, OneDevice):  # no rule says where updates go
+            new = [laid_as(x, jax.typeof(g).sharding) for x, g in zip(new, leaves, strict=True)]
         return structure.unflatten(new), state._replace(inner=inner_state)
 
     def _cut(self, params: Any, layout: Layout) -> dict[str, Array] | None:

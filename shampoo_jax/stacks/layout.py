@@ -33,11 +33,6 @@ class OneDevice:
         lies = jax.typeof(x).sharding
         return laid_as(x, NamedSharding(lies.mesh, PartitionSpec(*(None for _ in spec))))
 
-    def put_back(self, x: Array, spec: Spec, gradient: Array) -> Array:
-        """The update where its gradient lies."""
-        del spec
-        return laid_as(x, jax.typeof(gradient).sharding)
-
     def reshape(self, x: Array, shape: Sequence[int], spec: Spec) -> Array:
         """A reshape."""
         del spec

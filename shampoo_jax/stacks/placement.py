@@ -104,11 +104,6 @@ class Placement:
         """Pins a value to a layout, on Auto and on Explicit meshes."""
         return self._pin(x, self._sharding(spec))
 
-    def put_back(self, x: Array, spec: Spec, gradient: Array) -> Array:
-        """Pins an update to the layout of its parameter, wherever its gradient lies."""
-        del gradient
-        return self.put(x, spec)
-
     @functools.cached_property
     def _pin(self) -> Callable[[Array, NamedSharding], Array]:
         explicit = AxisType.Explicit in self.mesh.axis_types

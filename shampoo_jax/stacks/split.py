@@ -77,15 +77,15 @@ def _leaves_of(
     return [given[path] for path, _ in wanted], len(front)
 
 
-def join(stacks: dict[str, Array], layout: Layout, gradients: Sequence[Array]) -> list[Array]:
-    """Inverse of `split`: the leaves, of the dtypes of these."""
+def join(stacks: dict[str, Array], layout: Layout, dtypes: Sequence[Any]) -> list[Array]:
+    """Inverse of `split`: the leaves, cast to `dtypes`."""
     gathered = {key: _from_owners(x, key, layout) for key, x in stacks.items()}
     offset = dict.fromkeys(stacks, 0)
-    leaves: list[Any] = [None] * len(gradients)
+    leaves: list[Any] = [None] * len(dtypes)
     for bucket in layout.buckets:
         pieces = _pieces(gathered, offset, bucket, layout)
-        x = _assemble(pieces, bucket, layout, gradients[bucket.members[0]].dtype)
-        _unbundle(x, bucket, layout, gradients, leaves)
+        x = _assemble(pieces, bucket, layout, dtypes[bucket.members[0]])
+        _unbundle(x, bucket, layout, dtypes, leaves)
     return leaves
 
 
@@ -110,7 +110,7 @@ def _bundle(leaves: Sequence[Array], bucket: Bucket, layout: Layout) -> Array:
 
 
 def _unbundle(
-    x: Array, bucket: Bucket, layout: Layout, gradients: Sequence[Array], leaves: list[Any]
+    x: Array, bucket: Bucket, layout: Layout, dtypes: Sequence[Any], leaves: list[Any]
 ) -> None:
     """The way back from `_bundle`, into the list of leaves."""
     devices, route, members = layout.devices, bucket.route, bucket.members
@@ -123,7 +123,7 @@ def _unbundle(
         permuted = [leaf.shape[a] for a in leaf.permutation]
         spec = tuple([layout.own[i][a] for a in leaf.permutation])
         part = devices.reshape(part, permuted, spec).transpose(np.argsort(leaf.permutation))
-        leaves[i] = devices.put_back(part, layout.own[i], gradients[i]).astype(gradients[i].dtype)
+        leaves[i] = devices.put(part, layout.own[i]).astype(dtypes[i])
 
 
 def _cut(x: Array, bucket: Bucket, layout: Layout) -> dict[str, Array]:
