@@ -241,7 +241,7 @@ TOTALS = {
     "shampoo_jax/matrix": 705,
     "shampoo_jax/blocks": 395,
     "shampoo_jax/solvers": 315,
-    "shampoo_jax/stacks": 890,
+    "shampoo_jax/stacks": 975,
     "shampoo_jax/parts": 900,
     "shampoo_jax/directions": 275,
     "shampoo_jax/optimizers": 545,

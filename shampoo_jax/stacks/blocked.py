@@ -11,12 +11,13 @@ import numpy as np
 import optax
 
 from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.options import check_kind
+from shampoo_jax.base.options import check_kind, check_options
 from shampoo_jax.base.paths import KeyPath
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.blocks import Blocks, Unread, is_placeholder, where_block
 from shampoo_jax.blocks.exponents import ExponentOption, resolve_exponents
 from shampoo_jax.blocks.plan import Plan, make_plan
+from shampoo_jax.stacks.chunks import chunk_of, in_chunks
 from shampoo_jax.stacks.guard import Guarded, guard
 from shampoo_jax.stacks.layout import Layout, OneDevice
 from shampoo_jax.stacks.placement import Placement
@@ -45,6 +46,7 @@ class Design(NamedTuple):
       exponents: The option, resolved.
       placement: Where blocks lie; None on one device.
       rebuild: The same transformation for another placement.
+      chunk: Blocks of a stack that are computed at a time, see `chunk_of`.
       work: What refreshes cost, see `directions.walk.Work`; None for parts chained by hand.
     """
 
@@ -52,6 +54,7 @@ class Design(NamedTuple):
     exponents: Any
     placement: Placement | None
     rebuild: Callable[[Placement | None], optax.GradientTransformation]
+    chunk: Any = None
     work: Any = None
 
 
@@ -60,6 +63,7 @@ def blocked(
     *,
     blocking: Blocking | None = None,
     exponents: ExponentOption = None,
+    chunk: int | str | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
     """Runs `inner` on stacks of equal blocks instead of on the parameter tree.
@@ -75,6 +79,9 @@ def blocked(
       blocking: How parameters are read and cut; None means `Blocking()`.
       exponents: `e` of the inverse roots, carried by `Blocks` to all parts, see
         `scale_by_shampoo`; None means Shampoo's `1 / (2 * ndim)`.
+      chunk: Most blocks of a stack that are computed at the same time, which bounds temporary
+        memory; `"auto"` for a number by size, see `chunk_of`. Parts then have to treat every block
+        by itself. None computes whole stacks.
       placement: Mesh and axes over which blocks, their state and all arithmetic on them are split;
         None means one device.
 
@@ -102,12 +109,16 @@ def blocked(
     blocking = Blocking() if blocking is None else blocking
     resolved = resolve_exponents(exponents)
 
-    def rebuild(placement: Placement | None) -> optax.GradientTransformation:
-        return blocked(inner, blocking=blocking, exponents=exponents, placement=placement)
+    if chunk != "auto":
+        check_options({"chunk": chunk})
+    frame: Any = {"blocking": blocking, "exponents": exponents, "chunk": chunk}
 
-    walk = _Walk(optax.with_extra_args_support(inner), blocking, resolved, placement)
+    def rebuild(placement: Placement | None) -> optax.GradientTransformation:
+        return blocked(inner, placement=placement, **frame)
+
+    walk = _Walk(optax.with_extra_args_support(inner), blocking, resolved, chunk, placement)
     tx = optax.GradientTransformationExtraArgs(walk.init, walk.update)
-    return guard(tx, Design(blocking, resolved, placement, rebuild))
+    return guard(tx, Design(blocking, resolved, placement, rebuild, chunk))
 
 
 class _Walk:
@@ -115,9 +126,9 @@ class _Walk:
 
     def __init__(
         self, inner: optax.GradientTransformationExtraArgs, blocking: Blocking, exponents: Any,
-        placement: Placement | None,
+        chunk: Any, placement: Placement | None,
     ) -> None:  # fmt: skip
-        self.inner = inner
+        self.inner, self.chunk = inner, chunk
         self.blocking, self.exponents = blocking, exponents
         self.devices = OneDevice() if placement is None else placement
         self.layout_of = functools.lru_cache(maxsize=16)(self._layout)
@@ -162,6 +173,11 @@ class _Walk:
                 arrays[key] = b.update
             return arrays, state
 
+        def size_of(key: str, n: int) -> int:
+            plan = layout.plan
+            return chunk_of(self.chunk, n, plan.shapes[key], plan.powers[key])
+
+        step = in_chunks(step, size_of)
         try:
             new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
         except Exception:
