@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import optax
 
+from shampoo_jax.blocks.blocks import Part
 from shampoo_jax.parts.grafting import graft
 from shampoo_jax.parts.monitoring import monitor_spectrum
 from shampoo_jax.parts.refresh import Refresh
@@ -56,10 +57,11 @@ def walk(
     if options["monitor"] is not None:
         parts.append(monitor_spectrum(every=options["monitor"]))
     frame = {name: options[name] for name in ("blocking", "exponents", "placement")}
-    tx = blocked(optax.chain(*parts), **frame)
+    refresh = options["refresh"] or Refresh()
+    tx = blocked(optax.chain(*parts), chunk=_chunk(refresh, options.get("graft")), **frame)
     tx.design = tx.design._replace(
         rebuild=lambda placement: factory(**{**options, "placement": placement}),
-        work=Work(method, options["every"], options["refresh"] or Refresh(), whitened),
+        work=Work(method, options["every"], refresh, whitened),
     )
     return tx
 
@@ -93,9 +95,17 @@ def followed_by(direction: Guarded, part: optax.GradientTransformation) -> Guard
             f"direction={direction} has no blocks of its own: give a scale_by_* function's result, "
             "or blocked(...), and put as_optimizer around the whole."
         )
-    frame: Any = {name: getattr(design, name) for name in ("blocking", "exponents", "placement")}
+    names = ("blocking", "exponents", "placement", "chunk")
+    frame: Any = {name: getattr(design, name) for name in names}
     tx = blocked(optax.chain(design.inner, part), **frame)
     tx.design = tx.design._replace(
         rebuild=lambda placement: followed_by(design.rebuild(placement), part), work=design.work
     )
     return tx
+
+
+def _chunk(refresh: Refresh, graft: Any) -> int | str | None:
+    """Blocks at a time: all where a stock transformation may look at several."""
+    if isinstance(graft, optax.GradientTransformation) and not isinstance(graft, Part):
+        return None
+    return "auto" if refresh.chunk is None else refresh.chunk

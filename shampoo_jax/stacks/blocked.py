@@ -12,12 +12,13 @@ import numpy as np
 import optax
 
 from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.options import check_kind
+from shampoo_jax.base.options import check_kind, check_options
 from shampoo_jax.base.paths import KeyPath
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.blocks import Blocks, Unread, is_placeholder, where_block
 from shampoo_jax.blocks.exponents import ExponentOption, resolve_exponents
 from shampoo_jax.blocks.plan import Plan, make_plan
+from shampoo_jax.stacks.chunks import chunk_of, in_chunks
 from shampoo_jax.stacks.guard import Guarded, guard
 from shampoo_jax.stacks.layout import Layout, OneDevice
 from shampoo_jax.stacks.placement import Placement, laid_as
@@ -47,6 +48,7 @@ class Design(NamedTuple):
       exponents: The option, resolved.
       placement: Where blocks lie; None on one device.
       rebuild: The same transformation for another placement.
+      chunk: Blocks of a stack that are computed at a time, see `chunk_of`.
       work: What refreshes cost, see `directions.walk.Work`; None for parts chained by hand.
     """
 
@@ -55,6 +57,7 @@ class Design(NamedTuple):
     exponents: Any
     placement: Placement | None
     rebuild: Callable[[Placement | None], optax.GradientTransformation]
+    chunk: Any = None
     work: Any = None
 
 
@@ -63,6 +66,7 @@ def blocked(
     *,
     blocking: Blocking | None = None,
     exponents: ExponentOption = None,
+    chunk: int | str | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
     """Runs `inner` on stacks of equal blocks instead of on the parameter tree.
@@ -82,6 +86,9 @@ def blocked(
       blocking: How parameters are read and cut; None means `Blocking()`.
       exponents: `e` of the inverse roots, carried by `Blocks` to all parts, see
         `scale_by_shampoo`; None means Shampoo's `1 / (2 * ndim)`.
+      chunk: Most blocks of a stack that are computed at the same time, which bounds temporary
+        memory; `"auto"` for a number by size, see `chunk_of`. Parts then have to treat every block
+        by itself. None computes whole stacks.
       placement: Mesh and axes over which blocks, their state and all arithmetic on them are split;
         None means one device.
 
@@ -109,12 +116,16 @@ def blocked(
     blocking = Blocking() if blocking is None else blocking
     resolved = resolve_exponents(exponents)
 
-    def rebuild(placement: Placement | None) -> optax.GradientTransformation:
-        return blocked(inner, blocking=blocking, exponents=exponents, placement=placement)
+    if chunk != "auto":
+        check_options({"chunk": chunk})
+    frame: Any = {"blocking": blocking, "exponents": exponents, "chunk": chunk}
 
-    walk = _Walk(optax.with_extra_args_support(inner), blocking, resolved, placement)
+    def rebuild(placement: Placement | None) -> optax.GradientTransformation:
+        return blocked(inner, placement=placement, **frame)
+
+    walk = _Walk(optax.with_extra_args_support(inner), blocking, resolved, chunk, placement)
     tx = optax.GradientTransformationExtraArgs(walk.init, walk.update)
-    return guard(tx, Design(inner, blocking, resolved, placement, rebuild))
+    return guard(tx, Design(inner, blocking, resolved, placement, rebuild, chunk))
 
 
 class _Walk:
@@ -122,9 +133,9 @@ class _Walk:
 
     def __init__(
         self, inner: optax.GradientTransformationExtraArgs, blocking: Blocking, exponents: Any,
-        placement: Placement | None,
+        chunk: Any, placement: Placement | None,
     ) -> None:  # fmt: skip
-        self.inner = inner
+        self.inner, self.chunk = inner, chunk
         self.blocking, self.exponents = blocking, exponents
         self.devices = OneDevice() if placement is None else placement
         self.layout_of = functools.lru_cache(maxsize=16)(self._layout)
@@ -158,15 +169,15 @@ class _Walk:
         _check_count(leaves, state)
         layout = self.layout_of(structure, *map(described, leaves))
         along = split_further(extra.pop("further", {}), updates, layout.incoming, absent)
-        stacks = {key: (x, along[key]) for key, x in split(leaves, layout.incoming).items()}
-        unread = None if params is None else Unread()
+        stacks = split(leaves, layout.incoming)
 
         def step(stacks: Any, index: Any, cut: Any, state: Any) -> tuple[dict[str, Array], Any]:
             """Updates by stack and the new state, of the blocks of one owner."""
-            weights = unread if cut is None else self._blocks(layout, cut, index)
-            gradients = {key: x for key, (x, _) in stacks.items()}
-            blocks = self._blocks(layout, gradients, index)
-            for key, (_, others) in stacks.items():
+            weights = None if params is None else Unread()
+            if params is not None and self.reads_parameters:
+                weights = self._blocks(layout, {key: x for key, (x, _) in cut.items()}, index)
+            blocks = self._blocks(layout, stacks, index)
+            for key, (_, others) in cut.items():
                 blocks[key] = dataclasses.replace(blocks[key], further=others)
             new, state = self.inner.update(blocks, state, weights, **extra)
             arrays = {}
@@ -174,14 +185,22 @@ class _Walk:
                 arrays[key] = b.update
             return arrays, state
 
+        def size_of(key: str, n: int) -> int:
+            plan = layout.plan
+            return chunk_of(self.chunk, n, plan.shapes[key], plan.powers[key])
+
+        def run() -> tuple[Any, Any]:
+            cut = self._cut(params, layout, along)
+            return layout.run(in_chunks(step, size_of), stacks, cut, state.inner)
+
         try:
-            new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
+            new, inner_state = run()
         except Exception:
             # A part asked for parameters, in whatever way; an error of its own comes again.
             if params is None or self.reads_parameters:
                 raise
             self.reads_parameters = True
-            new, inner_state = layout.run(step, stacks, self._cut(params, layout), state.inner)
+            new, inner_state = run()
         if absent:
             inner_state = _restore(inner_state, state.inner, updates, layout, absent)
         new = join(new, layout, [x.dtype for x in leaves])
@@ -189,11 +208,12 @@ class _Walk:
             new = [laid_as(x, jax.typeof(g).sharding) for x, g in zip(new, leaves, strict=True)]
         return structure.unflatten(new), state._replace(inner=inner_state)
 
-    def _cut(self, params: Any, layout: Layout) -> dict[str, Array] | None:
-        """Stacks of parameters, once a part has asked for them."""
+    def _cut(self, params: Any, layout: Layout, along: Any) -> dict[str, tuple[Array | None, Any]]:
+        """Stacks of parameters, None until a part has asked for them, and of what comes along."""
         if params is None or not self.reads_parameters:
-            return None
-        return split(jax.tree.leaves(params), layout)
+            return {key: (None, x) for key, x in along.items()}
+        weights = split(jax.tree.leaves(params), layout)
+        return {key: (weights[key], x) for key, x in along.items()}
 
     def _blocks(self, layout: Layout, stacks: Any, index: Any) -> dict[str, Blocks]:
         blocks = {}

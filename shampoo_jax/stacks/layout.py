@@ -263,21 +263,21 @@ class Layout:
 
         return jax.tree.map(pin, state, self.state_specs(state))
 
-    def run(self, update: Callable[..., Any], stacks: Any, weights: Any, state: Any) -> Any:
-        """`update(stacks, index, weights, state)`, every owner on its own blocks."""
+    def run(self, update: Callable[..., Any], stacks: Any, cut: Any, state: Any) -> Any:
+        """`update(stacks, index, cut, state)`, every owner on its own blocks."""
         index = self.pin_state(self.index)
         if isinstance(self.devices, OneDevice):
-            return update(stacks, index, weights, state)
+            return update(stacks, index, cut, state)
         at_owner = {key: self.owner_spec(key) for key in stacks}
         specs = self.state_specs(state)
         return jax.shard_map(
             update,
             mesh=self.devices.mesh,
-            in_specs=(at_owner, at_owner, None if weights is None else at_owner, specs),
+            in_specs=(at_owner, at_owner, at_owner, specs),
             out_specs=(at_owner, specs),
             # Scalars of the state are equal everywhere by construction, which no type shows.
             check_vma=False,
-        )(stacks, index, weights, state)
+        )(stacks, index, cut, state)
 
 
 def _between(before: Spec, after: Spec) -> list[Spec]:

@@ -241,3 +241,10 @@ def test_a_further_tree_of_other_leaves_is_refused(leaf):
     with pytest.raises(ValueError, match=r"further\['half'\].*'[wv]'.*like that of the gradients"):
         further = {"half": {"w": leaf, "v": jnp.ones(2)}}
         tx.update(grads, tx.init(grads), further=further)
+
+
+def test_further_trees_come_along_in_chunks():
+    grads = {"w": jnp.arange(40.0).reshape(10, 4)}
+    tx = sj.blocked(FURTHER, blocking=sj.Blocking(size=2), chunk=3)
+    updates, _ = tx.update(grads, tx.init(grads), grads, further=with_further(grads))
+    np.testing.assert_array_equal(updates["w"], 6.5 * grads["w"])
