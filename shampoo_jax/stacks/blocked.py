@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from shampoo_jax.base.hyperparameters import check_static
-from shampoo_jax.base.options import check_kind
+from shampoo_jax.base.options import check_kind, check_options
 from shampoo_jax.base.paths import KeyPath
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.blocks import Blocks, Unread, is_placeholder, where_block
@@ -104,6 +104,7 @@ def blocked(
       ((6, 4), -1.0)
     """
     check_static(locals())
+    check_options({"inner": inner})
     check_kind("blocking", blocking, Blocking, "Blocking(size=64)")
     check_kind("placement", placement, Placement, "Placement(mesh, owners='data')")
     blocking = Blocking() if blocking is None else blocking
