@@ -37,10 +37,13 @@ def prepare(
       The manifest.
 
     Raises:
+      ValueError: if `val_tokens` is below 1.
       CorpusError: if the text cannot be read.
       ShardError: if the folder holds shards of unknown origin, if a split is empty, or if
         validation has not more than `val_tokens` tokens.
     """
+    if val_tokens is not None and val_tokens < 1:
+        raise ValueError(f"val_tokens={val_tokens}: must be at least 1; None scores all.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     source = Source(

@@ -237,16 +237,16 @@ def sizes(root: Path) -> list[str]:
 
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
-    "shampoo_jax/base": 260,
-    "shampoo_jax/matrix": 730,
-    "shampoo_jax/blocks": 395,
-    "shampoo_jax/solvers": 335,
+    "shampoo_jax/base": 355,
+    "shampoo_jax/matrix": 775,
+    "shampoo_jax/blocks": 415,
+    "shampoo_jax/solvers": 340,
     "shampoo_jax/stacks": 1040,
-    "shampoo_jax/parts": 1000,
+    "shampoo_jax/parts": 1020,
     "shampoo_jax/directions": 300,
-    "shampoo_jax/optimizers": 555,
+    "shampoo_jax/optimizers": 600,
     "shampoo_jax/inspect": 980,
-    "nanogpt/config": 365,
+    "nanogpt/config": 410,
     "nanogpt/model": 190,
     "nanogpt/optimizers": 440,
     "nanogpt/train": 1460,

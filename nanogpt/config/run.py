@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from nanogpt.config.settings import Dtype, MatrixConfig, check
+from nanogpt.config.settings import Dtype, MatrixConfig, check, check_types
 
 Init = Literal["benchmark", "record2", "record27", "record33"]
 
@@ -58,6 +58,7 @@ class ModelConfig:
     remat: bool = False  # compute activations of a block again for its gradient: less memory
 
     def __post_init__(self):
+        check_types(self)
         sizes = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "sequence_length")
         check(self, "at least 1", *sizes)
         if self.model_dim % self.head_dim:
@@ -81,6 +82,16 @@ def check_folders(**folders: str) -> None:
             )
 
 
+def check_name(name: str) -> None:
+    """Refuses a name of runs that is no folder of its own below that of all runs."""
+    path = pathlib.PurePath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError(
+            f"name={name!r}: must be a folder inside output.directory, as in 'mine/first'; set "
+            "output.directory to write elsewhere."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which tokens are read, in which order, in pieces of which size."""
@@ -93,6 +104,7 @@ class DataConfig:
     seed: int = 0  # order of the rows in mode shuffled
 
     def __post_init__(self):
+        check_types(self)
         check_folders(directory=self.directory)
         check(self, "at least 1", "batch_rows", "microbatch_rows", "val_tokens")
         check(self, "at least 0", "seed")
@@ -115,6 +127,7 @@ class CooldownConfig:
     final: float = 0.0  # multiplier where the line ends
 
     def __post_init__(self):
+        check_types(self)
         check(self, "between 0 and 1", "cooldown", "final")
         check(self, "positive and finite", "power")
         check(self, "at least 1 and finite", "horizon")
@@ -150,6 +163,7 @@ class AuxiliaryConfig:
     eps: float = 1e-10  # added to sqrt(second moment); on the scale of summed gradients
 
     def __post_init__(self):
+        check_types(self)
         rates = ("embed_learning_rate", "head_learning_rate", "vector_learning_rate")
         check(self, "positive and finite", *rates)
         check(self, "at least 0 and finite", "weight_decay", "eps")
@@ -168,6 +182,7 @@ class OutputConfig:
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self):
+        check_types(self)
         check_folders(directory=self.directory)
         check(self, "at least 1", "log_every", "keep_checkpoints")
         check(self, "at least 0", "checkpoint_every")
@@ -203,14 +218,10 @@ class Config:
     scatter_gradients: bool | None = None
 
     def __post_init__(self):
+        check_types(self)
         check(self, "at least 0", "seed")
         check(self, "at least 1", "val_every", "val_every_final", "nonfinite_limit")
         check(self, "positive and finite", "clip_norm")
         check_folders(name=self.name, init_from=self.init_from, go_on_from=self.go_on_from)
         parse_mesh(self.mesh)
-        path = pathlib.PurePath(self.name)
-        if not path.parts or path.is_absolute() or ".." in path.parts:
-            raise ValueError(
-                f"name={self.name!r}: must be a folder inside output.directory, as in "
-                "'mine/first'; set output.directory to write elsewhere."
-            )
+        check_name(self.name)

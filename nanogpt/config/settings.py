@@ -6,6 +6,8 @@ Every eps is on the scale of gradients summed over the tokens of a batch.
 
 import dataclasses
 import math
+import types
+import typing
 from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16"]
@@ -54,6 +56,57 @@ def check(settings: Any, rule: str, *names: str) -> None:
             raise ValueError(f"{name}={value!r}: must be {rule}.")
 
 
+def check_types(settings: Any) -> None:
+    """Refuses a field whose value is not of the kind that its annotation says.
+
+    Args:
+        settings: A dataclass.
+
+    Raises:
+        ValueError: names the field, its value and the kind.
+    """
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if not _is(value, hint):
+            raise ValueError(f"{field.name}={value!r}: must be {_words(hint)}.")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says; what is no plain annotation passes."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(kinds) and all(map(_is, value, kinds))
+    if hint in (int, float):  # Python's own: settings are written as JSON
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    """What an annotation says, in words."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, parts))}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_words, parts))
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple of which each is {_words(parts[0])}"
+    known = {
+        int: "a whole number (int)",
+        float: "a number (float)",
+        bool: "True or False",
+        str: "a text",
+    }
+    return "None" if hint is types.NoneType else known.get(hint) or f"a {hint.__name__}"
+
+
 @dataclasses.dataclass(frozen=True)
 class MatrixConfig:
     """What every optimizer of the block matrices has; enough for one without settings of its own.
@@ -68,6 +121,7 @@ class MatrixConfig:
     hyperball: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
+        check_types(self)
         for rule, names in _FIELD_RULES.items():
             check(self, rule, *(name for name in names if hasattr(self, name)))
         if self.hyperball and self.weight_decay:

@@ -9,7 +9,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from nanogpt.config.settings import check
+from nanogpt.config.run import check_name
+from nanogpt.config.settings import check, check_types
 from nanogpt.lab.command_line import DEMO
 
 Point = dict[str, str]  # a value, as on the command line, for each dotted name
@@ -32,7 +33,10 @@ class Sweep:
     jobs: int = 1  # trials side by side, each in a process; CPU only
 
     def __post_init__(self):
+        check_types(self)
         check(self, "at least 1", "jobs", "runs")
+        check(self, "at least 0", "search_seed")
+        check_name(self.name)
         if not self.optimizers:
             raise ValueError("optimizers=(): a sweep needs at least one.")
 

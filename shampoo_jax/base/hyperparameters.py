@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_options
+from shampoo_jax.base.options import check_dtype, check_options
 
 Factory = Callable[..., optax.GradientTransformation]
 
@@ -49,8 +49,12 @@ def inject_hyperparams(
       >>> "b2" in state.hyperparams, "root_dtype" in state.hyperparams
       (True, False)
     """
+    check_options({"factory": factory})
+    check_dtype("hyperparam_dtype", hyperparam_dtype)
     signature = inspect.signature(factory)
-    never = set(static_args)
+    never = {static_args} if isinstance(static_args, str) else set(static_args)
+    for name in never - signature.parameters.keys():
+        raise ValueError(f"static_args={name!r}: use one of {', '.join(signature.parameters)}.")
 
     @functools.wraps(factory)
     def build(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:

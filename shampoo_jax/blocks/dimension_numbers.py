@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from shampoo_jax.base.options import refuse
+
 
 @dataclasses.dataclass(frozen=True)
 class DimensionNumbers:
@@ -32,6 +34,20 @@ class DimensionNumbers:
 
     dimensions: tuple[tuple[int, ...], ...]
     batch: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what are no tuples of axes."""
+        groups = self.dimensions
+        if not isinstance(groups, Sequence) or not all(map(_are_axes, groups)):
+            refuse("dimensions", groups, ": give axes by dimension, ((0,), (1, 2)) say")
+        if not _are_axes(self.batch):
+            refuse("batch", self.batch, ": give a tuple of axes, such as (0,)")
+
+
+def _are_axes(axes: Any) -> bool:
+    """Whether this is a sequence of whole numbers."""
+    whole = isinstance(axes, Sequence) and all(isinstance(a, int | np.integer) for a in axes)
+    return whole and not isinstance(axes, str)
 
 
 DimensionRule = Callable[[tuple[Any, ...], Any], DimensionNumbers | None]
@@ -149,7 +165,10 @@ def batch_axes(
       >>> blocking = shampoo_jax.Blocking(dimension_numbers=rule)
       >>> tx = shampoo_jax.scale_by_shampoo(blocking=blocking)
     """
-    by_name = {name: (a,) if isinstance(a, int) else tuple(a) for name, a in axes.items()}
+    named = axes.items() if isinstance(axes, Mapping) else ()
+    if not named or not all(isinstance(a, int) or _are_axes(a) for _, a in named):
+        refuse("axes", axes, ": give the batch axes of each component by name, {'layers': 0} say")
+    by_name = {name: (a,) if isinstance(a, int) else tuple(a) for name, a in named}
     inner = resolve_dimension_numbers(rule)
 
     def numbers(path: tuple[Any, ...], leaf: Any) -> DimensionNumbers | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal
 
-from shampoo_jax.base.options import is_number
+from shampoo_jax.base.options import is_number, refuse
 
 # Exponents of one block shape: one number a dimension; 0 leaves a dimension alone.
 Exponents = Callable[[tuple[int, ...]], tuple[float, ...]]
@@ -85,6 +85,8 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
         if option not in NAMED:
             raise ValueError(f"exponents={option!r}: the only names are {sorted(NAMED)}.")
         return NAMED[option]
+    if isinstance(option, type):
+        refuse("exponents", option, ": give a number, or a function of the shape of a block")
     if callable(option):
         return functools.partial(_checked, option)
     for keys, value in _entries(option):
@@ -114,6 +116,7 @@ def _checked(function: Exponents, shape: tuple[int, ...]) -> tuple[float, ...]:
 
 def given_exponents(option: ExponentOption) -> set[float]:
     """The non-zero exponents that an option names."""
+    resolve_exponents(option)  # refuses what is no number
     if option is None or callable(option):
         return set()
     if isinstance(option, str):

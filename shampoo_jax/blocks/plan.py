@@ -138,6 +138,11 @@ def _read_as(
     """(permutation, batch, merged shape) of one parameter."""
     if numbers is None:
         return tuple(range(len(shape))), 1, merge_dimensions(shape, blocking.merge, blocking.size)
+    if not isinstance(numbers, DimensionNumbers):
+        raise ValueError(
+            f"dimension_numbers gives {numbers!r} for parameter {name}: a DimensionNumbers or None "
+            "is needed."
+        )
     permutation = (*numbers.batch, *itertools.chain(*numbers.dimensions))
     if sorted(permutation) != list(range(len(shape))):
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shampoo_jax.base.options import check_choice
+from shampoo_jax.base.options import POSITIVE, UP_TO_ONE, check_choice, check_entries
 from shampoo_jax.matrix.batching import map_matrices
 from shampoo_jax.matrix.products import identity_like, matmul
 
@@ -213,6 +213,10 @@ def truncated_root(
       The roots `[..., d, d]` and, per matrix, whether the result is finite. A zero matrix has root
       zero.
     """
+    POSITIVE("exponent", exponent)
+    if rtol is not None:
+        UP_TO_ONE.but("None means d * eps of the dtype")("rtol", rtol)
+    check_entries({"atol": atol})
     powers = functools.partial(truncated_power, exponent=exponent, rtol=rtol, atol=atol)
     decompose = functools.partial(eigh, implementation=implementation)
     return spectral_root(factor, exponent, powers, decompose)[:2]
@@ -240,6 +244,8 @@ def shifted_root(
     Returns:
       The roots `[..., d, d]` and, per matrix, whether the result is finite.
     """
+    POSITIVE("exponent", exponent)
+    check_entries({"damping": damping, "before": before})
     if before:
         factor = factor + damping * identity_like(factor)
     powers = functools.partial(shifted_power, exponent=exponent, damping=damping, added=before)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from shampoo_jax.base.hyperparameters import check_static
+from shampoo_jax.base.options import POSITIVE, check_entries
 from shampoo_jax.matrix.eigh import finite, power_of_two_scale
 from shampoo_jax.matrix.products import matmul, matrix_power
 
@@ -58,10 +60,11 @@ def rational_root(exponent: float) -> Fraction:
     >>> rational_root(0.75), rational_root(1 / 6)
     (Fraction(4, 3), Fraction(6, 1))
     """
-    if exponent > 0:
-        fraction = Fraction(exponent).limit_denominator(MAX_ROOT)
-        if fraction and math.isclose(fraction, exponent, rel_tol=1e-12):
-            return 1 / fraction
+    check_static({"exponent": exponent})
+    POSITIVE("exponent", exponent)
+    fraction = Fraction(float(exponent)).limit_denominator(MAX_ROOT)
+    if fraction and math.isclose(fraction, exponent, rel_tol=1e-12):
+        return 1 / fraction
     raise ValueError(
         f"exponent={exponent} is not 1/p or q/p with p <= {MAX_ROOT}, which coupled iterations "
         "need: take an eigenvalue solver for this exponent."
@@ -107,6 +110,15 @@ def coupled_newton(
     >>> [round(float(entry), 4) for entry in jnp.diag(result.root)], bool(result.ok)
     ([1.0, 0.5], True)
     """
+    POSITIVE.but("2 is the square root")("root", root)
+    check_entries(
+        {
+            "damping": damping,
+            "max_iterations": max_iterations,
+            "tolerance": tolerance,
+            "max_residual": max_residual,
+        }
+    )
     if Fraction(root).denominator != 1 or root < 1:
         raise ValueError(
             f"root={root} must be a positive integer for the coupled Newton iteration: use "
@@ -173,8 +185,15 @@ def coupled_higher_order(
     >>> [round(float(entry), 4) for entry in jnp.diag(result.root)], bool(result.ok)
     ([1.0, 0.125], True)
     """
-    if order < 2:
-        raise ValueError(f"order={order} must be at least 2 (2 is Newton's iteration).")
+    check_entries(
+        {
+            "relative_damping": relative_damping,
+            "absolute_damping": absolute_damping,
+            "max_iterations": max_iterations,
+            "tolerance": tolerance,
+            "order": order,
+        }
+    )
     ratio = rational_root(exponent)
     p, q = ratio.numerator, ratio.denominator
     update = functools.partial(_series_factor, coefficients=_series(p, order))

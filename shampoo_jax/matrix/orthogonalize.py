@@ -5,14 +5,22 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from shampoo_jax.base.options import WholeNumber, check_entries, check_options, refuse
 from shampoo_jax.matrix.batching import map_matrices
 from shampoo_jax.matrix.eigh import power_of_two_scale
 from shampoo_jax.matrix.products import matmul
 
 # Muon's quintic: fast growth of small singular values rather than convergence to one.
 QUINTIC = (3.4445, -4.775, 2.0315)
+
+
+def check_coefficients(coefficients: Sequence[float]) -> None:
+    """Raises ValueError for what are not three numbers."""
+    if np.shape(coefficients) != (3,):
+        refuse("coefficients", coefficients, f": give three numbers, such as {QUINTIC}")
 
 
 def newton_schulz(
@@ -41,6 +49,9 @@ def newton_schulz(
     >>> newton_schulz(3 * jnp.eye(2), steps=12, coefficients=(1.5, -0.5, 0.0)).round(3).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    WholeNumber("5 are Muon's", least=0)("steps", steps)
+    check_entries({"eps": eps})
+    check_coefficients(coefficients)
     a, b, c = coefficients
     tall = update.shape[-2] >= update.shape[-1]
     x = update if tall else jnp.matrix_transpose(update)
@@ -68,6 +79,7 @@ def svd_orthogonalize(update: jax.Array, *, scale_by_nuclear_norm: bool = False)
     >>> abs(svd_orthogonalize(jnp.diag(jnp.array([3.0, -2.0])))).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    check_options({"scale_by_nuclear_norm": scale_by_nuclear_norm})
     svd = functools.partial(jnp.linalg.svd, full_matrices=False)
     u, s, vt = map_matrices(svd, update.shape[:-2], update)
     polar = matmul(u * (s > 0)[..., None, :], vt)

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from shampoo_jax.base.hyperparameters import check_static
+from shampoo_jax.base.options import POSITIVE, check_kind, check_options, refuse
 from shampoo_jax.matrix import schedules
 from shampoo_jax.matrix.eigh import Roots, finite, power_of_two_scale, relative_cutoff
 from shampoo_jax.matrix.products import identity_like, matmul
@@ -65,6 +67,14 @@ class PrecisionPolicy(NamedTuple):
 
     first: Precision
     rest: Precision
+
+
+def check_precision(precision: PrecisionPolicy | None) -> None:
+    """Raises ValueError for what is no policy, or one of something else."""
+    check_kind("precision", precision, PrecisionPolicy, "PrecisionPolicy(HIGHEST, HIGHEST)")
+    for choice in precision or ():
+        if not isinstance(choice, Precision):
+            refuse("precision", choice, ": give a jax.lax.Precision or DotAlgorithmPreset")
 
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -127,6 +137,8 @@ def polynomial_root(
     Raises:
       ValueError: An exponent or rtol out of range, naming the remedy.
     """
+    check_options({"semantics": semantics, "sign_steps": sign_steps, "rtol": rtol})
+    check_precision(precision)
     d, dtype = factor.shape[-1], factor.dtype
     schedule = root_schedule(d, dtype, exponent, semantics, rtol, sign_steps)
 
@@ -142,10 +154,11 @@ def polynomial_root(
 
 def integer_root(exponent: float) -> int:
     """The p of an exponent 1/p; raises ValueError for other exponents."""
-    if exponent > 0:
-        p = round(1 / exponent)
-        if 1 <= p <= MAX_ROOT and math.isclose(1 / p, exponent, rel_tol=1e-9):
-            return p
+    check_static({"exponent": exponent})
+    POSITIVE("exponent", exponent)
+    p = round(1 / exponent)
+    if 1 <= p <= MAX_ROOT and math.isclose(1 / p, exponent, rel_tol=1e-9):
+        return p
     raise ValueError(
         f"exponent={exponent} is not 1/p with p <= {MAX_ROOT}, which polynomial roots need: use "
         "solver='eigh' for it."
@@ -171,9 +184,7 @@ def root_schedule(
         )
     if semantics == "cut":
         return schedules.cut_schedule(p, rtol, sign_steps)
-    if semantics == "clip":
-        return schedules.clip_schedule(p, rtol)
-    raise ValueError(f"semantics={semantics!r} is unknown: use 'cut' or 'clip'.")
+    return schedules.clip_schedule(p, rtol)
 
 
 def count_products(schedule: schedules.RootSchedule) -> int:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from shampoo_jax.base.options import WholeNumber, check_entries
 from shampoo_jax.matrix.batching import map_matrices, map_selected
 from shampoo_jax.matrix.eigh import eigh, power_of_two_scale, without_noise
 from shampoo_jax.matrix.products import identity_like, matmul
@@ -61,6 +62,8 @@ def orthogonal_iteration(
     >>> values.tolist()
     [1.0, 3.0]
     """
+    WholeNumber("1 is SOAP's, 0 only sorts", least=0)("iterations", iterations)
+    check_entries({"tolerance": tolerance})
     leading, rotated, basis, tolerance = _flat(factor, basis, tolerance)
 
     def step(rotated: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:

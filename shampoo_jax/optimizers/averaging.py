@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_choice, check_options, is_number
+from shampoo_jax.base.options import check_choice, check_options, check_transform
 from shampoo_jax.base.paths import nodes_of
 from shampoo_jax.optimizers.weight_decay import Scalar, ScalarOrSchedule, value_at
 from shampoo_jax.stacks.guard import cast_like, guard, unguarded, widen
@@ -92,9 +92,9 @@ def averaging(
       >>> bool(abs(eval_params(state, params)) < 0.1)
       True
     """
-    _check_options(kind, train_coeff, eval_coeff, lr_power)
+    _check_options(locals())
     inner = optax.with_extra_args_support(unguarded(inner))
-    decay = optax.with_extra_args_support(optax.identity() if decay is None else decay)
+    decay = optax.with_extra_args_support(decay or optax.identity())
     coeff = 0.9 if eval_coeff is None else eval_coeff
     power = 2.0 if lr_power is None else lr_power
 
@@ -181,12 +181,11 @@ def _average(state: AveragingState, params: Any) -> Any:
     return jax.tree.map(one, state.z, params, is_leaf=lambda z: isinstance(z, optax.MaskedNode))
 
 
-def _check_options(kind: str, train_coeff: Any, eval_coeff: Any, lr_power: Any) -> None:
-    check_choice("kind", kind, ("primal", "schedule_free"))
-    if kind == "primal" and lr_power is not None:
-        raise ValueError(f"lr_power={lr_power} is an option of kind='schedule_free': leave it out.")
-    if kind == "schedule_free" and eval_coeff is not None:
-        raise ValueError(f"eval_coeff={eval_coeff} is an option of kind='primal': leave it out.")
-    if is_number(train_coeff) and not 0 < train_coeff <= 1:
-        raise ValueError(f"train_coeff={train_coeff} must lie in (0, 1].")
-    check_options({"eval_coeff": eval_coeff, "lr_power": lr_power})
+def _check_options(options: dict[str, Any]) -> None:
+    check_choice("kind", options["kind"], ("primal", "schedule_free"))
+    for name, kind in (("lr_power", "schedule_free"), ("eval_coeff", "primal")):
+        if options["kind"] != kind and options[name] is not None:
+            raise ValueError(f"{name}={options[name]} is an option of kind={kind!r}: leave it out.")
+    if options["decay"] is not None:
+        check_transform("decay", options["decay"])
+    check_options(options)

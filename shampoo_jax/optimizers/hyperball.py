@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from shampoo_jax.base.options import check_options
+from shampoo_jax.base.paths import KeyPath, name_of
+
 Array = jax.Array
 
 
@@ -33,6 +36,7 @@ def scale_to_norm(target: Callable[[Array], Any]) -> optax.GradientTransformatio
       >>> updates["w"].tolist()
       [[1.0, 1.0, 1.0, 1.0]]
     """
+    check_options({"target": target})
 
     def scale(update: Array, parameter: Array) -> Array:
         return _at_length(update, target(parameter)).astype(update.dtype)
@@ -88,6 +92,7 @@ def hyperball(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransforma
       >>> round(float(jnp.linalg.norm(params["w"] + updates["w"])) ** 2, 4)
       2.0
     """
+    check_options({"learning_rate": learning_rate})
     return optax.chain(
         scale_to_norm(_norm), optax.scale_by_learning_rate(learning_rate), keep_norm()
     )
@@ -107,6 +112,20 @@ def _of_updates_and_params(f: Callable[[Array, Array], Array]) -> optax.Gradient
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("params=None: norms are those of parameters, pass them to update.")
-        return jax.tree.map(f, updates, params), state
+        return jax.tree_util.tree_map_with_path(one, updates, params, is_leaf=_is_none), state
+
+    def one(path: KeyPath, update: Array | None, parameter: Array) -> Array | None:
+        if update is None:
+            return None
+        if jnp.shape(update) != jnp.shape(parameter):
+            raise ValueError(
+                f"parameter {name_of(path)!r} has shape {jnp.shape(parameter)}, its update "
+                f"{jnp.shape(update)}: pass updates and parameters of one tree."
+            )
+        return f(update, parameter)
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from shampoo_jax.base.options import check_range
+from shampoo_jax.base.options import check_options, check_range
 from shampoo_jax.stacks.guard import in_float32
 
 
@@ -40,5 +40,5 @@ def momentum(
       (3.0, 4.5)
     """
     check_range("decay", decay)
-    check_range("dampening", dampening)
+    check_options({"dampening": dampening, "nesterov": nesterov})
     return in_float32(optax.chain(optax.scale(1 - dampening), optax.trace(decay, nesterov)))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import optax
 
 from shampoo_jax.base.hyperparameters import checked
+from shampoo_jax.base.options import check_kind, check_range, is_transform
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.optimizers.momentum import momentum as momentum_part
 from shampoo_jax.optimizers.routing import Rule, hidden_matrix_of, labels_by
@@ -77,6 +78,7 @@ def as_optimizer(
       [[-0.15, -0.15], [-0.15, -0.15]]
     """
     options: dict[str, Any] = checked(locals())
+    _check(options)
     design = direction.design if isinstance(direction, Guarded) else None
     placement = getattr(design, "placement", None) if placement is None else placement
     split = (lambda tx: tx) if placement is None else placement.elementwise
@@ -85,7 +87,7 @@ def as_optimizer(
         if design is not None and placement is not None:
             # Or updates would be gathered for momentum and after it.
             direction = design.rebuild(placement.split_out)
-        part = momentum if isinstance(momentum, tuple) else momentum_part(momentum)
+        part = momentum if is_transform(momentum) else momentum_part(momentum)
         after = [split(optax.chain(*after, part))]
     rate = optax.scale_by_learning_rate(learning_rate)
     matrices = optax.chain(*before, unguarded(direction), *after, rate)
@@ -105,3 +107,11 @@ def as_optimizer(
 
     tx = optax.partition({"matrices": matrices, "others": split(others)}, labels_by(rule))
     return guard(tx, Routed(design, rule, placement, momentum is not None, rebuild))
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raises ValueError for options that are known by name here alone."""
+    momentum, example = options["momentum"], "Placement(mesh, owners='data')"
+    if momentum is not None and not is_transform(momentum):
+        check_range("momentum", momentum)
+    check_kind("placement", options["placement"], Placement, example)

@@ -9,6 +9,7 @@ from typing import Any
 
 import optax
 
+from shampoo_jax.base.options import check_options
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.parts.grafting import scale_by_second_moment
 from shampoo_jax.parts.refresh import BasisRefresh
@@ -43,6 +44,7 @@ def adamw_drop_in(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.shampoo(**shampoo_jax.presets.adamw_drop_in(3e-4))
     """
+    check_options(locals())
     return dict(
         learning_rate=learning_rate,
         b1=b1,
@@ -163,6 +165,7 @@ def meta_shampoo(damping: float = 1e-12, block_size: int = 1024, every: int = 1)
       >>> import shampoo_jax
       >>> tx = shampoo_jax.scale_by_shampoo(**shampoo_jax.presets.meta_shampoo())
     """
+    check_options(locals())
     return dict(
         b1=0.9,
         b2=1.0,
@@ -226,6 +229,7 @@ def meta_soap(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> Opt
       >>> import shampoo_jax
       >>> tx = shampoo_jax.scale_by_soap(**shampoo_jax.presets.meta_soap())
     """
+    check_options(locals())
     return dict(
         b1=0.9,
         b2=1.0,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from shampoo_jax.base.options import is_number
+from shampoo_jax.base.options import check_options, is_number
 from shampoo_jax.base.paths import KeyPath, name_of
 
 
@@ -35,6 +35,7 @@ def scale_per_parameter(rule: Callable[[KeyPath, Any], float]) -> optax.Gradient
       >>> updates["w"][0].round(3).tolist(), updates["b"].round(3).tolist()
       ([-0.05, -0.05, -0.05, -0.05], [-0.1, -0.1, -0.1, -0.1])
     """
+    check_options({"rule": rule})
 
     def scale(path: KeyPath, update: jax.Array) -> jax.Array:
         factor = rule(path, update)

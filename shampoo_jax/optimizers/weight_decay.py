@@ -3,9 +3,17 @@
 import dataclasses
 from typing import Any
 
+import jax
 import optax
 
-from shampoo_jax.base.options import Scalar, check_choice, check_kind, check_options, is_number
+from shampoo_jax.base.options import (
+    Scalar,
+    check_choice,
+    check_flag,
+    check_kind,
+    check_options,
+    is_number,
+)
 from shampoo_jax.stacks.guard import in_float32
 
 ScalarOrSchedule = Scalar | optax.Schedule
@@ -41,6 +49,10 @@ class Decay:
     def __post_init__(self) -> None:
         """Raises ValueError for a field that makes no sense."""
         check_choice("kind", self.kind, ("l2", "decoupled", *RELATIVE_KINDS))
+        check_options({"peak_lr": self.peak_lr})
+        if not callable(self.mask):
+            for leaf in jax.tree.leaves(self.mask):
+                check_flag("mask", leaf)
         if self.peak_lr is not None and self.kind not in RELATIVE_KINDS:
             raise ValueError(
                 f"peak_lr={self.peak_lr} with kind={self.kind!r}: only 'lr_over_peak' and "
@@ -155,6 +167,8 @@ def wide_decay_parts(
     """`decay_parts` of trees that are in float32 or wider already."""
     check_kind("decay", decay, Decay, "Decay('l2')")
     decay = Decay() if decay is None else decay
+    if learning_rate is not None:
+        check_options({"learning_rate": learning_rate})
     if decay.kind in RELATIVE_KINDS:
         return [], [_relative(weight_decay, learning_rate, decay)]
     check_options({"weight_decay": weight_decay})

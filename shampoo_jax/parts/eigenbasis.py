@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_kind, is_off
+from shampoo_jax.base.options import check_kind, check_options, is_off, refuse
 from shampoo_jax.base.paths import KeyPath
 from shampoo_jax.blocks.blocks import (
     Blocks,
@@ -28,7 +28,7 @@ from shampoo_jax.parts.change_of_basis import Move, carry, check_inner, per_stac
 from shampoo_jax.parts.lift import from_gradients
 from shampoo_jax.parts.refresh import BasisRefresh, Schedule, make_schedule, when
 from shampoo_jax.parts.roots import no_failures
-from shampoo_jax.solvers.bases import Basis, EighBasis, ascends, reorders
+from shampoo_jax.solvers.bases import Basis, EighBasis, ascends, make_basis, reorders
 from shampoo_jax.solvers.solver import identities
 
 Array = jax.Array
@@ -107,13 +107,13 @@ def eigenbasis(
       >>> updates["w"].round(2).tolist()  # U V^T of the gradient's singular vectors
       [[0.0, 1.0], [1.0, 0.0]]
     """
-    basis = EighBasis() if basis is None else basis
+    check_options({"inner": inner, "rtol": rtol, "every": every})
+    basis = EighBasis() if basis is None else make_basis(basis)
     check_kind("refresh", refresh, BasisRefresh, "BasisRefresh(stagger=True)")
     refresh = BasisRefresh(when="before", skip_first=False) if refresh is None else refresh
     schedule = make_schedule(every, refresh)
     first = schedule.start if refresh.when == "before" else 1 + refresh.skip_first
-    names = FIRST_MOMENTS if first_moments is None else first_moments
-    moving = _Moving(basis, schedule, rtol, names, _reorders(basis, refresh))
+    moving = _Moving(basis, schedule, rtol, _names(first_moments), _reorders(basis, refresh))
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Stacks) -> EigenbasisState:
@@ -142,6 +142,14 @@ def eigenbasis(
         return each(report, new, old.bases, used.bases, used.failures), used
 
     return make_part(init, update)
+
+
+def _names(first_moments: Sequence[str] | None) -> Sequence[str]:
+    """Which fields of an inner state are rotated; refuses a single string, which has letters."""
+    names = FIRST_MOMENTS if first_moments is None else first_moments
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        refuse("first_moments", names, ": give a tuple of names, such as ('mu',)")
+    return names
 
 
 class _Moving(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from shampoo_jax.base.options import check_range
+from shampoo_jax.base.options import SHARE, check_options
 from shampoo_jax.blocks.blocks import Blocks, Matrices, Part, stateless
 from shampoo_jax.matrix.products import contract, identity_like
 from shampoo_jax.parts.filtering import Average, counted
@@ -51,7 +51,7 @@ def accumulate_factors(
       >>> left.tolist(), right.tolist()
       ([[[9.0, 12.0], [12.0, 16.0]]], [[[25.0, 0.0], [0.0, 0.0]]])
     """
-    check_range("b2", b2, closed=True)
+    check_options(locals())
     average = Average(b2, bias_correction, weighted)
 
     def step(count: Array, b: Blocks, old: Matrices) -> tuple[Blocks, Matrices]:
@@ -98,6 +98,9 @@ def damp(damping: float | Array) -> Part:
     Returns:
       A stateless part, to be placed between statistics and roots.
 
+    Raises:
+      ValueError: A negative damping.
+
     Example:
       >>> import jax.numpy as jnp
       >>> g, factor = jnp.ones((1, 2)), jnp.diag(jnp.array([4.0, 0.0]))[None]
@@ -105,6 +108,7 @@ def damp(damping: float | Array) -> Part:
       >>> out["2"].matrices[0].tolist()
       [[[4.5, 0.0], [0.0, 0.5]]]
     """
+    check_options({"damping": damping})
     return map_factors(lambda s: s + damping * identity_like(s))
 
 
@@ -119,7 +123,7 @@ def normalize_by_trace(exponent: float = 0.5, floor: float | Array = 0.0) -> Par
       A stateless part.
 
     Raises:
-      ValueError: An exponent outside (0, 1].
+      ValueError: An exponent outside (0, 1], a negative floor.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,8 +132,8 @@ def normalize_by_trace(exponent: float = 0.5, floor: float | Array = 0.0) -> Par
       >>> out["2"].matrices[0].tolist()
       [[[3.0, 0.0], [0.0, 1.0]]]
     """
-    if not 0 < exponent <= 1:
-        raise ValueError(f"exponent={exponent} of the trace must lie in (0, 1].")
+    SHARE.but("0.5 is the root, 1 the trace itself")("exponent", exponent)
+    check_options({"floor": floor})
 
     def divide(s: Array) -> Array:
         trace = jnp.maximum(jnp.trace(s, axis1=1, axis2=2), floor)[:, None, None]

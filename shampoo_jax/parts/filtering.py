@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_range
+from shampoo_jax.base.options import check_options
 from shampoo_jax.base.storage import check_form, decode, encode
 from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, each_of, make_part
 
@@ -57,8 +57,7 @@ def filter_gradient(
       >>> float(first), float(second)  # 4, then (4/4 + 1/2) / (1 - 1/4)
       (4.0, 2.0)
     """
-    check_range("b1", b1)
-    check_range("b3", b3)
+    check_options({"b1": b1, "b3": b3, "bias_correction": bias_correction})
     check_form("mu_dtype", mu_dtype)
     b3 = b1 if b3 is None else b3
 

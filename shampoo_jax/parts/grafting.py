@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_choice, check_options, is_number
+from shampoo_jax.base.options import (
+    check_choice,
+    check_exponent,
+    check_options,
+    check_transform,
+    is_number,
+)
 from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, make_part, norms
 from shampoo_jax.parts.filtering import Average, counted
 from shampoo_jax.parts.lift import from_gradients
@@ -54,6 +60,7 @@ def graft(magnitude: optax.GradientTransformation, direction: optax.GradientTran
       >>> updates.tolist()
       [[5.0, -5.0], [5.0, 5.0]]
     """
+    check_options({"magnitude": magnitude, "direction": direction})
     magnitude, direction = map(optax.with_extra_args_support, (magnitude, direction))
 
     def init(params: Stacks) -> GraftState:
@@ -111,7 +118,7 @@ def scale_by_second_moment(
       A part. Its state holds one stack `nu` per stack of blocks.
 
     Raises:
-      ValueError: `b2` outside [0, 1].
+      ValueError: An option out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,12 +127,13 @@ def scale_by_second_moment(
       >>> updates.tolist()  # as Adam's first step
       [1.0, -1.0]
     """
-    check_options({"b2": b2, "eps": eps})
+    check_options(locals())
     average = Average(b2, bias_correction, weighted)
 
     def step(count: Array, b: Blocks, nu: Array) -> tuple[Blocks, Array]:
         new, correction = average.add(nu, b.gradient**2), average.correction(count, nu.dtype)
         e = exponent(b.ndim) if callable(exponent) else exponent
+        check_exponent("exponent", e)
         if eps_hat:
             root = (_power(new, e) + eps) / _power(correction, e)
         else:
@@ -160,6 +168,7 @@ def make_magnitude(
     if graft is None or isinstance(graft, Part):
         return graft
     if not isinstance(graft, str):
+        check_transform("graft", graft)
         _refuse_descent(graft)
         return from_gradients(graft)
     check_choice("graft", graft, ("adam", "rmsprop", "adagrad", "sgd"))

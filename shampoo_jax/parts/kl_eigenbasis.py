@@ -123,8 +123,9 @@ def kl_eigenbasis(
       >>> updates["w"].shape
       (2, 2)
     """
+    options = locals()
     check_range("b2", b2)
-    check_options({"eps": eps, "first_weight": first_weight, "max_scale": max_scale})
+    check_options(options | {"b2": 0.0})
     when = refresh_of_bases(refresh)
     inside = optax.chain(inner, _scale_by_eigenvalues(eps)) if scaled else inner
     method = make_basis(basis, keep_order=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_range
+from shampoo_jax.base.options import check_options
 from shampoo_jax.blocks.blocks import Matrices, Part, Stacks, each, make_part, where_block
 from shampoo_jax.matrix.products import apply_matrices, contract
 from shampoo_jax.parts.factors import averaged, zero_factors
@@ -74,7 +74,7 @@ def accumulate_kl_factors(
       >>> updates["w"].round(2).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
-    check_range("b2", b2, closed=True)
+    check_options(locals())
     tx = optax.with_extra_args_support(inner_roots)
     average = Average(b2, bias_correction, weighted)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from shampoo_jax.base.options import check_options
 from shampoo_jax.blocks.blocks import Part, Stacks, each, make_part
 
 
@@ -74,6 +75,7 @@ def from_gradients(inner: optax.GradientTransformation) -> Part:
 
 
 def _lifted(inner: optax.GradientTransformation, source: str, target: str) -> Part:
+    check_options({"inner": inner})
     tx = optax.with_extra_args_support(inner)
 
     def take(stacks: Any, field: str) -> dict[str, Any]:

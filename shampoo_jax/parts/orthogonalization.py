@@ -6,7 +6,12 @@ from typing import Any, Literal
 
 from shampoo_jax.base.options import check_choice, check_dtype, check_options
 from shampoo_jax.blocks.blocks import Array, Blocks, Part, stateless
-from shampoo_jax.matrix.orthogonalize import QUINTIC, newton_schulz, svd_orthogonalize
+from shampoo_jax.matrix.orthogonalize import (
+    QUINTIC,
+    check_coefficients,
+    newton_schulz,
+    svd_orthogonalize,
+)
 
 
 def orthogonalize(
@@ -47,8 +52,7 @@ def orthogonalize(
     check_choice("method", method, ("newton_schulz", "polar"))
     check_options({"steps": steps})
     check_dtype("dtype", dtype)
-    if len(coefficients) != 3:
-        raise ValueError(f"coefficients={coefficients!r}: give three, such as {QUINTIC}.")
+    check_coefficients(coefficients)
 
     def polar(x: Array) -> Array:
         if method == "polar":

@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from shampoo_jax.base.options import Checked, check_choice, check_kind, check_options
+from shampoo_jax.base.options import Checked, check_kind, check_options
 
 Array = jax.Array
 T = TypeVar("T")
@@ -72,7 +73,6 @@ class BasisRefresh(Refresh):
     def __post_init__(self) -> None:
         """Raises ValueError for a field out of range and for fields that contradict each other."""
         super().__post_init__()
-        check_choice("when", self.when, ("before", "after"))
         if self.start is not None and self.when == "after":
             raise ValueError(f"start={self.start} with when='after': drop start, or use 'before'.")
         if self.skip_first and self.when == "before":
@@ -148,8 +148,10 @@ def refresh_of_bases(refresh: BasisRefresh | None) -> BasisRefresh:
 
 def make_schedule(every: Any, refresh: Refresh) -> Schedule:
     """A schedule; raises ValueError where what is known now makes no sense."""
-    start = every if refresh.start is None else refresh.start
     check_options({"every": every})
+    start = every if refresh.start is None else refresh.start
+    # NumPy's whole numbers are as good as Python's.
+    every, start = (int(n) if isinstance(n, np.integer) else n for n in (every, start))
     if isinstance(start, int) and isinstance(every, int) and start < every:
         raise ValueError(
             f"start={start} must not be below every={every}: the first refresh is at step start."

@@ -24,6 +24,7 @@ from shampoo_jax.blocks.blocks import (
 from shampoo_jax.matrix.products import apply_matrices
 from shampoo_jax.parts.refresh import Refresh, Schedule, make_schedule
 from shampoo_jax.solvers.eigh import TruncatedEigh
+from shampoo_jax.solvers.registry import make_solver
 from shampoo_jax.solvers.solver import Solver
 
 Array = jax.Array
@@ -77,7 +78,7 @@ def invert_roots(
       >>> [root.shape for root in state[1].roots["3x2"]]
       [(1, 3, 3), (1, 2, 2)]
     """
-    solve = TruncatedEigh() if solver is None else solver
+    solve = TruncatedEigh() if solver is None else make_solver(solver)
     check_kind("refresh", refresh, Refresh, "Refresh(stagger=True)")
     schedule = make_schedule(every, refresh or Refresh())
     check_form("root_dtype", root_dtype)

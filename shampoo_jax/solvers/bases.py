@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from shampoo_jax.base.options import Checked, check_choice, is_off
+from shampoo_jax.base.options import Checked, check_choice, is_off, refuse
 from shampoo_jax.matrix import eigh, qr
 from shampoo_jax.matrix.batching import map_matrices, map_selected
 from shampoo_jax.matrix.products import matmul
@@ -76,11 +76,6 @@ class QRBasis(Checked):
     iterations: int = 1
     tolerance: Any = 0.0
     sort: Literal["before", "after"] | None = "after"
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for an unknown way to sort and what `Checked` refuses."""
-        super().__post_init__()
-        check_choice("sort", self.sort, ("before", "after", None))
 
     def cost(self) -> Cost:
         """Of one basis and its eigenvalues."""
@@ -158,7 +153,7 @@ def make_basis(basis: str | Basis | None, *, keep_order: bool = False) -> Basis:
             return EighBasis(descending=keep_order)
         return QRBasis(sort=None if keep_order else "before" if basis is None else "after")
     if not isinstance(basis, (EighBasis, QRBasis)):
-        raise ValueError(f"basis={basis!r}: give 'eigh', 'qr', None, EighBasis() or QRBasis().")
+        refuse("basis", basis, ": give 'eigh', 'qr', None, EighBasis() or QRBasis()")
     if keep_order and (ascends(basis) or reorders(basis)):
         raise ValueError(
             f"basis={basis} sorts columns, their tracked eigenvalues stay: use QRBasis(sort=None) "

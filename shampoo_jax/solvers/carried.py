@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shampoo_jax.base.options import Checked, is_off
+from shampoo_jax.base.options import Checked, check_options, is_off, refuse
 from shampoo_jax.matrix import eigh
 from shampoo_jax.matrix.products import identity_like
-from shampoo_jax.solvers.bases import Basis, EighBasis
+from shampoo_jax.solvers.bases import Basis, EighBasis, QRBasis
 from shampoo_jax.solvers.solver import PRODUCT, Cost, Solver, identities
 
 Array = jax.Array
@@ -44,7 +44,9 @@ class CarriedBasis(Checked, Solver):
 
     def __post_init__(self) -> None:
         """Raises ValueError for damping with a cutoff and what `Checked` refuses."""
-        super().__post_init__()
+        if not isinstance(self.basis, (EighBasis, QRBasis)):
+            refuse("basis", self.basis, ": give EighBasis() or QRBasis()")
+        check_options({n: x for n, x in vars(self).items() if n != "damping" or x is not None})
         if self.damping is not None and not (self.rtol is None and is_off(self.atol)):
             raise ValueError(
                 f"rtol={self.rtol}, atol={self.atol} with damping={self.damping}: a damped "

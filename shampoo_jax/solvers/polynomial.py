@@ -62,6 +62,11 @@ class Polynomial(CountsFallbacks):
     sign_steps: int = polynomial.SIGN_STEPS
     precision: polynomial.PrecisionPolicy | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no policy, or one of something else, and as `Checked`."""
+        super().__post_init__()
+        polynomial.check_precision(self.precision)
+
     def check(self, exponent: float) -> None:
         """Refuses exponents that are not 1/p."""
         polynomial.integer_root(exponent)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+from shampoo_jax.base.options import refuse
 from shampoo_jax.solvers.eigh import ShiftedEigh, TruncatedEigh
 from shampoo_jax.solvers.newton import CoupledNewton, HigherOrderNewton
 from shampoo_jax.solvers.polynomial import Auto, Polynomial
@@ -27,7 +28,7 @@ def register_solver(name: str, constructor: Callable[[], Solver]) -> None:
       constructor: Class or function that returns a `Solver` when it is called without arguments.
 
     Raises:
-      ValueError: The name is taken by another constructor.
+      ValueError: The name is taken by another constructor, or is none; no constructor.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp, shampoo_jax
@@ -45,6 +46,11 @@ def register_solver(name: str, constructor: Callable[[], Solver]) -> None:
       >>> updates["w"].diagonal().round(3).tolist()  # G (G^2)^(-1/4) (G^2)^(-1/4)
       [1.0, 1.0]
     """
+    if not isinstance(name, str) or not name:
+        refuse("name", name, " must be a string: solver=name is to mean the solver")
+    made = not isinstance(constructor, type) and hasattr(constructor, "init_root")
+    if made or not callable(constructor):
+        refuse("constructor", constructor, " must give a Solver when it is called: TruncatedEigh")
     if SOLVERS.get(name, constructor) is not constructor:
         raise ValueError(f"solver name {name!r} is taken by {SOLVERS[name]}: choose another one.")
     SOLVERS[name] = constructor
@@ -66,7 +72,7 @@ def make_solver(solver: str | Solver) -> Solver:
       ValueError: An unknown name.
     """
     if isinstance(solver, type) or not (isinstance(solver, str) or hasattr(solver, "init_root")):
-        raise ValueError(f"solver={solver!r}: give a name or a Solver, such as TruncatedEigh().")
+        refuse("solver", solver, ": give a name or a Solver, such as TruncatedEigh()")
     if not isinstance(solver, str):
         return solver
     if solver not in SOLVERS:

@@ -111,6 +111,7 @@ def blocked(
       ((6, 4), -1.0)
     """
     check_static(locals())
+    check_options({"inner": inner})
     check_kind("blocking", blocking, Blocking, "Blocking(size=64)")
     check_kind("placement", placement, Placement, "Placement(mesh, owners='data')")
     blocking = Blocking() if blocking is None else blocking

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
-from shampoo_jax.base.options import is_number
+from shampoo_jax.base.options import check_options, is_number
 from shampoo_jax.base.paths import KeyPath, name_of, nodes_of, parameter_of
+from shampoo_jax.stacks.incoming import check_arrays, check_state
 from shampoo_jax.stacks.placement import laid_as
 
 Array = jax.Array
@@ -54,8 +55,9 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
       `total_notfinite` counts the skipped steps, see `check_finite`.
 
     Raises:
-      ValueError: In `update`, a gradient of another name or shape than its parameter, or a state
-        that was made for other parameters.
+      ValueError: A parameter or gradient whose dtype is no floating point number of 16 bits or
+        more; in `update`, a gradient of another name or shape than its parameter, a float64 one
+        for a narrower state, or a state that was made for other parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -70,9 +72,11 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
       >>> updates["seen"].tolist(), int(state.total_notfinite)
       ([0.0, 0.0], 1)
     """
+    check_options({"inner": inner})
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> optax.ApplyIfFiniteState:
+        check_arrays(params, "parameter", whole=True)
         in_a_row, total = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         return optax.ApplyIfFiniteState(in_a_row, jnp.array(True), total, tx.init(widen(params)))
 
@@ -102,6 +106,8 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
     compiled = jax.jit(step, static_argnums=0)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        check_arrays(updates, "gradient")
+        check_state(state, updates)
         filled, own, params = _fill_missing(updates, params)
         absent = own | extra.pop("absent", frozenset())
         run = compiled if not extra or _are_arrays(extra) else step

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from shampoo_jax.base.options import check_dtype
+from shampoo_jax.base.options import check_dtype, is_number, refuse
 from shampoo_jax.base.paths import KeyPath, as_written, parameter_of
 from shampoo_jax.blocks.blocks import is_placeholder
 
@@ -65,6 +65,11 @@ class Placement:
     gradient_spec: Callable[[KeyPath, Any], PartitionSpec] | None = None
 
     def __post_init__(self) -> None:
+        """Raises ValueError for a field that does not fit the mesh, or is of another kind."""
+        if not isinstance(self.mesh, Mesh | AbstractMesh):
+            refuse("mesh", self.mesh, ": give a jax.sharding.Mesh, as jax.make_mesh returns")
+        if not isinstance(self.owners, str | Sequence):
+            refuse("owners", self.owners, " must name axes of the mesh: owners='data'")
         axes = self.owner_axes
         if not axes or len(set(axes)) < len(axes) or not set(axes) <= set(self.mesh.shape):
             raise ValueError(
@@ -72,7 +77,7 @@ class Placement:
                 f"{tuple(self.mesh.shape)}."
             )
         multiple = self.count if self.stack_multiple is None else self.stack_multiple
-        if multiple < 1 or multiple % self.count:
+        if not is_number(multiple) or multiple < 1 or multiple % self.count:
             raise ValueError(
                 f"stack_multiple={self.stack_multiple} must be a multiple of the {self.count} "
                 f"owners along {axes}."

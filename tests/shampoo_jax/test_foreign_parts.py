@@ -87,29 +87,6 @@ def test_defaults_are_no_schedules_to_optax(alias):
     tx.update(GRADS, tx.init(PARAMS), PARAMS)
 
 
-def test_a_misspelt_keyword_of_an_injected_factory_is_answered():
-    with pytest.raises(TypeError, match="did you mean b2"):
-        sj.inject_hyperparams(sj.shampoo)(0.1, beta2=0.9)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: sj.shampoo(0.1, refresh=sj.BasisRefresh()), "refresh=.*give a Refresh, such as"),
-        (lambda: sj.soap(0.1, refresh=sj.Refresh()), "refresh=.*give a BasisRefresh"),
-        (lambda: sj.kl_shampoo(0.1, refresh=sj.Refresh()), "refresh=.*give a BasisRefresh"),
-        (lambda: sj.shampoo(0.1, decay="l2"), r"decay='l2': give a Decay, such as Decay\('l2'\)"),
-        (lambda: sj.shampoo(0.1, blocking=64), r"blocking=64: give a Blocking"),
-        (lambda: sj.scale_by_soap(placement="data"), "placement='data': give a Placement"),
-        (lambda: sj.soap(0.1, basis=sj.EighBasis), r"basis=.*EighBasis\(\)"),
-        (lambda: sj.shampoo(0.1, solver=sj.TruncatedEigh), r"solver=.*TruncatedEigh\(\)"),
-    ],
-)
-def test_objects_of_another_kind_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 @pytest.mark.parametrize(
     ("exponents", "message"),
     [

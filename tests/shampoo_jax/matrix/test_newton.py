@@ -195,13 +195,13 @@ def test_rational_roots():
 
 @pytest.mark.parametrize("exponent", [0.0, -0.5, math.pi / 10, 1 / 65, 0.3333])
 def test_irrational_exponents_are_refused(exponent):
-    with pytest.raises(ValueError, match="eigenvalue solver"):
+    with pytest.raises(ValueError, match="eigenvalue solver|must be positive"):
         coupled_higher_order(jnp.eye(2), exponent, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("root", [Fraction(5, 2), 0, -2])
 def test_newton_refuses_roots_that_are_no_positive_integer(root):
-    with pytest.raises(ValueError, match="coupled_higher_order"):
+    with pytest.raises(ValueError, match="coupled_higher_order|must be positive"):
         coupled_newton(jnp.eye(2), root, 0.0)
 
 

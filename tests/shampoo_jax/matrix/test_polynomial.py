@@ -286,7 +286,7 @@ def test_products_and_their_precision(platform, semantics, precision, counts):
         (dict(exponent=0.25, rtol=0.0), "rtol=0.0 is outside"),
         (dict(exponent=0.25, rtol=0.5), "rtol=0.5 is outside"),
         (dict(exponent=0.25, rtol=jnp.float32(1e-3)), "rtol=.* is an array.*Python number"),
-        (dict(exponent=0.25, semantics="ridge"), "semantics='ridge' is unknown"),
+        (dict(exponent=0.25, semantics="ridge"), "semantics='ridge': use one of 'cut', 'clip'"),
     ],
 )
 def test_refused(options, message):

@@ -294,23 +294,6 @@ def test_it_converges_on_an_ill_conditioned_quadratic(kind):
     assert float(jnp.sum(scales * x**2)) < 1e-3 * float(jnp.sum(scales))
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        ("polyak", {}, "kind='polyak': use one of 'primal', 'schedule_free'"),
-        ("primal", {"train_coeff": 0.0}, r"train_coeff=0.0 must lie in \(0, 1\]"),
-        ("primal", {"train_coeff": 1.1}, "train_coeff=1.1"),
-        ("primal", {"eval_coeff": 1.0}, r"eval_coeff=1.0 must lie in \[0, 1\)"),
-        ("primal", {"lr_power": 2}, "lr_power=2 is an option of kind='schedule_free'"),
-        ("schedule_free", {"eval_coeff": 0.9}, "eval_coeff=0.9 is an option of kind='primal'"),
-        ("schedule_free", {"lr_power": -1}, "lr_power=-1 must not be negative"),
-    ],
-)
-def test_bad_options_are_named(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        averaging(optax.sgd(0.1), kind, learning_rate=0.1, **options)
-
-
 def test_bad_calls_are_named():
     params = jnp.ones(2)
     tx = averaging(optax.sgd(0.1), learning_rate=0.1)

@@ -59,17 +59,3 @@ def test_injected_decay_and_dampening_follow_their_values():
     updates, state = update(params, state, params)  # M = .25 + .5, U = .5 + .25 * M
     np.testing.assert_allclose(updates["w"], 0.6875, rtol=1e-6)
     assert updates["b"].dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"decay": 1.0}, r"decay=1.0 must lie in \[0, 1\)"),
-        ({"decay": -0.1}, "decay=-0.1"),
-        ({"decay": 0.9, "dampening": 1.0}, "dampening=1.0"),
-        ({"decay": 0.9, "dampening": -1}, "dampening=-1"),
-    ],
-)
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        momentum(**options)

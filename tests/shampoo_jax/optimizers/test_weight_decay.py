@@ -177,14 +177,6 @@ def test_bad_parts_are_named():
         decay_parts(0.1, Decay("over_peak"))  # and no learning rate either
 
 
-@pytest.mark.parametrize("kind", ["decoupled", "l2"])
-def test_a_form_that_contradicts_itself_is_refused_when_it_is_made(kind):
-    with pytest.raises(ValueError, match=f"peak_lr=0.1 with kind='{kind}': .* drop peak_lr"):
-        Decay(kind, peak_lr=0.1)
-    with pytest.raises(ValueError, match="kind='half': use one of 'l2', 'decoupled'"):
-        Decay("half")
-
-
 def test_no_form_means_decoupled():
     params = jnp.ones(2)
     (tx,) = decay_parts(0.5)[1]

@@ -76,14 +76,6 @@ def test_half_precision_gradients_are_averaged_in_float32():
     assert jax.tree.leaves(state.mu)[0].dtype == jnp.float32
 
 
-@pytest.mark.parametrize(
-    "options", [{"b1": 1.0}, {"b1": -0.1}, {"b3": 1.0}, {"b1": 0.5, "b3": -0.5}]
-)
-def test_decays_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match=r"b[13]=(1.0|-0.1|-0.5) must lie in \[0, 1\)"):
-        filter_gradient(**options)
-
-
 def test_power_at_zero():
     counts = jnp.arange(3)
     np.testing.assert_array_equal(jax.vmap(lambda t: power(0.0, t, jnp.float32))(counts), [1, 0, 0])

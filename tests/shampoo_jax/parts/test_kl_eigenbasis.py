@@ -197,19 +197,6 @@ def test_what_others_do_differently(direction, options):
 
 
 @pytest.mark.parametrize("direction", [sj.scale_by_kl_shampoo, sj.scale_by_kl_soap])
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"basis": sj.EighBasis()}, r"use .*EighBasis\(descending=True\)"),
-        ({"basis": sj.QRBasis()}, r"use QRBasis\(sort=None\)"),
-    ],
-)
-def test_contradictions_are_refused(direction, options, message):
-    with pytest.raises(ValueError, match=message):
-        direction(**options)
-
-
-@pytest.mark.parametrize("direction", [sj.scale_by_kl_shampoo, sj.scale_by_kl_soap])
 def test_relative_eigenvalues_do_not_know_the_scale(direction):
     rng = np.random.default_rng(0)
     shapes = {"w": (4, 3), "t": (3, 4, 2), "late": (4, 3), "never": (4, 3)}

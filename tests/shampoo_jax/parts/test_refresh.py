@@ -8,16 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.blocks import Blocks, make_part
-from shampoo_jax.parts.eigenbasis import eigenbasis
-from shampoo_jax.parts.lift import on_updates
-from shampoo_jax.parts.refresh import BasisRefresh, Refresh, in_chunks, refresh_slots
+from shampoo_jax.parts.refresh import Refresh, in_chunks, refresh_slots
 from shampoo_jax.parts.roots import invert_roots
 from shampoo_jax.solvers.carried import CarriedBasis
 from shampoo_jax.solvers.eigh import TruncatedEigh
@@ -210,54 +207,3 @@ def test_roots_are_stored_in_the_dtype_asked_for_and_used_in_float32(solver):
     np.testing.assert_allclose(
         new["k"].matrices[0][0], np.diag([1 / 4, 1 / 9]), rtol=2**-8, atol=1e-6
     )
-
-
-def test_dtypes_that_cannot_hold_roots_are_refused():
-    with pytest.raises(ValueError, match="root_dtype=float16: use bfloat16 or float32"):
-        invert_roots(root_dtype=jnp.float16)
-
-
-@pytest.mark.parametrize(
-    "kind", [Refresh, functools.partial(BasisRefresh, when="before", skip_first=False)]
-)
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"start": 0}, "start=0 must be at least 1"),
-        ({"start": 2.5}, "start=2.5 must be a whole number"),
-        ({"chunk": 0}, "chunk=0 must be at least 1"),
-        ({"chunk": "all"}, "chunk='all' must be a whole number"),
-    ],
-)
-def test_refreshes_out_of_range_are_refused(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"when": "never"}, "when='never': use one of 'before', 'after'"),
-        ({"when": "before"}, "skip_first=True needs when='after'"),
-        ({"start": 3}, "start=3 with when='after': drop start, or use 'before'"),
-        ({"start": 3, "skip_first": False}, "start=3 with when='after'"),
-    ],
-)
-def test_contradictions_of_a_basis_refresh_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        BasisRefresh(**options)
-
-
-@pytest.mark.parametrize(
-    ("part", "refresh"),
-    [
-        (invert_roots, Refresh(start=2)),
-        (
-            functools.partial(eigenbasis, on_updates(optax.identity())),
-            BasisRefresh(start=2, when="before", skip_first=False),
-        ),
-    ],
-)
-def test_a_start_before_the_first_interval_is_over_is_refused(part, refresh):
-    with pytest.raises(ValueError, match="start=2 must not be below every=3"):
-        part(every=3, refresh=refresh)

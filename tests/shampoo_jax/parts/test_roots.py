@@ -92,12 +92,6 @@ def test_nothing_is_computed_between_refreshes():
     np.testing.assert_array_equal(state.solver["k"][0], [4])
 
 
-@pytest.mark.parametrize(("every", "start"), [(0, None), (-1, None), (3, 2), (1, 0)])
-def test_schedules_that_make_no_sense_are_refused(every, start):
-    with pytest.raises(ValueError, match=r"(every|start)=-?\d must"):
-        invert_roots(every=every, refresh=Refresh(start))
-
-
 def test_a_failed_root_keeps_the_last_good_one_and_counts():
     # Two blocks; the first fails at steps 3, 4 and 6, the second at step 1.
     steps = np.arange(1, 7, dtype=np.float32)

@@ -81,25 +81,6 @@ def test_shardings_of_a_state_of_nnx():
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        (dict(owners="model"), r"'model'.*different axes.*\('data',\)"),
-        (dict(owners=("data", "data")), "different axes"),
-        (dict(owners=()), "different axes"),
-        (dict(owners="data", stack_multiple=12), "multiple of the 8 owners"),
-        (dict(owners="data", stack_multiple=0), "multiple of the 8 owners"),
-        (dict(owners="data", communication_dtype=jnp.int8), "communication_dtype=int8"),
-        (dict(owners="data", parameter_spec=P("data")), "parameter_spec=.*must be a function"),
-        (dict(owners="data", parameter_spec=None), "parameter_spec=None must be a function"),
-        (dict(owners="data", gradient_spec=P("data")), "gradient_spec=.*must be a function"),
-    ],
-)
-def test_what_cannot_be_placed_is_refused(options, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        sj.Placement(jax.make_mesh((8,), ("data",)), **options)
-
-
-@pytest.mark.parametrize(
     "spec", [None, P("model"), P("data", "data"), P(None, None, "data"), P(P.UNCONSTRAINED)]
 )
 def test_a_layout_that_cannot_be_names_the_parameter(spec):
