@@ -73,7 +73,7 @@ def test_the_signature_is_that_of_direction_and_frame(alias):
         assert (parameter.default, parameter.kind) == (source[name].default, source[name].kind)
     assert set(direction) & set(frame) == {"placement"}
     assert len(signature) <= 22
-    documented = re.findall(r"^      (\w+): ", alias.__doc__, flags=re.MULTILINE)
+    documented = re.findall(r"^  (\w+): ", inspect.getdoc(alias) or "", flags=re.MULTILINE)
     assert [name for name in documented if name in signature] == list(signature)
     assert alias.__doc__ and alias.__name__ in sj.__all__
 
