@@ -150,7 +150,7 @@ def eval_params(state: Any, params: Any) -> Any:
       A tree like `params`, same dtypes. Parameters that are not averaged are returned unchanged.
 
     Raises:
-      ValueError: `state` holds no `AveragingState`.
+      ValueError: `state` holds no `AveragingState`, or is a stack of several, as vmap makes them.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -168,6 +168,11 @@ def eval_params(state: Any, params: Any) -> Any:
             "the state of an optimizer that is wrapped in averaging()."
         )
     for _, found in states:
+        if jnp.ndim(found.train_coeff):
+            raise ValueError(
+                "the optimizer state is a stack of several, as vmap makes them: map over both, "
+                "jax.vmap(eval_params)(state, params)."
+            )
         params = _average(found, params)
     return params
 

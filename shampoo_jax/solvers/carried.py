@@ -72,8 +72,12 @@ class CarriedBasis(Checked, Solver):
         if self.damping is not None and self.before:
             factor = factor + self.damping * identity_like(factor)
 
+        # Truncated, the largest directions are orthogonalized first: from the smallest on, as Meta
+        # does where it damps, rounding grows by the ratio of the two at every refresh.
+        known = jnp.ones(state.shape[:-1], bool) if self.damping is None else None
+
         def refreshed(factor: Array) -> tuple[Array, Array]:
-            return self.basis(factor, state)[:2]
+            return self.basis(factor, state, known, self.rtol)[:2]
 
         return eigh.spectral_root(factor, exponent, self._powers(exponent), refreshed)
 

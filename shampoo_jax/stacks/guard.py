@@ -142,7 +142,8 @@ def _check_owner(tx: Any, state: Any, params: Any, error: Exception) -> None:
     if given != found or [x.shape for x in made] != [*map(np.shape, held)]:
         raise ValueError(
             "the optimizer state belongs to other parameters, of other names, shapes or number, or "
-            "to another optimizer: init again, or carry it over by state_to_tree and tree_to_state."
+            "to another optimizer: init again, or carry it over by state_to_tree and tree_to_state"
+            "; where vmap made it, update under vmap as well."
         ) from error
 
 

@@ -1,5 +1,6 @@
 """Optimizers are lowered for platforms that are not here: the target chooses, not this machine."""
 
+import functools
 import re
 
 import jax
@@ -36,3 +37,24 @@ def test_auto_solves_by_products_on_accelerators_alone(monkeypatch):
     products = {platform: text.count("dot_general") for platform, text in programs.items()}
     assert products["cpu"] < 20 < products["tpu"] == products["cuda"]
     assert "tf32" in programs["cuda"] and "tf32" not in programs["cpu"] + programs["tpu"]
+
+
+PRECISE = {
+    "soap": sj.scale_by_soap,
+    "kl_shampoo": sj.scale_by_kl_shampoo,
+    "kl_soap": sj.scale_by_kl_soap,
+    # The others choose the precision of each product.
+    **{
+        name: functools.partial(sj.scale_by_shampoo, solver=sj.make_solver(name))
+        for name in ("eigh", "shifted_eigh", "coupled_newton", "higher_order_newton")
+    },
+    "carried": functools.partial(sj.scale_by_shampoo, solver=sj.CarriedBasis(sj.QRBasis())),
+}
+
+
+@pytest.mark.parametrize("name", PRECISE)
+def test_no_product_is_left_to_the_precision_of_a_platform(name, monkeypatch):
+    """On recent GPUs that is TF32, which makes eigenvalues below 2^-11 of the largest noise."""
+    text = lowered(monkeypatch, PRECISE[name](monitor=1))["cuda"]
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert products and all("[HIGHEST, HIGHEST]" in line for line in products)

@@ -398,11 +398,20 @@ def test_layout_says_whose_each_block_is():
 
 
 def test_a_vmapped_state_is_answered_with_what_to_do():
-    tx, params = shampoo_jax.scale_by_shampoo(), {"w": jnp.ones((2, 3, 2))}
+    tx, params = shampoo_jax.scale_by_shampoo(monitor=1), {"w": jnp.ones((2, 3, 2))}
     state = jax.vmap(tx.init)(params)
-    for ask in (check_state, state_to_tree):
-        with pytest.raises(ValueError, match="stack of several, as vmap makes them"):
-            ask(state, params)
-    one = jax.tree.map(lambda x: x[0], state)
-    check_state(one, {"w": jnp.ones((3, 2))})
+    one, single = (jax.tree.map(lambda x: x[0], tree) for tree in (state, params))
+    tree = state_to_tree(one, single)
+    for ask in (
+        lambda: check_state(state, params),
+        lambda: state_to_tree(state, params),
+        lambda: tree_to_state(tree, state, params),
+        lambda: state_layout(state),
+    ):
+        with pytest.raises(ValueError, match="stack of several, as vmap makes them: give one of"):
+            ask()
+    check_state(one, single)
     shampoo_jax.check_finite(state)
+    assert shampoo_jax.read_monitor(state)["3x2"]["graft_ratio"].shape == (2, 1)  # one row each
+    with pytest.raises(ValueError, match="where vmap made it, update under vmap as well"):
+        tx.update(params, state, params)

@@ -317,3 +317,15 @@ def test_a_missing_gradient_leaves_its_iterates_alone():
         now, old, new = (optax.tree.get(s, kept) for s in (after, state, expected))
         np.testing.assert_array_equal(now["b"], old["b"])
         np.testing.assert_array_equal(now["w"], new["w"])
+
+
+def test_a_vmapped_state_is_evaluated_under_vmap():
+    tx = averaging(optax.sgd(1.0), learning_rate=1.0)
+    params = {"w": jnp.arange(4.0).reshape(2, 2), "b": jnp.ones((2, 3))}
+    _, state = jax.vmap(tx.update)(params, jax.vmap(tx.init)(params), params)
+    with pytest.raises(ValueError, match=r"as vmap makes them: map over both, jax\.vmap\(eval_par"):
+        eval_params(state, params)
+    both = jax.vmap(eval_params)(state, params)
+    for k in range(2):
+        one, mean = jax.tree.map(lambda x, k=k: x[k], ((state, params), both))
+        jax.tree.map(np.testing.assert_array_equal, eval_params(*one), mean)
