@@ -11,7 +11,8 @@ import pytest
 
 from nanogpt.config.presets import preset
 from nanogpt.config.run import OutputConfig
-from nanogpt.train.checkpoint import Checkpoints, first_difference
+from nanogpt.train.checkpoint import Checkpoints
+from nanogpt.train.compatible import first_difference
 
 
 class State(NamedTuple):
@@ -48,7 +49,7 @@ def saved(tmp_path, config):
 
 def test_state_data_and_time_come_back(tmp_path, config, saved):
     checkpoints, data = Checkpoints(tmp_path, config, "data-1"), batches()
-    assert checkpoints.latest() == 4
+    assert checkpoints.newest() == (4, [])
     restored, seconds = checkpoints.restore(4, state(0), data)
     jax.tree.map(np.testing.assert_array_equal, restored, state(4, scale=4))
     assert jax.tree.structure(restored) == jax.tree.structure(state(4))
