@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from nanogpt.train.compatible import Meta, first_difference, layout_difference, 
 from nanogpt.train.digests import DamagedError, check_digests, write_digests
 from nanogpt.train.distributed import largest_of_all
 from nanogpt.train.elastic import read_state
-from nanogpt.train.retention import LOSS, what_to_keep
+from nanogpt.train.retention import LOSS, validation_loss, what_to_keep
 
 
 class Checkpoints:
@@ -46,13 +47,24 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
+        best = self._config.output.keep_best > 0
         options = ocp.CheckpointManagerOptions(
             preservation_policy=what_to_keep(self._config),
+            # Without it Orbax writes no metrics.
+            best_fn=validation_loss if best else None,
+            # What else Orbax reads of all checkpoints is not needed, and may be damaged.
+            lightweight_initialize=not best,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._digest),
         )
-        manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
+        try:
+            manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
+        except ValueError as error:
+            raise DamagedError(
+                f"{self.directory}: the losses of a checkpoint cannot be read ({error}): set "
+                "--output.keep-best 0, or delete that checkpoint."
+            ) from error
         self._resources.callback(manager.close)
         return manager
 
@@ -94,7 +106,7 @@ class Checkpoints:
 
     def save(
         self, step: int, state: Any, data: grain.DatasetIterator, seconds: float,
-        loss: float | None = None,
+        loss: float = math.inf,
     ) -> None:  # fmt: skip
         """Starts to save; Orbax leaves a step alone that is already there.
 
@@ -103,7 +115,7 @@ class Checkpoints:
             state: pytree of arrays.
             data: iterator that has handed out `step` batches.
             seconds: training time so far.
-            loss: of the validation before the next update, if there was one.
+            loss: of the validation before the next update; infinite if there was none.
         """
         self._manager.wait_until_finished()  # of the save before: `_digest` asks for the step
         self._step = step
@@ -116,7 +128,7 @@ class Checkpoints:
                     self._meta | {"train_time_s": seconds, "stored": layout_of(state)}
                 ),
             ),
-            metrics=None if loss is None else {LOSS: loss},
+            metrics={LOSS: loss},
         )
 
     def _digest(self) -> None:

@@ -11,9 +11,9 @@ import pathlib
 from collections.abc import Mapping
 
 NAME = "digests.json"
-# Orbax writes these when the digests are there already, and no number of a run.
-_LATER = ("commit_success.txt",)
-_STAMPED, _STAMP = "_CHECKPOINT_METADATA", "commit_timestamp_nsecs"
+# Orbax writes these when the digests are there already. They hold times and names of classes, and
+# a resume does not read them.
+_LATER = ("commit_success.txt", "_CHECKPOINT_METADATA")
 
 
 class DamagedError(ValueError):
@@ -66,19 +66,7 @@ def _names(folder: pathlib.Path) -> list[str]:
 def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, str]:
     def digest(name: str) -> str:
         with open(folder / name, "rb") as file:
-            if name == _STAMPED:
-                return hashlib.sha256(_without_stamp(file.read())).hexdigest()
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     with concurrent.futures.ThreadPoolExecutor() as threads:
         return dict(zip(names, threads.map(digest, names), strict=True))
-
-
-def _without_stamp(text: bytes) -> bytes:
-    """The file without the time that Orbax adds when it renames the folder."""
-    try:
-        told = json.loads(text)
-        del told[_STAMP]
-    except (ValueError, TypeError, KeyError):
-        return text
-    return json.dumps(told, sort_keys=True).encode()

@@ -293,8 +293,8 @@ class _Run:
     def _save(self, step: int, report: Report) -> None:
         """Saves the state after `step` updates, off the clock."""
         self._settle(report)
-        validated, loss = self.validated or (None, math.nan)
-        told = loss if validated == step and math.isfinite(loss) else None
+        validated, loss = self.validated or (None, math.inf)
+        told = loss if validated == step and math.isfinite(loss) else math.inf
         begin = self.last_save = time.monotonic()
         self.checkpoints.save(step, self.state, self.data.training, self.clock.elapsed, told)
         report.saved(step, time.monotonic() - begin)

@@ -1,7 +1,7 @@
 """Which checkpoints of a run are kept: Orbax's policies, and one of our own."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import orbax.checkpoint as ocp
 
@@ -41,7 +41,7 @@ def what_to_keep(config: Config) -> policies.PreservationPolicy:
         policies.LatestN(output.keep_checkpoints),
         LastBefore(cooldown_begin(config)),
         policies.BestN(
-            get_metric_fn=lambda metrics: metrics[LOSS],
+            get_metric_fn=validation_loss,
             reverse=True,
             n=output.keep_best,
             keep_checkpoints_without_metrics=False,
@@ -50,6 +50,11 @@ def what_to_keep(config: Config) -> policies.PreservationPolicy:
     if output.keep_every:
         kept.append(policies.EveryNSteps(output.keep_every))
     return policies.AnyPreservationPolicy(kept)
+
+
+def validation_loss(metrics: Mapping[str, float]) -> float:
+    """Of a checkpoint; infinite where none was measured."""
+    return metrics[LOSS]
 
 
 def cooldown_begin(config: Config) -> int:
