@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import common_steps
 from nanogpt.train.batches import data_fingerprint, go_to
-from nanogpt.train.compatible import Meta, first_difference, layout_difference, layout_of
+from nanogpt.train.compatible import Meta, first_difference, layout_difference, layout_of, tuned
 from nanogpt.train.digests import DamagedError, check_digests, write_digests
 from nanogpt.train.distributed import largest_of_all
 from nanogpt.train.elastic import read_state
@@ -204,6 +204,8 @@ class Checkpoints:
                 schedule = dataclasses.replace(self._config.schedule, steps=steps)
                 data = data_fingerprint(dataclasses.replace(self._config, schedule=schedule))
             before = before | {name: now[name] for name in ("schedule", "matrices_cooldown")}
+        if now["go_on_from"] and now["go_on_from"] != before["go_on_from"]:
+            before = tuned(before, now)  # another run's; what this one saves itself has its own
         self._check_config(before)
         self._check_data(saved["data_fingerprint"] == data)
         if difference := layout_difference(saved["stored"], layout_of(state)):
