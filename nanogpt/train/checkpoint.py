@@ -154,9 +154,7 @@ class Checkpoints:
             ValueError: config or data differ; names the first setting that does.
         """
         folder = self.directory.absolute() / str(step)
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            meta = reader.restore(folder / "meta")
-        self._check(meta, state, step)
+        meta = self.check(folder, state)
         restored = read_state(folder / "state", state, meta["stored"])
         if int(restored.step) != step:
             raise ValueError(
@@ -197,9 +195,23 @@ class Checkpoints:
         """Finishes pending saves and frees the manager's threads."""
         self._resources.close()
 
-    def _check(self, saved: Meta, state: Any, step: int) -> None:
+    def check(self, folder: pathlib.Path, state: Any) -> Meta:
+        """Refuses a checkpoint that this run, or one that goes on from it, cannot have made.
+
+        Args:
+            folder: of the checkpoint, named after its step.
+            state: a fresh one.
+
+        Returns:
+            What was stored beside the state.
+
+        Raises:
+            ValueError: config, data or the state's layout differ; names what does first.
+        """
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            saved = reader.restore(folder.absolute() / "meta")
         before, now, data = saved["config"], self._meta["config"], self._meta["data_fingerprint"]
-        if common_steps(before, now) >= step:
+        if common_steps(before, now) >= int(folder.name):
             if (steps := before["schedule"]["steps"]) != now["schedule"]["steps"]:
                 schedule = dataclasses.replace(self._config.schedule, steps=steps)
                 data = data_fingerprint(dataclasses.replace(self._config, schedule=schedule))
@@ -210,9 +222,10 @@ class Checkpoints:
         self._check_data(saved["data_fingerprint"] == data)
         if difference := layout_difference(saved["stored"], layout_of(state)):
             raise ValueError(
-                f"cannot resume from {self.directory}: {difference}. Go back to what it was saved "
-                "with, or begin with its parameters alone by --init-from."
+                f"cannot resume from {folder}: {difference}. Go back to what it was saved with, "
+                "or begin with its parameters alone by --init-from."
             )
+        return saved
 
     def _check_config(self, saved: Meta) -> None:
         """Refuses to go on with a run of another optimizer or other settings, by name."""

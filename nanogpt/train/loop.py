@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, Literal, cast
@@ -182,6 +183,8 @@ class _Run:
             self.data = self.data.begun_with(digest)
         if self.config.go_on_from:
             self.common = common_checkpoint(self.config)
+            source = pathlib.Path(self.config.go_on_from) / "checkpoints" / str(self.common)
+            self.checkpoints.check(source, self.state)
 
     def finished(self) -> bool:
         """Tells whether an earlier process has done everything; that outlives its checkpoints.
