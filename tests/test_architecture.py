@@ -246,12 +246,12 @@ TOTALS = {
     "shampoo_jax/directions": 295,
     "shampoo_jax/optimizers": 555,
     "shampoo_jax/inspect": 980,
-    "nanogpt/config": 365,
+    "nanogpt/config": 370,
     "nanogpt/model": 190,
     "nanogpt/optimizers": 440,
-    "nanogpt/train": 1460,
+    "nanogpt/train": 1730,
     "nanogpt/report": 870,
-    "nanogpt/lab": 1125,
+    "nanogpt/lab": 1135,
 }
 
 

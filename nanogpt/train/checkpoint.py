@@ -68,9 +68,10 @@ class Checkpoints:
         self._resources.callback(manager.close)
         return manager
 
-    def open(self) -> None:
-        """Makes the folder, and whatever else the first save needs."""
+    def open(self, state: Any) -> None:
+        """Makes the folder, and whatever else saves of such a state need."""
         self._manager.all_steps()
+        self._meta["stored"] = layout_of(state)
 
     def newest(self, *, go_back: bool = False) -> tuple[int | None, list[str]]:
         """Returns the newest checkpoint's number of updates, after a look at its digests.
@@ -117,6 +118,8 @@ class Checkpoints:
             seconds: training time so far.
             loss: of the validation before the next update; infinite if there was none.
         """
+        if "stored" not in self._meta:
+            self.open(state)
         self._manager.wait_until_finished()  # of the save before: `_digest` asks for the step
         self._step = step
         self._manager.save(
@@ -124,9 +127,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=grain.checkpoint.CheckpointSave(data),
-                meta=ocp.args.JsonSave(
-                    self._meta | {"train_time_s": seconds, "stored": layout_of(state)}
-                ),
+                meta=ocp.args.JsonSave(self._meta | {"train_time_s": seconds}),
             ),
             metrics={LOSS: loss},
         )

@@ -202,7 +202,7 @@ class _Run:
 
     def train(self, report: Report) -> None:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""
-        self.checkpoints.open()
+        self.checkpoints.open(self.state)
         report.start(self.state, self.compile_s, self.damaged)
         self.last_save = _seconds()
         self.clock.start()

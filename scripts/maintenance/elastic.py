@@ -45,7 +45,7 @@ SAVED, STEPS = 4, 24  # 20 steps after a restore
 # Devices along data and fsdp; None: one device without a mesh.
 LAYOUTS: dict[str, tuple[int, int] | None] = {
     **{f"{n}": (n, 1) for n in (8, 4, 2, 1)},
-    **{"2x4": (2, 4), "4x2": (4, 2), "no mesh": None},
+    **{"2x4": (2, 4), "no mesh": None},
 }
 WRAPPED: dict[str, Callable[..., Any]] = {
     "averaged": lambda p: sj.averaging(
@@ -184,16 +184,16 @@ def moved(trainer: Callable[[str], Trainer], way: Sequence[str], steps: int) -> 
 
 def main() -> None:
     """Prints the largest difference of each optimizer on each way."""
-    ways = [(one, other) for one in ("8", "no mesh") for other in LAYOUTS if one != other]
-    ways += [("8", "4", "2", "1", "2x4", "8")]
+    ways = [("8", other) for other in LAYOUTS if other != "8"]
+    ways += [("no mesh", "8"), ("8", "4", "2", "1", "2x4", "8")]
     # Orbax saves no empty arrays.
     shapes = {name: shape for name, shape in SHAPES.items() if 0 not in shape}
-    trainer = functools.cache(functools.partial(Trainer, ALL, shapes))
     with jax.enable_x64(True):
-        for way in ways:
-            worst = moved(trainer, way, STEPS)
-            print(" -> ".join(way), f"{max(worst.values()):.1e}", flush=True)
-            print("   ", ", ".join(f"{k} {x:.0e}" for k, x in worst.items()), flush=True)
+        for name, make in ALL.items():
+            trainer = functools.cache(functools.partial(Trainer, {name: make}, shapes))
+            for way in ways:
+                (error,) = moved(trainer, way, STEPS).values()
+                print(f"{name}: {' -> '.join(way)}: {error:.1e}", flush=True)
 
 
 if __name__ == "__main__":
