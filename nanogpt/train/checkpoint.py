@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
+import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -120,7 +122,7 @@ class Checkpoints:
         """
         if "stored" not in self._meta:
             self.open(state)
-        self._manager.wait_until_finished()  # of the save before: `_digest` asks for the step
+        self.wait()  # for the save before: `_digest` asks for the step
         self._step = step
         self._manager.save(
             step,
@@ -189,12 +191,18 @@ class Checkpoints:
         self._check_data(all(told[name] == identity[name] for name in ("data", "validation")))
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is on disk.
+
+        Raises:
+            OSError: the disk is full; of what did not fit, nothing counts.
+        """
+        with _telling_full_disk(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes pending saves and frees the manager's threads."""
-        self._resources.close()
+        """Finishes pending saves and frees the manager's threads; errors as in `wait`."""
+        with _telling_full_disk(self.directory):
+            self._resources.close()
 
     def check(self, folder: pathlib.Path, state: Any) -> Meta:
         """Refuses a checkpoint that this run, or one that goes on from it, cannot have made.
@@ -259,6 +267,18 @@ class Checkpoints:
 def plain(config: Config) -> Meta:
     """Returns the config as JSON gives it back: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+@contextlib.contextmanager
+def _telling_full_disk(directory: pathlib.Path) -> Iterator[None]:
+    """TensorStore's error for a full disk is a ValueError of many lines."""
+    try:
+        yield
+    except Exception as error:
+        reason = os.strerror(errno.ENOSPC)
+        if reason not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, reason, str(directory)) from error
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:

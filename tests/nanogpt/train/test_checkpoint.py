@@ -1,6 +1,7 @@
 """Checkpoints: what belongs to them is checked, what is in them comes back bit for bit."""
 
 import dataclasses
+import errno
 from typing import NamedTuple
 
 import grain
@@ -11,6 +12,7 @@ import pytest
 
 from nanogpt.config.presets import preset
 from nanogpt.config.run import OutputConfig
+from nanogpt.train import checkpoint
 from nanogpt.train.checkpoint import Checkpoints
 from nanogpt.train.digests import DamagedError
 
@@ -200,3 +202,25 @@ def test_another_runs_options_may_be_tuned_but_not_its_own(tmp_path, config, sav
     again = dataclasses.replace(other, matrices=config.matrices)
     with pytest.raises(ValueError, match=r"matrices\.learning_rate=0\.5"):
         Checkpoints(tmp_path, again, "data-1").restore(5, state(0), batches())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Error writing x [OS error 28: No space left on device]"),
+    ],
+)
+def test_a_full_disk_costs_no_older_checkpoint(tmp_path, config, saved, monkeypatch, error):
+    def full(folder):
+        raise error
+
+    checkpoints, data = Checkpoints(tmp_path, config, "data-1"), batches()
+    monkeypatch.setattr(checkpoint, "write_digests", full)
+    checkpoints.save(5, state(5), data, seconds=0.0)
+    with pytest.raises(OSError, match="No space left") as told:
+        checkpoints.wait()
+    assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)
+    checkpoints.close()
+    assert Checkpoints(tmp_path, config, "data-1").newest() == (4, [])
+    assert {path.name for path in tmp_path.iterdir() if path.name.isdigit()} == {"3", "4"}
