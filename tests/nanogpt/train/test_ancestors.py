@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from nanogpt.config.run import OutputConfig, ScheduleConfig
+from nanogpt.config.settings import ShampooConfig
 from nanogpt.train.loop import fit
 from nanogpt.train.metrics import read_records
 from nanogpt.train.run_folder import RunFolder
@@ -117,9 +118,7 @@ def test_a_run_goes_on_with_other_options(shards, tmp_path):
     output = OutputConfig(str(tmp_path), log_every=1, checkpoint_every=4)
     parent = tiny(shards, tmp_path, "parent", "shampoo", output=output)
     fit(parent)
-    other = dataclasses.replace(
-        parent.matrices, learning_rate=0.02, every=3, cutoff="shift", damping=1e-6
-    )
+    other = ShampooConfig(0.02, 0.1, every=3, cutoff="shift", damping=1e-6)
     config = dataclasses.replace(
         parent,
         name="on",
