@@ -249,9 +249,9 @@ TOTALS = {
     "nanogpt/config": 410,
     "nanogpt/model": 190,
     "nanogpt/optimizers": 440,
-    "nanogpt/train": 1460,
+    "nanogpt/train": 1730,
     "nanogpt/report": 870,
-    "nanogpt/lab": 1125,
+    "nanogpt/lab": 1135,
 }
 
 

@@ -15,6 +15,7 @@ from nanogpt.config.run import (
     CooldownConfig,
     DataConfig,
     ModelConfig,
+    OutputConfig,
     ScheduleConfig,
 )
 from nanogpt.config.settings import SETTINGS, MatrixConfig
@@ -104,6 +105,7 @@ def preset(name: str, optimizer: str) -> Config:
         seed=0,
         model=ModelConfig(**shared.pop("model"), init=recipe.get("init", "benchmark")),
         data=DataConfig(**shared.pop("data")),
+        output=OutputConfig(**shared.pop("output", {})),
         schedule=ScheduleConfig(**recipe["schedule"]),
         optimizer=direction,
         matrices=SETTINGS[direction](**recipe["matrices"]) if known else OWN[optimizer],

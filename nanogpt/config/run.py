@@ -177,7 +177,10 @@ class OutputConfig:
     directory: str = "runs"  # the run's folder is directory/name
     log_every: int = 10  # steps between records of the training loss
     checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end or when interrupted
-    keep_checkpoints: int = 2  # newest checkpoints kept
+    checkpoint_minutes: float = 0.0  # at most so long between checkpoints; 0: as steps say
+    keep_checkpoints: int = 2  # newest checkpoints kept; the last one before the cooldown always is
+    keep_every: int = 0  # also those of every so many steps; 0: none
+    keep_best: int = 0  # also those of lowest validation loss, each validation saves one; 0: none
     # Beside metrics.jsonl, in the run's folder; of a package each.
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
@@ -185,7 +188,8 @@ class OutputConfig:
         check_types(self)
         check_folders(directory=self.directory)
         check(self, "at least 1", "log_every", "keep_checkpoints")
-        check(self, "at least 0", "checkpoint_every")
+        check(self, "at least 0", "checkpoint_every", "keep_every", "keep_best")
+        check(self, "at least 0 and finite", "checkpoint_minutes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Choice:
     config: str | None = None  # file with settings in YAML or JSON
     print_config: bool = False  # print all settings in YAML, train nothing
     resume: bool = False  # go on from the newest checkpoints, bit for bit
+    previous_good: bool = False  # with --resume: from the newest ones that are undamaged
     overwrite: bool = False  # delete earlier runs of the same name
     coordinator_address: str | None = None  # of several processes: HOST:PORT of the first one
     num_processes: int | None = None  # of several processes: how many
@@ -40,6 +41,13 @@ class Choice:
 
     def __post_init__(self):
         check(self, "positive and finite", "target")
+        if self.previous_good and not self.resume:
+            raise ValueError("previous_good=True starts no run: say --resume=previous-good.")
+
+    @property
+    def how_resumed(self) -> bool | Literal["previous-good"]:
+        """What `nanogpt.train.loop.fit` is told."""
+        return "previous-good" if self.previous_good else self.resume
 
     @property
     def process(self) -> dict[str, Any]:
@@ -61,10 +69,15 @@ def split_arguments(words: Sequence[str]) -> tuple[Choice, list[str]]:
 
     A file of settings may name preset and optimizer, too.
 
+    >>> split_arguments(["--resume=previous-good"])[0].how_resumed
+    'previous-good'
     >>> choice, rest = split_arguments(["--optimizer", "muon", "--seed", "1"])
     >>> choice.preset, choice.optimizer, rest
     ('cpu', 'muon', ['--seed', '1'])
     """
+    # A flag of tyro's has a value or has none.
+    both = {"--resume=previous-good": ("--resume", "--previous-good")}
+    words = [part for word in words for part in both.get(word, (word,))]
 
     def read(default: Choice) -> tuple[Choice, list[str]]:
         return tyro.cli(

@@ -81,7 +81,7 @@ def train(job: Job) -> None:
                 if first:
                     prepare_data(config)
                     warn_without_accelerator(choice.preset)
-            fit(config, resume=choice.resume, overwrite=choice.overwrite)
+            fit(config, resume=choice.how_resumed, overwrite=choice.overwrite)
         except Interrupted as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(128 + stopped.signum)
@@ -149,7 +149,8 @@ def train_group(jobs: Sequence[Job]) -> None:
     for job, resume in zip(jobs, going_on, strict=True):
         started, config = job
         try:
-            job = dataclasses.replace(started, resume=resume), config
+            good = resume and started.previous_good
+            job = dataclasses.replace(started, resume=resume, previous_good=good), config
             train(job) if is_own(config.optimizer) else run(job)
         finally:
             # Whatever becomes of it, the first new run ends the old group: a later --resume must

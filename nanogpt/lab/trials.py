@@ -21,7 +21,8 @@ from nanogpt.lab.processes import in_processes
 from nanogpt.report.comparison import Run, read_run
 from nanogpt.report.curves import recorded_curve
 from nanogpt.train.batches import open_data
-from nanogpt.train.checkpoint import FREE_SETTINGS, plain
+from nanogpt.train.checkpoint import plain
+from nanogpt.train.compatible import FREE_SETTINGS
 from nanogpt.train.loop import fit
 from nanogpt.train.metrics import MetricsWriter, Record, read_records
 from nanogpt.train.nonfinite import DivergedError

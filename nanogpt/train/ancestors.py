@@ -12,7 +12,8 @@ from jax.experimental import multihost_utils
 
 from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import common_steps
-from nanogpt.train.checkpoint import plain
+from nanogpt.train.checkpoint import damage, plain, saved_steps
+from nanogpt.train.digests import DamagedError
 from nanogpt.train.metrics import read_records
 from nanogpt.train.run_folder import RunFolder
 
@@ -46,9 +47,10 @@ def read_params(config: Config, params: Any) -> tuple[Any, str]:
         restore_args=ocp.checkpoint_utils.construct_restore_args(pattern),
         partial_restore=True,
     )
+    path = folder / "checkpoints" / str(max(steps))
+    _refuse_damaged("init_from", path)
     with ocp.PyTreeCheckpointer() as reader:
-        path = folder / "checkpoints" / str(max(steps)) / "state"
-        found = reader.restore(path.absolute(), args=args)["params"]
+        found = reader.restore((path / "state").absolute(), args=args)["params"]
     whole = jax.tree.leaves(multihost_utils.process_allgather(found, tiled=True))
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in whole))
     return found, digest.hexdigest()[:16]
@@ -60,7 +62,7 @@ def common_checkpoint(config: Config) -> int:
     Raises:
         ValueError: no such run, or no such checkpoint; names the step.
     """
-    _, saved, steps = _read("go_on_from", config.go_on_from)
+    folder, saved, steps = _read("go_on_from", config.go_on_from)
     common = common_steps(saved, plain(config))
     usable = [step for step in steps if step <= common]
     if not usable:
@@ -70,6 +72,9 @@ def common_checkpoint(config: Config) -> int:
             f"{', '.join(map(str, steps))}. Train that run anew with --output.checkpoint-every and "
             "--output.keep-checkpoints, or begin with its parameters alone by --init-from."
         )
+    _refuse_damaged(
+        "go_on_from", pathlib.Path(config.go_on_from) / "checkpoints" / str(max(usable))
+    )
     return max(usable)
 
 
@@ -86,12 +91,16 @@ def copy_run(config: Config, step: int) -> None:
     partial.rename(target.checkpoints / str(step))
 
 
+def _refuse_damaged(name: str, folder: pathlib.Path) -> None:
+    if fault := damage(folder):
+        raise DamagedError(f"{name}: {fault} Delete it there to take the one before.")
+
+
 def _read(name: str, folder: str) -> tuple[pathlib.Path, dict[str, Any], list[int]]:
     """A run's folder, settings, and the steps of its checkpoints."""
     path = pathlib.Path(folder)
     metrics = path / "metrics.jsonl"
-    entries = [entry.name for entry in path.glob("checkpoints/*")]
-    steps = sorted(int(entry) for entry in entries if entry.isdigit())
+    steps = saved_steps(path / "checkpoints")
     if not steps or not metrics.exists():
         raise ValueError(
             f"{name}={folder!r}: holds no run with checkpoints: give the folder that has "

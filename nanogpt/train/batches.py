@@ -1,6 +1,7 @@
 """The data of a run: checked shards, and their batches on the device."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -95,6 +96,26 @@ def _training_shards(config: Config) -> list[Any]:
 def _order(config: Config) -> dict[str, Any]:
     data, length = config.data, config.model.sequence_length
     return {"sequence_length": length, "batch_rows": data.batch_rows, "mode": data.mode}
+
+
+def go_to(data: grain.DatasetIterator, step: int, folder: pathlib.Path) -> None:
+    """Moves a run's batches to what follows a checkpoint, whatever number of processes saved it.
+
+    A step is a batch of every process. Where as many saved it, what Grain wrote is compared.
+
+    Args:
+        data: moved.
+        step: batches that were handed out.
+        folder: what Grain wrote, a file a process.
+
+    Raises:
+        ValueError: Grain had handed out another number of batches.
+    """
+    told = folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+    found = json.loads(told.read_text())["next_index"] if told.exists() else step
+    if found != step:
+        raise ValueError(f"{told} tells of {found} batches, the state of {step} updates.")
+    grain.experimental.set_next_index(data, step)
 
 
 def to_device(batch: data_pipeline.Batch, layout: Layout | None = None) -> Batch:

@@ -2,10 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
+import math
+import os
 import pathlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -14,16 +18,12 @@ import orbax.checkpoint as ocp
 
 from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import common_steps
-from nanogpt.train.batches import data_fingerprint
-from shampoo_jax import FORMAT, state_layout
-
-Meta = dict[str, Any]
-
-# Settings that decide where things lie and how often they are shown, but no number of the run.
-FREE_SETTINGS = (
-    *("name", "output", "data.directory", "mesh", "scatter_gradients", "nonfinite_limit"),
-    *("go_on_from", "profile"),
-)
+from nanogpt.train.batches import data_fingerprint, go_to
+from nanogpt.train.compatible import Meta, first_difference, layout_difference, layout_of, tuned
+from nanogpt.train.digests import DamagedError, check_digests, write_digests
+from nanogpt.train.distributed import largest_of_all
+from nanogpt.train.elastic import read_state
+from nanogpt.train.retention import LOSS, validation_loss, what_to_keep
 
 
 class Checkpoints:
@@ -45,24 +45,72 @@ class Checkpoints:
         self._config = config
         self._meta = {"config": plain(config), "data_fingerprint": fingerprint}
         self._resources = contextlib.ExitStack()
+        self._step = 0  # of the save under way
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
+        best = self._config.output.keep_best > 0
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._config.output.keep_checkpoints,
+            preservation_policy=what_to_keep(self._config),
+            # Without it Orbax writes no metrics.
+            best_fn=validation_loss if best else None,
+            # What else Orbax reads of all checkpoints is not needed, and may be damaged.
+            lightweight_initialize=not best,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._digest),
         )
-        manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
+        try:
+            manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
+        except ValueError as error:
+            raise DamagedError(
+                f"{self.directory}: the losses of a checkpoint cannot be read ({error}): set "
+                "--output.keep-best 0, or delete that checkpoint."
+            ) from error
         self._resources.callback(manager.close)
         return manager
 
-    def latest(self) -> int | None:
-        """Returns the newest checkpoint's number of updates, None if there is none."""
-        self._manager.reload()  # one may have been copied here
-        return self._manager.latest_step()
+    def open(self, state: Any) -> None:
+        """Makes the folder, and whatever else saves of such a state need."""
+        self._manager.all_steps()
+        self._meta["stored"] = layout_of(state)
 
-    def save(self, step: int, state: Any, data: grain.DatasetIterator, seconds: float) -> None:
+    def newest(self, *, go_back: bool = False) -> tuple[int | None, list[str]]:
+        """Returns the newest checkpoint's number of updates, after a look at its digests.
+
+        With several processes all of them have to ask, and get the same answer.
+
+        Args:
+            go_back: pass over those that are damaged, to the newest one that is sound.
+
+        Returns:
+            The number, None if there is no checkpoint; and what is wrong with those passed over.
+
+        Raises:
+            DamagedError: the newest one is damaged, or all are; names the file.
+        """
+        damaged: list[str] = []
+        steps = saved_steps(self.directory)
+        for step in reversed(steps):
+            fault = damage(self.directory / str(step))
+            if not fault:
+                return step, damaged
+            if not go_back:
+                raise DamagedError(
+                    f"{fault} --resume=previous-good goes back to the newest one that is sound."
+                )
+            damaged.append(fault)
+        if damaged:
+            raise DamagedError(
+                f"{damaged[0]} None of {len(damaged)} checkpoints is sound: start anew with "
+                "--overwrite or another --name."
+            )
+        return None, damaged
+
+    def save(
+        self, step: int, state: Any, data: grain.DatasetIterator, seconds: float,
+        loss: float = math.inf,
+    ) -> None:  # fmt: skip
         """Starts to save; Orbax leaves a step alone that is already there.
 
         Args:
@@ -70,23 +118,32 @@ class Checkpoints:
             state: pytree of arrays.
             data: iterator that has handed out `step` batches.
             seconds: training time so far.
+            loss: of the validation before the next update; infinite if there was none.
         """
+        if "stored" not in self._meta:
+            self.open(state)
+        self.wait()  # for the save before: `_digest` asks for the step
+        self._step = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=grain.checkpoint.CheckpointSave(data),
-                meta=ocp.args.JsonSave(
-                    self._meta | {"train_time_s": seconds, "stored": _stored(state)}
-                ),
+                meta=ocp.args.JsonSave(self._meta | {"train_time_s": seconds}),
             ),
+            metrics={LOSS: loss},
         )
+
+    def _digest(self) -> None:
+        """Orbax calls this in the first process, when all have written and nothing is renamed."""
+        for folder in self.directory.glob(f"{self._step}.*"):
+            write_digests(folder)
 
     def restore(self, step: int, state: Any, data: grain.DatasetIterator) -> tuple[Any, float]:
         """Loads a checkpoint after checking that it belongs to this config and these data.
 
         Schedules may differ where they have the updates up to this one in common: the run goes on
-        as if the new one had been its own from the beginning.
+        as if the new one had been its own from the beginning. So may the devices, and their number.
 
         Args:
             step: one of the saved steps.
@@ -99,22 +156,25 @@ class Checkpoints:
         Raises:
             ValueError: config or data differ; names the first setting that does.
         """
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        self._check(meta["meta"], state, step)
-        pattern = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(pattern),
-                data=grain.checkpoint.CheckpointRestore(data),
-            ),
-        )
-        if int(restored["state"].step) != step:
+        folder = self.directory.absolute() / str(step)
+        meta = self.check(folder, state)
+        restored = read_state(folder / "state", state, meta["stored"])
+        if int(restored.step) != step:
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} holds a state of step "
-                f"{int(restored['state'].step)}: the folder was renamed; rename it back."
+                f"{int(restored.step)}: the folder was renamed; rename it back."
             )
-        return restored["state"], float(meta["meta"]["train_time_s"])
+        go_to(data, step, folder / "data")
+        return restored, float(meta["train_time_s"])
+
+    def set_aside(self, step: int | None) -> None:
+        """Moves the checkpoints behind a step out of the way; nothing may be saved meanwhile."""
+        for later in saved_steps(self.directory):
+            if step is not None and later > step:
+                target = self.directory.with_name("damaged") / str(later)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(exist_ok=True)
+                (self.directory / str(later)).rename(target)
 
     def check_start(self, record: Meta, identity: Mapping[str, Any]) -> None:
         """Refuses to replace the records of another run, where they are all that is left of it.
@@ -131,28 +191,50 @@ class Checkpoints:
         self._check_data(all(told[name] == identity[name] for name in ("data", "validation")))
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is on disk.
+
+        Raises:
+            OSError: the disk is full; of what did not fit, nothing counts.
+        """
+        with _telling_full_disk(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes pending saves and frees the manager's threads."""
-        self._resources.close()
+        """Finishes pending saves and frees the manager's threads; errors as in `wait`."""
+        with _telling_full_disk(self.directory):
+            self._resources.close()
 
-    def _check(self, saved: Meta, state: Any, step: int) -> None:
+    def check(self, folder: pathlib.Path, state: Any) -> Meta:
+        """Refuses a checkpoint that this run, or one that goes on from it, cannot have made.
+
+        Args:
+            folder: of the checkpoint, named after its step.
+            state: a fresh one.
+
+        Returns:
+            What was stored beside the state.
+
+        Raises:
+            ValueError: config, data or the state's layout differ; names what does first.
+        """
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            saved = reader.restore(folder.absolute() / "meta")
         before, now, data = saved["config"], self._meta["config"], self._meta["data_fingerprint"]
-        if common_steps(before, now) >= step:
+        if common_steps(before, now) >= int(folder.name):
             if (steps := before["schedule"]["steps"]) != now["schedule"]["steps"]:
                 schedule = dataclasses.replace(self._config.schedule, steps=steps)
                 data = data_fingerprint(dataclasses.replace(self._config, schedule=schedule))
             before = before | {name: now[name] for name in ("schedule", "matrices_cooldown")}
+        if now["go_on_from"] and now["go_on_from"] != before["go_on_from"]:
+            before = tuned(before, now)  # another run's; what this one saves itself has its own
         self._check_config(before)
         self._check_data(saved["data_fingerprint"] == data)
-        if saved["stored"] != _stored(state):
+        if difference := layout_difference(saved["stored"], layout_of(state)):
             raise ValueError(
-                f"cannot resume from {self.directory} with mesh={self._meta['config']['mesh']!r}: "
-                f"it was saved with mesh={saved['config']['mesh']!r}, and stacks of blocks are "
-                "padded to the number of devices. Resume on as many devices."
+                f"cannot resume from {folder}: {difference}. Go back to what it was saved with, "
+                "or begin with its parameters alone by --init-from."
             )
+        return saved
 
     def _check_config(self, saved: Meta) -> None:
         """Refuses to go on with a run of another optimizer or other settings, by name."""
@@ -182,33 +264,35 @@ class Checkpoints:
             )
 
 
-def first_difference(before: Meta, now: Meta, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """Returns (dotted name, before, now) of the first setting that differs, None if none does.
-
-    `FREE_SETTINGS` may differ.
-
-    >>> first_difference({"seed": 0, "data": {"mode": "a"}}, {"seed": 0, "data": {"mode": "b"}})
-    ('data.mode', 'a', 'b')
-    """
-    for key in before | now:
-        name, left, right = prefix + key, before.get(key), now.get(key)
-        if name in FREE_SETTINGS or left == right:
-            continue
-        if isinstance(left, dict) and isinstance(right, dict):
-            deeper = first_difference(left, right, name + ".")
-            if deeper is not None:
-                return deeper
-            continue
-        return name, left, right
-    return None
-
-
-def _stored(state: Any) -> Meta:
-    """What depends on the number of devices and on the version: shapes, stacks, their format."""
-    shapes = [list(leaf.shape) for leaf in jax.tree.leaves(state)]
-    return {"shapes": shapes, "stacks": state_layout(state), "format": FORMAT}
-
-
 def plain(config: Config) -> Meta:
     """Returns the config as JSON gives it back: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+@contextlib.contextmanager
+def _telling_full_disk(directory: pathlib.Path) -> Iterator[None]:
+    """TensorStore's error for a full disk is a ValueError of many lines."""
+    try:
+        yield
+    except Exception as error:
+        reason = os.strerror(errno.ENOSPC)
+        if reason not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, reason, str(directory)) from error
+
+
+def saved_steps(directory: pathlib.Path) -> list[int]:
+    """Numbers of the checkpoints in a folder, in their order; those half written have none."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def damage(folder: pathlib.Path) -> str:
+    """What is wrong with a checkpoint, empty if nothing; each process reads its part of it."""
+    fault = ""
+    try:
+        check_digests(folder, (jax.process_index(), jax.process_count()))
+    except DamagedError as error:
+        fault = str(error)
+    if jax.process_count() > 1 and largest_of_all(bool(fault)) and not fault:
+        return f"checkpoint {folder} is damaged: another process of the job says where."
+    return fault

@@ -1,9 +1,11 @@
 """The training loop: data in, metrics and checkpoints out."""
 
 import contextlib
+import math
+import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import rich.console
@@ -31,7 +33,7 @@ TRACED = 3  # steps
 def fit(
     config: Config,
     *,
-    resume: bool = False,
+    resume: bool | Literal["previous-good"] = False,
     overwrite: bool = False,
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
@@ -41,7 +43,8 @@ def fit(
 
     Args:
         config: everything that decides the run's numbers.
-        resume: go on from the newest checkpoint, with the same numbers as if never stopped.
+        resume: go on from the newest checkpoint, with the same numbers as if never stopped;
+            "previous-good": from the newest one whose files are what was saved.
         overwrite: delete an earlier run of the same name.
         console: where progress is shown; standard output by default.
 
@@ -63,7 +66,7 @@ def fit(
     with agreed("opening the data and the run's folder"):
         check_sinks(config)
         data, folder = open_data(config), RunFolder(config, jax.process_index())
-        folder.check(resume=resume, overwrite=overwrite)
+        folder.check(resume=bool(resume), overwrite=overwrite)
         layout = make_layout(config)
         folder.lock()
     if jax.process_index():
@@ -76,11 +79,12 @@ def fit(
         contextlib.closing(_Run(config, data, folder, layout, stop)) as run,
     ):
         if resume:
-            run.go_to_newest()
+            for fault in run.go_to_newest(go_back=resume == "previous-good"):
+                console.print(f"{config.name}: passed over, and moved to damaged/: {fault}")
         if not (resume and run.finished()):
             if resume:
                 console.print(f"{config.name}: compiling ...", markup=False)
-            run.begin(resume=resume, overwrite=overwrite)
+            run.begin(resume=bool(resume), overwrite=overwrite)
             with Report(config, run.data, folder, run.saved, source, console) as report:
                 run.train(report)
         return read_records(folder.metrics if folder.metrics.exists() else folder.first_metrics)[-1]
@@ -98,6 +102,11 @@ def validation_due(step: int, config: Config) -> bool:
 
 def _compiled(function: Callable, *arguments: Any) -> jax.stages.Compiled:
     return cast(jax.stages.Wrapped, function).lower(*arguments).compile()
+
+
+def _seconds() -> float:
+    """A clock that nobody sets."""
+    return time.monotonic()
 
 
 class _Run:
@@ -118,6 +127,8 @@ class _Run:
         self.graphdef, self.state = init_state(config, self.optimizer, self.layout)
         self.checkpoints = Checkpoints(folder.checkpoints, config, data.fingerprint)
         self.saved: int | None = None
+        self.damaged: list[str] = []
+        self.validated: tuple[int, float] | None = None  # step and loss
         self.common: int | None = None  # step of another run's checkpoint to go on from
         self.clock = StepClock(0.0)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
@@ -125,13 +136,25 @@ class _Run:
         self.resources.callback(data.training.close)
         self.resources.callback(self.checkpoints.close)
 
-    def go_to_newest(self) -> None:
-        """Goes to the newest checkpoint, if there is one; makes their folder."""
-        self.saved = self.checkpoints.latest()
+    def go_to_newest(self, *, go_back: bool = False) -> list[str]:
+        """Goes to the newest checkpoint, if there is one.
+
+        Args:
+            go_back: pass over those that are damaged, and move them aside.
+
+        Returns:
+            What is wrong with these.
+        """
+        self.saved, self.damaged = self.checkpoints.newest(go_back=go_back)
         if self.saved is not None:
             restored = self.checkpoints.restore(self.saved, self.state, self.data.training)
             self.state, seconds = restored
             self.clock = StepClock(seconds)
+        if self.damaged:
+            with agreed("moving damaged checkpoints aside"):
+                if jax.process_index() == 0:
+                    self.checkpoints.set_aside(self.saved)
+        return self.damaged
 
     def begin(self, *, resume: bool, overwrite: bool) -> None:
         """Compiles, and then makes the folder of a run that has no checkpoint yet.
@@ -160,6 +183,8 @@ class _Run:
             self.data = self.data.begun_with(digest)
         if self.config.go_on_from:
             self.common = common_checkpoint(self.config)
+            source = pathlib.Path(self.config.go_on_from) / "checkpoints" / str(self.common)
+            self.checkpoints.check(source, self.state)
 
     def finished(self) -> bool:
         """Tells whether an earlier process has done everything; that outlives its checkpoints.
@@ -177,14 +202,15 @@ class _Run:
 
     def train(self, report: Report) -> None:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""
-        report.start(self.state, self.compile_s)
-        every = self.config.output.checkpoint_every
+        self.checkpoints.open(self.state)
+        report.start(self.state, self.compile_s, self.damaged)
+        self.last_save = _seconds()
         self.clock.start()
         for step in range(self.saved or 0, self.config.schedule.steps):
             self._validate_if_due(step, report)
             if self.stopped(step):
                 self._stop(step, report)
-            if every and step and step % every == 0:
+            if self._save_due(step):
                 self._save(step, report)
             self._trace_if_due(step, report)
             batch = to_device(next(self.data.training), self.layout)
@@ -252,13 +278,34 @@ class _Run:
                 return
             total += float(self.evaluate(self.state.params, to_device(batch, self.layout)))
             tokens += batch["targets"].size * jax.process_count()
-        report.validation(step, total / tokens, self.clock)
+        self.validated = step, total / tokens
+        report.validation(*self.validated, self.clock)
         self.clock.start()
+
+    def _save_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be made before update `step`; all processes answer alike."""
+        output = self.config.output
+        if step == (self.saved or 0):
+            return False
+        if output.checkpoint_every and step % output.checkpoint_every == 0:
+            return True
+        if output.keep_best and self.validated and self.validated[0] == step:
+            return True
+        if not output.checkpoint_minutes:
+            return False
+        late = _seconds() - self.last_save >= 60 * output.checkpoint_minutes
+        if jax.process_count() == 1:
+            return late
+        return step % output.log_every == 0 and bool(largest_of_all(late))
 
     def _save(self, step: int, report: Report) -> None:
         """Saves the state after `step` updates, off the clock."""
         self._settle(report)
-        self.checkpoints.save(step, self.state, self.data.training, self.clock.elapsed)
+        validated, loss = self.validated or (None, math.inf)
+        told = loss if validated == step and math.isfinite(loss) else math.inf
+        begin, self.last_save = time.perf_counter(), _seconds()
+        self.checkpoints.save(step, self.state, self.data.training, self.clock.elapsed, told)
+        report.saved(step, time.perf_counter() - begin)
         self.clock.start()
 
     def stopped(self, step: int) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
@@ -67,16 +68,17 @@ class Report:
         for sink in reversed(self._sinks):
             sink.close()
 
-    def start(self, state: TrainState, compile_s: float) -> None:
+    def start(self, state: TrainState, compile_s: float, damaged: Sequence[str] = ()) -> None:
         """Writes what the run is: the record "start", or "resume" for a later process.
 
         Args:
             state: before the first step.
             compile_s: seconds spent on compiling, which no other figure includes.
+            damaged: what was wrong with newer checkpoints that a resume has passed over.
         """
         self._skipped = int(state.opt_state.total_notfinite)
         if self._resumed is not None:
-            self._write("resume", step=self._resumed, **provenance())
+            self._write("resume", step=self._resumed, damaged=list(damaged), **provenance())
         else:
             baselines = self._data.baselines
             self._write(
@@ -121,6 +123,10 @@ class Report:
         """Writes the validation loss (nats per token) before update `step`."""
         self._val_loss = loss
         self._write("val", step=step, loss=loss, train_time_s=clock.elapsed, **self._bits(loss))
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Writes how long training waited for a checkpoint of `step` updates to be begun."""
+        self._write("save", step=step, save_blocked_s=seconds)
 
     def end(self, compile_s: float, clock: StepClock) -> None:
         """Writes the last record; `train_time_s` counts earlier processes, the rest this one."""

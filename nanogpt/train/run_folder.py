@@ -23,6 +23,7 @@ class RunFolder:
         self.metrics = self.path / (f"metrics-{process}.jsonl" if process else "metrics.jsonl")
         self.record = self.path / "record.txt"  # of the first process, see `RecordLog`
         self.checkpoints = self.path / "checkpoints"
+        self.damaged = self.path / "damaged"  # checkpoints, see `Checkpoints.set_aside`
         self.events, self.profile = self.path / "tensorboard", self.path / "profile"
         self.wandb = self.path / "wandb.id"  # the run's id there
         self._sources = [name for name in (config.init_from, config.go_on_from) if name]
@@ -119,7 +120,7 @@ class RunFolder:
         """Deletes the run that lies here, and nothing else."""
         for file in (*self.path.glob("metrics*.jsonl"), self.record, self.wandb):
             file.unlink(missing_ok=True)  # another process of the job may be at it, too
-        for folder in (self.checkpoints, self.events, self.profile):
+        for folder in (self.checkpoints, self.damaged, self.events, self.profile):
             shutil.rmtree(folder, ignore_errors=True)
 
     def changed(self) -> int | None:

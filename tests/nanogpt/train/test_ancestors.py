@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from nanogpt.config.run import OutputConfig, ScheduleConfig
+from nanogpt.config.settings import ShampooConfig
 from nanogpt.train.loop import fit
 from nanogpt.train.metrics import read_records
 from nanogpt.train.run_folder import RunFolder
@@ -110,3 +111,41 @@ def test_the_step_that_is_missing_is_named(shards, tmp_path, parent):
     longer = dataclasses.replace(only, schedule=ScheduleConfig(14))
     with pytest.raises(ValueError, match="schedule.steps=10, this run has schedule.steps=14"):
         fit(longer, resume=True)
+
+
+def test_a_run_goes_on_with_other_options(shards, tmp_path):
+    """Rate, interval and root of the state's own factors; not blocks that are cut otherwise."""
+    output = OutputConfig(str(tmp_path), log_every=1, checkpoint_every=4)
+    parent = tiny(shards, tmp_path, "parent", "shampoo", output=output)
+    fit(parent)
+    other = ShampooConfig(0.02, 0.1, every=3, cutoff="shift", damping=1e-6)
+    config = dataclasses.replace(
+        parent,
+        name="on",
+        schedule=ScheduleConfig(14),
+        matrices=other,
+        auxiliary=dataclasses.replace(parent.auxiliary, head_learning_rate=0.02),
+        go_on_from=str(RunFolder(parent).path),
+    )
+    fit(config)
+    assert [record["step"] for record in records(config, "resume")] == [4]
+    before, after = (records(one, "train") for one in (parent, config))
+    assert [one["loss"] for one in after[:5]] == [one["loss"] for one in before[:5]]
+    assert after[4]["learning_rate"] == pytest.approx(0.02)
+    assert after[5]["loss"] != before[5]["loss"] and after[-1]["loss"] < after[4]["loss"]
+    cut = dataclasses.replace(config, name="cut", matrices=dataclasses.replace(other, block_size=8))
+    with pytest.raises(ValueError, match="cannot resume from .*has .*: it was made .*other opt"):
+        fit(cut)
+    assert not RunFolder(cut).path.exists()
+
+
+@pytest.mark.parametrize("how", ["init_from", "go_on_from"])
+def test_a_damaged_checkpoint_is_not_begun_with(shards, tmp_path, parent, how):
+    copied = tmp_path / "parent"
+    shutil.copytree(RunFolder(parent).path, copied)
+    step = "10" if how == "init_from" else "4"
+    (copied / "checkpoints" / step / "meta" / "metadata").write_bytes(b"{}")
+    config = tiny(shards, tmp_path, "on", schedule=ScheduleConfig(14), **{how: str(copied)})
+    with pytest.raises(ValueError, match=f"{how}: checkpoint .*{step} is damaged: meta/metadata"):
+        fit(config)
+    assert not RunFolder(config).path.exists()

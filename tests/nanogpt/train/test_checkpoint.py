@@ -1,6 +1,7 @@
 """Checkpoints: what belongs to them is checked, what is in them comes back bit for bit."""
 
 import dataclasses
+import errno
 from typing import NamedTuple
 
 import grain
@@ -11,7 +12,9 @@ import pytest
 
 from nanogpt.config.presets import preset
 from nanogpt.config.run import OutputConfig
-from nanogpt.train.checkpoint import Checkpoints, first_difference
+from nanogpt.train import checkpoint
+from nanogpt.train.checkpoint import Checkpoints
+from nanogpt.train.digests import DamagedError
 
 
 class State(NamedTuple):
@@ -48,7 +51,7 @@ def saved(tmp_path, config):
 
 def test_state_data_and_time_come_back(tmp_path, config, saved):
     checkpoints, data = Checkpoints(tmp_path, config, "data-1"), batches()
-    assert checkpoints.latest() == 4
+    assert checkpoints.newest() == (4, [])
     restored, seconds = checkpoints.restore(4, state(0), data)
     jax.tree.map(np.testing.assert_array_equal, restored, state(4, scale=4))
     assert jax.tree.structure(restored) == jax.tree.structure(state(4))
@@ -114,10 +117,110 @@ def test_renamed_checkpoint_is_refused(tmp_path, config, saved):
     checkpoints.close()
 
 
-def test_first_difference_looks_inside_and_in_order():
-    before = {"a": 1, "b": {"c": [1, 2], "d": 0}, "output": {"x": 1}}
-    assert first_difference(before, before) is None
-    assert first_difference(before, before | {"output": 5}) is None
-    now = {"a": 1, "b": {"c": [1, 3], "d": 1}, "output": {"x": 1}}
-    assert first_difference(before, now) == ("b.c", [1, 2], [1, 3])
-    assert first_difference(before, before | {"new": 7}) == ("new", None, 7)
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1])), "is not what was saved"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is not what was saved"),
+        (lambda file: file.unlink(), "is missing"),
+        (lambda file: file.with_name("more").touch(), "does not belong to it"),
+    ],
+)
+def test_damage_is_refused_or_passed_over(tmp_path, config, saved, spoil, complaint):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in ("3", "4"):
+        (tmp_path / step).rename(folder / step)
+    spoil(next((folder / "4" / "state" / "d").iterdir()))
+    checkpoints, data = Checkpoints(folder, config, "data-1"), batches()
+    with pytest.raises(DamagedError, match=f"4 is damaged: .*{complaint}.*previous-good"):
+        checkpoints.newest()
+    step, passed_over = checkpoints.newest(go_back=True)
+    assert step == 3 and len(passed_over) == 1 and complaint in passed_over[0]
+    restored, _ = checkpoints.restore(3, state(0), data)
+    assert restored.params["w"][1, 2] == 15.0 and next(data) == saved_at(4)
+    checkpoints.set_aside(3)
+    assert (tmp_path / "damaged" / "4").is_dir()
+    checkpoints.save(4, state(4, scale=9), data, seconds=0.0)  # the place is free
+    checkpoints.close()
+    assert Checkpoints(folder, config, "data-1").newest() == (4, [])
+
+
+def saved_at(position):
+    data = batches()
+    return [next(data) for _ in range(position)][-1]
+
+
+def test_without_a_sound_checkpoint_there_is_nothing_to_go_back_to(tmp_path, config, saved):
+    """One without digests was not saved whole, or by another version."""
+    for step in ("3", "4"):
+        (tmp_path / step / "digests.json").unlink()
+    with pytest.raises(DamagedError, match="digests.json is missing. None of 2 .* --overwrite"):
+        Checkpoints(tmp_path, config, "data-1").newest(go_back=True)
+
+
+def test_half_a_checkpoint_does_not_count(tmp_path, config, saved):
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    assert Checkpoints(tmp_path, config, "data-1").newest() == (4, [])
+
+
+def test_other_processes_position_is_this_ones(tmp_path, config, saved):
+    """Grain writes a file a process; of another number of processes only the step counts."""
+    told = tmp_path / "4" / "data" / "process_0-of-1.json"
+    checkpoints, data = Checkpoints(tmp_path, config, "data-1"), batches()
+    told.rename(told.with_name("process_0-of-2.json"))
+    checkpoints.restore(4, state(0), data)
+    assert [next(data) for _ in range(5)] == saved
+    told.write_text('{"next_index": 3}')
+    with pytest.raises(ValueError, match="tells of 3 batches, the state of 4 updates"):
+        checkpoints.restore(4, state(0), data)
+
+
+def test_what_the_settings_name_is_kept(tmp_path, config):
+    """Of 9 steps that cool down after 6: the last, the best, every fourth, and 6."""
+    output = OutputConfig(str(tmp_path), keep_checkpoints=1, keep_every=4, keep_best=1)
+    schedule = dataclasses.replace(config.schedule, steps=10, cooldown=0.5)
+    config = dataclasses.replace(config, output=output, schedule=schedule)
+    for steps in (range(1, 6), range(6, 10)):  # a second process knows the losses of the first
+        checkpoints, data = Checkpoints(tmp_path, config, "data-1"), batches()
+        for step in steps:
+            grain.experimental.set_next_index(data, step)
+            loss = {"loss": abs(step - 3.0)} if step != 2 else {}
+            checkpoints.save(step, state(step), data, seconds=0.0, **loss)
+        checkpoints.close()
+    found = {path.name for path in tmp_path.iterdir() if path.name.isdigit()}
+    assert found == {"3", "4", "6", "8", "9"}
+
+
+def test_another_runs_options_may_be_tuned_but_not_its_own(tmp_path, config, saved):
+    matrices = dataclasses.replace(config.matrices, learning_rate=0.5)
+    other = dataclasses.replace(config, matrices=matrices, go_on_from="elsewhere")
+    checkpoints, data = Checkpoints(tmp_path, other, "data-1"), batches()
+    restored, _ = checkpoints.restore(4, state(0), data)
+    checkpoints.save(5, restored._replace(step=jax.numpy.int32(5)), data, seconds=0.0)
+    checkpoints.close()
+    again = dataclasses.replace(other, matrices=config.matrices)
+    with pytest.raises(ValueError, match=r"matrices\.learning_rate=0\.5"):
+        Checkpoints(tmp_path, again, "data-1").restore(5, state(0), batches())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Error writing x [OS error 28: No space left on device]"),
+    ],
+)
+def test_a_full_disk_costs_no_older_checkpoint(tmp_path, config, saved, monkeypatch, error):
+    def full(folder):
+        raise error
+
+    checkpoints, data = Checkpoints(tmp_path, config, "data-1"), batches()
+    monkeypatch.setattr(checkpoint, "write_digests", full)
+    checkpoints.save(5, state(5), data, seconds=0.0)
+    with pytest.raises(OSError, match="No space left") as told:
+        checkpoints.wait()
+    assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)
+    checkpoints.close()
+    assert Checkpoints(tmp_path, config, "data-1").newest() == (4, [])
+    assert {path.name for path in tmp_path.iterdir() if path.name.isdigit()} == {"3", "4"}

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -203,6 +204,9 @@ def test_two_processes_train_fail_resume_and_stop(tmp_path):
     assert "process 0 of 2 failed" in outputs[0]
     assert [p.name for p in (run / "checkpoints").iterdir()] == [str(SAVED)]
 
+    # One process, and one device, goes on with it as well.
+    shutil.copytree(tmp_path / "meshed", tmp_path / "moved")
+    speedrun.main([*SETTINGS, *data, str(tmp_path / "moved"), "--resume"])
     # The signal comes before the last batch of process 1 alone.
     last = STEPS - SAVED - 1
     codes, outputs = two_processes(by_variables, "signal", last, *meshed, "--resume")
@@ -212,5 +216,7 @@ def test_two_processes_train_fail_resume_and_stop(tmp_path):
     assert losses == train_losses(run / "metrics-1.jsonl")
     speedrun.main([*SETTINGS, *data, str(tmp_path / "alone")])
     alone = train_losses(tmp_path / "alone" / "run" / "metrics.jsonl")
-    assert list(losses) == list(alone) == list(range(STEPS))
-    np.testing.assert_allclose(list(losses.values()), list(alone.values()), rtol=2e-5)
+    moved = train_losses(tmp_path / "moved" / "run" / "metrics.jsonl")
+    for others in (losses, moved):
+        assert list(others) == list(alone) == list(range(STEPS))
+        np.testing.assert_allclose(list(others.values()), list(alone.values()), rtol=2e-5)

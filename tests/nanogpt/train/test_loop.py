@@ -276,6 +276,51 @@ def test_killed_run_goes_on_from_its_last_checkpoint(shards, tmp_path, whole):
     assert_equal(saved(config, 9), saved(whole, 9))
 
 
+def test_a_damaged_checkpoint_is_passed_over_bit_for_bit(shards, tmp_path, whole):
+    """The run goes on from the one before, says so, and makes the damaged one anew."""
+    config = dataclasses.replace(
+        whole, output=dataclasses.replace(whole.output, directory=str(tmp_path))
+    )
+    shutil.copytree(RunFolder(whole).path, RunFolder(config).path)
+    folder = RunFolder(config)
+    shutil.rmtree(folder.checkpoints / "10")
+    tensors = next((folder.checkpoints / "9" / "state" / "d").iterdir())
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"?")
+    before = records(config)
+    with pytest.raises(ValueError, match="9 is damaged: state/d/.*--resume=previous-good goes"):
+        fit(config, resume=True)
+    assert records(config) == before
+    said = io.StringIO()
+    fit(config, resume="previous-good", console=rich.console.Console(file=said, soft_wrap=True))
+    assert "run: passed over, and moved to damaged/: checkpoint" in said.getvalue()
+    assert losses(config) == losses(whole)
+    assert_equal(saved(config), saved(whole))
+    assert_equal(saved(config, 9), saved(whole, 9))
+    (resumed,) = records(config, "resume")
+    assert resumed["step"] == 6 and "9 is damaged: state/d/" in resumed["damaged"][0]
+    assert (folder.path / "damaged" / "9").is_dir()
+    fit(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "steps"),
+    [
+        ({"checkpoint_minutes": 1.0}, [3, 6, 9, 10]),
+        ({"checkpoint_minutes": 1.0, "checkpoint_every": 5}, [3, 5, 8, 10]),
+        ({"keep_best": 1}, [4, 8, 9, 10]),
+    ],
+)
+def test_when_checkpoints_are_made(shards, tmp_path, monkeypatch, output, steps):
+    """A step takes 25 seconds here; validations are before updates 0, 4, 8, 9 and 10."""
+    taken = iter(range(10**6))
+    monkeypatch.setattr(loop, "_seconds", lambda: 25.0 * next(taken))
+    config = tiny(shards, tmp_path, output=OutputConfig(str(tmp_path), **output))
+    fit(config)
+    told = records(config, "save")
+    assert [record["step"] for record in told] == steps
+    assert all(0 < record["save_blocked_s"] < 60 for record in told)
+
+
 def test_checkpoints_of_a_running_loop_hold_their_own_step(whole):
     """Saves are asynchronous, and the state saved is donated to the next step."""
     assert [saved(whole, step)["state"]["step"] for step in (3, 6, 9, 10)] == [3, 6, 9, 10]

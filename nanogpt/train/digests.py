@@ -1,0 +1,72 @@
+"""Digests of a checkpoint's files, written before it counts, verified before it is read.
+
+TensorStore checks nothing of what Orbax stores. The digests lie in the checkpoint itself, so they
+travel with it; a checkpoint without them was not saved whole.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+
+NAME = "digests.json"
+# Orbax writes these when the digests are there already. They hold times and names of classes, and
+# a resume does not read them.
+_LATER = ("commit_success.txt", "_CHECKPOINT_METADATA")
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was saved; the message names the file."""
+
+
+def write_digests(folder: pathlib.Path) -> None:
+    """Writes `digests.json`: SHA-256 by file; the folder is otherwise complete."""
+    (folder / NAME).write_text(json.dumps(_digests(folder, _names(folder)), indent=0))
+
+
+def check_digests(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Refuses a checkpoint that is not what was saved; reads its files and nothing else.
+
+    Args:
+        folder: a checkpoint's.
+        share: number of this process, and of all: each reads its part of the files.
+
+    Raises:
+        DamagedError: a file was changed, cut, deleted or added; names the first.
+    """
+    wanted, names = _read(folder), _names(folder)
+    for name in sorted(wanted.keys() ^ set(names)):
+        what = "is missing" if name in wanted else "does not belong to it"
+        raise DamagedError(f"checkpoint {folder} is damaged: {name} {what}.")
+    rank, world = share
+    for name, found in _digests(folder, names[rank::world]).items():
+        if found != wanted[name]:
+            raise DamagedError(f"checkpoint {folder} is damaged: {name} is not what was saved.")
+
+
+def _read(folder: pathlib.Path) -> Mapping[str, str]:
+    try:
+        wanted = json.loads((folder / NAME).read_bytes())
+    except FileNotFoundError:
+        raise DamagedError(f"checkpoint {folder} is damaged: {NAME} is missing.") from None
+    except ValueError:
+        wanted = None
+    if not isinstance(wanted, dict):
+        raise DamagedError(f"checkpoint {folder} is damaged: {NAME} cannot be read.")
+    return wanted
+
+
+def _names(folder: pathlib.Path) -> list[str]:
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    return [name for name in names if name not in (NAME, *_LATER)]
+
+
+def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        return dict(zip(names, threads.map(digest, names), strict=True))
