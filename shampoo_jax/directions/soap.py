@@ -116,7 +116,9 @@ def scale_by_soap(
     # A first moment inside is skipped with the rest; outside it can serve a graft.
     inner = optax.chain(first_moment, second) if when.skip_first else second
     bases = eigenbasis(inner, basis=method, every=every, refresh=when, rtol=rtol)
-    factors = accumulate_factors(b2 if factor_b2 is None else factor_b2, **weighting)
+    # Bases do not depend on the scale of a factor, so only damping needs its correction.
+    form = {**weighting, "bias_correction": bias_correction and not is_off(damping)}
+    factors = accumulate_factors(b2 if factor_b2 is None else factor_b2, **form)
     return walk(
         optax.chain(factors, *_damping(damping, rtol), bases),
         options,

@@ -232,7 +232,8 @@ def _refresh(moving: _Moving, paths: list[KeyPath], old: Old, factors: Matrices)
     for k, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
         if factor is None or basis is None:
             continue
-        ok = eigh.finite(factor)
+        # Waits for the dimension before it: temporary arrays of one of them are alive at a time.
+        ok = eigh.finite(factor) & (failures + failed >= 0)
         values, found, moved = moving.basis(where_block(ok, factor, jnp.zeros_like(factor)), basis)
         ok &= eigh.finite(found)
         failed |= ~ok
