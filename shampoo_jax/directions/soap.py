@@ -136,12 +136,12 @@ def _factors(
     b2: Any, damping: Any, rtol: Any, form: dict[str, Any]
 ) -> list[optax.GradientTransformation]:
     """The part that accumulates factors, and one that damps them, if any."""
-    factors = accumulate_factors(b2, **form)
     if is_off(damping):
-        return [factors]
+        # Bases do not depend on the scale of a factor, so only damping needs its correction.
+        return [accumulate_factors(b2, **{**form, "bias_correction": False})]
     if not is_off(rtol):
         raise ValueError(
             f"damping={damping} with rtol={rtol}: damping lifts the null directions that "
             "truncation is to remove, drop damping or set rtol=0.0."
         )
-    return [factors, damp(damping)]
+    return [accumulate_factors(b2, **form), damp(damping)]

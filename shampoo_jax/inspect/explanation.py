@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 from shampoo_jax.base.paths import as_written, name_of
 from shampoo_jax.blocks.plan import Plan, make_plan
 from shampoo_jax.directions.walk import Work
+from shampoo_jax.inspect.memory import temporary_bytes
 from shampoo_jax.inspect.report import Report, Row
 from shampoo_jax.optimizers.aliases import shampoo
 from shampoo_jax.optimizers.optimizer import Routed
@@ -22,6 +23,7 @@ from shampoo_jax.parts.refresh import Refresh
 from shampoo_jax.solvers.bases import Basis
 from shampoo_jax.solvers.solver import Cost
 from shampoo_jax.stacks.blocked import Design
+from shampoo_jax.stacks.chunks import chunk_of
 from shampoo_jax.stacks.exchanges import OnMesh, abstract, elementwise_moves, on_mesh
 from shampoo_jax.stacks.guard import Guarded
 from shampoo_jax.stacks.layout import Layout
@@ -113,6 +115,12 @@ def explain(
     sides = _sides(plan, state)
     statistics, application = _products(plan, sides, work, state)
     kinds = _by_kind(state)
+    count = placement.count if placement else 1
+    counts = {key: math.ceil(n / count) for key, n in plan.counts.items()}
+    chunks = {
+        key: chunk_of(design.chunk, n, plan.shapes[key], plan.powers[key])
+        for key, n in counts.items()
+    }
     return Report(
         rows=_rows(params, ours, plan, sides),
         state_bytes={kind: _bytes(leaves) for kind, leaves in kinds.items()},
@@ -122,10 +130,11 @@ def explain(
         + (state_bytes(optax.scale_by_adam(), others) if jax.tree.leaves(others) else 0),
         statistics_flops=statistics,
         apply_flops=application,
+        temporary_bytes=_temporary(plan, counts, chunks, state),
         on_mesh=None
         if placement is None
         else _on_mesh(placement, work, routed, plan, sides, state, ours, others),
-        **_refresh(work, sides, state),
+        **_refresh(work, sides, state, chunks),
     )
 
 
@@ -220,7 +229,17 @@ def _products(plan: Plan, sides: Mapping[Side, int], work: Work, state: Any) -> 
     return statistics, product * (3 if _nodes_with("bases", state) else 1)
 
 
-def _refresh(work: Work, sides: Mapping[Side, int], state: Any) -> dict[str, Any]:
+def _temporary(plan: Plan, counts: Mapping[str, int], chunks: Mapping[str, int], state: Any) -> int:
+    """Temporary memory of a step on one device."""
+    kind = "bases" if _nodes_with("bases", state) else "roots"
+    if _nodes_with("eigenvalues", state):
+        kind = "kl" if _nodes_with("nu", state) else "kl_scaled"
+    return temporary_bytes(plan, counts, chunks, kind, bool(_nodes_with("magnitude", state)))
+
+
+def _refresh(
+    work: Work, sides: Mapping[Side, int], state: Any, chunks: Mapping[str, int]
+) -> dict[str, Any]:
     """The fields of the report about refreshes."""
     factors = [node.factors for node in _nodes_with("factors", state)]
     dtype = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(factors)))
@@ -233,7 +252,7 @@ def _refresh(work: Work, sides: Mapping[Side, int], state: Any) -> dict[str, Any
         return sum(n * costs[side].flops * side.size**3 for side, n in numbers.items())
 
     def working(side: Side) -> int:
-        at_once = min(math.ceil(share[side]), work.refresh.chunk or sides[side])
+        at_once = min(math.ceil(share[side]), work.refresh.chunk or sides[side], chunks[side.key])
         return at_once * costs[side].matrices * side.size**2 * dtype.itemsize
 
     return {

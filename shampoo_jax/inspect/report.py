@@ -55,6 +55,9 @@ class Report:
       working_bytes: Temporary memory of the largest root computation, where all the factors of a
         shape, or `chunk` of them, or the share of a staggered step, are solved together; CPU takes
         them one at a time.
+      temporary_bytes: Estimate of the temporary memory of a step on one device, as XLA reports it in
+        `memory_analysis().temp_size_in_bytes` where gradients and state are donated: of stacks of
+        gradients, and of the blocks that are computed at the same time.
       statistics_flops: Factor statistics of one step, `2 d |block|` per factor, and whitening.
       apply_flops: Application in one step: with roots `2 d |block|` per factor; with eigenbases
         three times that, for gradient and first moment into the basis and the update back.
@@ -83,6 +86,7 @@ class Report:
     working_bytes: int
     statistics_flops: int
     apply_flops: int
+    temporary_bytes: int
     root_batches: int
     fallback_batches: int
     largest_factor: int
@@ -104,7 +108,8 @@ class Report:
             f"Muon {_scaled(self.muon_bytes, 'B')}",
             f"refresh           {_scaled(self.refresh_flops, 'FLOP')} by {self.refresh_method}, "
             f"{schedule}",
-            f"working memory    {_scaled(self.working_bytes, 'B')} for the largest root batch",
+            f"temporary memory  about {_scaled(self.temporary_bytes, 'B')} a step, "
+            f"{_scaled(self.working_bytes, 'B')} of it for the largest root batch",
             f"every step        {_scaled(self.statistics_flops, 'FLOP')} statistics, "
             f"{_scaled(self.apply_flops, 'FLOP')} application",
             f"root batches      {self.root_batches} (block shapes x sides)"

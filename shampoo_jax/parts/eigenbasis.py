@@ -249,7 +249,8 @@ def _refresh(moving: _Moving, paths: list[KeyPath], old: Old, factors: Matrices)
     for k, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
         if factor is None or basis is None:
             continue
-        ok = eigh.finite(factor)
+        # Waits for the dimension before it: temporary arrays of one of them are alive at a time.
+        ok = eigh.finite(factor) & (failures + failed >= 0)
         sound = where_block(ok, factor, jnp.zeros_like(factor))
         known = keep[k] if keep else None
         values, found, moved = moving.basis(sound, basis, known, moving.rtol)
