@@ -245,7 +245,7 @@ TOTALS = {
     "shampoo_jax/parts": 900,
     "shampoo_jax/directions": 275,
     "shampoo_jax/optimizers": 545,
-    "shampoo_jax/inspect": 555,
+    "shampoo_jax/inspect": 625,
     "nanogpt/config": 395,
     "nanogpt/model": 180,
     "nanogpt/optimizers": 450,
