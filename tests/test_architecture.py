@@ -248,10 +248,10 @@ TOTALS = {
     "shampoo_jax/inspect": 1040,
     "nanogpt/config": 415,
     "nanogpt/model": 190,
-    "nanogpt/optimizers": 440,
+    "nanogpt/optimizers": 450,
     "nanogpt/train": 1740,
     "nanogpt/report": 870,
-    "nanogpt/lab": 1135,
+    "nanogpt/lab": 1155,
 }
 
 

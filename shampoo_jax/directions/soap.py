@@ -121,9 +121,9 @@ def scale_by_soap(
     # A first moment inside is skipped with the rest; outside it can serve a graft.
     inner = optax.chain(first_moment, second) if when.skip_first else second
     bases = eigenbasis(inner, basis=method, every=every, refresh=when, rtol=rtol)
-    factors = _factors(b2 if factor_b2 is None else factor_b2, damping, rtol, weighting)
+    decay = b2 if factor_b2 is None else factor_b2
     return walk(
-        optax.chain(*factors, bases),
+        optax.chain(*_factors(decay, damping, rtol, weighting), bases),
         options,
         scale_by_soap,
         method,
@@ -133,15 +133,15 @@ def scale_by_soap(
 
 
 def _factors(
-    b2: Any, damping: Any, rtol: Any, form: dict[str, Any]
+    b2: Any, damping: Any, rtol: Any, weighting: dict[str, Any]
 ) -> list[optax.GradientTransformation]:
-    """The part that accumulates factors, and one that damps them, if any."""
+    """Factors, damped where asked for; ValueError where truncation is asked for beside it."""
     if is_off(damping):
-        # Bases do not depend on the scale of a factor, so only damping needs its correction.
-        return [accumulate_factors(b2, **{**form, "bias_correction": False})]
+        # Bases do not depend on the scale of a factor: corrected ones would be copies for nothing.
+        return [accumulate_factors(b2, **{**weighting, "bias_correction": False})]
     if not is_off(rtol):
         raise ValueError(
             f"damping={damping} with rtol={rtol}: damping lifts the null directions that "
             "truncation is to remove, drop damping or set rtol=0.0."
         )
-    return [accumulate_factors(b2, **form), damp(damping)]
+    return [accumulate_factors(b2, **weighting), damp(damping)]

@@ -114,13 +114,7 @@ def explain(
     plan = make_plan(ours, design.blocking, design.exponents)
     sides = _sides(plan, state)
     statistics, application = _products(plan, sides, work, state)
-    kinds = _by_kind(state)
-    count = placement.count if placement else 1
-    counts = {key: math.ceil(n / count) for key, n in plan.counts.items()}
-    chunks = {
-        key: chunk_of(design.chunk, n, plan.shapes[key], plan.powers[key])
-        for key, n in counts.items()
-    }
+    kinds, chunks = _by_kind(state), _chunks(design, plan, placement)
     return Report(
         rows=_rows(params, ours, plan, sides),
         state_bytes={kind: _bytes(leaves) for kind, leaves in kinds.items()},
@@ -130,7 +124,7 @@ def explain(
         + (state_bytes(optax.scale_by_adam(), others) if jax.tree.leaves(others) else 0),
         statistics_flops=statistics,
         apply_flops=application,
-        temporary_bytes=_temporary(plan, counts, chunks, state),
+        temporary_bytes=_temporary(plan, chunks, state),
         on_mesh=None
         if placement is None
         else _on_mesh(placement, work, routed, plan, sides, state, ours, others),
@@ -229,16 +223,25 @@ def _products(plan: Plan, sides: Mapping[Side, int], work: Work, state: Any) -> 
     return statistics, product * (3 if _nodes_with("bases", state) else 1)
 
 
-def _temporary(plan: Plan, counts: Mapping[str, int], chunks: Mapping[str, int], state: Any) -> int:
+def _chunks(design: Design, plan: Plan, placement: Placement | None) -> dict[str, tuple[int, int]]:
+    """By stack its blocks on one device, and how many of them are computed at a time."""
+    chunks, owners = {}, placement.count if placement else 1
+    for key, shape in plan.shapes.items():
+        n = math.ceil(plan.counts[key] / owners)
+        chunks[key] = n, chunk_of(design.chunk, n, shape, plan.powers[key])
+    return chunks
+
+
+def _temporary(plan: Plan, chunks: Mapping[str, tuple[int, int]], state: Any) -> int:
     """Temporary memory of a step on one device."""
     kind = "bases" if _nodes_with("bases", state) else "roots"
     if _nodes_with("eigenvalues", state):
         kind = "kl" if _nodes_with("nu", state) else "kl_scaled"
-    return temporary_bytes(plan, counts, chunks, kind, bool(_nodes_with("magnitude", state)))
+    return temporary_bytes(plan, chunks, kind, bool(_nodes_with("magnitude", state)))
 
 
 def _refresh(
-    work: Work, sides: Mapping[Side, int], state: Any, chunks: Mapping[str, int]
+    work: Work, sides: Mapping[Side, int], state: Any, chunks: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The fields of the report about refreshes."""
     factors = [node.factors for node in _nodes_with("factors", state)]
@@ -252,7 +255,9 @@ def _refresh(
         return sum(n * costs[side].flops * side.size**3 for side, n in numbers.items())
 
     def working(side: Side) -> int:
-        at_once = min(math.ceil(share[side]), work.refresh.chunk or sides[side], chunks[side.key])
+        at_once = min(
+            math.ceil(share[side]), work.refresh.chunk or sides[side], chunks[side.key][1]
+        )
         return at_once * costs[side].matrices * side.size**2 * dtype.itemsize
 
     return {

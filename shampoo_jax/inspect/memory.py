@@ -40,23 +40,23 @@ GRAFT = {"whole": 1, "chunk": 2}  # more arrays of the size of blocks
 
 
 def temporary_bytes(
-    plan: Plan, counts: Mapping[str, int], chunks: Mapping[str, int], kind: str, grafted: bool
+    plan: Plan, chunks: Mapping[str, tuple[int, int]], kind: str, grafted: bool
 ) -> int:
     """Estimate of `memory_analysis().temp_size_in_bytes` of a donated step in float32.
 
-    Stacks of gradients are there at the same time, become updates, and are copied once to become
-    leaves. Chunks use the same memory one after the other; stacks computed as a whole do not.
+    Stacks of gradients are there at the same time; those that are computed in chunks become
+    updates, of which one stack at a time is copied for its leaves. Chunks use the same memory one
+    after the other; stacks computed as a whole do not.
 
     Args:
       plan: Stacks and their blocks.
-      counts: Blocks of each stack on a device.
-      chunks: How many of them are computed at a time.
+      chunks: By stack its blocks on a device, and how many of them are computed at a time.
       kind: What the direction keeps, a key of `WHOLE`.
       grafted: Whether a magnitude is computed beside it.
     """
-    gradients, whole, roots, loops = 0.0, 0.0, [0.0], []
+    gradients, whole, roots, loops = 0.0, 0.0, [0.0], [0.0]
     for key, shape in plan.shapes.items():
-        n, size = counts[key], chunks[key]
+        n, size = chunks[key]
         block = math.prod(shape)
         factors = [d * d for d, e in zip(shape, plan.powers[key], strict=True) if e]
         gradients += n * block
@@ -65,11 +65,11 @@ def temporary_bytes(
         own = (a.block + grafted * GRAFT[more]) * block + a.factor * sum(factors)
         largest = a.largest * max(factors, default=0)
         if size < n:
-            loops.append(size * (own + largest))
+            loops += [size * (own + largest), n * block]
         elif kind == "roots":  # one computation after the other
             whole += n * own
             roots.append(n * largest)
         else:
             whole += n * (own + largest)
-    working = max(whole + max(roots), gradients if loops else 0, *loops)
+    working = max(whole + max(roots), *loops)
     return round(4 * (gradients + working))

@@ -55,9 +55,9 @@ class Report:
       working_bytes: Temporary memory of the largest root computation, where all the factors of a
         shape, or `chunk` of them, or the share of a staggered step, are solved together; CPU takes
         them one at a time.
-      temporary_bytes: Estimate of the temporary memory of a step on one device, as XLA reports it in
-        `memory_analysis().temp_size_in_bytes` where gradients and state are donated: of stacks of
-        gradients, and of the blocks that are computed at the same time.
+      temporary_bytes: Estimate of the temporary memory of a step on one device, of stacks of
+        gradients and of the blocks that are computed at the same time: what XLA reports as
+        `memory_analysis().temp_size_in_bytes` where gradients and state are donated.
       statistics_flops: Factor statistics of one step, `2 d |block|` per factor, and whitening.
       apply_flops: Application in one step: with roots `2 d |block|` per factor; with eigenbases
         three times that, for gradient and first moment into the basis and the update back.

@@ -24,7 +24,9 @@ class Refresh(Checked):
         direction is the graft's alone.
       stagger: Whether refreshes are spread over the steps: step `start` refreshes all blocks, each
         later one those whose index equals the step modulo `every`, so that all steps cost the same.
-      chunk: Most factors of one shape that are solved at the same time, to bound working memory.
+      chunk: Most blocks of one shape that a direction computes at the same time, statistics and
+        application included, which bounds temporary memory; None chooses by size, see `chunk_of`.
+        In a part by itself, most factors that are solved at the same time; None means all.
 
     Raises:
       ValueError: A field that is no whole number of at least 1.
@@ -47,7 +49,7 @@ class BasisRefresh(Refresh):
       start: First step that refreshes, with `when="before"` alone; None means `every`.
       stagger: Whether refreshes are spread over the steps, once all blocks have had their first
         basis: each step refreshes those whose index equals it modulo `every`.
-      chunk: Most bases of one shape that are computed at the same time.
+      chunk: As in `Refresh`.
       when: `"after"` uses each gradient before the bases have seen it: the first step's factors are
         decomposed, and from then on the old basis is used and then refreshed (the papers).
         `"before"` refreshes from factors that include this step's gradient, then uses the new basis
