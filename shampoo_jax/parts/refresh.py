@@ -23,6 +23,8 @@ class Refresh(Checked):
         direction is the graft's alone.
       stagger: Whether refreshes are spread over the steps: step `start` refreshes all blocks, each
         later one those whose index equals the step modulo `every`, so that all steps cost the same.
+        Such steps have no derivative in reverse mode: leave it out where one optimizes through
+        training.
       chunk: Most factors of one shape that are solved at the same time, to bound working memory.
 
     Raises:
