@@ -60,6 +60,29 @@ def map_selected(
     >>> map_selected(jnp.negative, jnp.array([True, False]), jnp.zeros(2), jnp.ones(2)).tolist()
     [-1.0, 0.0]
     """
+    run = jax.custom_jvp(functools.partial(_loop_over, function))
+
+    @run.defjvp
+    def derivative(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        # A loop of unknown length has no reverse mode; one over all matrices has.
+        return jax.jvp(functools.partial(_over_all, function), primals, tangents)
+
+    return run(selected, old, *arrays)
+
+
+def _over_all(function: Callable[..., Any], selected: jax.Array, old: Any, *arrays: Any) -> Any:
+    """`map_selected` by a loop over all matrices, the others left alone."""
+
+    def one(place: tuple[jax.Array, Any, Any]) -> Any:
+        selected, old, matrices = place
+        new = lambda: jax.tree.map(lambda o, x: x.astype(o.dtype), old, function(*matrices))  # noqa: E731
+        return jax.lax.cond(selected, new, lambda: old)
+
+    return jax.lax.map(one, (selected, old, arrays))
+
+
+def _loop_over(function: Callable[..., Any], selected: jax.Array, old: Any, *arrays: Any) -> Any:
+    """`map_selected` by a loop over the selected matrices."""
     n = len(selected)
 
     def loop(size: int, selected: jax.Array, old: Any, *arrays: jax.Array) -> Any:

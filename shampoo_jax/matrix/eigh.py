@@ -11,12 +11,15 @@ import jax.numpy as jnp
 
 from shampoo_jax.base.options import POSITIVE, UP_TO_ONE, check_choice, check_entries
 from shampoo_jax.matrix.batching import map_matrices
+from shampoo_jax.matrix.derivatives import moved
 from shampoo_jax.matrix.products import identity_like, matmul
 
 Array = jax.Array
 Spectrum = tuple[Array, Array]  # eigenvalues [..., d] and eigenvectors [..., d, d]
 Roots = tuple[Array, Array]  # [..., d, d], and whether each can be used
 
+# A root within this of the exact one at an eigenvalue is taken to be that, see `known_root`.
+FOLLOWS = 0.1
 # The names of `jax.lax.linalg.EighImplementation`, which jax 0.8.0 does not have yet.
 IMPLEMENTATIONS = ("qr", "jacobi", "qdwh")
 
@@ -96,6 +99,61 @@ def reconstruct(values: Array, vectors: Array) -> Array:
     return (product + product.swapaxes(-1, -2)) / 2
 
 
+@jax.custom_jvp
+def _assembled(matrix: Array, values: Array, vectors: Array, powers: Array, slopes: Array) -> Array:
+    """`reconstruct(powers, vectors)` with the derivative of that function of the matrix.
+
+    Values and vectors are the eigendecomposition of the matrix, and have no derivative here; powers
+    have that of what they depend on beside them.
+    """
+    del matrix, values, slopes
+    return reconstruct(powers, vectors)
+
+
+@_assembled.defjvp
+def _of_assembled(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    change, powers = moved(*primals[1:], tangents[0]), tangents[3]
+    return _assembled(*primals), change + reconstruct(powers, primals[2])
+
+
+def slopes_of(powers: Array, exponent: float) -> Array:
+    """Derivatives of `w^-exponent` from its values; 0 where those are."""
+    return -exponent * powers ** (1 + 1 / exponent)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def known_root(exponent: float, matrix: Array, root: Array) -> Array:
+    """A root that has been computed in whatever way, with a derivative.
+
+    It is that of the function which has the root's values at the matrix's eigenvalues, so it fits
+    the root however accurate that is. It takes an eigendecomposition, where it is asked for.
+
+    Args:
+      exponent: Of the root. Static.
+      matrix: Symmetric and finite, `[..., d, d]`.
+      root: Of it, truncated or clipped somewhere or not; without a derivative of its own.
+
+    Returns:
+      The root.
+    """
+    del exponent, matrix
+    return root
+
+
+@known_root.defjvp
+def _of_known_root(exponent: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    matrix, root = primals
+    scale = power_of_two_scale(matrix)
+    values, vectors = eigh(matrix / scale)
+    powers = jnp.sum(vectors * matmul(root * scale**exponent, vectors), axis=-2)
+    exact = truncated_power(values, exponent, rtol=0.0)
+    # Where the root is something else, truncated or clipped, it does not change with its value.
+    follows = jnp.abs(powers - exact) <= FOLLOWS * exact
+    slopes = jnp.where(follows, slopes_of(powers, exponent), 0.0)
+    change = moved(values, vectors, powers, slopes, tangents[0] / scale)
+    return root, change * scale**-exponent
+
+
 def relative_cutoff(rtol: float | None, d: int, dtype: Any) -> float:
     """A cutoff relative to the largest eigenvalue; None means `d * eps`, the numerical rank."""
     return d * float(jnp.finfo(dtype).eps) if rtol is None else rtol
@@ -158,7 +216,9 @@ def shifted_power(
     damping = damping / unit
     smallest = values.min(-1, keepdims=True)
     if added:
-        values = jnp.where(smallest < damping, values - smallest + damping, values)
+        # Rounding decides whether it is: the damping that counts is the one in the matrix.
+        up, down = map(jax.lax.stop_gradient, (damping, smallest))
+        values = jnp.where(smallest < damping, values - down + up, values)
     else:
         values = values - jnp.minimum(smallest, 0.0) + damping
     return values**-exponent
@@ -179,13 +239,15 @@ def spectral_root(
       decompose: Eigenvalues and eigenvectors of a finite stack.
 
     Returns:
-      The roots `[..., d, d]`; per matrix, whether it and its root are finite; the eigenvectors.
+      The roots `[..., d, d]`; per matrix, whether it and its root are finite; the eigenvectors. The
+      derivative is that of the root of exact eigenvectors, which have none.
     """
     scale = power_of_two_scale(factor)
     ok = finite(factor)
     safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
-    values, vectors = decompose(safe)
-    root = reconstruct(powers(values, unit=scale[..., 0]), vectors) * scale**-exponent
+    values, vectors = jax.lax.stop_gradient(decompose(jax.lax.stop_gradient(safe)))
+    powers = powers(values, unit=scale[..., 0])
+    root = _assembled(safe, values, vectors, powers, slopes_of(powers, exponent)) * scale**-exponent
     return root, ok & finite(root), vectors
 
 

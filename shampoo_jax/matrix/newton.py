@@ -5,6 +5,8 @@ Both solvers follow two matrices: `root`, which tends to `A^(-1/p)`, and `couple
 
 A factor is first divided by the power of two of its largest entry: exact, invisible in the result,
 and it keeps norms and traces of very large or very small factors inside the range of the dtype.
+
+Derivatives, forward and reverse, are those of the exact root: one eigendecomposition, no loop.
 """
 
 import functools
@@ -18,7 +20,7 @@ from jax.typing import ArrayLike
 
 from shampoo_jax.base.hyperparameters import check_static
 from shampoo_jax.base.options import POSITIVE, check_entries
-from shampoo_jax.matrix.eigh import finite, power_of_two_scale
+from shampoo_jax.matrix.eigh import finite, known_root, power_of_two_scale
 from shampoo_jax.matrix.products import matmul, matrix_power
 
 # Above this |A X^p - I|_max a root counts as failed.
@@ -130,7 +132,7 @@ def coupled_newton(
         matrix, scale = _scaled(factor, damping)
         start = _start(matrix, (p + 1) / (2 * jnp.linalg.norm(matrix)), p)
         update = functools.partial(_newton_factor, p=p)
-        root, error, step = _iterate(update, start, p, tolerance, max_iterations)
+        root, error, step = _iterate(matrix, update, start, p, tolerance, max_iterations)
         return *_finish(root, matrix, scale, Fraction(p), error <= max_residual), step
 
     return _solve_each(solve, factor, damping, tolerance, max_residual)
@@ -204,7 +206,8 @@ def coupled_higher_order(
         matrix, scale = _scaled(factor, jnp.maximum(relative * row_sum, absolute))
         root, coupled, _ = _start(matrix, 1 / jnp.trace(matrix), p)
         start = _apply(_newton_factor(coupled, p), root, coupled, p)
-        root, _, step = _iterate(update, start, p, tolerance, max_iterations, GROWTH, STALLED)
+        ends = tolerance, max_iterations, GROWTH, STALLED
+        root, _, step = _iterate(matrix, update, start, p, *ends)
         accurate = _distance(matmul(matrix, matrix_power(root, p))) <= MAX_RESIDUAL
         return *_finish(matrix_power(root, q), matrix, scale, ratio, accurate), step
 
@@ -220,8 +223,12 @@ def _solve_each(solve, factor: jax.Array, *scalars: ArrayLike) -> RootResult:
     return RootResult(*jnp.vectorize(solve, signature=signature)(factor, *scalars))
 
 
-def _iterate(update, start, p: int, tolerance, max_iterations: int, growth=math.inf, stalled=0.0):
+def _iterate(
+    matrix, update, start, p: int, tolerance, max_iterations: int, growth=math.inf, stalled=0.0
+):
     """Returns root, error and number of steps of `X <- X T, M <- T^p M` with T = `update(M)`.
+
+    A loop of unknown length has no reverse mode: the root's derivative is that of `matrix^(-1/p)`.
 
     Ends at the tolerance or the last step, where the error grows by more than `growth`, or where it
     stands still below `stalled`.
@@ -237,11 +244,12 @@ def _iterate(update, start, p: int, tolerance, max_iterations: int, growth=math.
         stop = (new > growth * error) | ((new == error) & (error < stalled))
         return root, coupled, new, step + 1, stop
 
+    start, tolerance = jax.lax.stop_gradient((start, tolerance))
     # zeros_like carries the sharding type of its argument, which shard_map demands of loop state.
     error = start[-1]
     state = (*start, jnp.zeros_like(error, jnp.int32), jnp.zeros_like(error, bool))
     root, _, error, step, _ = jax.lax.while_loop(proceed, iterate, state)
-    return root, error, step
+    return known_root(1 / p, matrix, root), error, step
 
 
 def _scaled(matrix, damping):

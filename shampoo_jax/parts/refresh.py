@@ -24,6 +24,8 @@ class Refresh(Checked):
         direction is the graft's alone.
       stagger: Whether refreshes are spread over the steps: step `start` refreshes all blocks, each
         later one those whose index equals the step modulo `every`, so that all steps cost the same.
+        Such steps have no derivative in reverse mode: leave it out where one optimizes through
+        training.
       chunk: Most blocks of one shape that a direction computes at the same time, statistics and
         application included, which bounds temporary memory; None chooses by size, see `chunk_of`.
         In a part by itself, most factors that are solved at the same time; None means all.

@@ -73,12 +73,13 @@ class Polynomial(CountsFallbacks):
 
     def __call__(self, factor: Array, exponent: float, state: Array) -> tuple[Array, Array, Array]:
         """See `Solver`."""
+        given, factor = factor, jax.lax.stop_gradient(factor)
         root, passed = polynomial.polynomial_root(factor, exponent, **vars(self))
         by_eigh = eigh.truncated_root if self.semantics == "cut" else eigh.clipped_root
         solve = functools.partial(by_eigh, exponent=exponent, rtol=self.rtol)
         failed = ~passed & eigh.finite(factor)
         root, ok = map_selected(solve, failed, (root, passed), factor)
-        return root, ok, state + (ok & ~passed)
+        return eigh.known_root(exponent, given, root), ok, state + (ok & ~passed)
 
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """The products, counted."""

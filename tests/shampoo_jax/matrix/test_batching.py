@@ -76,3 +76,9 @@ def test_an_adaptive_basis_costs_what_is_stale(method, monkeypatch):
     jax.jit(refresh)(factors, jnp.broadcast_to(jnp.eye(3), (3, 3, 3)), 0.1)
     jax.effects_barrier()
     assert len(calls) == 1
+
+
+def test_selected_matrices_have_a_derivative_in_reverse():
+    selected, x = jnp.array([True, False, True]), jnp.arange(3.0)
+    slope = jax.jit(jax.grad(lambda x: map_selected(jnp.sin, selected, x, x).sum()))(x)
+    np.testing.assert_allclose(slope, np.where(selected, np.cos(x), 1.0), rtol=1e-6)
