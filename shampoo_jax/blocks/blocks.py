@@ -198,9 +198,14 @@ def is_stacks(x: Any) -> bool:
 def _stacks_of(tree: Any) -> Stacks:
     """Every array as a stack of one block."""
     return {
-        name_of(path): Blocks.of(jnp.asarray(x)[None])
+        name_of(path): Blocks.of(as_array(x)[None])
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def as_array(x: Any) -> Array:
+    """An array of anything that is one, zeros of a shape: a state can be made of shapes alone."""
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
 
 
 def norms(x: Array) -> Array:

@@ -99,7 +99,7 @@ def shampoo(
         where `b2` is 1, and eps 1e-15.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
       weight_decay: Strength of the decay, of all parameters.
-      decay: Its kind and mask; None means `Decay()`, decoupled.
+      decay: Its kind, on matrices alone, and mask; None means `Decay()`, decoupled.
       momentum: Decay of heavy-ball momentum on the finished direction, or a transformation such as
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether Shampoo takes this parameter. None means
@@ -190,7 +190,7 @@ def soap(
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
       weight_decay: Strength of the decay, of all parameters.
-      decay: Its kind and mask; None means `Decay()`, decoupled.
+      decay: Its kind, on matrices alone, and mask; None means `Decay()`, decoupled.
       momentum: Decay of heavy-ball momentum on the finished direction, or a transformation such as
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether SOAP takes this parameter. None means
@@ -271,7 +271,7 @@ def kl_shampoo(
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
       weight_decay: Strength of the decay, of all parameters.
-      decay: Its kind and mask; None means `Decay()`, decoupled.
+      decay: Its kind, on matrices alone, and mask; None means `Decay()`, decoupled.
       momentum: Decay of heavy-ball momentum on the finished direction, or a transformation such as
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether KL-Shampoo takes this parameter. None means
@@ -352,7 +352,7 @@ def kl_soap(
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
       weight_decay: Strength of the decay, of all parameters.
-      decay: Its kind and mask; None means `Decay()`, decoupled.
+      decay: Its kind, on matrices alone, and mask; None means `Decay()`, decoupled.
       momentum: Decay of heavy-ball momentum on the finished direction, or a transformation such as
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether KL-SOAP takes this parameter. None means
@@ -420,7 +420,7 @@ def one_sided_shampoo(
       graft: Magnitude of every block, `"adam"` say; None leaves that of the direction.
       monitor: Steps between records of the factors' spectra, see `read_monitor`; None for none.
       weight_decay: Strength of the decay, of all parameters.
-      decay: Its kind and mask; None means `Decay()`, decoupled.
+      decay: Its kind, on matrices alone, and mask; None means `Decay()`, decoupled.
       momentum: Decay of heavy-ball momentum on the finished direction, or a transformation such as
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether it takes this parameter. None means

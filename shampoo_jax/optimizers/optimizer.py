@@ -53,7 +53,7 @@ def as_optimizer(
       direction: Any transformation of trees of matrices without learning rate and decay.
       learning_rate: Number or schedule.
       weight_decay: Strength of the decay, of all parameters.
-      decay: Its kind and mask; None means `Decay()`, decoupled.
+      decay: Its kind, on matrices alone, and mask; None means `Decay()`, decoupled.
       momentum: Decay of heavy-ball momentum on the finished direction, or a transformation such as
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether the direction takes this parameter. None

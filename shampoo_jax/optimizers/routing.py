@@ -25,10 +25,13 @@ _TABLES = re.compile(
     r"embed|vocab|logits|(^|_)emb($|_)|^w[tp]e$|^(?!(multi|attn|attention)_)(\w*_)?(lm)?head(_\d+)?$"
 )
 
-# What Flax, Equinox, Haiku and Keras call vectors. Stacked by vmap or scan they have two axes.
-_VECTORS = {"bias", "scale", "offset", "gamma", "beta"}
-# Modules whose `weight` is a vector.
-_NORMS = re.compile(r"norm\d*(_\w+)?$|(^|_)ln\d*(_\w+)?$")
+# What Flax, Equinox, Haiku and Keras call vectors, by itself or at the end of a longer name. Stacked
+# by vmap or scan they have two axes.
+_VECTORS = re.compile(r"(^|_)(bias(es)?|scale|offset|gamma|beta)$|^bias_|norm_(weight|w|g)$")
+# Modules whose `weight` is a vector; `layernorm_mlp` and the like hold matrices.
+_NORMS = re.compile(
+    r"(norm|(^|_)(ln|rms))\d*(_(?!\w*(mlp|proj|linear|dense|fc|conv|attn|attention))\w+)?$"
+)
 
 
 def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -37,10 +40,10 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     Args:
       path: Key path of the parameter. A component that contains `embed`, `vocab`, `logits` or the
         word `emb`, is `wte` or `wpe`, or ends in the word `head` (but `multi_head`, `attn_head`),
-        names a table. Slashes separate components, as in Haiku's names. A parameter `bias`,
-        `scale`, `offset`, `gamma` or `beta`, a `b` in a module that is no `lora`, and the `weight`
-        of what is named a norm or `ln`, is a vector even where it has more axes (heads, scanned
-        layers).
+        names a table. Slashes separate components, as in Haiku's names. A parameter whose name is
+        or ends in `bias`, `scale`, `offset`, `gamma` or `beta`, a `b` in a module that is no
+        `lora`, and the `weight`, `w` or `g` of what is named a norm, `rms` or `ln`, is a vector
+        even where it has more axes (heads, scanned layers).
       leaf: The parameter or its shape.
 
     Returns:
@@ -56,7 +59,8 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     ndim = sum(d > 1 for d in np.shape(leaf))
     names = component_names(path)
     *modules, name = names
-    is_vector = name in _VECTORS or (name == "weight" and any(map(_NORMS.search, modules)))
+    is_vector = bool(_VECTORS.search(name))
+    is_vector |= name in ("weight", "w", "g") and any(map(_NORMS.search, modules))
     # Haiku's bias; the second matrix of a low-rank adapter has the same name.
     is_vector |= name == "b" and bool(modules) and not any("lora" in m for m in modules)
     return ndim >= 2 and not is_vector and not any(map(_TABLES.search, names))

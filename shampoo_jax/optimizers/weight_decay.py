@@ -26,13 +26,17 @@ Parts = list[optax.GradientTransformation]
 class Decay:
     """What kind of weight decay an optimizer has.
 
+    The kind is that of the matrices, which a direction takes. All other parameters decay as AdamW
+    has it, decoupled, whatever the kind; `others` replaces that.
+
     Attributes:
       kind: `"decoupled"` adds `weight_decay * W` to the direction, `"l2"` to the gradients;
         `"lr_over_peak"` and `"over_peak"` are relative to the largest learning rate, see
         `add_scheduled_weight_decay`.
       peak_lr: Largest learning rate, for the two relative kinds; None means the learning rate, if
         that is a number.
-      mask: Tree of booleans, or function of parameters giving one: what is to decay; None for all.
+      mask: Tree of booleans, or function of parameters giving one: what is to decay, of matrices
+        and others; None for all.
 
     Raises:
       ValueError: An unknown kind, or a peak that the kind does not divide by.

@@ -22,6 +22,11 @@ from shampoo_jax.parts.lift import from_gradients
 Array = jax.Array
 
 
+# Steps of a transformation that are looked at until one moves: rates may start at zero, and
+# gradients be summed over several steps.
+LOOKS = 20
+
+
 class GraftState(NamedTuple):
     """State of `graft`."""
 
@@ -184,12 +189,17 @@ def _refuse_descent(tx: optax.GradientTransformation) -> None:
     """Raises ValueError for a transformation whose update points against the gradient."""
     with jax.ensure_compile_time_eval():
         gradient = jnp.ones((2, 2))
-        try:
-            update, _ = tx.update(gradient, tx.init(gradient), gradient)
-        except TypeError:  # it asks for extra arguments, which are not known before a step
-            return
-        if bool((update < 0).any()):
+        state, update = tx.init(gradient), jnp.zeros((2, 2))
+        for _ in range(LOOKS):
+            try:
+                update, state = tx.update(gradient, state, gradient)
+            except TypeError:  # it asks for extra arguments, which are not known before a step
+                return
+            if bool((update != 0).any()):
+                break
+        if not bool((update > 0).all()):
+            ends = "points against the gradient" if bool((update < 0).any()) else "is zero"
             raise ValueError(
-                f"graft={tx} is a complete optimizer, its update points against the gradient: give "
-                "a direction without learning rate, optax.scale_by_adam() for optax.adam(...)."
+                f"graft={tx} is a complete optimizer, its update {ends}: give a direction without "
+                "learning rate, optax.scale_by_adam() for optax.adam(...)."
             )

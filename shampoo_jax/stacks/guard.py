@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 from shampoo_jax.base.options import check_options, is_number
 from shampoo_jax.base.paths import KeyPath, name_of, nodes_of, parameter_of
+from shampoo_jax.blocks.blocks import as_array
 from shampoo_jax.stacks.incoming import check_arrays, check_state
 from shampoo_jax.stacks.placement import laid_as
 
@@ -185,8 +186,7 @@ def widen(tree: Any) -> Any:
     """Casts every array to float32, or leaves it in its wider dtype."""
     leaves, structure = jax.tree.flatten(tree)
     for i, x in enumerate(leaves):
-        # Of shapes alone a state can be made, as Optax's own transformations do.
-        x = jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+        x = as_array(x)
         leaves[i] = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return structure.unflatten(leaves)
 

@@ -23,6 +23,14 @@ VECTORS = [
     "layer_stack/layer_norm/offset",
     "block/layer_normalization/gamma",  # Keras
     "layers/LayerNorm_0/scale",  # Flax
+    "layers/attn/in_proj_bias",
+    "layers/attn/bias_q",
+    "layers/dense/biases",
+    "layers/norm_weight",
+    "layers/layer_scale",
+    "layers/RMSNorm/w",
+    "layers/attn_norm/g",
+    "layers/rms/weight",
 ]
 
 
@@ -32,7 +40,11 @@ def test_stacked_vectors_are_no_matrices(path):
 
 
 @pytest.mark.parametrize(
-    "path", ["normed_linear/weight", "lnear/weight", "block/weight", "b", "q/lora/b"]
+    "path",
+    [
+        *("normed_linear/weight", "lnear/weight", "block/weight", "b", "q/lora/b"),
+        *("layernorm_mlp/weight", "attn_norm_proj/w", "rescaled/kernel", "unbiased", "g", "w"),
+    ],
 )
 def test_weights_of_other_modules_are_matrices(path):
     assert is_hidden(path, (32, 4096))

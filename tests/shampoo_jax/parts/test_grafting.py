@@ -169,7 +169,17 @@ def test_second_moment(b2, options):
     np.testing.assert_allclose(state.nu["k"], nu, rtol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.sgd(0.1), optax.adamw(0.1)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(0.1),
+        optax.sgd(0.1),
+        optax.adamw(0.1),
+        optax.sgd(optax.linear_schedule(0.0, 0.1, 9)),  # which does not move at first
+        optax.MultiSteps(optax.sgd(0.1), 4),
+        optax.sgd(0.0),
+    ],
+)
 def test_a_complete_optimizer_is_no_graft(optimizer):
     with pytest.raises(ValueError, match="graft=.* is a complete optimizer"):
         make_magnitude(optimizer, 0.9)

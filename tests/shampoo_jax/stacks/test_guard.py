@@ -408,7 +408,8 @@ def test_a_state_is_made_of_shapes():
         "b": jax.ShapeDtypeStruct((2,), jnp.float32),
     }
     arrays = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params)
-    for tx in (sj.shampoo(0.1), sj.soap(0.1), sj.scale_by_kl_shampoo()):
+    parts = (sj.filter_gradient(), sj.scale_by_second_moment(), sj.accumulate_factors())
+    for tx in (sj.shampoo(0.1), sj.soap(0.1), sj.scale_by_kl_shampoo(), *parts):
         made, wanted = tx.init(params), tx.init(arrays)
         assert jax.tree.structure(made) == jax.tree.structure(wanted)
         for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
