@@ -112,8 +112,9 @@ def _assembled(matrix: Array, values: Array, vectors: Array, powers: Array, slop
 
 @_assembled.defjvp
 def _of_assembled(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    change, powers = moved(*primals[1:], tangents[0]), tangents[3]
-    return _assembled(*primals), change + reconstruct(powers, primals[2])
+    _, values, vectors, powers, slopes = primals
+    change = moved(values, vectors, powers, slopes, tangents[0])
+    return _assembled(*primals), change + reconstruct(tangents[3], vectors)
 
 
 def slopes_of(powers: Array, exponent: float) -> Array:
@@ -246,8 +247,8 @@ def spectral_root(
     ok = finite(factor)
     safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
     values, vectors = jax.lax.stop_gradient(decompose(jax.lax.stop_gradient(safe)))
-    powers = powers(values, unit=scale[..., 0])
-    root = _assembled(safe, values, vectors, powers, slopes_of(powers, exponent)) * scale**-exponent
+    found = powers(values, unit=scale[..., 0])
+    root = _assembled(safe, values, vectors, found, slopes_of(found, exponent)) * scale**-exponent
     return root, ok & finite(root), vectors
 
 

@@ -25,8 +25,8 @@ _TABLES = re.compile(
     r"embed|vocab|logits|(^|_)emb($|_)|^w[tp]e$|^(?!(multi|attn|attention)_)(\w*_)?(lm)?head(_\d+)?$"
 )
 
-# What Flax, Equinox, Haiku and Keras call vectors, by itself or at the end of a longer name. Stacked
-# by vmap or scan they have two axes.
+# What Flax, Equinox, Haiku and Keras call vectors, by itself or at the end of a longer name.
+# Stacked by vmap or scan they have two axes.
 _VECTORS = re.compile(r"(^|_)(bias(es)?|scale|offset|gamma|beta)$|^bias_|norm_(weight|w|g)$")
 # Modules whose `weight` is a vector; `layernorm_mlp` and the like hold matrices.
 _NORMS = re.compile(
