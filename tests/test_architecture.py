@@ -244,7 +244,7 @@ TOTALS = {
     "shampoo_jax/stacks": 1095,
     "shampoo_jax/parts": 1020,
     "shampoo_jax/directions": 300,
-    "shampoo_jax/optimizers": 595,
+    "shampoo_jax/optimizers": 600,
     "shampoo_jax/inspect": 980,
     "nanogpt/config": 410,
     "nanogpt/model": 190,
