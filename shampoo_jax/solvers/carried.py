@@ -25,7 +25,8 @@ class CarriedBasis(Checked, Solver):
     decomposition becomes approximate and cheaper.
 
     Attributes:
-      basis: How the eigenbasis is refreshed.
+      basis: How the eigenbasis is refreshed. With damping QR steps keep Meta's order, the smallest
+        first, in which rounding grows by the condition number at every refresh.
       damping: As in `ShiftedEigh`; None truncates instead, as `TruncatedEigh`.
       before: Whether it is added to the matrix before the decomposition.
       rtol: Relative cutoff where damping is None; None means `d * eps` of the dtype.

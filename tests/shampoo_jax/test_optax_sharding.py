@@ -141,3 +141,13 @@ def test_gradients_need_not_lie_as_parameters_do():
     assert updates == types(params)
     assert new == types(state)
     assert alone == types(whole)
+
+
+def test_further_trees_are_taken_as_they_lie():
+    mesh, tx = mesh_of(AxisType.Explicit), sj.scale_by_shampoo()
+    with jax.set_mesh(mesh):
+        params = drawn(0, mesh)
+        pairs = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+        step = functools.partial(tx.update, further={"pairs": pairs})
+        updates, _ = traced(step, params, tx.init(params), params)
+    assert updates == types(params)
