@@ -17,7 +17,7 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python lint format types golden rehearse-device clean
+.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python lint format types golden faults soak rehearse-device clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,12 @@ types: venv  ## Check types
 
 golden: venv  ## Replay the recorded trajectories of the reference (GOLDEN="files" chooses others)
 	@$(BIN)/python -m scripts.maintenance.replay_golden $(GOLDEN)
+
+faults: venv  ## Kill, fill, damage and fuzz real runs, write docs/faults.md (ARGS="kill --trials 4": a part)
+	@$(BIN)/python -m scripts.maintenance.faults $(ARGS)
+
+soak: venv  ## Half an hour of the demo under faults, writes docs/soak.md (ARGS="--minutes 2": less)
+	@$(BIN)/python -m scripts.maintenance.soak $(ARGS)
 
 # The machine it stands for: Python 3.12, jax 0.11, nothing else, no network where it can be cut off.
 TEXT ?= data/sotu

@@ -1,6 +1,7 @@
 """Whether shards are what they should be, found out once and remembered beside them."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.shards import ShardError, open_tokens
+from data_pipeline.shards import HEADER_BYTES, ShardError, open_tokens
 
 FILE_NAME = "checked.json"
 _SCAN_TOKENS = 1 << 24
@@ -26,6 +27,7 @@ class Facts:
       highest: largest token.
       highest_at: where it first is.
       hole_at: where a stretch of 2048 equal tokens begins, -1 if there is none.
+      sha256: of the whole file (hex).
     """
 
     size: int
@@ -33,6 +35,13 @@ class Facts:
     highest: int
     highest_at: int
     hole_at: int
+    sha256: str
+
+    def __post_init__(self):
+        """Refuses what another program may have written into checked.json."""
+        numbers = (self.size, self.modified, self.highest, self.highest_at, self.hole_at)
+        if {type(n) for n in numbers} != {int} or type(self.sha256) is not str:
+            raise TypeError(f"{self} is no result of a scan")
 
 
 def scan(path: str | os.PathLike[str]) -> Facts:
@@ -53,14 +62,18 @@ def scan(path: str | os.PathLike[str]) -> Facts:
     if known and (known.size, known.modified) == (status.st_size, status.st_mtime_ns):
         return known
     highest, highest_at, hole_at = -1, 0, -1
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(HEADER_BYTES))
     for start in range(0, tokens.size, _SCAN_TOKENS):
         chunk = np.asarray(tokens[start : start + _SCAN_TOKENS])
+        digest.update(chunk)
         if chunk.max() > highest:
             highest_at = start + int(chunk.argmax())
             highest = int(chunk.max())
         if hole_at < 0 and (holes := _holes(chunk)).size:
             hole_at = start + int(holes[0])
-    facts = Facts(status.st_size, status.st_mtime_ns, highest, highest_at, hole_at)
+    place = (status.st_size, status.st_mtime_ns)
+    facts = Facts(*place, highest, highest_at, hole_at, digest.hexdigest())
     _remember(path, facts)
     return facts
 
@@ -103,7 +116,7 @@ def _remembered(directory: Path) -> dict[str, Facts]:
     try:
         fields = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
         return {name: Facts(**facts) for name, facts in fields.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -257,7 +257,9 @@ def _from_rows(rows: np.ndarray) -> Batch:
 class _Spans:
     """Random access to equally long spans of tokens, for Grain.
 
-    Item i is the j-th span of its shard, tokens[offset + j * stride :][:length].
+    Item i is the j-th span of its shard, tokens[offset + j * stride :][:length]. A shard that is
+    changed while it is read is refused: what was checked is not what is read, and of a file that
+    has become shorter a memory map cannot be read without the end of this process.
     """
 
     def __init__(
@@ -267,12 +269,18 @@ class _Spans:
         self._ends = np.cumsum(counts)
         self._stride, self._offset, self._length = stride, offset, length
         self._shards: dict[int, np.memmap] = {}
+        self._known = [_size_and_time(path) for path in self._paths]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> np.ndarray:
         shard = int(np.searchsorted(self._ends, index, side="right"))
+        if _size_and_time(self._paths[shard]) != self._known[shard]:
+            raise ShardError(
+                f"{self._paths[shard]}: was changed while the run read it; put the file back, or "
+                "prepare the text again, and go on with --resume."
+            )
         if shard not in self._shards:
             self._shards[shard] = open_tokens(self._paths[shard])
         before = int(self._ends[shard - 1]) if shard else 0
@@ -285,3 +293,12 @@ class _Spans:
 
     def __repr__(self) -> str:
         return f"_Spans({len(self)} of {self._length} tokens in {len(self._paths)} shards)"
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    """Tells whether a file is still the same; one that has gone has neither."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns

@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
 
+from data_pipeline.checks import scan
 from data_pipeline.ngrams import Baselines, baselines
 from data_pipeline.shards import ShardError, open_tokens, shard_paths
 from data_pipeline.tokenizer import MERGES_SHA256, Tokenizer
@@ -40,6 +42,17 @@ class Source:
     merges_sha256: str = MERGES_SHA256
     shard_tokens: int = 10**8
 
+    def __post_init__(self):
+        """Refuses values of other types, and a vocabulary that tokens of a shard cannot have."""
+        sizes = (self.vocab_size, self.shard_tokens)
+        names = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        if {type(size) for size in sizes} != {int} or not all(
+            isinstance(name, str) for name in names if name not in sizes
+        ):
+            raise ValueError(f"{self}: vocab_size and shard_tokens must be numbers, the rest text.")
+        if not 1 <= self.vocab_size <= 1 << 16 or self.shard_tokens < 1:
+            raise ValueError(f"{self}: vocab_size must be in 1..65536, shard_tokens at least 1.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -49,6 +62,14 @@ class Shard:
     tokens: int
     documents: int
     sha256: str
+
+    def __post_init__(self):
+        """Refuses a path that leads out of the folder: files that a manifest names are deleted."""
+        words = (self.file, self.sha256)
+        if not all(type(word) is str for word in words) or Path(self.file).name != self.file:
+            raise ValueError(f"{self}: file must be a bare name and sha256 text.")
+        if not all(type(n) is int and n >= 0 for n in (self.tokens, self.documents)):
+            raise ValueError(f"{self}: tokens and documents must be numbers.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +96,25 @@ class Manifest:
         partial = Path(directory) / f".{FILE_NAME}.{os.getpid()}"
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
         partial.replace(Path(directory) / FILE_NAME)
+
+    def check(self, paths: Sequence[str | os.PathLike[str]]) -> None:
+        """Refuses shards that are not as they were made; a file is read once, then remembered.
+
+        Args:
+          paths: shards of this folder; those that are not listed pass.
+
+        Raises:
+          ShardError: names the first that is damaged.
+        """
+        made = {shard.file: shard.sha256 for shard in self.train + self.val}
+        for path in map(Path, paths):
+            found = scan(path).sha256
+            if made.get(path.name, found) != found:
+                raise ShardError(
+                    f"{path}: sha256 {found[:12]}..., but {FILE_NAME} beside it tells "
+                    f"{made[path.name][:12]}...: the file was changed since it was made. Delete "
+                    "both and prepare the text again (nanogpt data)."
+                )
 
     def is_intact(self, directory: str | os.PathLike[str]) -> bool:
         """Whether every listed shard is in `directory` with the listed content."""
@@ -105,10 +145,10 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
             val=tuple(_checked(Shard(**shard)) for shard in fields["val"]),
             baselines=_checked(Baselines(**fields["baselines"])),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(
-            f"{path}: not a manifest of this version ({error!r}); delete it and prepare the "
-            "folder again."
+            f"{path}: not a manifest of this version ({str(error)[:200]}); delete it and prepare "
+            "the folder again."
         ) from None
 
 

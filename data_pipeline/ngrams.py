@@ -37,6 +37,13 @@ class Baselines:
     unigram: float
     bigram: float
 
+    def __post_init__(self):
+        """Refuses what no text has; a manifest may have been changed by hand."""
+        figures = (self.bytes_per_token, self.unigram, self.bigram)
+        sound = all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in figures)
+        if type(self.val_tokens) is not int or self.val_tokens < 1 or not sound:
+            raise ValueError(f"{self}: val_tokens and losses must be positive numbers.")
+
     def bits_per_byte(self, loss: float) -> float:
         """Converts nats per token to bits per byte: loss / (ln 2 * bytes_per_token).
 

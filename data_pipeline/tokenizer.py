@@ -16,6 +16,7 @@ GPT2_VOCAB_SIZE = 50257
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 _MERGES_FILE = "gpt2_merges.xz"
+_MERGES_BYTES = 456318
 # How GPT-2 cuts text into pieces that merges do not cross: contractions, then letters, digits or
 # other symbols with at most one space before them, then white space (all but the last of a run).
 _PIECES = "|".join(
@@ -116,16 +117,17 @@ def gpt2(vocab_size: int = GPT2_VOCAB_SIZE) -> Tokenizer:
     return Tokenizer(_gpt2_tokens()[: vocab_size - 1])
 
 
-@functools.cache
-def _gpt2_tokens() -> list[bytes]:
-    """The bytes of GPT-2's 50,256 ordinary tokens by id.
+def unpack(packed: bytes) -> bytes:
+    """Unpacks the merge table.
 
-    The table writes a byte as a character: itself where that is printable, else the next of
-    U+0100, U+0101, ... Ids 0..255 are the printable bytes, then the others, both ascending.
+    Args:
+      packed: the bundled file.
+
+    Raises:
+      ValueError: if it is not GPT-2's table; more than its length is not unpacked.
     """
-    packed = resources.files("data_pipeline").joinpath(_MERGES_FILE).read_bytes()
     try:
-        table = lzma.decompress(packed)
+        table = lzma.LZMADecompressor().decompress(packed, max_length=_MERGES_BYTES)
         digest = hashlib.sha256(table).hexdigest()
     except lzma.LZMAError as error:
         table, digest = b"", str(error)
@@ -134,6 +136,17 @@ def _gpt2_tokens() -> list[bytes]:
             f"{_MERGES_FILE}: sha256 {digest}, expected {MERGES_SHA256}: "
             "the bundled merge table is damaged; install the package again."
         )
+    return table
+
+
+@functools.cache
+def _gpt2_tokens() -> list[bytes]:
+    """The bytes of GPT-2's 50,256 ordinary tokens by id.
+
+    The table writes a byte as a character: itself where that is printable, else the next of
+    U+0100, U+0101, ... Ids 0..255 are the printable bytes, then the others, both ascending.
+    """
+    table = unpack(resources.files("data_pipeline").joinpath(_MERGES_FILE).read_bytes())
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     byte_of = {chr(byte): byte for byte in printable}

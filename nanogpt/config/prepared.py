@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import json
-import operator
 import pathlib
 from collections.abc import Sequence
 
@@ -30,15 +28,10 @@ def fitted(default: Config, words: Sequence[str]) -> Config:
     path = pathlib.Path(folder, "manifest.json")
     if not folder or not path.exists():
         return default
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["source"]["vocab_size"], manifest["baselines"]["val_tokens"]
-        ids, scored = map(operator.index, found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a manifest of this version ({error!r}); delete it and prepare the "
-            "folder again."
-        ) from None
+    from data_pipeline import read_manifest  # it imports much, for which no help should wait
+
+    manifest = read_manifest(folder)
+    ids, scored = manifest.source.vocab_size, manifest.baselines.val_tokens
     model, data = default.model, default.data
     if not 0 <= model.vocab_size - ids < PADDING:
         model = dataclasses.replace(model, vocab_size=ids)

@@ -2,6 +2,8 @@
 
 import errno
 import functools
+import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +13,11 @@ import tyro
 from nanogpt.train.interrupt import Interrupted, StopSignal
 
 Main = Callable[[Sequence[str]], None]  # takes a command's words
+# How TensorStore spells errors of the system that mean a full disk, a quota or a limit; what it
+# says besides is a page long.
+_NO_ROOM = re.compile(
+    rf"os_error_code='({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})'|RESOURCE_EXHAUSTED"
+)
 GOES_ON = "stopped; the same command goes on from here"
 
 
@@ -25,14 +32,14 @@ def command(*errors: type[Exception], stopped: str = "stopped") -> Callable[[Mai
     def wrap(function: Main) -> Main:
         @functools.wraps(function)
         def main(words: Sequence[str]) -> None:
+            # Orbax logs pages of every error that it raises later, when the save is waited for.
+            logging.getLogger("absl").addFilter(_is_news)
             try:
                 function(words)
             except BrokenPipeError:  # `nanogpt.cli` ends without a word
                 raise
             except (ValueError, OSError, *errors) as error:
-                full = getattr(error, "errno", None) == errno.ENOSPC
-                remedy = "the disk is full: make room and repeat the command, a run's with --resume"
-                sys.exit(f"error: {error}" + f"; {remedy}" * full)
+                sys.exit(f"error: {_told(error)}")
             except (Interrupted, StopSignal, KeyboardInterrupt) as signalled:
                 print(stopped, file=sys.stderr)
                 sys.exit(128 + getattr(signalled, "signum", signal.SIGINT))
@@ -50,3 +57,19 @@ def flags(function: Callable[..., None]) -> Main:
         tyro.cli(function, prog=f"nanogpt {function.__name__}", args=words)
 
     return read
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message is more than the story of an error that is on its way here."""
+    return not record.exc_info
+
+
+def _told(error: Exception) -> str:
+    """The message of an error; that of a disk that is full says what to do."""
+    text = str(error)
+    if _NO_ROOM.search(text):
+        text = " ".join(text.split())[:200]
+    elif getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return text
+    remedy = "the disk is full: make room and repeat the command, a run's with --resume"
+    return f"{text}; {remedy}"

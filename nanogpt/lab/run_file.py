@@ -13,6 +13,20 @@ from nanogpt.config.run import Config
 CHOICES = ("preset", "optimizer")  # what the file may say beside the settings
 
 
+# What yaml raises for text that only looks like a number or a date.
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads what a file spells out: a few names for parts of itself could stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses an alias where a value should be."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*name) are not read: {self.peek_event().start_mark}")
+        return super().compose_node(parent, index)
+
+
 def read(path: str) -> dict[str, Any]:
     """Returns what a file holds; of YAML only plain data is read, so a file cannot run code.
 
@@ -21,10 +35,10 @@ def read(path: str) -> dict[str, Any]:
             preset or optimizer that is no name.
     """
     try:
-        found = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+        found = yaml.load(pathlib.Path(path).read_text(encoding="utf-8"), _PlainLoader)  # noqa: S506
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, *_MALFORMED) as error:
         raise ValueError(f"--config {path}: is neither YAML nor JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(

@@ -103,7 +103,8 @@ def read_run(folder: pathlib.Path) -> Run:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it does not begin with a "start" record, or holds no validation.
+        ValueError: it does not begin with a "start" record, holds no validation, or one without
+            its figures.
     """
     path = folder / "metrics.jsonl"
     if not path.exists():

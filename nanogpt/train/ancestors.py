@@ -14,7 +14,7 @@ from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import common_steps
 from nanogpt.train.checkpoint import damage, plain, saved_steps
 from nanogpt.train.digests import DamagedError
-from nanogpt.train.metrics import read_records
+from nanogpt.train.metrics import read_start
 from nanogpt.train.run_folder import RunFolder
 
 _SIZES = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim")
@@ -106,4 +106,4 @@ def _read(name: str, folder: str) -> tuple[pathlib.Path, dict[str, Any], list[in
             f"{name}={folder!r}: holds no run with checkpoints: give the folder that has "
             "metrics.jsonl and checkpoints/, as in runs/cpu/adamw."
         )
-    return path, read_records(metrics)[0]["config"], steps
+    return path, read_start(metrics)["config"], steps

@@ -61,6 +61,8 @@ def open_data(config: Config) -> RunData:
     notes = _notes(config, manifest) if manifest else ()
     training, order = _training_shards(config), _order(config)
     data_pipeline.check_shards([*training, scored], config.model.vocab_size)
+    if manifest is not None:
+        manifest.check([*training, scored])
     place = {"rank": jax.process_index(), "world": jax.process_count()}
 
     def validation() -> Iterator[data_pipeline.Batch]:

@@ -50,7 +50,7 @@ def _read(folder: pathlib.Path) -> Mapping[str, str]:
         wanted = json.loads((folder / NAME).read_bytes())
     except FileNotFoundError:
         raise DamagedError(f"checkpoint {folder} is damaged: {NAME} is missing.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         wanted = None
     if not isinstance(wanted, dict):
         raise DamagedError(f"checkpoint {folder} is damaged: {NAME} cannot be read.")

@@ -40,20 +40,50 @@ def read_records(path: pathlib.Path) -> list[Record]:
     """Returns the records of a metrics file; a last line cut short by a crash is dropped.
 
     Raises:
-        ValueError: a line before the last is not JSON, or one is no record; names file and line.
+        ValueError: a line before the last is not JSON, or some line is no record; names file and
+            line.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            break
-        if not isinstance(records[-1], dict):
-            raise ValueError(f"{path}, line {number} is no record: {line[:80]}")
+            continue
+        if not _is_record(record):
+            raise ValueError(
+                f"{path}, line {number} is no record, of which kind is a word and step a "
+                "number: the file was changed. Put it back, or start anew under another name."
+            )
+        records.append(record)
     return records
+
+
+def read_start(path: pathlib.Path) -> Record:
+    """Returns the first record of a run, which has its settings under "config".
+
+    Raises:
+        ValueError: as `read_records`, or it is another record or none.
+    """
+    start = next(iter(read_records(path)), {})
+    if start.get("kind") != "start" or not isinstance(start.get("config"), dict):
+        raise ValueError(
+            f"{path} does not begin with a run's settings: the file was changed. Put it back, or "
+            "start anew under another name."
+        )
+    return start
+
+
+def _is_record(found: Any) -> bool:
+    """Whether a line holds names with values, of which kind and step, if any, are what they say."""
+    return (
+        isinstance(found, dict)
+        and isinstance(found.get("kind", ""), str)
+        and type(found.get("step", 0)) is int
+        and found.get("step", 0) >= 0
+    )
 
 
 def keep_before(path: pathlib.Path, step: int, config: Record) -> None:

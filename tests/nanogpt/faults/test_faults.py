@@ -1,0 +1,107 @@
+"""Real processes that are killed, stopped, started twice and left without room for what they save.
+
+What goes on does so in this process, so in another one than that which ended, and so does the run
+that nothing happens to. `make faults` has many more, see docs/faults.md.
+"""
+
+import dataclasses
+import signal
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from nanogpt import cli
+from scripts.maintenance.faulting.rig import Rig, differences, stop
+
+AT = 13  # in the second epoch, in the middle of every interval and between two checkpoints
+# Of the direction's kind each: elementwise; roots that are kept for an interval; bases that are
+# kept, on a hyperball, with a schedule of the matrices' own.
+RECIPES = ("adamw", "shampoo", "soap_h")
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    """Shards and compiled programs that all runs here share."""
+    folder = tmp_path_factory.mktemp("faults")
+    settings = {
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # jax decides once whether there is one
+    yield Rig(folder, preset="board", steps=24).with_shards()
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def straight(rig):
+    """The run that nothing happens to."""
+    cli.main(rig.words("straight"))
+    return rig.runs / "straight"
+
+
+def go_on(rig, name):
+    """Goes on in this process; returns what differs from the run that nothing happened to."""
+    cli.main(rig.words(name, "--resume"))
+    return differences(rig.runs / "straight", rig.runs / name, rig.steps)
+
+
+def test_runs_go_on_bit_for_bit_in_another_process(rig, straight):
+    kinds = {
+        name: dataclasses.replace(rig, optimizer=name, every=0, more=("--name", name))
+        for name in RECIPES
+    }
+    for name, kind in kinds.items():
+        cli.main(kind.words("", "--name", f"straight-{name}"))
+    first, *others = kinds.values()
+    lines = [word for kind in others for word in ("--", *kind.words(""))]
+    ended = first.start("", *lines, accidents=[f"stop={AT}"]).end()
+    assert ended.output.count("ended 143") == len(RECIPES), ended.output
+    for name, kind in kinds.items():
+        assert kind.checkpoints(name) == [AT + 1]
+        cli.main(kind.words("", "--resume"))
+        assert differences(rig.runs / f"straight-{name}", rig.runs / name, rig.steps) == []
+
+
+def test_a_run_killed_while_it_saves_goes_on(rig, straight):
+    often = dataclasses.replace(rig, every=1, more=("--schedule.steps", str(rig.steps)))
+    child = often.start("saving")
+    assert child.frozen(lambda: len(often.checkpoints("saving")) > 1 and often.half_saved("saving"))
+    child.send(signal.SIGKILL)
+    assert child.end().code == -signal.SIGKILL
+    assert go_on(rig, "saving") == []
+    assert not rig.half_saved("saving")
+
+
+def test_a_run_is_not_started_twice_and_goes_on_when_it_is_killed(rig, straight, capsys):
+    child = rig.start("twice")
+    assert child.frozen(lambda: rig.checkpoints("twice"))
+    with pytest.raises(SystemExit, match="error: .*another process is training this run"):
+        cli.main(rig.words("twice", "--resume"))
+    child.send(signal.SIGKILL)
+    assert child.end().code == -signal.SIGKILL
+    assert go_on(rig, "twice") == []
+
+
+def test_a_run_stopped_while_it_compiles_says_so_and_leaves_nothing(rig):
+    # Of another width, so that nothing is compiled yet.
+    child = rig.start("compiling", "--model.mlp-dim", "40")
+    assert child.until(lambda: child.said("compiling"))
+    ended = stop(child)
+    assert ended.code == 128 + signal.SIGTERM, ended.output
+    assert "stopped before the first step" in ended.output and "Traceback" not in ended.output
+    assert not rig.holds_run("compiling")
+
+
+def test_a_disk_without_room_is_said_in_a_sentence_and_costs_no_checkpoint(rig, straight):
+    """A limit on the size of a file stands for the disk: the same call of the system fails."""
+    ended = rig.start("full", accidents=["limit=8:9000"]).end()
+    assert ended.code == 1, ended.output
+    assert ended.output.count("the disk is full: make room") == 1 and "--resume" in ended.output
+    assert rig.checkpoints("full") in ([3], [3, 6])  # the save of 6 may not have been done
+    assert go_on(rig, "full") == []
