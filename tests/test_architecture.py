@@ -246,12 +246,12 @@ TOTALS = {
     "shampoo_jax/directions": 300,
     "shampoo_jax/optimizers": 605,
     "shampoo_jax/inspect": 1045,
-    "nanogpt/config": 415,
+    "nanogpt/config": 405,
     "nanogpt/model": 190,
     "nanogpt/optimizers": 440,
-    "nanogpt/train": 1740,
+    "nanogpt/train": 1760,
     "nanogpt/report": 870,
-    "nanogpt/lab": 1135,
+    "nanogpt/lab": 1155,
 }
 
 
