@@ -66,7 +66,7 @@ def scan(path: str | os.PathLike[str]) -> Facts:
         digest = hashlib.sha256(file.read(HEADER_BYTES))
     for start in range(0, tokens.size, _SCAN_TOKENS):
         chunk = np.asarray(tokens[start : start + _SCAN_TOKENS])
-        digest.update(chunk)
+        digest.update(chunk.data)
         if chunk.max() > highest:
             highest_at = start + int(chunk.argmax())
             highest = int(chunk.max())

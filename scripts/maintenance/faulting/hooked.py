@@ -81,7 +81,7 @@ def poison(updates: Sequence[int]) -> None:
 
         return made(graphdef, optax.GradientTransformationExtraArgs(tx.init, update), *rest)
 
-    loop.make_train_step = make
+    loop.make_train_step = make  # pyrefly: ignore[bad-assignment]
 
 
 ACCIDENTS: dict[str, Callable[..., object]] = {
@@ -140,7 +140,8 @@ def main(arguments: Sequence[str]) -> None:
     for accident in accidents:
         if accident.startswith("nan="):
             poison([int(update) for update in accident.removeprefix("nan=").split(",")])
-    loop.to_device = batches = Batches([a for a in accidents if not a.startswith("nan=")])
+    batches = Batches([a for a in accidents if not a.startswith("nan=")])
+    loop.to_device = batches  # pyrefly: ignore[bad-assignment]
     codes = []
     for words in lines:
         codes.append(run(words, batches))

@@ -85,7 +85,7 @@ def _make_merges(folder: pathlib.Path) -> list[pathlib.Path]:
     return [pathlib.Path(shutil.copy(packed, folder / packed.name))]
 
 
-def _read_merges(folder: pathlib.Path) -> np.ndarray:
+def _read_merges(folder: pathlib.Path) -> bytes:
     return tokenizer.unpack((folder / "gpt2_merges.xz").read_bytes())
 
 
