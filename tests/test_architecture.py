@@ -42,7 +42,7 @@ ALLOWED = {
             "flax",
             "orbax",
         ),
-        *("grain", "rich", "tyro", "matplotlib"),
+        *("grain", "rich", "tyro", "matplotlib", "yaml"),
     },
 }
 

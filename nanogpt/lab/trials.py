@@ -144,7 +144,7 @@ def run_trial(trial: Trial) -> Record:
         "loss": _finite(run.curve.losses[-1]),
         "step_time_s": run.end.get("median_step_time_s"),
         "step_times_s": [
-            r["step_time_s"] for r in read_records(folder.metrics) if r["kind"] == "train"
+            r["step_time_s"] for r in read_records(folder.metrics) if r.get("kind") == "train"
         ],
         "start": run.start,
         "end": run.end,

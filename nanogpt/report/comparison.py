@@ -115,7 +115,7 @@ def read_run(folder: pathlib.Path) -> Run:
         raise ValueError(f"{path} holds no validation yet: train the run first.")
     start, last = records[0], records[-1]
     try:
-        if last["kind"] == "diverged":
+        if last.get("kind") == "diverged":
             end = {"step": start["config"]["schedule"]["steps"], "loss": None}
             validations.append(end | {"train_time_s": math.nan})
         columns = [[record[name] for record in validations] for name in COLUMNS]
@@ -123,7 +123,7 @@ def read_run(folder: pathlib.Path) -> Run:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} holds a record of another version: {error!r}.") from None
     curve = recorded_curve(TITLES.get(optimizer, optimizer), *columns)
-    return Run(str(folder), start, last if last["kind"] in ("end", "diverged") else {}, curve)
+    return Run(str(folder), start, last if last.get("kind") in ("end", "diverged") else {}, curve)
 
 
 def baselines(runs: Sequence[Run]) -> dict[str, float]:

@@ -98,9 +98,9 @@ def keep_before(path: pathlib.Path, step: int, config: Record) -> None:
         config: settings of the run that goes on; its schedule may be another one.
     """
     kept = [
-        record | ({"config": config} if record["kind"] == "start" else {})
+        record | ({"config": config} if record.get("kind") == "start" else {})
         for record in read_records(path)
-        if record["kind"] == "start" or record.get("step", math.inf) < step
+        if record.get("kind") == "start" or record.get("step", math.inf) < step
     ]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 

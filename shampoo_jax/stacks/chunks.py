@@ -34,7 +34,7 @@ def chunk_of(chunk: int | str | None, n: int, block: Sequence[int], powers: Iter
       1 to n, such that chunks are as equal as they can be.
 
     >>> [chunk_of("auto", 48, (d, d), (0.25, 0.25)) for d in (64, 384, 768, 4096)]
-    [48, 10, 6, 1]
+    [48, 8, 6, 1]
     >>> chunk_of(7, 8, (2, 2), (0.25, 0.25))
     4
     """

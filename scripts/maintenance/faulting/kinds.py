@@ -81,7 +81,8 @@ def _make_checked(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _make_merges(folder: pathlib.Path) -> list[pathlib.Path]:
-    packed = pathlib.Path(tokenizer.__file__).with_name("gpt2_merges.xz")
+    module = str(tokenizer.__file__)
+    packed = pathlib.Path(module).with_name("gpt2_merges.xz")
     return [pathlib.Path(shutil.copy(packed, folder / packed.name))]
 
 

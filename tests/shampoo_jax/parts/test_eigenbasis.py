@@ -95,10 +95,10 @@ def test_moments_keep_their_dtype():
         np.testing.assert_allclose(x, y, rtol=0, atol=0.03 * float(jnp.abs(y).max()))
 
 
-@pytest.mark.parametrize("names", [("momentum",), ("mu", "trace"), "mu"])
+@pytest.mark.parametrize("names", [("momentum",), ("mu", "trace")])
 def test_a_first_moment_that_is_not_there_is_refused(names):
     tx = in_basis(optax.scale_by_adam(), first_moments=names)
-    unknown = {"momentum": "momentum", "mu": "trace", "m": "m"}[names[0]]
+    unknown = {"momentum": "momentum", "mu": "trace"}[names[0]]
     with pytest.raises(ValueError, match=f"first_moments names '{unknown}', .*'mu'"):
         tx.init(PARAMS)
     assert jax.eval_shape(in_basis(optax.scale_by_adam(), first_moments=("mu",)).init, PARAMS)

@@ -30,7 +30,6 @@ GRADIENTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
         (0.9, 0.99, False),
         (0.5, 0.0, True),
         (0.0, None, True),
-        (0.0, 0.5, True),
     ],
 )
 def test_updates(b1, b3, correct):
