@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import shampoo_jax as sj
@@ -142,16 +142,21 @@ def run(tx, case, gradients, update=None):
     return found, state
 
 
-def is_none(x):
-    return x is None
-
-
-def close(a, b, tolerance=1e-3):
+def close(a, b):
     """Whether updates are the same but for rounding, leaf by leaf."""
     for x, y in zip(*(jax.tree.leaves(t) for t in (a, b)), strict=True):
+        tolerance = max(1e-2, 4 * float(jnp.finfo(x.dtype).eps))
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         bound = tolerance * max(np.abs(x).max(initial=0.0), 1e-30)
         np.testing.assert_allclose(x, y, rtol=0, atol=bound)
+
+
+# Kinds of trees that have failed in some version: empty and 0-dimensional leaves beside matrices,
+# long thin ones, rows of very different length in half precision, and a leaf without a gradient.
+EMPTY = Case(((0, 3), (), (3, 2)), container="tuple", missing=(2,))
+THIN = Case(((1, 40), (33, 2), (1, 1)), ("bfloat16", "float32"), ("rank one", "wide"), size=None)
+NARROW = Case(((5, 3), (2, 2, 2, 2)), ("float16",), ("wide", "sparse"), "namedtuple", every=2)
+DOUBLE = Case(((4, 3), (3,)), ("float64", "float32"), ("wide", "normal"), "nested", (1,))
 
 
 def check(alias, case, exponent):
@@ -159,11 +164,9 @@ def check(alias, case, exponent):
     gradients = [case.gradients(step) for step in range(3)]
     update = jax.jit(tx.update)
     updates, state = run(tx, case, gradients, update)
-    assert finite(updates) and finite(state)
+    assert finite(updates) and finite(state) and int(state.total_notfinite) == 0
     assert types(state) == types(tx.init(params)), "the state changes its structure"
     assert types(updates[0]) == types(gradients[0]), "updates are not like gradients"
-    narrowest = [jnp.finfo(x.dtype).eps for x in jax.tree.leaves(gradients[0])]
-    assert int(state.total_notfinite) == 0
     # Zero gradients give zero updates, from the first step on.
     nothing, state = run(tx, case, [case.gradients(0, kinds=("zero",))] * 2, update)
     assert finite(state) and all(not np.any(x) for x in jax.tree.leaves(nothing))
@@ -171,43 +174,67 @@ def check(alias, case, exponent):
     scaled = [case.gradients(step, 2.0**exponent) for step in range(3)]
     again, state = run(tx, case, scaled, update)
     assert finite(again) and finite(state)
-    close(updates, again, max([1e-2, *(4 * float(eps) for eps in narrowest)]))
+    close(updates, again)
 
 
 @pytest.mark.parametrize("name", ALIASES)
-@few(max_examples=4)
+@few(max_examples=2)
 @given(case=cases(), exponent=st.sampled_from([-8, 6]))
+@example(case=EMPTY, exponent=6)
+@example(case=NARROW, exponent=-8)
 def test_updates_are_finite_alike_in_kind_and_indifferent_to_scale(name, case, exponent):
     check(ALIASES[name], case, exponent)
 
 
-def step_eagerly(tx, params, gradients):
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("shampoo", THIN), ("soap", DOUBLE), ("kl_shampoo", THIN), ("one_sided", DOUBLE)],
+)
+def test_thin_matrices_and_double_precision(name, case):
+    with jax.enable_x64("float64" in case.dtypes):
+        check(ALIASES[name], case, 6)
+
+
+@pytest.mark.parametrize("name", ["shampoo", "kl_soap"])
+@few(max_examples=1)
+@given(case=cases(dtypes=("float32",)))
+@example(case=Case(((5, 3), (3, 5), (2, 3, 2), (4,)), kinds=("normal", "rank one"), every=2))
+def test_eager_steps_and_other_names_and_orders_are_the_same(name, case):
+    case = case._replace(container="list")
+    params, gradients = case.params(), [case.gradients(step) for step in range(3)]
+    updates, _ = run(case.optimizer(ALIASES[name]), case, gradients)
+    names = "zyxw"  # a dictionary has its leaves in the order of their names
+
+    def renamed(leaves):
+        return dict(zip(names, leaves, strict=False))
+
+    again = eagerly(case.optimizer(ALIASES[name]), renamed(params), list(map(renamed, gradients)))
+    close(updates, [[u[n] for n in names if n in u] for u in again])
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap"])
+@few(max_examples=1)
+@given(shape=SHAPES, kind=st.sampled_from(KINDS), size=st.sampled_from([None, 1, 3]))
+@example(shape=(5, 3), kind="rank one", size=3)
+def test_a_batch_axis_is_a_loop(name, shape, kind, size):
+    case = Case((shape, shape, shape), kinds=(kind,))
+    gradients = [case.gradients(step) for step in range(3)]
+    numbers = sj.batch_axes({"layers": 0}, rule=None)
+    cut = sj.Blocking(size, merge=None, dimension_numbers=numbers)
+    everything = {"others": adamw(), "preconditioned": lambda path, leaf: True}
+    tx = ALIASES[name](every=1, blocking=cut, **everything)
+
+    def stack(tree):
+        return {"layers": jnp.stack(jax.tree.leaves(tree))}
+
+    updates, _ = run(tx, case, gradients)
+    found = eagerly(tx, stack(case.params()), list(map(stack, gradients)))
+    close(list(map(stack, updates)), found)
+
+
+def eagerly(tx, params, gradients):
     state, found = tx.init(params), []
     for g in gradients:
         new, state = tx.update(g, state, params)
         found.append(new)
     return found
-
-
-def check_ways(alias, case):
-    case = case._replace(container="list")
-    params, gradients = case.params(), [case.gradients(step) for step in range(3)]
-    updates, _ = run(case.optimizer(alias), case, gradients)
-    # Eager steps, and leaves in another order under other names.
-    back = [dict(zip("zyxwv", g[::-1], strict=False)) for g in gradients]
-    tree = dict(zip("zyxwv", params[::-1], strict=False))
-    again = step_eagerly(case.optimizer(alias), tree, back)
-    restored = [[u[k] for k in reversed([*u])] for u in ({k: u[k] for k in tree} for u in again)]
-    close(updates, restored, 1e-2)
-
-
-def check_batch(alias, shape, kind, size):
-    """A batch axis is a loop over its slices."""
-    one = Case((shape, shape, shape), kinds=(kind,), size=size)
-    gradients = [one.gradients(step) for step in range(3)]
-    updates, _ = run(one.optimizer(alias), one, gradients)
-    stacked = sj.Blocking(size, dimension_numbers=sj.batch_axes({"layers": 0}))
-    tx = alias(every=1, others=adamw(), blocking=stacked, preconditioned=lambda path, leaf: True)
-    stack = lambda tree: {"layers": jnp.stack([tree[k] for k in sorted(tree)])}  # noqa: E731
-    found = step_eagerly(tx, stack(one.params()), list(map(stack, gradients)))
-    close([stack(u) for u in updates], found, 1e-2)
