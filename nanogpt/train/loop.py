@@ -72,12 +72,13 @@ def fit(
     if jax.process_index():
         console = rich.console.Console(quiet=True)
     console = console or plain_console()
-    console.print(f"{config.name}: {'resuming' if resume else 'compiling'} ...", markup=False)
     with (
         contextlib.closing(folder),
         stop_request() as stop,
         contextlib.closing(_Run(config, data, folder, layout, stop)) as run,
     ):
+        # Not before signals are heard: who reads this may send one.
+        console.print(f"{config.name}: {'resuming' if resume else 'compiling'} ...", markup=False)
         if resume:
             for fault in run.go_to_newest(go_back=resume == "previous-good"):
                 console.print(f"{config.name}: passed over, and moved to damaged/: {fault}")
