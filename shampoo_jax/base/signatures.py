@@ -28,6 +28,7 @@ ANSWERS = (
     ("cutoff rtol atol", "rtol", "solver=TruncatedEigh(rtol, atol)"),
     ("solver basis", "basis=EighBasis(...)", "solver=CarriedBasis(...)"),
     ("precondition_frequency precond_freq update_freq preconditioning_compute_steps", "every"),
+    ("interval update_interval update_every frequency", "every"),
     ("start start_preconditioning_step stagger chunk when skip_first reorder", REFRESH),
     (
         "block_size block_width max_preconditioner_dim max_precond_dim",
