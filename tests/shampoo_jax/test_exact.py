@@ -167,7 +167,7 @@ SEEDS = tuple(range(1, STEPS + 1))
 
 
 def stepped(tx, params, gradients, run=lambda f: f):
-    state, found = tx.init(params), []
+    state, found = run(tx.init)(params), []
     for g in gradients:
         updates, state = run(tx.update)(g, state, params)
         found.append(updates)
