@@ -67,6 +67,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 def _told(error: Exception) -> str:
     """The message of an error; that of a disk that is full says what to do."""
     text = str(error)
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{error.filename}: No such file or folder: see how its name is written"
     if _NO_ROOM.search(text):
         text = " ".join(text.split())[:200]
     elif getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -26,6 +26,14 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.YAMLError(f"aliases (*name) are not read: {self.peek_event().start_mark}")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Refuses a name that stands twice, of which YAML would take the last."""
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name} stands twice in one section: {node.start_mark}")
+        return super().construct_mapping(node, deep)
+
 
 def read(path: str) -> dict[str, Any]:
     """Returns what a file holds; of YAML only plain data is read, so a file cannot run code.

@@ -2,6 +2,8 @@
 
 import re
 
+import jax
+
 from nanogpt.config.run import Config
 from nanogpt.optimizers.flops import model_flops
 
@@ -32,6 +34,15 @@ PEAKS = {
     r"TPU v5p?": 459e12,
     r"TPU v6 lite|TPU v6e": 918e12,
 }
+
+
+def check_attention(config: Config) -> None:
+    """Raises ValueError where the model asks for cuDNN and this process has no NVIDIA GPU."""
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"model.attention=cudnn needs an NVIDIA GPU, this process has {jax.default_backend()}: "
+            "use auto, which is cuDNN's on such a GPU, or xla."
+        )
 
 
 def peak_rate(kind: str) -> float | None:

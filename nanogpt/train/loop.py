@@ -16,6 +16,7 @@ from nanogpt.train.ancestors import common_checkpoint, copy_run, read_params
 from nanogpt.train.batches import RunData, batch_pattern, open_data, to_device
 from nanogpt.train.checkpoint import Checkpoints
 from nanogpt.train.clock import StepClock
+from nanogpt.train.devices import check_attention
 from nanogpt.train.distributed import agreed, largest_of_all
 from nanogpt.train.interrupt import Interrupted, StopRequest, StopSignal, stop_request
 from nanogpt.train.mesh import Layout, make_layout
@@ -65,6 +66,7 @@ def fit(
     source = source_text()  # now: files may be edited while the run compiles
     with agreed("opening the data and the run's folder"):
         check_sinks(config)
+        check_attention(config)
         data, folder = open_data(config), RunFolder(config, jax.process_index())
         folder.check(resume=bool(resume), overwrite=overwrite)
         layout = make_layout(config)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from shampoo_jax.base.eager import compiled
 from shampoo_jax.base.options import check_dtype, check_options
 
 Factory = Callable[..., optax.GradientTransformation]
@@ -66,7 +67,9 @@ def inject_hyperparams(
         on = {n for n, p in signature.parameters.items() if n in given or p.default}
         static = (set(signature.parameters) - (TRACED & on)) | never
         wrapped = optax.inject_hyperparams(factory, static, hyperparam_dtype)
-        return wrapped(*args, **kwargs)
+        # Optax's update builds the optimizer anew, whose own program would be compiled every time.
+        tx = wrapped(*args, **kwargs)
+        return tx._replace(update=compiled(tx.update))
 
     return build
 

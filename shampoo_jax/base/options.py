@@ -146,7 +146,8 @@ def check_dtype(name: str, dtype: Any) -> None:
     try:
         given = jnp.dtype(dtype).name
     except TypeError:  # no dtype at all
-        given = repr(dtype)
+        given = "object"
+    given = repr(dtype) if given == "object" else given
     if given not in ("bfloat16", "float32", "float64"):
         raise ValueError(f"{name}={given}: use bfloat16 or float32; narrower ranges overflow.")
 

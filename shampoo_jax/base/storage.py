@@ -16,10 +16,8 @@ def check_form(name: str, form: Any) -> None:
         return
     try:
         check_dtype(name, form)
-    except TypeError:
-        raise ValueError(
-            f"{name}={form!r}: give jnp.bfloat16, jnp.float32, or a class with encode and decode."
-        ) from None
+    except ValueError as error:
+        raise ValueError(f"{error} A form of storage of your own has encode and decode.") from None
 
 
 def is_form(form: Any) -> bool:

@@ -6,7 +6,7 @@ import optax
 from jax.typing import DTypeLike
 
 from shampoo_jax.base.hyperparameters import checked
-from shampoo_jax.base.options import Scalar, Whole
+from shampoo_jax.base.options import Scalar, Whole, check_dtype
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption
@@ -178,6 +178,7 @@ def scale_by_kl_soap(
       0.0
     """
     options = locals()
+    check_dtype("mu_dtype", mu_dtype)  # rotated with the basis, in which a form of its own is not
     first_moment = filter_gradient(b1, bias_correction=bias_correction, mu_dtype=mu_dtype)
     correction: Any = {"bias_correction": bias_correction, "eps_hat": eps_hat}
     second_moment = scale_by_second_moment(b2, eps, **correction)

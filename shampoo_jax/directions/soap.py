@@ -7,7 +7,7 @@ import optax
 from jax.typing import DTypeLike
 
 from shampoo_jax.base.hyperparameters import checked
-from shampoo_jax.base.options import Scalar, Whole, is_off
+from shampoo_jax.base.options import Scalar, Whole, check_dtype, is_off
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import ExponentOption
@@ -114,6 +114,7 @@ def scale_by_soap(
       0.0
     """
     options = checked(locals())
+    check_dtype("mu_dtype", mu_dtype)  # rotated with the basis, in which a form of its own is not
     when, method = refresh_of_bases(refresh), make_basis(basis)
     weighting: Any = {"bias_correction": bias_correction, "weighted": weighted}
     first_moment = filter_gradient(b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype)

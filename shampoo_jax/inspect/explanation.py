@@ -198,7 +198,8 @@ def _dtypes(leaves: list[Any]) -> str:
 def _sides(plan: Plan, state: Any) -> collections.Counter[Side]:
     """Number of factors of each root computation, none where the walk accumulates none."""
     sides: collections.Counter[Side] = collections.Counter()
-    for key, shape in plan.shapes.items() if _nodes_with("factors", state) else ():
+    kept = any(_nodes_with(field, state) for field in ("factors", "roots"))
+    for key, shape in plan.shapes.items() if kept else ():
         for k, (d, exponent) in enumerate(zip(shape, plan.exponents(shape), strict=True)):
             if exponent:
                 sides[Side(key, k, d, exponent)] += plan.counts[key]

@@ -32,6 +32,7 @@ _VECTORS = re.compile(r"(^|_)(bias(es)?|scale|offset|gamma|beta)$|^bias_|norm_(w
 _NORMS = re.compile(
     r"(norm|(^|_)(ln|rms))\d*(_(?!\w*(mlp|proj|linear|dense|fc|conv|attn|attention))\w+)?$"
 )
+_ABOUT_NORMS = re.compile(r"norm|(^|_)(ln|rms)")
 
 
 def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -41,9 +42,10 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
       path: Key path of the parameter. A component that contains `embed`, `vocab`, `logits` or the
         word `emb`, is `wte` or `wpe`, or ends in the word `head` (but `multi_head`, `attn_head`),
         names a table. Slashes separate components, as in Haiku's names. A parameter whose name is
-        or ends in `bias`, `scale`, `offset`, `gamma` or `beta`, a `b` in a module that is no
-        `lora`, and the `weight`, `w` or `g` of what is named a norm, `rms` or `ln`, is a vector
-        even where it has more axes (heads, scanned layers).
+        or ends in `bias`, `scale`, `offset`, `gamma` or `beta`, one that is itself named a norm,
+        `rms` or `ln` (`q_norm`, `ln_f`), a `b` in a module that is no `lora`, `bq` and the like,
+        and the `weight`, `w` or `g` of what is named so, is a vector even where it has more axes
+        (heads, scanned layers).
       leaf: The parameter or its shape.
 
     Returns:
@@ -59,10 +61,13 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     ndim = sum(d > 1 for d in np.shape(leaf))
     names = component_names(path)
     *modules, name = names
-    is_vector = bool(_VECTORS.search(name))
-    is_vector |= name in ("weight", "w", "g") and any(map(_NORMS.search, modules))
+    is_vector = bool(_VECTORS.search(name) or _NORMS.search(name))
+    is_vector |= name in ("weight", "w") and any(map(_NORMS.search, modules))
+    is_vector |= name == "g" and any(map(_ABOUT_NORMS.search, modules))
     # Haiku's bias; the second matrix of a low-rank adapter has the same name.
-    is_vector |= name == "b" and bool(modules) and not any("lora" in m for m in modules)
+    adapter = any("lora" in m for m in names)
+    is_vector |= name == "b" and bool(modules) and not adapter
+    is_vector |= bool(re.fullmatch(r"b_?[qkvo]", name)) and not adapter
     return ndim >= 2 and not is_vector and not any(map(_TABLES.search, names))
 
 

@@ -1,9 +1,11 @@
 """Updates scaled by a rule of parameters."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from shampoo_jax.base.options import check_options, is_number
@@ -24,7 +26,7 @@ def scale_per_parameter(rule: Callable[[KeyPath, Any], float]) -> optax.Gradient
       A stateless transformation; updates keep their dtype, None stays None.
 
     Raises:
-      ValueError: In `update`, a rule that gives no number.
+      ValueError: In `update`, a rule that gives no finite number.
 
     Example:
       >>> import jax.numpy as jnp, optax, shampoo_jax
@@ -39,8 +41,11 @@ def scale_per_parameter(rule: Callable[[KeyPath, Any], float]) -> optax.Gradient
 
     def scale(path: KeyPath, update: jax.Array) -> jax.Array:
         factor = rule(path, update)
-        if not is_number(factor) and jax.numpy.ndim(factor):
-            raise ValueError(f"rule gives {factor!r} for {name_of(path)!r}: a number is needed.")
+        traced = isinstance(factor, jax.Array | np.ndarray) and factor.ndim == 0
+        if not traced and not (is_number(factor) and math.isfinite(factor)):
+            raise ValueError(
+                f"rule gives {factor!r} for {name_of(path)!r}: a finite number is needed."
+            )
         return (factor * update).astype(update.dtype)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))

@@ -1,5 +1,6 @@
 """What reaches the optimizer: gradients that are missing, narrow or not finite, dealt with once."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,15 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
-from shampoo_jax.base.options import check_options, is_number
-from shampoo_jax.base.paths import KeyPath, name_of, nodes_of, parameter_of
+from shampoo_jax.base.eager import are_arrays
+from shampoo_jax.base.options import check_options
+from shampoo_jax.base.paths import nodes_of
 from shampoo_jax.blocks.blocks import as_array
-from shampoo_jax.stacks.incoming import check_arrays, check_state
+from shampoo_jax.stacks.incoming import check_arrays, check_further, check_state, trained
+from shampoo_jax.stacks.missing import Paths, drop, fill_missing, restore
 from shampoo_jax.stacks.placement import laid_as
 
 Array = jax.Array
-Paths = frozenset[KeyPath]
 
 
 class Guarded(optax.GradientTransformationExtraArgs):
@@ -79,7 +81,8 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
     def init(params: Any) -> optax.ApplyIfFiniteState:
         check_arrays(params, "parameter", whole=True)
         in_a_row, total = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        return optax.ApplyIfFiniteState(in_a_row, jnp.array(True), total, tx.init(widen(params)))
+        inner_state = tx.init(widen(trained(params)))
+        return optax.ApplyIfFiniteState(in_a_row, jnp.array(True), total, inner_state)
 
     def step(absent: Paths, updates: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
         known = {**extra, "absent": absent} if absent else dict(extra)
@@ -91,7 +94,7 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
             wide = None if params is None else widen(params)
             new, inner_state = tx.update(widen(updates), state.inner_state, wide, **known)
             if absent:
-                inner_state = _restore(inner_state, state.inner_state, params, absent)
+                inner_state = restore(inner_state, state.inner_state, params, absent)
             return _as_parameters_lie(cast_like(new, updates), params), inner_state
 
         def skip() -> tuple[Any, Any]:
@@ -108,16 +111,17 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         check_arrays(updates, "gradient")
+        check_further(extra.get("further", {}))
         check_state(state, updates)
-        filled, own, params = _fill_missing(updates, params)
+        filled, own, params = fill_missing(updates, params, functools.partial(_owns, tx, state))
         absent = own | extra.pop("absent", frozenset())
-        run = compiled if not extra or _are_arrays(extra) else step
+        run = compiled if not extra or are_arrays(extra) else step
         try:
             new, state = run(absent, filled, state, params, extra)
         except Exception as error:
             _check_owner(tx, state, updates if params is None else params, error)
             raise
-        return (_drop(new, own) if own else new), state
+        return (drop(new, own) if own else new), state
 
     guarded = Guarded(init, update)
     guarded.inner, guarded.design = tx, design
@@ -136,16 +140,22 @@ def _check_owner(tx: Any, state: Any, params: Any, error: Exception) -> None:
     if any(x is None for x in jax.tree.leaves(params, is_leaf=lambda x: x is None)):
         return  # gradients without the parameters, which alone could tell
     try:
-        fresh = jax.eval_shape(tx.init, params)
+        own = _owns(tx, state, params)
     except Exception:
         return
-    (made, given), (held, found) = jax.tree.flatten(fresh), jax.tree.flatten(state.inner_state)
-    if given != found or [x.shape for x in made] != [*map(np.shape, held)]:
+    if not own:
         raise ValueError(
             "the optimizer state belongs to other parameters, of other names, shapes or number, or "
             "to another optimizer: init again, or carry it over by state_to_tree and tree_to_state"
             "; where vmap made it, update under vmap as well."
         ) from error
+
+
+def _owns(tx: Any, state: Any, params: Any) -> bool:
+    """Whether a state has the form of one that is made for these parameters."""
+    fresh = jax.eval_shape(tx.init, params)
+    (made, given), (held, found) = jax.tree.flatten(fresh), jax.tree.flatten(state.inner_state)
+    return given == found and [x.shape for x in made] == [*map(np.shape, held)]
 
 
 def _zeros(updates: Any, params: Any, take: Callable[[], tuple[Any, Any]]) -> Any:
@@ -161,14 +171,6 @@ def _zeros(updates: Any, params: Any, take: Callable[[], tuple[Any, Any]]) -> An
 def unguarded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """The transformation inside of a `Guarded` one, any other as it is."""
     return tx.inner if isinstance(tx, Guarded) else tx
-
-
-def _are_arrays(extra: dict[str, Any]) -> bool:
-    """Whether jit can take them: a function, such as a line search is given, cannot be traced."""
-    kinds = (jax.Array, np.ndarray, np.generic, int, float, complex)
-    leaves = jax.tree.leaves(extra)
-    # A part may branch on a flag, which a traced one would not let it do.
-    return all(isinstance(x, kinds) and not isinstance(x, bool) for x in leaves)
 
 
 def _usable(gradients: list[Any]) -> Array:
@@ -223,57 +225,6 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return cast_like(new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _fill_missing(updates: Any, params: Any) -> tuple[Any, Paths, Any]:
-    """Zeros for the gradients that are None, whose they are, and the parameters that are arrays."""
-    if params is None:
-        return updates, frozenset(), None
-    (gradients, given), (weights, wanted) = jax.tree.flatten(updates), jax.tree.flatten(params)
-    alike = given == wanted and [*map(np.shape, gradients)] == [*map(np.shape, weights)]
-    return (updates, frozenset(), params) if alike else _matched(updates, params)
-
-
-def _matched(updates: Any, params: Any) -> tuple[Any, Paths, Any]:
-    """`_fill_missing` by paths: trees of other containers, missing gradients, and complaints."""
-    # A whole Equinox module holds functions as well, which have no gradient.
-    params = jax.tree.map(lambda x: x if hasattr(x, "dtype") or is_number(x) else None, params)
-    given = dict(jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: x is None))
-    wanted = dict(jax.tree_util.tree_leaves_with_path(params))
-    absent = frozenset(path for path in wanted if path in given and given[path] is None)
-    present = {path: x for path, x in given.items() if x is not None}
-    for path in [*(p for p in wanted if p not in absent), *present]:
-        shapes = [np.shape(x[path]) if path in x else None for x in (wanted, present)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"parameter {name_of(path)!r} has shape {shapes[0]}, its gradient {shapes[1]} "
-                "(None: there is none of this name): pass gradients and parameters of one tree, "
-                "and None for a gradient that is missing."
-            )
-    if not absent:
-        return updates, absent, params
-    leaves = [jnp.zeros_like(p) if q in absent else present[q] for q, p in wanted.items()]
-    return jax.tree.structure(params).unflatten(leaves), absent, params
-
-
-def _drop(updates: Any, absent: Paths) -> Any:
-    """None again where the update was missing."""
-    return jax.tree_util.tree_map_with_path(lambda p, x: None if p in absent else x, updates)
-
-
-def _restore(new: Any, old: Any, params: Any, absent: Paths) -> Any:
-    """The new state, but the old leaves of parameters without a gradient.
-
-    A leaf belongs to the parameter that `parameter_of` names if it has its shape.
-    """
-    shapes = {p: np.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
-
-    def choose(path: KeyPath, new_leaf: Any, old_leaf: Any) -> Any:
-        owner = parameter_of(path, shapes)
-        belongs = owner in absent and np.shape(new_leaf) == shapes[owner]
-        return old_leaf if belongs else new_leaf
-
-    return jax.tree_util.tree_map_with_path(choose, new, old)
 
 
 def check_finite(opt_state: Any) -> None:

@@ -1,5 +1,6 @@
 """Gradients, parameters and states that no optimizer can use, refused with the leaf's name."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -42,6 +43,31 @@ def check_arrays(tree: Any, kind: str, *, whole: bool = False) -> None:
                 f"{kind} {name_of(path)!r} has dtype {dtype}, no floating point number: give None "
                 "for the gradient of what is not trained, or leave it out by optax.partition."
             )
+
+
+def check_further(further: Any) -> None:
+    """Raises ValueError for what is no mapping of names to trees of floating point numbers."""
+    if not isinstance(further, Mapping):
+        raise ValueError(
+            f"further={type(further).__name__}: give a mapping, {{name: tree like the gradients}}."
+        )
+    for name, tree in further.items():
+        check_arrays(tree, f"further[{name!r}]")
+
+
+def trained(tree: Any) -> Any:
+    """The parameters, with None for what nothing can train.
+
+    That are integers, flags, keys of random numbers, functions: leaves of a whole Equinox module.
+    """
+    return jax.tree.map(lambda x: x if _inexact(x) else None, tree)
+
+
+def _inexact(x: Any) -> bool:
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        return isinstance(x, float | complex)
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def check_state(state: Any, updates: Any) -> None:

@@ -270,14 +270,24 @@ class Layout:
             return update(stacks, index, cut, state)
         at_owner = {key: self.owner_spec(key) for key in stacks}
         specs = self.state_specs(state)
-        return jax.shard_map(
+        run = jax.shard_map(
             update,
             mesh=self.devices.mesh,
             in_specs=(at_owner, at_owner, at_owner, specs),
             out_specs=(at_owner, specs),
             # Scalars of the state are equal everywhere by construction, which no type shows.
             check_vma=False,
-        )(stacks, index, cut, state)
+        )
+        try:
+            return run(stacks, index, cut, state)
+        except NotImplementedError as error:
+            if "Closing over" not in str(error):
+                raise
+            raise ValueError(
+                "an array that is no part of the state, as inject_hyperparams makes of an option, "
+                "cannot be used on Explicit mesh axes: make the axes of the placement's mesh Auto, "
+                "jax.make_mesh(..., axis_types=...), or give the option as a number."
+            ) from error
 
 
 def _between(before: Spec, after: Spec) -> list[Spec]:

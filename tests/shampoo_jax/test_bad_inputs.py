@@ -4,10 +4,11 @@ A row is a function, the options that it is given, and words of the message. Row
 are tried on all directions or all complete optimizers that have the option.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,12 @@ EYE = jnp.eye(2)
 def place(**options):
     given: Any = {"mesh": jax.make_mesh((8,), ("data",)), "owners": "data"}
     return sj.Placement(**(given | options))
+
+
+class OnlyIn:
+    """A form of storage from which nothing comes back."""
+
+    encode = staticmethod(jnp.asarray)
 
 
 # Of all functions in the list that have the option.
@@ -94,6 +101,7 @@ EVERYWHERE = [
     (DIRECTIONS, dict(graft=optax.adam), "graft=adam is no Optax transf", "call it, adam(...)"),
     (DIRECTIONS, dict(graft=optax.adam(0.1)), "graft=", "is a complete optimizer"),
     (DIRECTIONS, dict(mu_dtype=jnp.int8), "mu_dtype=int8: use bfloat16 or float32"),
+    (DIRECTIONS, dict(mu_dtype=OnlyIn), "mu_dtype=", "OnlyIn", "use bfloat16 or float32"),
     (DIRECTIONS, dict(root_dtype=jnp.float16), "root_dtype=float16: use bfloat16 or float32"),
     (DIRECTIONS, dict(blocking=64), "blocking=64: give a Blocking, such as Blocking(size=64)"),
     (DIRECTIONS, dict(placement="data"), "placement='data': give a Placement, such as"),
@@ -324,6 +332,66 @@ def test_gradients_that_nothing_can_use_are_named(tx, gradient, words):
     with pytest.raises(ValueError) as caught:
         tx.update({**PARAMS, "w": gradient}, jax.eval_shape(tx.init, PARAMS), PARAMS)
     assert [word for word in words if word not in str(caught.value)] == [], caught.value
+
+
+@pytest.mark.parametrize(
+    ("further", "words"),
+    [
+        (None, ["further=NoneType: give a mapping"]),
+        (jnp.ones((4, 3)), ["further=ArrayImpl: give a mapping"]),
+        ({"halves": {**PARAMS, "w": jnp.ones((4, 3), int)}}, ["further['halves'] 'w' has dtype"]),
+    ],
+    ids=["none", "array", "integers"],
+)
+def test_further_trees_that_nothing_can_use_are_named(further, words):
+    tx = sj.shampoo(0.1)
+    with pytest.raises(ValueError) as caught:
+        tx.update(PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS, further=further)
+    assert [word for word in words if word not in str(caught.value)] == [], caught.value
+
+
+class Filled(NamedTuple):
+    """A statistic that fills in what it is made of."""
+
+    matrices: Any
+
+    def part(self):
+        def update(stacks, state, params=None):
+            new = {k: dataclasses.replace(b, matrices=self.matrices) for k, b in stacks.items()}
+            return new, state
+
+        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+WEIGHT = {"w": jnp.ones((4, 3))}
+LEFT, RIGHT = jnp.ones((1, 4, 4)), jnp.ones((1, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        optax.scale_by_adam(),
+        optax.identity(),
+        Filled((LEFT,)).part(),
+        Filled((LEFT, LEFT)).part(),
+        Filled((LEFT, RIGHT.astype(jnp.bfloat16))).part(),
+    ],
+    ids=["adam", "identity", "one", "sizes", "dtype"],
+)
+def test_a_statistic_that_fills_in_something_else_is_refused(statistics):
+    tx = sj.scale_by_shampoo(statistics=statistics)
+    words = r"roots of the stack '4x3' need one factor .*\[\(1, 4, 4\), \(1, 3, 3\)\] in float32"
+    with pytest.raises(ValueError, match=words):
+        tx.update(WEIGHT, jax.eval_shape(tx.init, WEIGHT), WEIGHT)
+
+
+def test_a_statistic_that_leaves_out_a_stack_is_refused():
+    forgets = optax.GradientTransformation(
+        lambda params: optax.EmptyState(), lambda stacks, state, params=None: ({}, state)
+    )
+    tx = sj.scale_by_shampoo(statistics=forgets)
+    with pytest.raises(ValueError, match="left out the stack '4x3'"):
+        tx.update(WEIGHT, jax.eval_shape(tx.init, WEIGHT), WEIGHT)
 
 
 def test_gradients_in_double_precision_are_refused_by_a_state_in_single():

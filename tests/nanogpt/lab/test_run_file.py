@@ -50,6 +50,7 @@ def test_switches_and_values_of_none():
         ("a: [1", "run.yaml: is neither YAML nor JSON"),
         ("- 1\n- 2\n", "run.yaml: must hold names with values"),
         ("a: !!python/object/apply:os.getpid []\n", "run.yaml: is neither YAML nor JSON"),
+        ("seed: 1\nname: x\nseed: 2\n", "neither YAML nor JSON: seed stands twice in one section"),
         ("optimizer: [1]\n", r"run.yaml: optimizer=\[1\]: must be a name"),
         ("preset: 5\n", "run.yaml: preset=5: must be a name"),
     ],

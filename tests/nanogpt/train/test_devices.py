@@ -6,7 +6,7 @@ import pytest
 
 from nanogpt.config.presets import preset
 from nanogpt.optimizers.flops import model_flops
-from nanogpt.train.devices import peak_rate, seconds_at_peak
+from nanogpt.train.devices import check_attention, peak_rate, seconds_at_peak
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,13 @@ def test_seconds_of_a_step_at_the_peak():
     model = dataclasses.replace(config.model, dtype="float32")
     assert seconds_at_peak(dataclasses.replace(config, model=model), "NVIDIA H200", 8) is None
     assert seconds_at_peak(config, "cpu", 1) is None
+
+
+def test_cudnn_without_a_gpu_is_refused_before_anything_is_compiled():
+    config = preset("cpu", "adamw")
+    check_attention(config)
+    model = dataclasses.replace(config.model, attention="cudnn")
+    with pytest.raises(
+        ValueError, match="attention=cudnn needs an NVIDIA GPU.*cpu: use auto"
+    ):
+        check_attention(dataclasses.replace(config, model=model))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import shampoo_jax as sj
@@ -87,5 +88,11 @@ def test_an_eigenbasis_refuses_a_form_that_it_cannot_carry():
         def decode(self, dtype):
             return self.values
 
+    for alias in (sj.soap, sj.kl_soap):
+        with pytest.raises(ValueError, match="mu_dtype=.*Scaled.*use bfloat16 or float32"):
+            alias(0.1, mu_dtype=Scaled)
+    inside = optax.chain(
+        sj.accumulate_factors(), sj.eigenbasis(sj.filter_gradient(mu_dtype=Scaled))
+    )
     with pytest.raises(ValueError, match="scale.*elementwise"):
-        sj.soap(0.1, mu_dtype=Scaled).init(PARAMS)
+        sj.blocked(inside).init(PARAMS)

@@ -21,6 +21,11 @@ VECTORS = [
     "layers/q_norm/weight",
     "layer_stack/linear/b",  # Haiku
     "layer_stack/layer_norm/offset",
+    "attn/q_norm",
+    "ln_f",
+    "block/ln_1",
+    "attn/bq",
+    "rms_attn/g",
     "block/layer_normalization/gamma",  # Keras
     "layers/LayerNorm_0/scale",  # Flax
     "layers/attn/in_proj_bias",

@@ -25,7 +25,8 @@ def test_each_update_is_multiplied_by_the_rule(jit):
     assert updates["b"].dtype == jnp.bfloat16 and updates["layer"]["none"] is None
 
 
-def test_a_rule_that_gives_no_number_is_refused():
-    tx = sj.scale_per_parameter(lambda path, leaf: jnp.ones_like(leaf))
-    with pytest.raises(ValueError, match="'b'.*a number is needed"):
+@pytest.mark.parametrize("given", [jnp.ones(3), None, "2", float("nan"), [1.0]])
+def test_a_rule_that_gives_no_number_is_refused(given):
+    tx = sj.scale_per_parameter(lambda path, leaf: given)
+    with pytest.raises(ValueError, match="'b'.*a finite number is needed"):
         tx.update({"b": jnp.ones(3)}, tx.init(PARAMS))
