@@ -48,7 +48,5 @@ def test_cudnn_without_a_gpu_is_refused_before_anything_is_compiled():
     config = preset("cpu", "adamw")
     check_attention(config)
     model = dataclasses.replace(config.model, attention="cudnn")
-    with pytest.raises(
-        ValueError, match="attention=cudnn needs an NVIDIA GPU.*cpu: use auto"
-    ):
+    with pytest.raises(ValueError, match="attention=cudnn needs an NVIDIA GPU.*cpu: use auto"):
         check_attention(dataclasses.replace(config, model=model))
