@@ -237,21 +237,21 @@ def sizes(root: Path) -> list[str]:
 
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
-    "shampoo_jax/base": 355,
+    "shampoo_jax/base": 375,
     "shampoo_jax/matrix": 830,
     "shampoo_jax/blocks": 415,
     "shampoo_jax/solvers": 345,
-    "shampoo_jax/stacks": 1095,
-    "shampoo_jax/parts": 1025,
-    "shampoo_jax/directions": 300,
-    "shampoo_jax/optimizers": 605,
+    "shampoo_jax/stacks": 1140,
+    "shampoo_jax/parts": 1045,
+    "shampoo_jax/directions": 305,
+    "shampoo_jax/optimizers": 610,
     "shampoo_jax/inspect": 1045,
     "nanogpt/config": 405,
     "nanogpt/model": 190,
     "nanogpt/optimizers": 440,
-    "nanogpt/train": 1760,
+    "nanogpt/train": 1770,
     "nanogpt/report": 870,
-    "nanogpt/lab": 1155,
+    "nanogpt/lab": 1165,
 }
 
 

@@ -38,9 +38,10 @@ PEAKS = {
 
 def check_attention(config: Config) -> None:
     """Raises ValueError where the model asks for cuDNN and this process has no NVIDIA GPU."""
-    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+    platform = jax.local_devices()[0].platform
+    if config.model.attention == "cudnn" and platform != "gpu":
         raise ValueError(
-            f"model.attention=cudnn needs an NVIDIA GPU, this process has {jax.default_backend()}: "
+            f"model.attention=cudnn needs an NVIDIA GPU, this process has {platform}: "
             "use auto, which is cuDNN's on such a GPU, or xla."
         )
 

@@ -14,7 +14,7 @@ from shampoo_jax.base.eager import are_arrays
 from shampoo_jax.base.options import check_options
 from shampoo_jax.base.paths import nodes_of
 from shampoo_jax.blocks.blocks import as_array
-from shampoo_jax.stacks.incoming import check_arrays, check_further, check_state, trained
+from shampoo_jax.stacks.incoming import check_arrays, check_gradients, check_state, trained
 from shampoo_jax.stacks.missing import Paths, drop, fill_missing, restore
 from shampoo_jax.stacks.placement import laid_as
 
@@ -85,14 +85,13 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
         return optax.ApplyIfFiniteState(in_a_row, jnp.array(True), total, inner_state)
 
     def step(absent: Paths, updates: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
-        known = {**extra, "absent": absent} if absent else dict(extra)
-        further = known.get("further", {})
-        known |= {"further": widen(further)} if further else {}
+        further = extra.get("further", {})
+        known = dict(extra, further=widen(further)) if further else dict(extra)
+        known |= {"absent": absent} if absent else {}
 
         # The branch gets the gradients themselves: as checked they would be copied for it.
         def take() -> tuple[Any, Any]:
-            wide = None if params is None else widen(params)
-            new, inner_state = tx.update(widen(updates), state.inner_state, wide, **known)
+            new, inner_state = tx.update(widen(updates), state.inner_state, widen(params), **known)
             if absent:
                 inner_state = restore(inner_state, state.inner_state, params, absent)
             return _as_parameters_lie(cast_like(new, updates), params), inner_state
@@ -110,13 +109,12 @@ def guard(inner: optax.GradientTransformation, design: Any = None) -> Guarded:
     compiled = jax.jit(step, static_argnums=0)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        check_arrays(updates, "gradient")
-        check_further(extra.get("further", {}))
+        check_gradients(updates, extra.get("further", {}))
         check_state(state, updates)
         filled, own, params = fill_missing(updates, params, functools.partial(_owns, tx, state))
         absent = own | extra.pop("absent", frozenset())
-        run = compiled if not extra or are_arrays(extra) else step
         try:
+            run = compiled if are_arrays(extra) else step
             new, state = run(absent, filled, state, params, extra)
         except Exception as error:
             _check_owner(tx, state, updates if params is None else params, error)
@@ -220,8 +218,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return tx.init(widen(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        wide = None if params is None else widen(params)
-        new, state = tx.update(widen(updates), state, wide, **extra)
+        new, state = tx.update(widen(updates), state, widen(params), **extra)
         return cast_like(new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -45,8 +45,9 @@ def check_arrays(tree: Any, kind: str, *, whole: bool = False) -> None:
             )
 
 
-def check_further(further: Any) -> None:
-    """Raises ValueError for what is no mapping of names to trees of floating point numbers."""
+def check_gradients(updates: Any, further: Any) -> None:
+    """`check_arrays` of gradients, and of the trees by name that come with them."""
+    check_arrays(updates, "gradient")
     if not isinstance(further, Mapping):
         raise ValueError(
             f"further={type(further).__name__}: give a mapping, {{name: tree like the gradients}}."
