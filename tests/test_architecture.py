@@ -249,8 +249,8 @@ TOTALS = {
     "nanogpt/config": 405,
     "nanogpt/model": 190,
     "nanogpt/optimizers": 440,
-    "nanogpt/train": 1760,
-    "nanogpt/report": 870,
+    "nanogpt/train": 1850,
+    "nanogpt/report": 880,
     "nanogpt/lab": 1155,
 }
 
