@@ -249,7 +249,7 @@ TOTALS = {
     "nanogpt/config": 405,
     "nanogpt/model": 190,
     "nanogpt/optimizers": 440,
-    "nanogpt/train": 1850,
+    "nanogpt/train": 1860,
     "nanogpt/report": 880,
     "nanogpt/lab": 1155,
 }
