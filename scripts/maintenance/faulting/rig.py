@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -96,6 +97,11 @@ class Child:
         if self.process.poll() is None:
             self.process.send_signal(signum)
 
+    def stopped(self) -> bool:
+        """Waits until it stops itself (SIGSTOP); False where it ends before."""
+        found = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        return found is not None and found.si_code == os.CLD_STOPPED
+
     def frozen(self, when: Callable[[], bool]) -> bool:
         """Stops the process at a moment at which something is so, and leaves it there.
 
@@ -104,8 +110,7 @@ class Child:
         """
         while self.until(when, 0):
             self.send(signal.SIGSTOP)
-            stopped = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-            if stopped is None or stopped.si_code != os.CLD_STOPPED:
+            if not self.stopped():
                 return False
             if when():
                 return True
@@ -226,9 +231,13 @@ def measured(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def arrays(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint's state by its path."""
-    with ocp.StandardCheckpointer() as reader:
-        return dict(_flat("", reader.restore((checkpoint / "state").absolute())))
+    """Every array of a checkpoint's state by its path, on whatever devices it was saved."""
+    folder = (checkpoint / "state").absolute()
+    with ocp.PyTreeCheckpointer() as reader:
+        kinds = reader.metadata(folder).item_metadata.tree
+        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), kinds)
+        found = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=plain))
+    return dict(_flat("", found))
 
 
 def _flat(path: str, tree: Any) -> Iterator[tuple[str, np.ndarray]]:
