@@ -13,11 +13,14 @@ the pseudo-inverse, goes on: in M the cutoff now lies in the middle of [0, 1], p
 Early iterations hold eigenvalues near the cutoff in a few last bits, later ones do not; so only the
 early products need all of float32 (see `PrecisionPolicy`).
 
+For a TPU, whose compiler takes seconds for each product, equal steps are a loop in the program.
+
 Sources: Gawlik and Nakatsukasa, arXiv:1906.11326 (composed roots); Amsel et al., arXiv:2505.16932
 (composed signs, precision); Su, kexue.fm/archives/11175 (coupled form for any root).
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -30,7 +33,7 @@ from shampoo_jax.base.hyperparameters import check_static
 from shampoo_jax.base.options import POSITIVE, check_kind, check_options, refuse
 from shampoo_jax.matrix import schedules
 from shampoo_jax.matrix.eigh import Roots, finite, power_of_two_scale, relative_cutoff
-from shampoo_jax.matrix.products import identity_like, matmul
+from shampoo_jax.matrix.products import identity_like, matmul, repeat
 
 Array = jax.Array
 Semantics = Literal["cut", "clip"]
@@ -137,19 +140,71 @@ def polynomial_root(
     Raises:
       ValueError: An exponent or rtol out of range, naming the remedy.
     """
-    check_options({"semantics": semantics, "sign_steps": sign_steps, "rtol": rtol})
+    options = {"semantics": semantics, "rtol": rtol, "sign_steps": sign_steps}
+    check_options(options)
     check_precision(precision)
+    cpu, gpu, tpu = (
+        functools.partial(root_on, backend, exponent=exponent, precision=precision, **options)
+        for backend in ("cpu", "gpu", "tpu")
+    )
+    return jax.lax.platform_dependent(factor, cpu=cpu, tpu=tpu, default=gpu)
+
+
+def root_on(
+    backend: str,
+    factor: Array,
+    exponent: float,
+    *,
+    semantics: Semantics,
+    rtol: float | None,
+    sign_steps: int,
+    precision: PrecisionPolicy | None,
+) -> Roots:
+    """`polynomial_root` as it is on `"cpu"`, `"gpu"` or `"tpu"`."""
     d, dtype = factor.shape[-1], factor.dtype
     schedule = root_schedule(d, dtype, exponent, semantics, rtol, sign_steps)
+    policy = choose_policy(backend, dtype, schedule.rtol, precision)
+    solve = functools.partial(_root, schedule=schedule, how=_arithmetic(policy, backend))
+    if backend == "cpu" and precision is None and dtype == jnp.float32:
+        solve = functools.partial(_one_at_a_time, solve)
+    return solve(factor)
 
-    def on(backend: str) -> Callable[[Array], Roots]:
-        policy = choose_policy(backend, dtype, schedule.rtol, precision)
-        return functools.partial(_root, schedule=schedule, policy=policy)
 
-    if precision is not None or dtype != jnp.float32:
-        return on("any")(factor)
-    one_at_a_time = functools.partial(_one_at_a_time, on("cpu"))
-    return jax.lax.platform_dependent(factor, cpu=one_at_a_time, tpu=on("tpu"), default=on("gpu"))
+# Of the sign: negative eigenvalues keep a quarter of its square, positive ones lose as much as it.
+SIGN_ERROR = 1e-3
+
+
+def positive_part(matrices: Array, resolved: float) -> Array:
+    """`(A + |A|) / 2`: negative eigenvalues become 0. By products only, in a loop.
+
+    As `P A P` with `P = (I + sign(A)) / 2` by composed polynomials, so that errors of the sign
+    count twice.
+
+    Args:
+      matrices: Symmetric and finite, `[..., d, d]`.
+      resolved: Eigenvalues below this, relative to the norm, may get less than their part. Static.
+
+    Returns:
+      `[..., d, d]`, symmetric. What is within rounding of 0 is 0.
+
+    >>> positive_part(jnp.diag(jnp.array([4.0, -2.0])), 1e-3).round(3).tolist()
+    [[4.0, 0.0], [0.0, 0.0]]
+    """
+    d, eps = matrices.shape[-1], float(jnp.finfo(matrices.dtype).eps)
+    scale = power_of_two_scale(matrices)
+    a = _symmetric(matrices / scale)
+    size = norm(a, keepdims=True)
+    s = a / jnp.where(size == 0, 1.0, size)
+    product = _apart(matmul)
+
+    def step(s: Array, coefficients: Any) -> Array:
+        return _signed(product, s, product(s, s), coefficients)
+
+    signs = schedules.wide_sign_schedule(max(resolved, eps) / math.sqrt(d), SIGN_ERROR)
+    projector = _polynomial((0.5, 0.5), repeat(step, s, signs, loop=True))
+    part = _symmetric(product(projector, product(a, projector)))
+    rounding = norm(part, keepdims=True) <= d * eps * size
+    return jnp.where(rounding, 0.0, part * scale)
 
 
 def integer_root(exponent: float) -> int:
@@ -205,14 +260,37 @@ def _one_at_a_time(solve: Callable[[Array], Roots], factor: Array) -> Roots:
     return root.reshape(factor.shape), ok.reshape(factor.shape[:-2])
 
 
-def _root(factor: Array, schedule: schedules.RootSchedule, policy: PrecisionPolicy) -> Roots:
+class _Arithmetic(NamedTuple):
+    """How products are computed, and steps repeated.
+
+    Attributes:
+      first: Product of whole matrices while they hold the cutoff in the last bits.
+      rest: Of all others.
+      full: Of thin matrices.
+      repeat: See `products.repeat`.
+    """
+
+    first: Product
+    rest: Product
+    full: Product
+    repeat: Callable[[Callable[[Any, Any], Any], Any, Sequence[Any]], Any]
+
+
+def _arithmetic(policy: PrecisionPolicy, backend: str) -> _Arithmetic:
+    first, rest = map(_product, policy)
+    if backend != "tpu":
+        return _Arithmetic(first, rest, matmul, functools.partial(repeat, loop=False))
+    products = map(_apart, (first, rest, matmul))
+    return _Arithmetic(*products, repeat=functools.partial(repeat, loop=True))
+
+
+def _root(factor: Array, schedule: schedules.RootSchedule, how: _Arithmetic) -> Roots:
     p = schedule.p
     scale = power_of_two_scale(factor)
     sound = finite(factor)
     a = jnp.where(sound[..., None, None], factor / scale, 0.0)
-    first = _product(policy.first)
-    squared = first(a, a)
-    fourth = first(squared, squared)
+    squared = how.first(a, a)
+    fourth = how.first(squared, squared)
     # |A^4|_F^(1/4) = (sum of the eighth powers)^(1/8) is no less than the largest eigenvalue; an
     # estimate from below, by power iterations, lets an eigenvalue above 1 through, which diverges.
     bound = 1.001 * norm(fourth, keepdims=True) ** 0.25
@@ -220,15 +298,15 @@ def _root(factor: Array, schedule: schedules.RootSchedule, policy: PrecisionPoli
     bound = jnp.where(zero, 1.0, bound)
     m = a / bound
     powers = (m, squared / bound**2, fourth / bound**4)
-    z, lifted = _lift(powers, schedule, policy)
+    z, lifted = _lift(powers, schedule, how)
     if schedule.polish:
-        cutoff = _image(schedule, _largest(m, powers[2]))
-        projector, unit = _projector(z, lifted, cutoff, schedule, _product(policy.rest))
+        cutoff = _image(schedule, _largest(m, powers[2], how))
+        projector, unit = _projector(z, lifted, cutoff, schedule, how)
         unit = _symmetric(unit)
-        ok = _cut_residuals(m, unit, projector, p)
+        ok = _cut_residuals(m, unit, projector, p, how)
     else:
         unit = _symmetric(z)
-        ok = _clip_residuals(m, unit, p, (1 + schedule.error) ** p)
+        ok = _clip_residuals(m, unit, p, (1 + schedule.error) ** p, how)
     zero = zero | ~sound[..., None, None]
     root = jnp.where(zero, 0.0, unit * bound ** (-1 / p) * scale ** (-1 / p))
     return root, sound & finite(root) & (ok | zero[..., 0, 0])
@@ -236,6 +314,12 @@ def _root(factor: Array, schedule: schedules.RootSchedule, policy: PrecisionPoli
 
 def _product(precision: Precision) -> Product:
     return functools.partial(jnp.matmul, precision=precision)
+
+
+def _apart(product: Product) -> Product:
+    """Not fused with what comes before it or after: a TPU's compiler then takes a third as long."""
+    barrier = jax.lax.optimization_barrier
+    return lambda a, b: barrier(product(*barrier((a, b))))
 
 
 def _symmetric(x: Array) -> Array:
@@ -251,49 +335,62 @@ def _polynomial(coefficients: Sequence[Array | float], *powers: Array) -> Array:
 
 
 def _lift(
-    powers: tuple[Array, ...], schedule: schedules.RootSchedule, policy: PrecisionPolicy
+    powers: tuple[Array, ...], schedule: schedules.RootSchedule, how: _Arithmetic
 ) -> tuple[Array, Array]:
     """All steps `Z <- Z q(M)`, `M <- M q(M)^p`; "clip" has no use for the last M."""
-    m, exponents, image = powers[0], schedules.FIRST, 0.0
+    p, last = schedule.p, len(schedule.steps) - 1
     resolved = CUT_RESOLVED if schedule.polish else CLIP_RESOLVED
-    z = None
-    for k, coefficients in enumerate(schedule.steps):
-        product = _product(policy.first if image < resolved else policy.rest)
-        if k > 0:
-            powers, exponents = (m, product(m, m)), schedules.OTHERS
-        q = _polynomial([coefficients[e] for e in exponents], *powers)
-        z = q if z is None else product(z, q)
-        if schedule.polish or k + 1 < len(schedule.steps):
-            m = _symmetric(_times_power(product, q, schedule.p, m))
-        image = schedule.images[k]
-    assert z is not None  # a schedule has a step
-    return z, m
+
+    def kind(k: int) -> tuple[bool, bool]:
+        # Whether the cutoff is in the last bits, and whether M goes on.
+        return k == 0 or schedule.images[k - 1] < resolved, bool(schedule.polish) or k < last
+
+    def moved(m: Array, q: Array, kind: tuple[bool, bool]) -> Array:
+        precise, goes_on = kind
+        return _symmetric(_times_power(q, p, m, how, precise)) if goes_on else m
+
+    q = _polynomial([schedule.steps[0][e] for e in schedules.FIRST], *powers)
+    state = q, moved(powers[0], q, kind(0))
+    for alike, turns in itertools.groupby(range(1, last + 1), kind):
+        product = how.first if alike[0] else how.rest
+
+        def step(
+            state: tuple[Array, Array],
+            coefficients: Sequence[Any],
+            product: Product = product,
+            alike: tuple[bool, bool] = alike,
+        ) -> tuple[Array, Array]:
+            z, m = state
+            q = _polynomial(coefficients, m, product(m, m))
+            return product(z, q), moved(m, q, alike)
+
+        state = how.repeat(step, state, [schedule.steps[k] for k in turns])
+    return state
 
 
-def _times_power(product: Product, q: Array, p: int, m: Array) -> Array:
+def _times_power(q: Array, p: int, m: Array, how: _Arithmetic, precise: bool) -> Array:
     """`q^p m` with few products of moderate range."""
+    product = how.first if precise else how.rest
     if p >= 4:
-        half = _times_power(product, q, p // 2 - 1, q)
-        for _ in range(p % 2):
-            m = product(q, m)
-        return product(half, product(half, m))
-    for _ in range(p):
-        m = product(q, m)
-    return m
+        m = product(q, m) if p % 2 else m
+        q, p = _times_power(q, p // 2 - 1, q, how, precise), 2
+    return how.repeat(lambda m, _: product(q, m), m, range(p))
 
 
-def _largest(m: Array, fourth: Array) -> Array:
+def _largest(m: Array, fourth: Array, how: _Arithmetic) -> Array:
     """The largest eigenvalue of M in units of the bound, by power iterations on the probe."""
-    v = matmul(fourth, matmul(fourth, _probe(m)))
-    quotients = jnp.sum(v * matmul(m, v), axis=-2) / jnp.sum(v * v, axis=-2)
+    v = how.repeat(lambda v, _: how.full(fourth, v), _probe(m), range(2))
+    quotients = jnp.sum(v * how.full(m, v), axis=-2) / jnp.sum(v * v, axis=-2)
     largest = jnp.max(jnp.nan_to_num(quotients), axis=-1)[..., None, None]
     return jnp.clip(largest, m.shape[-1] ** -0.125 / 1.1, 1.0)
 
 
 def _probe(m: Array) -> Array:
-    """The same Gaussian vectors `[d, 8]` at every call."""
+    """The same Gaussian vectors `[..., d, 8]` at every call."""
     shape = (m.shape[-1], PROBES)
-    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), m.dtype)
+    vectors = jnp.asarray(np.random.default_rng(0).standard_normal(shape), m.dtype)
+    # The zeros carry the sharding type of their argument, which shard_map demands of loop state.
+    return vectors + jnp.zeros_like(m[..., :1])
 
 
 def _image(schedule: schedules.RootSchedule, largest: Array) -> Array:
@@ -305,9 +402,14 @@ def _image(schedule: schedules.RootSchedule, largest: Array) -> Array:
 
 
 def _projector(
-    z: Array, m: Array, cutoff: Array, schedule: schedules.RootSchedule, product: Product
+    z: Array,
+    m: Array,
+    cutoff: Array,
+    schedule: schedules.RootSchedule,
+    how: _Arithmetic,
 ) -> tuple[Array, Array]:
     """The projector onto what lies above the cutoff, and `Z polish(M)` between two of it."""
+    product = how.rest
     width = jnp.maximum(cutoff, schedule.largest - cutoff)
     # The square of the projector is 1/2 where S is sqrt(2) - 1, which the sign steps reach at this.
     cutoff = cutoff - width * (math.sqrt(2) - 1) / math.prod(a for a, _, _ in schedule.signs)
@@ -318,37 +420,51 @@ def _projector(
     c0, c1, c2 = schedule.polish
     shifted = (c0 + (c1 + c2 * cutoff) * cutoff, (c1 + 2 * c2 * cutoff) / slope, c2 / slope**2)
     z = product(z, _polynomial(shifted, s, squared))
-    for k, coefficients in enumerate(schedule.signs):
-        squared = squared if k == 0 else product(s, s)
-        q = _polynomial(coefficients, squared, product(squared, squared))
-        s = _symmetric(product(s, q))
+
+    def step(state: tuple[Array, Array], coefficients: Sequence[Any]) -> tuple[Array, Array]:
+        s, squared = state
+        s = _signed(product, s, squared, coefficients)
+        return s, product(s, s)
+
+    s, squared = how.repeat(step, (s, squared), schedule.signs[:-1])
+    s = _signed(product, s, squared, schedule.signs[-1])
     projector = _polynomial((0.5, 0.5), s)
     # Twice: Z is largest on what is dropped, where a projector within 1 % would leave 1 % of it. On
     # either side: rounding in Z mixes kept and dropped directions, and the last factor decides.
     return projector, product(projector, product(z, projector))
 
 
-def _cut_residuals(m: Array, root: Array, projector: Array, p: int) -> Array:
+def _signed(product: Product, s: Array, squared: Array, coefficients: Sequence[Any]) -> Array:
+    """`a S + b S^3 + c S^5`."""
+    q = _polynomial(coefficients, squared, product(squared, squared))
+    return _symmetric(product(s, q))
+
+
+def _cut_residuals(m: Array, root: Array, projector: Array, p: int, how: _Arithmetic) -> Array:
     """Whether `X^p M = H` where H keeps, and `H^2 = H`, on the probe; false for NaN."""
     w = _probe(m)
-    kept = matmul(projector, w)
-    twice = matmul(projector, kept)
-    accurate = norm(_inverted(m, root, kept, p) - twice) <= TOLERANCE * norm(kept)
+    kept = how.full(projector, w)
+    twice = how.full(projector, kept)
+    accurate = norm(_inverted(m, root, kept, p, how) - twice) <= TOLERANCE * norm(kept)
     return accurate & (norm(twice - kept) <= TOLERANCE * norm(w))
 
 
-def _clip_residuals(m: Array, root: Array, p: int, largest: float) -> Array:
+def _clip_residuals(m: Array, root: Array, p: int, largest: float, how: _Arithmetic) -> Array:
     """Whether `X^p M` is near I where M is large, and bounded, on the probe; false for NaN."""
     w = _probe(m)
-    weighted = matmul(m, w)
+    weighted = how.full(m, w)
     # M on either side takes off what rounding mixes between large and small eigenvalues.
-    error = matmul(m, _inverted(m, root, weighted, p) - weighted)
-    accurate = norm(error) <= (largest - 1 + TOLERANCE) * norm(matmul(m, weighted))
-    return accurate & (norm(_inverted(m, root, w, p)) <= BOUNDED * norm(w))
+    error = how.full(m, _inverted(m, root, weighted, p, how) - weighted)
+    accurate = norm(error) <= (largest - 1 + TOLERANCE) * norm(how.full(m, weighted))
+    return accurate & (norm(_inverted(m, root, w, p, how)) <= BOUNDED * norm(w))
 
 
-def _inverted(m: Array, root: Array, w: Array, p: int) -> Array:
+def _inverted(m: Array, root: Array, w: Array, p: int, how: _Arithmetic) -> Array:
     """`X^p M W` with half of X on either side of M, which rounding amplifies least."""
-    for matrix in [root] * (p // 2) + [m] + [root] * (p - p // 2):
-        w = matmul(matrix, w)
-    return w
+
+    def rooted(w: Array, turn: Any) -> Array:
+        del turn
+        return how.full(root, w)
+
+    half = how.repeat(rooted, w, range(p // 2))
+    return how.repeat(rooted, how.full(m, half), range(p - p // 2))
