@@ -31,8 +31,7 @@ from nanogpt.config.run import Config
 from nanogpt.optimizers.build import build_optimizer
 from nanogpt.train.mesh import make_layout
 from nanogpt.train.train_step import TrainState, abstract_params, make_train_step, model_structure
-from scripts.maintenance.sharding_table import exchanges
-from shampoo_jax import state_shardings
+from shampoo_jax import exchanges, state_shardings
 
 
 def compiled_step(config: Config) -> str:
