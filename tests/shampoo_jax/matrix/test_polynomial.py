@@ -306,9 +306,9 @@ def lowered(platform, semantics, precision=None, size=768):
         ("cpu", "clip", None, {"highest": 12}),
         ("cuda", "cut", None, {"tf32": 17, "x3": 10}),
         ("cuda", "clip", None, {"tf32": 7, "x3": 5}),
-        # Equal steps are in a loop there, and the program holds each once.
-        ("tpu", "cut", None, {"highest": 8, "x3": 13}),
-        ("tpu", "clip", None, {"highest": 4, "x3": 6}),
+        # In loops, with one product each: of the bound, and of either precision.
+        ("tpu", "cut", None, {"highest": 2, "x3": 1}),
+        ("tpu", "clip", None, {"highest": 2, "x3": 1}),
         ("cpu", "clip", PrecisionPolicy(X3, X3), {"x3": 12}),
     ],
 )
