@@ -238,7 +238,7 @@ def sizes(root: Path) -> list[str]:
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
     "shampoo_jax/base": 355,
-    "shampoo_jax/matrix": 945,
+    "shampoo_jax/matrix": 990,
     "shampoo_jax/blocks": 415,
     "shampoo_jax/solvers": 365,
     "shampoo_jax/stacks": 1095,
