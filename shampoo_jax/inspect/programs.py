@@ -102,7 +102,7 @@ def _total(
     lines = computations.get(name, {})
     for rest in lines.values():
         if product := _PRODUCT.match(rest):
-            total["flops " + _arithmetic(rest)] += _work(product, lines)
+            total["flops " + _arithmetic(rest, lines[product[2]])] += _work(product, lines)
         elif branches := _BRANCHES.search(rest):
             names = re.findall(r"[\w.-]+", " ".join(filter(None, branches.groups())))
             total += max((again(n) for n in names), key=_weight)
@@ -145,11 +145,11 @@ def _work(product: re.Match[str], shapes: Mapping[str, str]) -> float:
     return round(2 * math.sqrt(math.prod(sizes) / batch))
 
 
-def _arithmetic(rest: str) -> str:
-    """What a product is computed in: its algorithm, or its dtype and precision."""
+def _arithmetic(rest: str, operand: str) -> str:
+    """What a product is computed in: its algorithm, or its operand's dtype and the precision."""
     if algorithm := re.search(r"algorithm=(\w+)", rest):
         return algorithm[1].removeprefix("dot_")
-    dtype = rest.partition("[")[0]
+    dtype = operand.partition("[")[0]
     precision = re.search(r"operand_precision=\{(\w+)", rest)
     return f"{dtype} {precision[1]}" if precision else dtype
 
