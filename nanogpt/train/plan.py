@@ -1,6 +1,7 @@
 """What a run would be on devices that are not here: its programs, compiled from shapes alone."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -101,14 +102,7 @@ def plan_run(config: Config, target: Target) -> dict[str, Any]:
 def _held(tree: Any) -> int:
     """Bytes of a tree on one device."""
     shapes = ((x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree))
-    return sum(int(jnp.dtype(dtype).itemsize * _product(shape)) for shape, dtype in shapes)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for d in shape:
-        size *= d
-    return size
+    return sum(jnp.dtype(dtype).itemsize * math.prod(shape) for shape, dtype in shapes)
 
 
 def _record(found: Compiled, target: Target) -> dict[str, Any]:
