@@ -249,7 +249,7 @@ TOTALS = {
     "nanogpt/config": 405,
     "nanogpt/model": 190,
     "nanogpt/optimizers": 440,
-    "nanogpt/train": 1915,
+    "nanogpt/train": 1920,
     "nanogpt/report": 870,
     "nanogpt/lab": 1260,
 }

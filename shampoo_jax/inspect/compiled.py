@@ -74,29 +74,31 @@ def compile_for(
         jitted = jax.jit(function, donate_argnums=donated)
     begin = time.perf_counter()
     lowered = jitted.trace(*arguments).lower(lowering_platforms=(target.platform,))
-    middle, cpu = time.perf_counter(), time.process_time()
-    seconds = {"lower_s": middle - begin}
+    lower_s = time.perf_counter() - begin
+    begin, cpu = time.perf_counter(), time.process_time()
+
+    def found(**fields: Any) -> Compiled:
+        spent = time.perf_counter() - begin, time.process_time() - cpu
+        return Compiled(target, lower_s, *spent, **fields)
+
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         missing = _missing(str(error))
         if missing is None:
             raise
-        spent = {"compile_s": time.perf_counter() - middle, "cpu_s": time.process_time() - cpu}
-        return Compiled(target, **seconds, **spent, short=missing)
-    seconds |= {"compile_s": time.perf_counter() - middle, "cpu_s": time.process_time() - cpu}
+        return found(short=missing)
     memory = compiled.memory_analysis()
     assert memory is not None  # every compiler tells it for a whole program
-    found = Compiled(
-        target,
-        **seconds,
+    done = found(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
-        program=read_program(compiled.as_text() or ""),
     )
-    room = found.peak if target.memory is None else target.memory
-    return dataclasses.replace(found, short=max(found.peak - room, 0))
+    room = done.peak if target.memory is None else target.memory
+    return dataclasses.replace(
+        done, program=read_program(compiled.as_text() or ""), short=max(done.peak - room, 0)
+    )
 
 
 def _missing(error: str) -> int | None:

@@ -126,7 +126,7 @@ def _size(dims: str) -> int:
     return math.prod(int(d) for d in dims.split(",") if d)
 
 
-def _work(product: re.Match[str], shapes: Mapping[str, str]) -> float:
+def _work(product: re.Match[str], shapes: Mapping[str, str]) -> int:
     """FLOPs of a product: `2 b m k n` from the sizes `b m k`, `b k n` and `b m n`."""
     sizes = []
     for text in (product[1], *(shapes.get(product[k], "") for k in (2, 3))):

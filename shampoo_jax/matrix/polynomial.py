@@ -425,7 +425,7 @@ def _probe(m: Array) -> Array:
     shape = (m.shape[-1], PROBES)
     vectors = jnp.asarray(np.random.default_rng(0).standard_normal(shape), m.dtype)
     # The zeros carry the sharding type of their argument, which shard_map demands of loop state.
-    return vectors + jnp.zeros_like(m[..., :1])
+    return jnp.broadcast_to(vectors, (*m.shape[:-2], *shape)) + jnp.zeros_like(m[..., :1])
 
 
 def _image(schedule: schedules.RootSchedule, largest: Array) -> Array:

@@ -4,6 +4,7 @@ The compiler of a TPU takes seconds for each product of a program, that of a GPU
 carries, so the same chain is written out for one and looped over for the other.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -107,7 +108,7 @@ def _looped(
             for i, row in enumerate(rows)
         ]
         shape = (len(rows), len(rows[0]), *(1,) * per_matrix.ndim)
-        filled = per_matrix + np.array(numbers, per_matrix.dtype).reshape(shape)
+        filled = per_matrix[None, None] + np.array(numbers, per_matrix.dtype).reshape(shape)
         for at, value in arrays.items():
             filled = filled.at[at].set(value)
         return filled
@@ -118,8 +119,11 @@ def _looped(
     def turn(stack: Array, now: tuple[Array, ...]) -> tuple[Array, None]:
         left, right, affine, symmetric, into = now
         parts = (identity_like(like), *stack)
-        operands = (sum(c * x for c, x in zip(side, parts, strict=True)) for side in (left, right))
-        value = product(*operands)
+        a, b = (
+            functools.reduce(jnp.add, (c * x for c, x in zip(side, parts, strict=True)))
+            for side in (left, right)
+        )
+        value = product(a, b)
         value = jnp.where(symmetric, symmetric_part(value), value)
         value = affine[0] * parts[0] + affine[1] * value
         return jax.lax.dynamic_update_index_in_dim(stack, value, into, 0), None
