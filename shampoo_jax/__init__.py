@@ -22,9 +22,12 @@ from shampoo_jax.inspect.checkpoints import (
     state_to_tree,
     tree_to_state,
 )
+from shampoo_jax.inspect.compiled import Compiled, compile_for, compile_update
 from shampoo_jax.inspect.explanation import Report, explain, state_bytes
 from shampoo_jax.inspect.meta_archive import meta_archive
 from shampoo_jax.inspect.meta_import import import_meta_state
+from shampoo_jax.inspect.programs import Program, exchanges, read_program
+from shampoo_jax.inspect.targets import Target, target_devices
 from shampoo_jax.matrix.polynomial import PrecisionPolicy
 from shampoo_jax.optimizers import presets
 from shampoo_jax.optimizers.aliases import kl_shampoo, kl_soap, one_sided_shampoo, shampoo, soap
@@ -59,20 +62,21 @@ from shampoo_jax.stacks.placement import Placement, state_shardings
 
 # fmt: off
 __all__ = [
-    "Auto", "BasisRefresh", "Blocking", "Blocks", "CarriedBasis", "Cost", "CoupledNewton", "Decay",
-    "DimensionNumbers", "EighBasis", "FORMAT", "HigherOrderNewton", "Placement", "Polynomial",
-    "PrecisionPolicy", "QRBasis", "Refresh", "Report", "ShiftedEigh", "Solver", "TruncatedEigh",
-    "accumulate_factors", "accumulate_kl_factors", "add_scheduled_weight_decay", "as_optimizer",
-    "averaging", "batch_axes", "blocked", "check_finite", "check_state", "damp", "decay_parts",
-    "default_dimension_numbers", "eigenbasis", "eval_params", "explain", "filter_gradient",
-    "followed_by", "from_gradients", "graft", "guard", "hyperball", "import_meta_state",
-    "in_eigenbasis", "inject_hyperparams", "invert_roots", "is_hidden_matrix", "keep_norm",
-    "kl_eigenbasis", "kl_shampoo", "kl_soap", "make_solver", "meta_archive", "momentum",
-    "monitor_spectrum", "normalize_by_trace", "on_gradients", "on_updates", "one_sided_shampoo",
-    "orthogonalize", "precondition", "presets", "read_monitor", "register_solver",
-    "resolve_exponents", "scale_by_kl_shampoo", "scale_by_kl_soap", "scale_by_one_sided_shampoo",
-    "scale_by_second_moment", "scale_by_shampoo", "scale_by_soap", "scale_per_parameter",
-    "scale_to_norm", "shampoo", "soap", "solver_names", "state_bytes", "state_layout",
-    "state_shardings", "state_to_tree", "tree_to_state",
+    "Auto", "BasisRefresh", "Blocking", "Blocks", "CarriedBasis", "Compiled", "Cost",
+    "CoupledNewton", "Decay", "DimensionNumbers", "EighBasis", "FORMAT", "HigherOrderNewton",
+    "Placement", "Polynomial", "PrecisionPolicy", "Program", "QRBasis", "Refresh", "Report",
+    "ShiftedEigh", "Solver", "Target", "TruncatedEigh", "accumulate_factors",
+    "accumulate_kl_factors", "add_scheduled_weight_decay", "as_optimizer", "averaging",
+    "batch_axes", "blocked", "check_finite", "check_state", "compile_for", "compile_update", "damp",
+    "decay_parts", "default_dimension_numbers", "eigenbasis", "eval_params", "exchanges", "explain",
+    "filter_gradient", "followed_by", "from_gradients", "graft", "guard", "hyperball",
+    "import_meta_state", "in_eigenbasis", "inject_hyperparams", "invert_roots", "is_hidden_matrix",
+    "keep_norm", "kl_eigenbasis", "kl_shampoo", "kl_soap", "make_solver", "meta_archive",
+    "momentum", "monitor_spectrum", "normalize_by_trace", "on_gradients", "on_updates",
+    "one_sided_shampoo", "orthogonalize", "precondition", "presets", "read_monitor", "read_program",
+    "register_solver", "resolve_exponents", "scale_by_kl_shampoo", "scale_by_kl_soap",
+    "scale_by_one_sided_shampoo", "scale_by_second_moment", "scale_by_shampoo", "scale_by_soap",
+    "scale_per_parameter", "scale_to_norm", "shampoo", "soap", "solver_names", "state_bytes",
+    "state_layout", "state_shardings", "state_to_tree", "target_devices", "tree_to_state",
 ]
 # fmt: on
