@@ -68,6 +68,18 @@ def test_outputs_of_flax_kernels():
     np.testing.assert_allclose(updates["query"]["kernel"], 2 / 8, rtol=1e-5)
 
 
+def test_axes_in_any_order():
+    last_are_inputs = shampoo_jax.DimensionNumbers(((2,), (0,)), batch=(1,))
+    tx = normalize_spectrum(dimension_numbers=lambda path, leaf: last_are_inputs)
+    turned = {"kernel": UPDATES["layers"]["kernel"].transpose(2, 0, 1)}  # outputs, layers, inputs
+    updates, _ = tx.update(turned, tx.init(turned))
+    axes = normalize_spectrum(dimension_numbers=shampoo_jax.batch_axes({"kernel": 0}))
+    plain = {"kernel": UPDATES["layers"]["kernel"]}
+    expected, _ = axes.update(plain, axes.init(plain))
+    back = updates["kernel"].transpose(1, 2, 0)
+    np.testing.assert_allclose(back, expected["kernel"], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-18, 1e6, 1e17])
 def test_the_scale_of_updates_does_not_matter(scale):
     state = TX.init(PARAMS)
