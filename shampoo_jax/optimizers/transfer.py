@@ -18,6 +18,7 @@ from shampoo_jax.blocks.exponents import ExponentOption, Exponents, resolve_expo
 from shampoo_jax.blocks.plan import make_plan
 from shampoo_jax.optimizers.kernels import Kernel, read_kernel
 from shampoo_jax.optimizers.routing import Rule, is_hidden_matrix
+from shampoo_jax.stacks.guard import Guarded, guard, unguarded
 
 Method = Literal["adam", "sgd", "muon", "shampoo", "soap"]
 METHODS = ("adam", "sgd", "muon", "shampoo", "soap")
@@ -71,9 +72,7 @@ class TransferRules:
         """The rule that `scale_per_parameter` takes."""
         return self(path, leaf).learning_rate
 
-    def partition(
-        self, make: Callable[[Multipliers], optax.GradientTransformation]
-    ) -> optax.GradientTransformationExtraArgs:
+    def partition(self, make: Callable[[Multipliers], optax.GradientTransformation]) -> Guarded:
         """One transformation for all parameters that have the same multipliers.
 
         Args:
@@ -81,7 +80,7 @@ class TransferRules:
             blocks has two or three different ones.
 
         Returns:
-          The transformation of the whole tree.
+          The transformation of the whole tree, gradients dealt with by `guard`.
         """
         groups = {_label(m): m for m in self.multipliers.values()}
 
@@ -89,7 +88,8 @@ class TransferRules:
             label = lambda path, leaf: _label(self(path, leaf))  # noqa: E731
             return jax.tree_util.tree_map_with_path(label, params)
 
-        return optax.partition({label: make(m) for label, m in groups.items()}, labels)
+        made = {label: unguarded(make(m)) for label, m in groups.items()}
+        return guard(optax.partition(made, labels))
 
 
 @suggests

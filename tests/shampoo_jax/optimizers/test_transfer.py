@@ -183,6 +183,10 @@ def test_parameters_of_the_same_multipliers_share_an_optimizer():
     updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     values = {name: float(u[0, 0]) for name, u in updates.items()}
     assert values == {"embed": 0.25 + 0.25, "w": 0.5 + 0.25, "head": 1.0 + 0.25}
+    missing, state = tx.update({**params, "embed": None}, state, params)
+    assert missing["embed"] is None and missing["w"][0, 0] == 0.75
+    skipped, state = tx.update({**params, "embed": params["embed"] * jnp.nan}, state, params)
+    assert not any(np.any(u) for u in skipped.values()) and state.total_notfinite == 1
 
 
 def test_a_direction_of_this_package_takes_damping_and_eps_by_parameter():
