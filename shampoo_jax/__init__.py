@@ -37,6 +37,8 @@ from shampoo_jax.optimizers.momentum import momentum
 from shampoo_jax.optimizers.optimizer import as_optimizer
 from shampoo_jax.optimizers.routing import is_hidden_matrix
 from shampoo_jax.optimizers.scaling import scale_per_parameter
+from shampoo_jax.optimizers.spectral import normalize_spectrum
+from shampoo_jax.optimizers.transfer import Multipliers, TransferRules, transfer_rules
 from shampoo_jax.optimizers.weight_decay import Decay, add_scheduled_weight_decay, decay_parts
 from shampoo_jax.parts.eigenbasis import eigenbasis, in_eigenbasis
 from shampoo_jax.parts.factors import accumulate_factors, damp, normalize_by_trace
@@ -64,19 +66,20 @@ from shampoo_jax.stacks.placement import Placement, state_shardings
 __all__ = [
     "Auto", "BasisRefresh", "Blocking", "Blocks", "CarriedBasis", "Compiled", "Cost",
     "CoupledNewton", "Decay", "DimensionNumbers", "EighBasis", "FORMAT", "HigherOrderNewton",
-    "Placement", "Polynomial", "PrecisionPolicy", "Program", "QRBasis", "Refresh", "Report",
-    "ShiftedEigh", "Solver", "Target", "TruncatedEigh", "accumulate_factors",
-    "accumulate_kl_factors", "add_scheduled_weight_decay", "as_optimizer", "averaging",
-    "batch_axes", "blocked", "check_finite", "check_state", "compile_for", "compile_update", "damp",
-    "decay_parts", "default_dimension_numbers", "eigenbasis", "eval_params", "exchanges", "explain",
-    "filter_gradient", "followed_by", "from_gradients", "graft", "guard", "hyperball",
-    "import_meta_state", "in_eigenbasis", "inject_hyperparams", "invert_roots", "is_hidden_matrix",
-    "keep_norm", "kl_eigenbasis", "kl_shampoo", "kl_soap", "make_solver", "meta_archive",
-    "momentum", "monitor_spectrum", "normalize_by_trace", "on_gradients", "on_updates",
-    "one_sided_shampoo", "orthogonalize", "precondition", "presets", "read_monitor", "read_program",
-    "register_solver", "resolve_exponents", "scale_by_kl_shampoo", "scale_by_kl_soap",
-    "scale_by_one_sided_shampoo", "scale_by_second_moment", "scale_by_shampoo", "scale_by_soap",
-    "scale_per_parameter", "scale_to_norm", "shampoo", "soap", "solver_names", "state_bytes",
-    "state_layout", "state_shardings", "state_to_tree", "target_devices", "tree_to_state",
+    "Multipliers", "Placement", "Polynomial", "PrecisionPolicy", "Program", "QRBasis", "Refresh",
+    "Report", "ShiftedEigh", "Solver", "Target", "TransferRules", "TruncatedEigh",
+    "accumulate_factors", "accumulate_kl_factors", "add_scheduled_weight_decay", "as_optimizer",
+    "averaging", "batch_axes", "blocked", "check_finite", "check_state", "compile_for",
+    "compile_update", "damp", "decay_parts", "default_dimension_numbers", "eigenbasis",
+    "eval_params", "exchanges", "explain", "filter_gradient", "followed_by", "from_gradients",
+    "graft", "guard", "hyperball", "import_meta_state", "in_eigenbasis", "inject_hyperparams",
+    "invert_roots", "is_hidden_matrix", "keep_norm", "kl_eigenbasis", "kl_shampoo", "kl_soap",
+    "make_solver", "meta_archive", "momentum", "monitor_spectrum", "normalize_by_trace",
+    "normalize_spectrum", "on_gradients", "on_updates", "one_sided_shampoo", "orthogonalize",
+    "precondition", "presets", "read_monitor", "read_program", "register_solver",
+    "resolve_exponents", "scale_by_kl_shampoo", "scale_by_kl_soap", "scale_by_one_sided_shampoo",
+    "scale_by_second_moment", "scale_by_shampoo", "scale_by_soap", "scale_per_parameter",
+    "scale_to_norm", "shampoo", "soap", "solver_names", "state_bytes", "state_layout",
+    "state_shardings", "state_to_tree", "target_devices", "transfer_rules", "tree_to_state",
 ]
 # fmt: on

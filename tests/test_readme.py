@@ -28,6 +28,7 @@ PAGES = (
     "docs/library.md",
     "docs/extending.md",
     "docs/meshes.md",
+    "docs/methods/transfer.md",
     "docs/speedrun.md",
     "docs/running.md",
     "docs/rig.md",

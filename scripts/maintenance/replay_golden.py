@@ -5,7 +5,8 @@
 A file holds a config in JSON, initial parameters, gradients, the reference's parameters after every
 step and `spread`, how far rounding alone moves the reference. A parameter agrees if its error is
 within `4 * spread + 1e-6` (float32) or `4 * spread + 1e-11` (float64). Files of matrix functions
-are compared as `scripts.maintenance.golden_matrix` says. Exits 1 on a miss or where a file is
+are compared as `scripts.maintenance.golden_matrix` says, optimizers that follow a width as
+`scripts.maintenance.golden_transfer` does. Exits 1 on a miss or where a file is
 refused: nothing that a file says is ignored, see `scripts.maintenance.golden_format`.
 """
 
@@ -27,7 +28,7 @@ import numpy as np
 import optax
 
 import shampoo_jax
-from scripts.maintenance import golden_adapter, golden_matrix
+from scripts.maintenance import golden_adapter, golden_matrix, golden_transfer
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-11}
 TABLE = """# Agreement with recorded data of Meta's `distributed_shampoo`
@@ -180,7 +181,7 @@ def _miss(trajectory: Trajectory, ours: jax.Array, theirs: np.ndarray, spread: f
 
 
 def error(path: Path, states: Path | None = None) -> float:
-    """The worst error over tolerance of a file of either layout.
+    """The worst error over tolerance of a file of any layout.
 
     Args:
       path: npz file.
@@ -193,6 +194,8 @@ def error(path: Path, states: Path | None = None) -> float:
     try:
         if golden_matrix.holds_cases(path):
             return golden_matrix.worst_error(*golden_matrix.load(path))
+        if golden_transfer.holds_transfer(path):
+            return golden_transfer.error(path)
         if states is None:
             return replay(load(path))
         with np.load(states / path.name, allow_pickle=False) as archive:
