@@ -58,8 +58,7 @@ FORMATS = {
         BASIC,
     ),
     "fastino_adamw": (
-        COMMON
-        | {"eps": POSITIVE, "support_clip_eps": POSITIVE, "support_clip_tau": POSITIVE},
+        COMMON | {"eps": POSITIVE, "support_clip_eps": POSITIVE, "support_clip_tau": POSITIVE},
         (*BASIC, "cf_half", "cf_adaptive", "full_support", "full_pre_ema")
         + ("loo", "loo_jensen", "twofold"),
     ),
@@ -208,9 +207,8 @@ def whole(*parts: optax.GradientTransformation) -> Transformation:
 
 def shampoo(config: Config, mode: str, names: Names) -> Transformation:
     """Shampoo on matrices of at most `max_dim`, AdamW on the rest."""
-    solver: sj.Solver = sj.ShiftedEigh(config["damping"])
-    if names.noisy:
-        solver = sj.Debiased(solver, names.noisy)
+    shifted = sj.ShiftedEigh(config["damping"])
+    solver = sj.Debiased(shifted, names.noisy) if names.noisy else shifted
     squared = names.squared if mode in CROSS_FITTED else None
     factors = sj.accumulate_factors(config["beta2"], bias_correction=False, microbatches=squared)
     matrices = whole(
@@ -245,11 +243,11 @@ def now_and_then(inner: optax.GradientTransformation, every: int) -> Transformat
     tx = optax.with_extra_args_support(inner)
 
     def init(stacks: Any) -> NowAndThenState:
-        roots = {
-            key: b.per_factor(lambda n, d, _: jnp.zeros((n, d, d), b.update.dtype))
+        factors = {
+            key: tuple(jnp.zeros((len(b.update), d, d), b.update.dtype) for d in b.shape)
             for key, b in stacks.items()
         }
-        return NowAndThenState(jnp.zeros([], jnp.int32), tx.init(stacks), roots)
+        return NowAndThenState(jnp.zeros([], jnp.int32), tx.init(stacks), factors)
 
     def update(stacks: Any, state: NowAndThenState, params: Any = None, **extra: Any) -> Any:
         def run(old: NowAndThenState) -> NowAndThenState:
@@ -334,8 +332,7 @@ def before_average(
 
     def update(stacks: Any, state: Any, params: Any = None) -> Any:
         ones = {
-            key: dataclasses.replace(b, update=jnp.ones_like(b.update))
-            for key, b in stacks.items()
+            key: dataclasses.replace(b, update=jnp.ones_like(b.update)) for key, b in stacks.items()
         }
         inverse, state = second.update(ones, state, params)
         scale = (1 - b2) / (1 - b2 ** state.count.astype(float))
