@@ -124,11 +124,6 @@ def make_train_step(
         of that mean, and of a guarded optimizer "skipped" and "skipped_in_a_row".
     """
     sums, keep = functools.partial(_sums, graphdef), config.matrices.reads_microbatches
-    if keep and layout is not None and layout.scatter_gradients:
-        raise ValueError(
-            "scatter_gradients sums gradients of all microbatches as they come, and this "
-            "optimizer's statistics are of each: switch it off, or take the batch's."
-        )
 
     def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates, Any]:
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
