@@ -50,17 +50,18 @@ def cross_fitted_adam(
       folds: A number that divides m, at least 2; None leaves one microbatch out at a time.
       squares: The second moment takes the square `"of_mean"` of the others, or the `"mean_of"`
         their squares, one a microbatch.
-      debias: Whether `1 / p_r` becomes `1 / p_r - V / p_r^3`, the update 0 where that turns its
-        sign. V is the variance of the `p_r` over folds, as the paper's code has it, or with
-        `"mean_of"` that of the mean over the other microbatches, see `scale_by_second_moment`.
+      debias: Whether `1 / p_r` becomes `1 / p_r - V / p_r^3`. With `"of_mean"` V is the variance of
+        the `p_r` over folds, as the paper's code has it, and the update 0 where this turns its
+        sign; with `"mean_of"` V is that of the mean over the other microbatches, of which it takes
+        two, and no inverse falls below 0, see `scale_by_second_moment`.
       microbatches: Name of their gradients in the extra argument `further`, see `blocked`.
 
     Returns:
       A part to be used in `blocked`. Its state holds two stacks per stack of blocks.
 
     Raises:
-      ValueError: An option out of range; in `update`, no tree of this name, or folds that do not
-        divide its microbatches.
+      ValueError: An option out of range; in `update`, no tree of this name, folds that do not
+        divide its microbatches, or too few of these.
 
     Example:
       >>> import jax.numpy as jnp, shampoo_jax
@@ -127,6 +128,11 @@ def _relative_variance(samples: Array, roots: Array, squares: str) -> Array:
         ratios = samples / roots[:, :1]
         return jnp.var(ratios, 1, ddof=1, keepdims=True) * (roots[:, :1] / roots) ** 2
     m, folds = samples.shape[1], roots.shape[1]
+    if m - m // folds < 2:
+        raise ValueError(
+            f"debias=True with squares='mean_of' leaves 1 of {m} microbatches to the others: their "
+            "variance needs 2, give more microbatches."
+        )
     apart = samples.reshape(len(samples), folds, m // folds, *samples.shape[2:])
 
     def one(r: int) -> Array:

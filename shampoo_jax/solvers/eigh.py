@@ -132,7 +132,8 @@ class Debiased(Checked, Solver):
 
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """That of the solver, without the products with microbatches."""
-        return self.solver.cost(d, dtype, exponent)
+        cost = self.solver.cost(d, dtype, exponent)
+        return cost._replace(method=f"{cost.method}, corrected for noise")
 
     def __call__(
         self, factor: Array, exponent: float, state: Any, samples: Array | None = None

@@ -50,11 +50,14 @@ def test_the_scale_of_gradients_does_not_matter():
 
 
 def test_zero_gradients_give_zero_updates():
-    assert (run(0 * MICRO, debias=True) == 0).all()
+    for options in ({}, {"folds": 2, "squares": "mean_of"}):
+        assert (run(0 * MICRO, debias=True, **options) == 0).all()
 
 
 def test_folds_have_to_divide_the_microbatches():
     with pytest.raises(ValueError, match="folds=4 does not divide 6 microbatches"):
         run(MICRO, folds=4)
+    with pytest.raises(ValueError, match="leaves 1 of 2 microbatches"):
+        run(MICRO[:, :2], folds=2, squares="mean_of", debias=True)
     with pytest.raises(ValueError, match="folds=1 must be at least 2"):
         cross_fitted_adam(folds=1)
