@@ -68,18 +68,9 @@ def contract(x: jax.Array, dim: int) -> jax.Array:
     >>> contract(jnp.array([[[3.0, 0.0], [4.0, 0.0]]]), 1).tolist()
     [[[25.0, 0.0], [0.0, 0.0]]]
     """
-    rows = unfold(x, dim)
-    return matmul(rows, rows.swapaxes(1, 2))
-
-
-def unfold(x: jax.Array, dim: int) -> jax.Array:
-    """Stack of matrices whose rows lie along dimension `dim` of the blocks, `[N, d, rest]`.
-
-    >>> unfold(jnp.ones((5, 4, 3, 2)), 1).shape
-    (5, 3, 8)
-    """
     rows = jnp.moveaxis(x, dim + 1, 1)
-    return rows.reshape(*rows.shape[:2], -1)
+    rows = rows.reshape(*rows.shape[:2], -1)
+    return matmul(rows, rows.swapaxes(1, 2))
 
 
 def apply_matrices(

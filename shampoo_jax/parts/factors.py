@@ -64,36 +64,32 @@ def accumulate_factors(
     average = Average(b2, bias_correction, weighted)
 
     def step(count: Array, b: Blocks, old: Matrices) -> tuple[Blocks, Matrices]:
-        new, factors = averaged(average, count, b, old, _squares(b, old, microbatches))
-        weight = average.weight / average.correction(count, b.gradient.dtype)
-        return dataclasses.replace(new, weight=weight), factors
+        if microbatches is None:
+            squares = [None if s is None else contract(b.gradient, k) for k, s in enumerate(old)]
+        else:
+            squares = _mean_squares(b, old, microbatches)
+        return averaged(average, count, b, old, tuple(squares))
 
     return counted(AccumulateFactorsState, zero_factors, step)
 
 
-def _squares(b: Blocks, old: Matrices, microbatches: str | None) -> Matrices:
-    """`G G^T` of every dimension that has a factor, or the mean of those of microbatches."""
-    if microbatches is None:
-        return squares_of(b.gradient, old)
+def _mean_squares(b: Blocks, like: Matrices, microbatches: str) -> Matrices:
+    """Means over microbatches, as they came or computed one after the other."""
     given = b.further.get(microbatches)
     if isinstance(given, tuple):  # of `mean_of_squares`
         return given
-    return mean_squares(microbatches_of(b, microbatches), old)
-
-
-def squares_of(x: Array, like: Matrices) -> Matrices:
-    """`X_(k) X_(k)^T` of a stack `[N, *block]` where `like` has a factor."""
-    return tuple(None if s is None else contract(x, k) for k, s in enumerate(like))
-
-
-def mean_squares(x: Array, like: Matrices) -> Matrices:
-    """The mean over m of `squares_of` a stack `[N, m, *block]`, one after the other."""
+    x = microbatches_of(b, microbatches)
     total, _ = jax.lax.scan(
         lambda total, g: (jax.tree.map(jnp.add, total, squares_of(g, like)), None),
         jax.tree.map(jnp.zeros_like, like),
         x.swapaxes(0, 1),
     )
     return jax.tree.map(lambda s: s / x.shape[1], total)
+
+
+def squares_of(x: Array, like: Matrices) -> Matrices:
+    """`X_(k) X_(k)^T` of a stack `[N, *block]` where `like` has a factor."""
+    return tuple(None if s is None else contract(x, k) for k, s in enumerate(like))
 
 
 def zero_factors(params: Blocks) -> Matrices:
@@ -107,7 +103,9 @@ def averaged(
     """Blocks with the corrected factors for matrices, and the factors to keep."""
     new = jax.tree.map(average.add, old, squares)
     scale = average.correction(count, b.gradient.dtype)
-    return dataclasses.replace(b, matrices=jax.tree.map(lambda s: s / scale, new)), new
+    weight = average.add(jnp.zeros_like(scale), jnp.ones_like(scale)) / scale
+    matrices = jax.tree.map(lambda s: s / scale, new)
+    return dataclasses.replace(b, matrices=matrices, weight=weight), new
 
 
 def map_factors(f: Callable[[Array], Array]) -> Part:

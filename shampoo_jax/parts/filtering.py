@@ -108,14 +108,10 @@ class Average(NamedTuple):
     bias_correction: bool
     weighted: bool
 
-    @property
-    def weight(self) -> Any:
-        """w, of what is new."""
-        return jnp.where(jnp.asarray(self.b2) == 1, 1.0, 1 - self.b2) if self.weighted else 1.0
-
     def add(self, old: Array, new: Array) -> Array:
         """`b2 * old + w * new` in the dtype of the old."""
-        return (self.b2 * old + self.weight * new).astype(old.dtype)
+        weight = jnp.where(jnp.asarray(self.b2) == 1, 1.0, 1 - self.b2) if self.weighted else 1.0
+        return (self.b2 * old + weight * new).astype(old.dtype)
 
     def correction(self, count: Array, dtype: Any) -> Array:
         """What the average is to be divided by: `1 - b2^t`, or 1."""

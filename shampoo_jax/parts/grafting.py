@@ -158,22 +158,20 @@ def scale_by_second_moment(
         e = exponent(b.ndim) if callable(exponent) else exponent
         check_exponent("exponent", e)
         correction = average.correction(count, nu.dtype)
-
-        def denominator(moment: Array) -> Array:
-            if eps_hat:
-                return (_power(moment, e) + eps) / _power(correction, e)
-            return _power(moment / correction, e) + eps
-
         squares = b.gradient**2
         if microbatches is not None:
             squares = jnp.mean(microbatches_of(b, microbatches) ** 2, 1)
         new = average.add(nu, squares)
-        root = denominator(new)
+        if eps_hat:
+            root = (_power(new, e) + eps) / _power(correction, e)
+        else:
+            root = _power(new / correction, e) + eps
         # 0/0 where a gradient has been zero so far and eps is 0 or underflows.
         safe = jnp.where(root > 0, root, 1.0)
         quotient = jnp.where(root > 0, b.update / safe, 0.0)
         if debias is not None:
-            roots = denominator(average.add(nu[:, None], microbatches_of(b, debias, 2) ** 2))
+            moments = average.add(nu[:, None], microbatches_of(b, debias, 2) ** 2)
+            roots = _power(moments / correction, e)
             # Relative to the denominator, whose cube may be outside of the range of float32.
             variance = variance_of_mean(roots / safe[:, None], 1)
             quotient *= debiased(jnp.ones_like(root), 1.0, variance)

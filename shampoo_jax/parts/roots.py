@@ -23,7 +23,7 @@ from shampoo_jax.blocks.blocks import (
     stateless,
     where_block,
 )
-from shampoo_jax.matrix.products import apply_matrices, unfold
+from shampoo_jax.matrix.products import apply_matrices
 from shampoo_jax.parts.refresh import Refresh, Schedule, make_schedule
 from shampoo_jax.solvers.eigh import TruncatedEigh
 from shampoo_jax.solvers.registry import make_solver
@@ -149,7 +149,8 @@ def _renew(
     new = old._replace(roots={}, solver={}, failures={})
     for key, b in stacks.items():
         refresh = functools.partial(_refresh, solve, b.exponents)
-        reads = (b.per_dimension, _samples(solve, b))
+        name = getattr(solve, "microbatches", None)
+        reads = (b.per_dimension, None if name is None else _samples(solve, b, name))
         before = old.roots[key], old.solver[key], old.failures[key]
         if turn is not None or schedule.chunk is not None:
             refresh = functools.partial(schedule.share, refresh, b.index, turn)
@@ -157,11 +158,8 @@ def _renew(
     return new
 
 
-def _samples(solve: Any, b: Blocks) -> Array | None:
+def _samples(solve: Any, b: Blocks, name: str) -> Array:
     """Gradients of microbatches as they count in the factors, for a solver that asks for them."""
-    name = getattr(solve, "microbatches", None)
-    if name is None:
-        return None
     x = microbatches_of(b, name, least=2)
     if b.weight is None:
         raise ValueError(
@@ -181,7 +179,10 @@ def _refresh(
     for k, (factor, exponent) in enumerate(zip(factors, exponents, strict=True)):
         if factor is None:
             continue
-        noise = () if samples is None else (jax.vmap(functools.partial(unfold, dim=k))(samples),)
+        noise = ()
+        if samples is not None:
+            rows = jnp.moveaxis(samples, k + 2, 2)
+            noise = (rows.reshape(*rows.shape[:3], -1),)
         root, ok, state = solve(factor, exponent, carried[k], *noise)
         keep = functools.partial(where_block, ok)
         new = encode(root, roots[k]), state

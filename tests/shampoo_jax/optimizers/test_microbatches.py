@@ -57,10 +57,10 @@ def assert_close(found, expected, tolerance=2e-4):
 
 
 def test_what_is_accumulated_in_a_scan_equals_what_is_kept():
-    tx, micro = optimizer(), micro_of(4)
+    tx, micro = optimizer(graft=None), micro_of(4)
     kept = updates_of(tx, micro, kept=True)
     assert_close(updates_of(tx, micro, kept=False), kept)
-    plain = sj.shampoo(0.1, blocking=sj.Blocking(size=6))
+    plain = sj.shampoo(0.1, blocking=sj.Blocking(size=6), graft=None)
     others, _ = plain.update(mean_of(micro), plain.init(PARAMS), PARAMS)
     np.testing.assert_allclose(kept["embed"], others["embed"], rtol=1e-5)
     assert float(jnp.abs(kept["w"] - others["w"]).max()) > 0.01
@@ -197,5 +197,8 @@ def test_a_correction_needs_samples_and_known_weights():
     tx = sj.scale_by_shampoo(statistics=damped, solver=sj.Debiased(microbatches="micro"))
     with pytest.raises(ValueError, match="with what weight the newest gradients count"):
         tx.update(mean, tx.init(PARAMS), further={"micro": micro})
+    whitened = sj.scale_by_shampoo(statistics="kl", solver=sj.Debiased(microbatches="micro"))
+    with pytest.raises(ValueError, match="with what weight the newest gradients count"):
+        whitened.update(mean, whitened.init(PARAMS), further={"micro": micro})
     with pytest.raises(ValueError, match="give TruncatedEigh"):
         sj.Debiased(sj.CoupledNewton())
