@@ -247,7 +247,7 @@ class Config:
     profile: bool = False  # write a trace of three steps into the run's folder
     mesh: str = ""  # devices, as in data=2,fsdp=4; -1: all that are left; empty: one device
     # Gradients are summed over devices once a step, each keeping its part, instead of whole for
-    # every microbatch; needs fsdp=1. None: where that is so.
+    # every microbatch; needs fsdp=1. None: where that is so and no statistics are of microbatches.
     scatter_gradients: bool | None = None
 
     def __post_init__(self):

@@ -153,11 +153,16 @@ def make_layout(config: Config, there: Sequence[Any] | None = None) -> Layout | 
         )
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     whole = shape[1] == 1
+    if config.scatter_gradients and config.matrices.reads_microbatches:
+        raise ValueError(
+            "scatter_gradients=True sums over microbatches before devices, and this optimizer's "
+            "statistics are of each microbatch: leave it out, or set matrices.statistics='batch'."
+        )
     if config.scatter_gradients and not whole:
         raise ValueError(
             f"scatter_gradients=True with mesh={config.mesh!r}: it needs parameters that are whole "
             "on every device; set fsdp=1, or leave it out."
         )
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=there)
-    scatter = config.scatter_gradients
-    return Layout(mesh, whole and mesh.size > 1 if scatter is None else scatter)
+    scatter, fits = config.scatter_gradients, not config.matrices.reads_microbatches
+    return Layout(mesh, fits and whole and mesh.size > 1 if scatter is None else scatter)

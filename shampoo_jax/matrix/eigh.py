@@ -13,6 +13,7 @@ from shampoo_jax.base.options import POSITIVE, UP_TO_ONE, check_choice, check_en
 from shampoo_jax.matrix import lapack
 from shampoo_jax.matrix.batching import map_matrices
 from shampoo_jax.matrix.derivatives import moved
+from shampoo_jax.matrix.noise import debiased, energy_variance
 from shampoo_jax.matrix.products import identity_like, matmul
 
 Array = jax.Array
@@ -247,6 +248,7 @@ def spectral_root(
     exponent: float,
     powers: Callable[..., Array],
     decompose: Callable[[Array], Spectrum],
+    samples: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Root `Q diag(powers(w)) Q^T` of a stack, computed where its entries are near 1.
 
@@ -255,17 +257,24 @@ def spectral_root(
       exponent: Of the root, which says how it scales.
       powers: Function of eigenvalues `[..., d]` and of their `unit`, `[..., 1]`.
       decompose: Eigenvalues and eigenvectors of a finite stack.
+      samples: X, `[..., m, d, c]`, of which the factor has `mean_j X_j X_j^T` and noise: powers are
+        `debiased` by the variance of their mean. None corrects nothing.
 
     Returns:
       The roots `[..., d, d]`; per matrix, whether it and its root are finite; the eigenvectors. The
-      derivative is that of the root of exact eigenvectors, which have none.
+      derivative is that of the root of exact eigenvectors, which have none, and without correction.
     """
     scale = power_of_two_scale(factor)
     ok = finite(factor)
     safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
     values, vectors = jax.lax.stop_gradient(decompose(jax.lax.stop_gradient(safe)))
     found = powers(values, unit=scale[..., 0])
-    root = _assembled(safe, values, vectors, found, slopes_of(found, exponent)) * scale**-exponent
+    root = _assembled(safe, values, vectors, found, slopes_of(found, exponent))
+    if samples is not None:
+        variance = energy_variance(samples, vectors, scale)
+        corrected = reconstruct(debiased(found, exponent, variance), vectors)
+        root = jax.lax.stop_gradient(corrected) + (root - jax.lax.stop_gradient(root))
+    root = root * scale**-exponent
     return root, ok & finite(root), vectors
 
 
@@ -276,6 +285,7 @@ def truncated_root(
     rtol: float | None = None,
     atol: float = 0.0,
     implementation: str | None = None,
+    samples: Array | None = None,
 ) -> Roots:
     """Pseudo-inverse root `A^(-exponent)` with eigenvalues at or below the cutoff mapped to 0.
 
@@ -288,6 +298,7 @@ def truncated_root(
       rtol: Cutoff relative to the largest eigenvalue; None means `d * eps` of the dtype.
       atol: Absolute cutoff.
       implementation: See `eigh`.
+      samples: See `spectral_root`.
 
     Returns:
       The roots `[..., d, d]` and, per matrix, whether the result is finite. A zero matrix has root
@@ -299,7 +310,7 @@ def truncated_root(
     check_entries({"atol": atol})
     powers = functools.partial(truncated_power, exponent=exponent, rtol=rtol, atol=atol)
     decompose = functools.partial(eigh, implementation=implementation)
-    return spectral_root(factor, exponent, powers, decompose)[:2]
+    return spectral_root(factor, exponent, powers, decompose, samples)[:2]
 
 
 def shifted_root(
@@ -309,6 +320,7 @@ def shifted_root(
     damping: float,
     before: bool = True,
     implementation: str | None = None,
+    samples: Array | None = None,
 ) -> Roots:
     """Root `(A + damping I)^(-exponent)`, the spectrum shifted up where rounding made it smaller.
 
@@ -320,6 +332,7 @@ def shifted_root(
       damping: Added to every eigenvalue, > 0; absolute, so it depends on the gradients' scale.
       before: Whether damping is added to the matrix before the decomposition or to its eigenvalues.
       implementation: See `eigh`.
+      samples: See `spectral_root`.
 
     Returns:
       The roots `[..., d, d]` and, per matrix, whether the result is finite.
@@ -330,7 +343,7 @@ def shifted_root(
         factor = factor + damping * identity_like(factor)
     powers = functools.partial(shifted_power, exponent=exponent, damping=damping, added=before)
     decompose = functools.partial(eigh, implementation=implementation)
-    return spectral_root(factor, exponent, powers, decompose)[:2]
+    return spectral_root(factor, exponent, powers, decompose, samples)[:2]
 
 
 def clipped_root(factor: Array, exponent: float, *, rtol: float | None = None) -> Roots:
