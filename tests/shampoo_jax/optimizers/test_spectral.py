@@ -1,6 +1,6 @@
 """Spectral normalization: singular values, where vectors lie, and gradients that are none.
 
-Recorded updates of the authors' code are replayed in `tests/shampoo_jax/test_golden_methods.py`.
+Recorded updates of the authors' code are replayed in `tests/shampoo_jax/test_golden_transfer.py`.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Adam of folds against a loop over them; recordings of it are in test_golden_methods.py."""
+"""Adam of folds against a loop over them; recordings of it are in test_golden_microbatches.py."""
 
 import jax.numpy as jnp
 import numpy as np
