@@ -53,15 +53,26 @@ def main(words: Sequence[str]) -> None:
     if chosen.layers is not None:
         model = dataclasses.replace(config.model, num_layers=chosen.layers)
         config = dataclasses.replace(config, model=model)
-    if READY not in os.environ:
-        # Libraries are looked for in places that a process is told when it starts.
-        command_line = [sys.executable, "-m", "nanogpt", "plan", *words]
-        os.execve(sys.executable, command_line, os.environ | environment(chosen.target))
+    start_again(chosen.target, "nanogpt", "plan", *words)
     from nanogpt.train.plan import plan_run
     from shampoo_jax import target_devices
 
     record = plan_run(config, target_devices(chosen.target))
     print(json.dumps(record) if chosen.json else page(record))
+
+
+def start_again(target: str, *module: str) -> None:
+    """Starts this process anew in the environment of a target, unless that has been done.
+
+    Libraries are looked for in places that a process is told when it starts.
+
+    Args:
+        target: a name for `shampoo_jax.target_devices`.
+        *module: that runs, and its words.
+    """
+    if READY not in os.environ:
+        words = [sys.executable, "-m", *module]
+        os.execve(sys.executable, words, os.environ | environment(target))
 
 
 def environment(target: str) -> dict[str, str]:

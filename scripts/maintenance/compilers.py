@@ -13,14 +13,9 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
-
-if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 import shampoo_jax
+from nanogpt.lab.plan import start_again
 from scripts.maintenance.compile_size import gpt2_matrices
 from shampoo_jax import Compiled, Target, compile_for, compile_update, target_devices
 from shampoo_jax.matrix import polynomial_root
@@ -72,6 +68,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=1024, help="8192: no blocks")
     parser.add_argument("--only", nargs="*", help="parts: cut, clip, 1, 12")
     args = parser.parse_args()
+    start_again(args.target, "scripts.maintenance.compilers", *sys.argv[1:])
     try:
         target = target_devices(args.target)
     except (RuntimeError, ValueError) as error:

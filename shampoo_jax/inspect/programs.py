@@ -50,8 +50,12 @@ def exchanges(program: str) -> dict[str, tuple[int, int]]:
     {'all-reduce': (1, 40)}
     """
     found: dict[str, tuple[int, int]] = {}
-    for shapes, kind in re.findall(rf"= (.*?) ({KINDS})(?:-start)?\(", program):
-        size = sum(BYTES.get(dtype, 4) * _size(dims) for dtype, dims in _SHAPE.findall(shapes))
+    for shapes, kind, start in re.findall(rf"= (.*?) ({KINDS})(-start)?\(", program):
+        sizes = [BYTES.get(dtype, 4) * _size(dims) for dtype, dims in _SHAPE.findall(shapes)]
+        if start and kind in ("all-gather", "collective-permute"):
+            # The start of these names operands first, and the latter two numbers in the end.
+            sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[1:2]
+        size = sum(sizes)
         count, total = found.get(kind, (0, 0))
         found[kind] = (count + 1, total + size)
     return found

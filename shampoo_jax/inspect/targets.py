@@ -5,9 +5,7 @@ import importlib.metadata
 import importlib.util
 import math
 import os
-import pathlib
 import re
-import sys
 from typing import Any
 
 import jax
@@ -75,10 +73,10 @@ NODE = 8  # GPUs of one host
 def target_devices(name: str) -> Target:
     """The devices of a name, for programs that are compiled and not run.
 
-    XLA's compilers run without the device. They are looked for in this environment, and in the
-    folders `compilers/cuda` and `compilers/tpu` of it, where `make compilers` puts them. Call this
-    before anything else makes jax look for devices: it sets the environment variables that keep
-    the compilers from looking for hardware.
+    XLA's compilers run without the device. Python has to find them when jax is imported: `make
+    compilers` puts them into folders of their own for `PYTHONPATH`, `build/compilers/compilers/tpu`
+    and `cuda`. Call this before anything else makes jax look for devices: it sets the environment
+    variables that keep the compilers from looking for hardware.
 
     Args:
       name: `KIND:COUNT` with `a100`, `h100`, `h200`, `b200` or `cpu`, the CPU's devices being those
@@ -152,15 +150,13 @@ def _cuda(name: str, gpu: _Gpu, count: int) -> tuple[Any, ...]:
 
 def _find(platform: str, name: str, packages: tuple[str, ...]) -> str:
     """The first of these packages that is there."""
-    folder = pathlib.Path(sys.prefix, "compilers", platform)
-    if folder.is_dir() and str(folder) not in sys.path:
-        sys.path.append(str(folder))
     for package in packages:
         if importlib.util.find_spec(package) is not None:
             return package
     raise RuntimeError(
-        f"target={name!r} needs the compiler in {packages[0]}, which is not installed here: `make "
-        "compilers` makes an environment with all of them, build/compilers."
+        f"target={name!r} needs the compiler in {packages[0]}, which Python does not find: `make "
+        f"compilers` installs it in build/compilers, whose nanogpt plan finds it. Start other "
+        f"programs there with PYTHONPATH=build/compilers/compilers/{platform}."
     )
 
 

@@ -48,6 +48,22 @@ def test_exchanges_in_a_loop_count_as_often_as_it_runs():
     assert sj.read_program(text).exchanges == {"all-reduce": (3, 3 * 2 * 4 * 4)}
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("%a = f32[8]{0} all-gather(%x)", {"all-gather": (1, 32)}),
+        ("%a = ((f32[1]{0}, f32[2]{0}), (f32[8]{0}, f32[16]{0})) all-gather-start(%x, %y)",
+         {"all-gather": (1, 96)}),
+        ("%a = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x)",
+         {"collective-permute": (1, 32)}),
+        ("%a = (bf16[8]{0}, f32[1]{0}) all-reduce-start(%x, %y)", {"all-reduce": (1, 20)}),
+        ("%a = f32[8]{0} all-gather-done(%x)", {}),
+    ],
+)  # fmt: skip
+def test_bytes_of_exchanges_are_those_that_come(line, expected):
+    assert sj.exchanges("  " + line) == expected
+
+
 # As the compilers of other hardware write them, shortened.
 GPU = """HloModule jit_f, is_scheduled=true
 
@@ -106,6 +122,6 @@ def test_programs_of_other_hardware(text, kind):
     found = sj.read_program(text)
     assert found.flops == {kind: 7 * 2 * 4 * 32 * 64 * 16}
     if text is GPU:
-        # Number of exchanges, and both results, of which the second holds the first.
-        assert found.exchanges["all-gather"][0] == 7
+        # The start of an exchange names what is sent before what comes.
+        assert found.exchanges == {"all-gather": (7, 7 * 16 * 8 * 4)}
         assert found.calls == {"cusolver_syevd_ffi": 1}
