@@ -113,9 +113,6 @@ def _looped(
             filled = filled.at[at].set(value)
         return filled
 
-    def coefficients(combination: Combination) -> list[Array | float]:
-        return [combination.get(name, 0.0) for name in ("I", *names)]
-
     def turn(stack: Array, now: tuple[Array, ...]) -> tuple[Array, None]:
         left, right, affine, symmetric, into = now
         parts = (identity_like(like), *stack)
@@ -129,8 +126,8 @@ def _looped(
         return jax.lax.dynamic_update_index_in_dim(stack, value, into, 0), None
 
     columns = (
-        column([coefficients(t.left) for t in turns]),
-        column([coefficients(t.right) for t in turns]),
+        column([[t.left.get(name, 0.0) for name in ("I", *names)] for t in turns]),
+        column([[t.right.get(name, 0.0) for name in ("I", *names)] for t in turns]),
         column([t.affine or (0.0, 1.0) for t in turns]),
         jnp.array([t.symmetric for t in turns]),
         jnp.array([names.index(t.into) for t in turns]),
