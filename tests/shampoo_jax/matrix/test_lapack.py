@@ -220,14 +220,34 @@ def test_a_team_does_every_place_once_and_as_many_at_a_time_as_there_are_cores()
     assert max(most) <= 2
 
 
-def test_many_callers_share_one_team():
-    team, seen = team_of(1), []
-    callers = [threading.Thread(target=team.run, args=(3, lambda: seen.append)) for _ in range(8)]
+def test_callers_share_the_cores_of_one_team():
+    team, begun, go = team_of(1), [], threading.Event()
+
+    def work(place):
+        begun.append(place)
+        assert go.wait(60)
+
+    callers = [threading.Thread(target=team.run, args=(3, lambda: work)) for _ in range(8)]
     for caller in callers:
         caller.start()
+    callers[-1].join(0.1)  # time to begin, for those that should not
+    assert begun == [0]
+    go.set()
     for caller in callers:
         caller.join(60)
-    assert sorted(seen) == sorted([0, 1, 2] * 8)
+    assert sorted(begun) == sorted([0, 1, 2] * 8)
+
+
+def test_a_caller_does_not_wait_for_threads_that_have_not_begun():
+    team, seen, go = team_of(2), [], threading.Event()
+    for _ in range(2):
+        team.pool.submit(go.wait, 60)  # for another device
+    caller = threading.Thread(target=team.run, args=(3, lambda: seen.append))
+    caller.start()
+    caller.join(30)
+    assert not caller.is_alive()
+    assert seen == [0, 1, 2]
+    go.set()
 
 
 def test_a_pool_that_takes_nothing_more_leaves_all_to_the_caller():
