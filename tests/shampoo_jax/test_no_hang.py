@@ -60,7 +60,7 @@ def test_several_stacks_with_a_plain_environment(tmp_path, devices):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,  # it takes 8 s of one core
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "0 warnings"  # nothing is asked of the environment
