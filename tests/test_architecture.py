@@ -249,8 +249,8 @@ TOTALS = {
     "nanogpt/config": 405,
     "nanogpt/model": 190,
     "nanogpt/optimizers": 440,
-    "nanogpt/train": 1770,
-    "nanogpt/report": 870,
+    "nanogpt/train": 1875,
+    "nanogpt/report": 885,
     "nanogpt/lab": 1165,
 }
 

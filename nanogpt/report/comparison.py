@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from nanogpt.report.comparable import check_comparable, common_track, same_clock
+from nanogpt.report.comparable import check_comparable, common_track, departure, same_clock
 from nanogpt.report.curves import (
     Curve,
     published_file,
@@ -19,6 +19,7 @@ from nanogpt.report.curves import (
 from nanogpt.report.plotting import draw
 from nanogpt.report.tables import shown, table
 from nanogpt.train.metrics import read_records
+from nanogpt.train.stored import expecting_form
 
 # Names of the field; a run of an unlisted optimizer is called by its registry name.
 TITLES = {"adamw": "AdamW", "muon": "Muon", "muon_track3": "Muon (track 3)", "shampoo": "Shampoo"}
@@ -81,7 +82,7 @@ def compare(
     if not run_dirs:
         raise ValueError("no runs to compare: name at least one folder of a run.")
     out = pathlib.Path(out_dir)
-    runs = [read_run(pathlib.Path(folder)) for folder in run_dirs]
+    runs = read_runs(run_dirs)
     lines = [run.curve._replace(label=label) for run, label in zip(runs, labels(runs), strict=True)]
     runs = [run._replace(curve=curve) for run, curve in zip(runs, lines, strict=True)]
     starts = {run.folder: run.start for run in runs}
@@ -96,6 +97,15 @@ def compare(
     draw(picture, lines, curves, baselines(runs), note=note, timed=timed)
     (out / "comparison.md").write_text(report(runs), encoding="utf-8")
     return picture
+
+
+def read_runs(folders: Sequence[pathlib.Path | str]) -> list[Run]:
+    """Reads runs that hold all that the table tells; errors as of `read_run`."""
+    runs = [read_run(pathlib.Path(folder)) for folder in folders]
+    for run in runs:
+        with expecting_form(pathlib.Path(run.folder) / "metrics.jsonl", ValueError):
+            report([run])
+    return runs
 
 
 def read_run(folder: pathlib.Path) -> Run:
@@ -114,15 +124,15 @@ def read_run(folder: pathlib.Path) -> Run:
     if not validations or records[0].get("kind") != "start":
         raise ValueError(f"{path} holds no validation yet: train the run first.")
     start, last = records[0], records[-1]
-    try:
+    with expecting_form(path, ValueError):
         if last.get("kind") == "diverged":
             end = {"step": start["config"]["schedule"]["steps"], "loss": None}
             validations.append(end | {"train_time_s": math.nan})
         columns = [[record[name] for record in validations] for name in COLUMNS]
         optimizer = start["config"]["optimizer"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds a record of another version: {error!r}.") from None
-    curve = recorded_curve(TITLES.get(optimizer, optimizer), *columns)
+        curve = recorded_curve(TITLES.get(optimizer, optimizer), *columns)
+        departure(start)
+        check_comparable({str(folder): start}, unchecked=True)
     return Run(str(folder), start, last if last.get("kind") in ("end", "diverged") else {}, curve)
 
 

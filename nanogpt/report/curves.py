@@ -23,8 +23,15 @@ class Curve(NamedTuple):
 
 
 def recorded_curve(label: str, steps: Sequence[int], *columns: Sequence[float | None]) -> Curve:
-    """Returns the curve of losses and seconds as JSON has them, null in the place of nan."""
-    losses, seconds = (tuple(math.nan if x is None else x for x in column) for column in columns)
+    """Returns the curve of losses and seconds as JSON has them, null in the place of nan.
+
+    Raises:
+        TypeError: one of them is no number.
+    """
+    # A sum: float() takes words, too.
+    losses, seconds = (
+        tuple(math.nan if x is None else x + 0.0 for x in column) for column in columns
+    )
     return Curve(label, tuple(steps), losses, seconds)
 
 

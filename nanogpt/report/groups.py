@@ -17,6 +17,7 @@ from nanogpt.report.curves import (
     step_time,
 )
 from nanogpt.report.verdicts import Result, last_result
+from nanogpt.train.stored import expecting_form
 
 # What may differ between runs of one set.
 FREE = ("seed", "name", "output", "nonfinite_limit")
@@ -99,6 +100,9 @@ def read_groups(
             continue
         for folder in run_folders(path):
             run = read_run(folder)
+            with expecting_form(folder / "metrics.jsonl"):
+                _own([[run]])
+                _refuse_repeats([run])
             sets.setdefault(_setting(run), {})[folder.resolve()] = run
     starts = {run.folder: run.start for runs in sets.values() for run in runs.values()}
     check_comparable(starts, unchecked=unchecked)

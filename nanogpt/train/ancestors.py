@@ -14,8 +14,10 @@ from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import common_steps
 from nanogpt.train.checkpoint import damage, plain, saved_steps
 from nanogpt.train.digests import DamagedError
+from nanogpt.train.elastic import reading
 from nanogpt.train.metrics import read_start
 from nanogpt.train.run_folder import RunFolder
+from nanogpt.train.stored import expecting_form
 
 _SIZES = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim")
 
@@ -34,8 +36,10 @@ def read_params(config: Config, params: Any) -> tuple[Any, str]:
         ValueError: no such run, no checkpoint, or a model of other sizes.
     """
     folder, saved, steps = _read("init_from", config.init_from)
-    for name in _SIZES:
-        before, now = saved["model"][name], getattr(config.model, name)
+    with expecting_form(folder / "metrics.jsonl"):
+        sizes = {name: saved["model"][name] for name in _SIZES}
+    for name, before in sizes.items():
+        now = getattr(config.model, name)
         if before != now:
             raise ValueError(
                 f"init_from={config.init_from!r}: that run has model.{name}={before}, this one "
@@ -49,7 +53,7 @@ def read_params(config: Config, params: Any) -> tuple[Any, str]:
     )
     path = folder / "checkpoints" / str(max(steps))
     _refuse_damaged("init_from", path)
-    with ocp.PyTreeCheckpointer() as reader:
+    with ocp.PyTreeCheckpointer() as reader, reading(path / "state"):
         found = reader.restore((path / "state").absolute(), args=args)["params"]
     whole = jax.tree.leaves(multihost_utils.process_allgather(found, tiled=True))
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in whole))
@@ -63,7 +67,8 @@ def common_checkpoint(config: Config) -> int:
         ValueError: no such run, or no such checkpoint; names the step.
     """
     folder, saved, steps = _read("go_on_from", config.go_on_from)
-    common = common_steps(saved, plain(config))
+    with expecting_form(folder / "metrics.jsonl", ValueError):
+        common = common_steps(saved, plain(config))
     usable = [step for step in steps if step <= common]
     if not usable:
         raise ValueError(

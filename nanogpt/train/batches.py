@@ -14,6 +14,7 @@ from data_pipeline import Baselines, Manifest
 from nanogpt.config.prepared import PADDING
 from nanogpt.config.run import Config
 from nanogpt.train.mesh import Layout
+from nanogpt.train.stored import expecting_form
 from nanogpt.train.train_step import Batch
 
 
@@ -114,7 +115,8 @@ def go_to(data: grain.DatasetIterator, step: int, folder: pathlib.Path) -> None:
         ValueError: Grain had handed out another number of batches.
     """
     told = folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-    found = json.loads(told.read_text())["next_index"] if told.exists() else step
+    with expecting_form(told, ValueError):
+        found = json.loads(told.read_bytes())["next_index"] if told.exists() else step
     if found != step:
         raise ValueError(f"{told} tells of {found} batches, the state of {step} updates.")
     grain.experimental.set_next_index(data, step)

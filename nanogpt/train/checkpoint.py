@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,11 +20,20 @@ import orbax.checkpoint as ocp
 from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import common_steps
 from nanogpt.train.batches import data_fingerprint, go_to
-from nanogpt.train.compatible import Meta, first_difference, layout_difference, layout_of, tuned
+from nanogpt.train.compatible import (
+    Meta,
+    first_difference,
+    layout_difference,
+    layout_of,
+    read_meta,
+    tuned,
+)
 from nanogpt.train.digests import DamagedError, check_digests, write_digests
 from nanogpt.train.distributed import largest_of_all
 from nanogpt.train.elastic import read_state
-from nanogpt.train.retention import LOSS, validation_loss, what_to_keep
+from nanogpt.train.metrics import read_start
+from nanogpt.train.retention import LOSS, saved_losses, what_to_keep
+from nanogpt.train.stored import expecting_form
 
 
 class Checkpoints:
@@ -46,27 +56,22 @@ class Checkpoints:
         self._meta = {"config": plain(config), "data_fingerprint": fingerprint}
         self._resources = contextlib.ExitStack()
         self._step = 0  # of the save under way
+        self._losses: dict[int, float] = {}  # of validations, by step, where the best are kept
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        best = self._config.output.keep_best > 0
+        if self._config.output.keep_best:
+            steps = saved_steps(self.directory)
+            self._losses |= saved_losses([self.directory / str(step) for step in steps])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=what_to_keep(self._config),
-            # Without it Orbax writes no metrics.
-            best_fn=validation_loss if best else None,
-            # What else Orbax reads of all checkpoints is not needed, and may be damaged.
-            lightweight_initialize=not best,
+            preservation_policy=what_to_keep(self._config, self._losses),
+            # What Orbax reads of all checkpoints is not needed, and may be damaged.
+            lightweight_initialize=True,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._digest),
         )
-        try:
-            manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
-        except ValueError as error:
-            raise DamagedError(
-                f"{self.directory}: the losses of a checkpoint cannot be read ({error}): set "
-                "--output.keep-best 0, or delete that checkpoint."
-            ) from error
+        manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
         self._resources.callback(manager.close)
         return manager
 
@@ -123,15 +128,16 @@ class Checkpoints:
         if "stored" not in self._meta:
             self.open(state)
         self.wait()  # for the save before: `_digest` asks for the step
-        self._step = step
-        self._manager.save(
+        self._step, manager, meta = step, self._manager, {"train_time_s": seconds}
+        if math.isfinite(loss):
+            self._losses[step] = meta[LOSS] = float(loss)
+        manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=grain.checkpoint.CheckpointSave(data),
-                meta=ocp.args.JsonSave(self._meta | {"train_time_s": seconds}),
+                meta=ocp.args.JsonSave(self._meta | meta),
             ),
-            metrics={LOSS: loss},
         )
 
     def _digest(self) -> None:
@@ -158,6 +164,8 @@ class Checkpoints:
         """
         folder = self.directory.absolute() / str(step)
         meta = self.check(folder, state)
+        with expecting_form(folder, ValueError):
+            seconds = float(meta["train_time_s"])
         restored = read_state(folder / "state", state, meta["stored"])
         if int(restored.step) != step:
             raise ValueError(
@@ -165,7 +173,7 @@ class Checkpoints:
                 f"{int(restored.step)}: the folder was renamed; rename it back."
             )
         go_to(data, step, folder / "data")
-        return restored, float(meta["train_time_s"])
+        return restored, seconds
 
     def set_aside(self, step: int | None) -> None:
         """Moves the checkpoints behind a step out of the way; nothing may be saved meanwhile."""
@@ -176,19 +184,21 @@ class Checkpoints:
                 target.parent.mkdir(exist_ok=True)
                 (self.directory / str(later)).rename(target)
 
-    def check_start(self, record: Meta, identity: Mapping[str, Any]) -> None:
+    def check_start(self, metrics: pathlib.Path, identity: Mapping[str, Any]) -> None:
         """Refuses to replace the records of another run, where they are all that is left of it.
 
         Args:
-            record: the first one, "start".
+            metrics: file of the records.
             identity: what this run's losses are about, see `nanogpt.train.batches.RunData`.
 
         Raises:
             ValueError: config or data differ.
         """
-        self._check_config(record["config"])
-        told = record.get("fingerprint") or identity
-        self._check_data(all(told[name] == identity[name] for name in ("data", "validation")))
+        record = read_start(metrics)
+        with expecting_form(metrics):
+            self._check_config(record["config"])
+            told = record.get("fingerprint") or identity
+            self._check_data(all(told[name] == identity[name] for name in ("data", "validation")))
 
     def wait(self) -> None:
         """Returns when everything saved is on disk.
@@ -217,10 +227,28 @@ class Checkpoints:
         Raises:
             ValueError: config, data or the state's layout differ; names what does first.
         """
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            saved = reader.restore(folder.absolute() / "meta")
+        saved = read_meta(folder)
+        with expecting_form(folder, ValueError):
+            common = common_steps(saved["config"], self._meta["config"])
+        with expecting_form(folder):
+            self._check_saved(saved, common >= int(folder.name))
+            difference = layout_difference(saved["stored"], layout_of(state))
+        if difference:
+            raise ValueError(
+                f"cannot resume from {folder}: {difference}. Go back to what it was saved with, "
+                "or begin with its parameters alone by --init-from."
+            )
+        return saved
+
+    def _check_saved(self, saved: Meta, alike: bool) -> None:
+        """Refuses config and data that differ from this run's, but for what may.
+
+        Args:
+            saved: beside the state.
+            alike: whether the schedules were the same until then.
+        """
         before, now, data = saved["config"], self._meta["config"], self._meta["data_fingerprint"]
-        if common_steps(before, now) >= int(folder.name):
+        if alike:
             if (steps := before["schedule"]["steps"]) != now["schedule"]["steps"]:
                 schedule = dataclasses.replace(self._config.schedule, steps=steps)
                 data = data_fingerprint(dataclasses.replace(self._config, schedule=schedule))
@@ -229,12 +257,6 @@ class Checkpoints:
             before = tuned(before, now)  # another run's; what this one saves itself has its own
         self._check_config(before)
         self._check_data(saved["data_fingerprint"] == data)
-        if difference := layout_difference(saved["stored"], layout_of(state)):
-            raise ValueError(
-                f"cannot resume from {folder}: {difference}. Go back to what it was saved with, "
-                "or begin with its parameters alone by --init-from."
-            )
-        return saved
 
     def _check_config(self, saved: Meta) -> None:
         """Refuses to go on with a run of another optimizer or other settings, by name."""
@@ -283,7 +305,8 @@ def _telling_full_disk(directory: pathlib.Path) -> Iterator[None]:
 
 def saved_steps(directory: pathlib.Path) -> list[int]:
     """Numbers of the checkpoints in a folder, in their order; those half written have none."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    names = [path.name for path in directory.glob("*")]
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 def damage(folder: pathlib.Path) -> str:

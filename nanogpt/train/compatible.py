@@ -1,11 +1,14 @@
 """What may differ between a checkpoint and the run that goes on from it."""
 
+import pathlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
+from nanogpt.train.digests import DamagedError
 from shampoo_jax import FORMAT, state_layout
 
 Meta = dict[str, Any]
@@ -18,6 +21,22 @@ FREE_SETTINGS = (
 # Those that a run may have otherwise than the one that it goes on from: they decide what is done
 # with the state. Where they decide what it holds as well, `layout_difference` tells.
 TUNABLE_SETTINGS = ("matrices", "auxiliary", "clip_norm")
+
+
+def read_meta(folder: pathlib.Path) -> Meta:
+    """What was stored beside the state of a checkpoint.
+
+    Raises:
+        DamagedError: it cannot be read; names the checkpoint.
+    """
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            found = reader.restore(folder.absolute() / "meta")
+    except (ValueError, OSError, RecursionError) as error:
+        raise DamagedError(f"checkpoint {folder} is damaged: meta cannot be read.") from error
+    if not isinstance(found, dict):
+        raise DamagedError(f"checkpoint {folder} is damaged: meta holds no names with values.")
+    return found
 
 
 def first_difference(

@@ -37,24 +37,29 @@ def check_digests(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> None
     """
     wanted, names = _read(folder), _names(folder)
     for name in sorted(wanted.keys() ^ set(names)):
-        what = "is missing" if name in wanted else "does not belong to it"
-        raise DamagedError(f"checkpoint {folder} is damaged: {name} {what}.")
+        raise _damaged(folder, name, "is missing" if name in wanted else "does not belong to it")
     rank, world = share
     for name, found in _digests(folder, names[rank::world]).items():
         if found != wanted[name]:
-            raise DamagedError(f"checkpoint {folder} is damaged: {name} is not what was saved.")
+            raise _damaged(folder, name, "is not what was saved")
 
 
 def _read(folder: pathlib.Path) -> Mapping[str, str]:
     try:
         wanted = json.loads((folder / NAME).read_bytes())
-    except FileNotFoundError:
-        raise DamagedError(f"checkpoint {folder} is damaged: {NAME} is missing.") from None
-    except (ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError):
+        raise _damaged(folder, NAME, "is missing") from None
+    except (ValueError, OSError, RecursionError):
         wanted = None
     if not isinstance(wanted, dict):
-        raise DamagedError(f"checkpoint {folder} is damaged: {NAME} cannot be read.")
+        raise _damaged(folder, NAME, "cannot be read")
     return wanted
+
+
+def _damaged(folder: pathlib.Path, name: str, what: str) -> DamagedError:
+    # Names of files are bytes: those that are no text must not keep the rest from being said.
+    shown = name.encode(errors="backslashreplace").decode()
+    return DamagedError(f"checkpoint {folder} is damaged: {shown} {what}.")
 
 
 def _names(folder: pathlib.Path) -> list[str]:
@@ -65,8 +70,11 @@ def _names(folder: pathlib.Path) -> list[str]:
 
 def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, str]:
     def digest(name: str) -> str:
-        with open(folder / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with open(folder / name, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise _damaged(folder, name, f"cannot be read ({error.strerror})") from error
 
     with concurrent.futures.ThreadPoolExecutor() as threads:
         return dict(zip(names, threads.map(digest, names), strict=True))

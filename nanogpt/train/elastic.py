@@ -1,6 +1,8 @@
 """A saved state on another number of devices."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,6 +10,25 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from nanogpt.train.compatible import Meta
+from nanogpt.train.digests import DamagedError
+from nanogpt.train.stored import STUMBLES
+
+
+@contextlib.contextmanager
+def reading(folder: pathlib.Path) -> Iterator[None]:
+    """Says in a sentence what TensorStore says in pages, and Orbax as an error of no class.
+
+    Raises:
+        DamagedError: arrays in the folder cannot be read.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, STUMBLES):
+            raise
+        raise DamagedError(
+            f"checkpoint {folder.parent} is damaged: arrays in {folder.name} cannot be read."
+        ) from error
 
 
 def read_state(folder: pathlib.Path, state: Any, saved: Meta) -> Any:
@@ -29,7 +50,7 @@ def read_state(folder: pathlib.Path, state: Any, saved: Meta) -> Any:
     lengths = [tuple(shape) for shape in saved["shapes"].values()]
     fresh, structure = jax.tree.flatten(state)
     other = [k for k, leaf in enumerate(fresh) if leaf.shape != lengths[k]]
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.StandardCheckpointer() as reader, reading(folder):
         read = jax.tree.leaves(reader.restore(folder.absolute(), pattern, strict=not other))
     short = [k for k in other if fresh[k].shape[0] > lengths[k][0]]
     if short:

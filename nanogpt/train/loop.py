@@ -74,16 +74,17 @@ def fit(
     if jax.process_index():
         console = rich.console.Console(quiet=True)
     console = console or plain_console()
-    with (
-        contextlib.closing(folder),
-        stop_request() as stop,
-        contextlib.closing(_Run(config, data, folder, layout, stop)) as run,
-    ):
+    with contextlib.ExitStack() as resources:
+        resources.enter_context(contextlib.closing(folder))
+        stop = resources.enter_context(stop_request())
         # Not before signals are heard: who reads this may send one.
         console.print(f"{config.name}: {'resuming' if resume else 'compiling'} ...", markup=False)
+        run = _Run(config, data, folder, layout, stop)
+        resources.enter_context(contextlib.closing(run))
         if resume:
             for fault in run.go_to_newest(go_back=resume == "previous-good"):
-                console.print(f"{config.name}: passed over, and moved to damaged/: {fault}")
+                told = f"{config.name}: passed over, and moved to damaged/: {fault}"
+                console.print(told, markup=False)
         if not (resume and run.finished()):
             if resume:
                 console.print(f"{config.name}: compiling ...", markup=False)
@@ -200,8 +201,8 @@ class _Run:
         if not records:
             return False
         if self.saved is None:
-            self.checkpoints.check_start(records[0], self.data.identity)
-        return records[-1]["kind"] == "end" and self.saved in (None, self.config.schedule.steps)
+            self.checkpoints.check_start(metrics, self.data.identity)
+        return records[-1].get("kind") == "end" and self.saved in (None, self.config.schedule.steps)
 
     def train(self, report: Report) -> None:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""

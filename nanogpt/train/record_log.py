@@ -127,7 +127,9 @@ class RecordLog:
         if not self._path.exists():
             return ""
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # Nobody reads it back: bytes that a bad disk left there cost no run.
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines(keepends=True):
             found = _LINE.match(line)
             if found and int(found[1]) >= step:
                 continue

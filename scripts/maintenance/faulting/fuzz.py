@@ -18,6 +18,7 @@ import numpy as np
 from scripts.maintenance.faulting.mutants import mutate
 from scripts.maintenance.faulting.outcome import Trial
 
+MISPLACED = 0.1  # of the faults are done to whole files: renamed, exchanged, deleted
 REFUSALS = (ValueError, OSError, SystemExit)  # what `nanogpt.lab.command` says in a line
 
 
@@ -56,11 +57,15 @@ def fuzz(kind: Kind, folder: pathlib.Path, count: int, seed: int) -> Trial:
     for number in range(count):
         _put_back(folder, kept)
         victim = chance.choice(victims)
-        victim.write_bytes(mutate(kept[victim], chance))
+        if chance.random() < MISPLACED:
+            what = misplace(victim, chance.choice(victims), chance)
+        else:
+            what = "mutant"
+            victim.write_bytes(mutate(kept[victim], chance))
         complaint = _complaint(kind, folder, whole)
         refused += complaint == "refused"
         if complaint not in ("", "refused"):
-            failed.append(f"mutant {number} of {victim.name}: {complaint}")
+            failed.append(f"{number}, {what} {victim.relative_to(folder)}: {complaint}")
     told = f"{refused} refused, {count - refused - len(failed)} read"
     return Trial(
         f"fuzz: {kind.name}",
@@ -72,10 +77,29 @@ def fuzz(kind: Kind, folder: pathlib.Path, count: int, seed: int) -> Trial:
     )
 
 
+def misplace(victim: pathlib.Path, other: pathlib.Path, chance: random.Random) -> str:
+    """Does something to a file as a whole; returns what."""
+    what = chance.choice(("deleted", "renamed", "exchanged", "folder"))
+    if what == "renamed":
+        names = (f"{victim.name}x", victim.name[:-1] or "x", "0", "a b\n", "\udcff")
+        victim.rename(victim.with_name(chance.choice(names)))
+    elif what == "exchanged":
+        one, two = victim.read_bytes(), other.read_bytes()
+        victim.write_bytes(two)
+        other.write_bytes(one)
+    else:
+        victim.unlink()
+        if what == "folder":
+            victim.mkdir()
+    return what
+
+
 def _put_back(folder: pathlib.Path, kept: dict[pathlib.Path, bytes]) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and path not in kept:
             path.unlink()
+        elif path.is_dir() and path in kept:
+            path.rmdir()
     for path, content in kept.items():
         if not path.exists() or path.read_bytes() != content:  # times are remembered
             path.write_bytes(content)

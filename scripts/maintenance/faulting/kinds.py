@@ -1,6 +1,7 @@
 """The files that a run reads, and how it reads them."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -16,14 +17,22 @@ from data_pipeline.checks import scan
 from data_pipeline.manifest import Shard, Source
 from nanogpt.config.prepared import fitted
 from nanogpt.config.presets import preset
+from nanogpt.config.run import Config
 from nanogpt.lab import run_file
 from nanogpt.lab.command_line import read_config, split_arguments
 from nanogpt.lab.import_meta import read as read_archive
-from nanogpt.report.comparison import read_run
+from nanogpt.report.comparison import read_runs, report
+from nanogpt.report.curves import read_reference
+from nanogpt.report.groups import read_groups
+from nanogpt.report.verdict_tables import verdicts
+from nanogpt.train.ancestors import common_checkpoint, read_params
+from nanogpt.train.checkpoint import Checkpoints, plain
+from nanogpt.train.digests import DamagedError
 from nanogpt.train.metrics import keep_before, read_records, read_start
+from nanogpt.train.record_log import RecordLog
 from scripts.maintenance.faulting.fuzz import Kind, fuzz
 from scripts.maintenance.faulting.outcome import Trial
-from scripts.maintenance.faulting.saved import CHECKPOINTS
+from scripts.maintenance.faulting.saved import CHECKPOINTS, CRAFTED
 
 VOCAB, TOKENS = 64, 400
 
@@ -107,26 +116,60 @@ def _read_configs(folder: pathlib.Path) -> list[Any]:
 
 
 def _make_metrics(folder: pathlib.Path) -> list[pathlib.Path]:
-    records: list[dict[str, Any]] = [
-        {"kind": "start", "config": {"optimizer": "adamw", "seed": 0}, "baselines": None}
-    ]
+    start = {
+        "config": plain(_trained(folder)),
+        "fingerprint": {"shards": "s", "data": "d", "tokenizer": "t", "model": "m"}
+        | {"validation": "v"},
+        "versions": {"jax": "1.2.3"},
+        "device": {"platform": "cpu", "kind": "abacus", "count": 1},
+        **{"host": "here", "git_commit": "0123456789abcdef", "git_dirty": True},
+        **{"parameters": 1000, "optimizer_state_bytes": 2000},
+        "baselines": {"unigram": 5.5, "bigram": 4.25, "bytes_per_token": 3.0},
+    }
+    records: list[dict[str, Any]] = [{"kind": "start"} | start]
     for step in range(4):
         records.append({"kind": "train", "step": step, "loss": 3.5 - step / 8, "skipped": 0})
         val = {"kind": "val", "step": step, "loss": 3.5, "train_time_s": 0.5 * step}
         records.append(val)
-    records.append({"kind": "end", "step": 4, "loss": 3.25, "train_time_s": 2.0})
+    told = {"median_step_time_s": 0.5, "tokens_per_s": 1e4, "peak_memory_bytes": 1e9}
+    end = {"kind": "end", "step": 4, "loss": 3.25, "train_time_s": 2.0, "compile_s": 1.0}
     path = folder / "metrics.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return [path]
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, end | told]))
+    (folder / "record.txt").write_text("step:1/4 val_loss:3.5 train_time:0.500s step_avg:5ms\n")
+    (folder / "checkpoints" / "3").mkdir(parents=True)
+    return [path, folder / "record.txt"]
+
+
+def _trained(folder: pathlib.Path) -> Config:
+    config = preset("cpu", "adamw")
+    output = dataclasses.replace(config.output, directory=str(folder.parent))
+    return dataclasses.replace(config, name=folder.name, output=output)
 
 
 def _read_metrics(folder: pathlib.Path) -> Any:
-    path = folder / "metrics.jsonl"
-    records = read_records(path)
-    read_start(path)
-    run = read_run(folder)
-    keep_before(path, 2, {})
-    return records, run
+    """All that a page of runs, a run that goes on, and one that begins with it make of it."""
+    path, config = folder / "metrics.jsonl", _trained(folder)
+    told = [report(read_runs([folder])), verdicts([folder], 3.0), read_groups([folder])]
+    identity = read_start(path).get("fingerprint") or {"data": "d", "validation": "v"}
+    Checkpoints(folder / "checkpoints", config, "none").check_start(path, identity)
+    with contextlib.suppress(DamagedError):  # there is no whole checkpoint
+        read_params(dataclasses.replace(config, init_from=str(folder)), {})
+    with contextlib.suppress(DamagedError):
+        common_checkpoint(dataclasses.replace(config, go_on_from=str(folder)))
+    keep_before(path, 2, plain(config))
+    RecordLog(folder / "record.txt", config, "source", 2)
+    return told, read_records(path)
+
+
+def _make_curves(folder: pathlib.Path) -> list[pathlib.Path]:
+    path = folder / "curve.csv"
+    path.write_text("run,step,val_loss,train_time_s\n0,0,5.0,0.0\n0,9,4.0,1.0\n1,0,7.0,0.0\n")
+    return [path]
+
+
+def _read_curves(folder: pathlib.Path) -> Any:
+    path = folder / "curve.csv"
+    return read_reference(path), verdicts([path], 3.0)
 
 
 def _make_archive(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -157,7 +200,9 @@ KINDS = (
     Kind("configs", _make_configs, _read_configs),
     Kind("metrics.jsonl", _make_metrics, _read_metrics),
     Kind("archives of import-meta", _make_archive, _read_archives, sound=_plain),
+    Kind("curves", _make_curves, _read_curves),
     CHECKPOINTS,
+    CRAFTED,
 )
 
 

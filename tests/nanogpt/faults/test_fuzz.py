@@ -10,6 +10,7 @@ from scripts.maintenance.faulting.fuzz import fuzz
 from scripts.maintenance.faulting.kinds import KINDS
 from scripts.maintenance.faulting.mutants import KINDS as FAULTS
 from scripts.maintenance.faulting.mutants import mutate
+from scripts.maintenance.faulting.saved import CRAFTED
 
 ROOT = pathlib.Path(__file__).parents[3]
 PACKAGES = ("shampoo_jax", "nanogpt", "data_pipeline")
@@ -21,7 +22,9 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+# Those with digests made anew are for `make faults` alone: of arrays that cannot be read Orbax leaves
+# tasks behind, whose complaints come in any later test.
+@pytest.mark.parametrize("kind", [k for k in KINDS if k is not CRAFTED], ids=lambda kind: kind.name)
 def test_mutants_are_refused_or_read_within_their_range(kind, tmp_path):
     trial = fuzz(kind, tmp_path / "files", 50, seed=17)
     assert (trial.survived, trial.tried) == (50, 50), trial.told

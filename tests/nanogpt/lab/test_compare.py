@@ -35,6 +35,7 @@ def test_where_nothing_can_be_written_is_said_in_a_line(tmp_path, monkeypatch, c
     runs = []
     if command is look.compare:
         monkeypatch.setattr(comparison, "check_comparable", lambda *_, **__: [])
+        monkeypatch.setattr(comparison, "report", lambda runs: "")
         start = {
             "kind": "start",
             "config": {"optimizer": "adamw", "name": "a"},

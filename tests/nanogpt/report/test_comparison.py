@@ -164,7 +164,10 @@ def test_folders_without_a_run_are_named(tmp_path, make, error, message):
     [
         ("[1]\n", "line 1 is no record"),
         ("3\n{}\n", "line 1 is no record"),
-        ('{"kind": "start"}\n{"kind": "val"}\n', "of another version: KeyError"),
+        (
+            '{"kind": "start"}\n{"kind": "val"}\n',
+            r"not as .* writes it \(KeyError: 'step'\)",
+        ),
         ("\xff\n{}\n", "line 1 is not JSON"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 from typing import NamedTuple
 
 import grain
@@ -14,7 +15,7 @@ from nanogpt.config.presets import preset
 from nanogpt.config.run import OutputConfig
 from nanogpt.train import checkpoint
 from nanogpt.train.checkpoint import Checkpoints
-from nanogpt.train.digests import DamagedError
+from nanogpt.train.digests import DamagedError, write_digests
 
 
 class State(NamedTuple):
@@ -144,6 +145,92 @@ def test_damage_is_refused_or_passed_over(tmp_path, config, saved, spoil, compla
     checkpoints.save(4, state(4, scale=9), data, seconds=0.0)  # the place is free
     checkpoints.close()
     assert Checkpoints(folder, config, "data-1").newest() == (4, [])
+
+
+@pytest.mark.parametrize(
+    "name", ["04", "4x", "\N{SUPERSCRIPT TWO}", "-4", "4.orbax-checkpoint-tmp"]
+)
+def test_folders_of_other_names_are_no_checkpoints(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert checkpoint.saved_steps(tmp_path) == []
+
+
+def crafted(folder, change):
+    """Changes what lies beside the state, by somebody who can write digests, too."""
+    file = folder / "meta" / "metadata"
+    told = json.loads(file.read_bytes())
+    told = change(told) or told
+    file.write_text(json.dumps(told))
+    write_digests(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta.pop("config") and None,
+        lambda meta: meta.pop("train_time_s") and None,
+        lambda meta: meta.update(train_time_s="x"),
+        lambda meta: meta["config"].pop("schedule") and None,
+        lambda meta: meta["config"]["schedule"].update(steps="x"),
+        lambda meta: meta["stored"].pop("format") and None,
+        lambda meta: meta["stored"].update(shapes=0),
+        lambda meta: [0],
+    ],
+)
+def test_what_lies_beside_the_state_without_its_names_is_refused(tmp_path, config, saved, change):
+    crafted(tmp_path / "4", change)
+    checkpoints = Checkpoints(tmp_path, config, "data-1")
+    with pytest.raises(ValueError, match=r"/4 is (not as this version|damaged: meta holds no)"):
+        checkpoints.restore(4, state(0), batches())
+
+
+@pytest.mark.parametrize("file", ["_METADATA", "manifest.ocdbt"])
+def test_arrays_that_orbax_cannot_read_are_refused_in_a_sentence(tmp_path, config, saved, file):
+    """Where the digests are right: the disk failed in between, or somebody made them anew."""
+    (tmp_path / "4" / "state" / file).write_text('{"x": {}}')
+    checkpoints = Checkpoints(tmp_path, config, "data-1")
+    with pytest.raises(ValueError) as told:
+        checkpoints.restore(4, state(0), batches())
+    assert "\n" not in str(told.value) and str(tmp_path / "4") in str(told.value)
+
+
+def test_the_position_of_the_data_without_its_name_is_refused(tmp_path, config, saved):
+    (tmp_path / "4" / "data" / "process_0-of-1.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"process_0-of-1\.json is not as this version writes it"):
+        Checkpoints(tmp_path, config, "data-1").restore(4, state(0), batches())
+
+
+def test_records_without_the_settings_of_a_run_are_refused(tmp_path, config):
+    path, identity = tmp_path / "metrics.jsonl", {"data": "d", "validation": "v"}
+    checkpoints = Checkpoints(tmp_path, config, "data-1")
+    start = {"kind": "start", "config": checkpoint.plain(config)}
+    for wrong in ({"kind": "start"}, {"config": start["config"]}, {"kind": "val", "step": 1}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="metrics.jsonl does not begin with a run's settings"):
+            checkpoints.check_start(path, identity)
+    for wrong in ({"config": {}}, {"fingerprint": {"data": "d"}}, {"fingerprint": [0]}):
+        path.write_text(json.dumps(start | wrong))
+        with pytest.raises(ValueError, match="metrics.jsonl is not as this version writes it"):
+            checkpoints.check_start(path, identity)
+
+
+@pytest.mark.parametrize("wrong", [b"", b"\xff", b"{}", b"[" * 100_000])
+def test_damaged_older_checkpoints_do_not_keep_the_best_from_being_kept(tmp_path, config, wrong):
+    """Nor do they count among them."""
+    output = OutputConfig(str(tmp_path), keep_checkpoints=1, keep_every=1, keep_best=1)
+    config = dataclasses.replace(config, output=output)
+    for steps in ((1, 2, 3), (4, 5)):
+        checkpoints, data = Checkpoints(tmp_path, config, "data-1"), batches()
+        for step in steps:
+            grain.experimental.set_next_index(data, step)
+            checkpoints.save(step, state(step), data, seconds=0.0, loss=float(step))
+        checkpoints.close()
+        output = dataclasses.replace(output, keep_every=0)
+        config = dataclasses.replace(config, output=output)
+        for file in ("meta/metadata", "_CHECKPOINT_METADATA"):
+            (tmp_path / "1" / file).write_bytes(wrong) if 3 in steps else None
+    assert checkpoint.saved_steps(tmp_path) == [2, 5]
+    assert Checkpoints(tmp_path, config, "data-1").newest(go_back=True) == (5, [])
 
 
 def saved_at(position):

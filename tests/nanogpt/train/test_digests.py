@@ -43,6 +43,7 @@ def test_a_flipped_bit_is_found_by_the_process_that_reads_it(folder, position):
         (b"\xff", "cannot be read"),
         (json.dumps({"a": 0, "d/b": 0, "d/c": 0}), "a is not what was saved"),
         ("{}", "a does not belong to it"),
+        ('{"a":' + "[" * 100_000, "cannot be read"),
         (json.dumps({"../a": 0}), r"\.\./a is missing"),
     ],
 )
@@ -50,3 +51,40 @@ def test_digests_that_were_changed_themselves(folder, text, complaint):
     (folder / "digests.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DamagedError, match=complaint):
         check_digests(folder)
+
+
+def damaged(folder):
+    with pytest.raises(DamagedError) as told:
+        check_digests(folder)
+    print(told.value)  # a terminal takes it
+    return str(told.value).partition(" is damaged: ")[2]
+
+
+def test_pieces_that_are_renamed_exchanged_or_folders_are_told(folder):
+    (folder / "a").rename(folder / "b")
+    assert damaged(folder) == "a is missing."
+    (folder / "a").mkdir()
+    assert damaged(folder) == "a is missing."
+    (folder / "a").rmdir()
+    (folder / "b").rename(folder / "a")
+    (folder / "d/b").rename(folder / "d/x")
+    (folder / "d/c").rename(folder / "d/b")
+    (folder / "d/x").rename(folder / "d/c")
+    assert damaged(folder) == "d/b is not what was saved."
+    (folder / "digests.json").unlink()
+    (folder / "digests.json").mkdir()
+    assert damaged(folder) == "digests.json cannot be read."
+
+
+def test_names_that_are_no_text_and_files_that_cannot_be_read_are_told(folder):
+    (folder / "a").unlink()
+    (folder / "a").symlink_to(folder / "nowhere")
+    assert damaged(folder) == "a cannot be read (No such file or directory)."
+    (folder / "a").unlink()
+    (folder / "a").write_bytes(b"a" * 100)
+    (folder / "\udcff").touch()
+    assert damaged(folder) == r"\udcff does not belong to it."
+
+
+def test_a_file_in_a_checkpoints_place_is_damaged(folder):
+    assert damaged(folder / "a") == "digests.json is missing."
