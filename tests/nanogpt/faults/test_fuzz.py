@@ -22,8 +22,8 @@ MAKERS = {
 }
 
 
-# Those with digests made anew are for `make faults` alone: of arrays that cannot be read Orbax leaves
-# tasks behind, whose complaints come in any later test.
+# Those with digests made anew are for `make faults` alone: of arrays that cannot be read Orbax
+# leaves tasks behind, whose complaints come in any later test.
 @pytest.mark.parametrize("kind", [k for k in KINDS if k is not CRAFTED], ids=lambda kind: kind.name)
 def test_mutants_are_refused_or_read_within_their_range(kind, tmp_path):
     trial = fuzz(kind, tmp_path / "files", 50, seed=17)
