@@ -1,20 +1,22 @@
-"""Checkpoints that go on on another number of devices: how far from never having moved.
+"""Checkpoints that go on on other devices: how far from never having moved. Writes docs/elastic.md.
 
-    python -m scripts.maintenance.elastic
+    python -m scripts.maintenance.elastic               all optimizers, half an hour of two cores
+    python -m scripts.maintenance.elastic soap muon     those whose names have one of these in them
 
-Every optimizer of `sharding_equality`, weights that are averaged and gradients that are accumulated
-take steps with recorded gradients in float64, on fake CPU devices. The state after `SAVED` of them,
-in the middle of an interval and of an accumulation, goes through a run's own checkpoint code to
-every other layout, and takes the rest there. Compared with the undisturbed steps of the layout that
-saved.
+Every optimizer of `elastic_cases` takes steps with recorded gradients on fake CPU devices. The
+state after `SAVED` of them, in the middle of an interval and of an accumulation, goes through a
+run's own checkpoint code to every other layout, and takes the rest there. Compared with the
+undisturbed steps of the layout that saved: in float64 all of them, in float32 the first.
 """
 
+import argparse
 import contextlib
 import functools
+import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 if __name__ == "__main__":
@@ -31,84 +33,55 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
-import shampoo_jax as sj
 from nanogpt.config.presets import preset
 from nanogpt.train.checkpoint import Checkpoints
 from nanogpt.train.mesh import AXES
 from nanogpt.train.mesh import Layout as MeshLayout
+from nanogpt.train.provenance import provenance
 from nanogpt.train.train_step import TrainState
-from scripts.maintenance.record_gradients import read_gradients
-from scripts.maintenance.sharding_equality import OPTIMIZERS, SHAPES, place, worst_errors
+from scripts.maintenance.elastic_cases import CASES, Case, loss, recorded
+from scripts.maintenance.sharding_equality import place, worst_errors
 
-RECORDED = pathlib.Path(__file__).parents[2] / "tests" / "golden" / "gradients" / "gpt_d128.npz"
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 SAVED, STEPS = 4, 24  # 20 steps after a restore
 # Devices along data and fsdp; None: one device without a mesh.
 LAYOUTS: dict[str, tuple[int, int] | None] = {
     **{f"{n}": (n, 1) for n in (8, 4, 2, 1)},
     **{"2x4": (2, 4), "no mesh": None},
 }
-WRAPPED: dict[str, Callable[..., Any]] = {
-    "averaged": lambda p: sj.averaging(
-        OPTIMIZERS["eigh, ragged, staggered"](p), "schedule_free", learning_rate=0.1
-    ),
-    "accumulated": lambda p: optax.MultiSteps(
-        OPTIMIZERS["eigh, ragged, staggered"](p), every_k_schedule=3
-    ).gradient_transformation(),
-}
-ALL = OPTIMIZERS | WRAPPED
-
-
-def recorded(step: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Pieces of recorded gradients, a matrix and a place of it for each parameter."""
-    matrices = list(read_gradients(RECORDED).values())
-    found = {}
-    for number, (name, shape) in enumerate(shapes.items()):
-        source = matrices[number % len(matrices)]
-        values = np.roll(source[step % len(source)], number + 7 * (step // len(source)), axis=0)
-        rows, columns = (1, 1, *shape)[-2:]
-        pieces = [
-            values[rows * k % 96 :, columns * k % 96 :][:rows, :columns]
-            for k in range(int(np.prod(shape[:-2])))
-        ]
-        found[name] = np.array(pieces, np.float64).reshape(shape)
-    return found
+# Layouts that a state goes through; the first one saves it.
+WAYS = (
+    *(("8", other) for other in LAYOUTS if other != "8"),
+    ("no mesh", "8"),
+    ("8", "4", "2", "1", "2x4", "8"),
+)
+FLOAT32_WAYS = (("8", "2x4"), ("8", "no mesh"), ("no mesh", "8"))
 
 
 class Trainer:
-    """Some optimizers on one layout, compiled as one program.
+    """An optimizer on one layout, compiled.
 
     Args:
-        optimizers: functions of a placement or None, by name.
-        shapes: of the parameters.
+        case: the optimizer and its parameters.
         layout: one of `LAYOUTS`.
     """
 
-    def __init__(
-        self,
-        optimizers: Mapping[str, Callable[..., Any]],
-        shapes: Mapping[str, tuple[int, ...]],
-        layout: str,
-    ):
-        self._shapes, self._placement, sizes = shapes, None, LAYOUTS[layout]
+    def __init__(self, case: Case, layout: str):
+        self._shapes, self._placement, sizes = case.shapes, None, LAYOUTS[layout]
         if sizes is not None:
             devices = jax.devices()[: sizes[0] * sizes[1]]
             mesh = jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 2, devices=devices)
             self._placement = MeshLayout(mesh).placement
-        transforms = {name: make(self._placement) for name, make in optimizers.items()}
+        tx = optax.with_extra_args_support(case.make(self._placement))
 
         def init(params: Any) -> TrainState:
-            states = {name: tx.init(params) for name, tx in transforms.items()}
-            return TrainState(jnp.int32(0), dict.fromkeys(transforms, params), states)
+            return TrainState(jnp.int32(0), params, tx.init(params))
 
         def step(state: TrainState, grads: Any) -> tuple[Any, TrainState]:
-            done = {
-                name: tx.update(grads, state.opt_state[name], state.params[name])
-                for name, tx in transforms.items()
-            }
-            updates = {name: one for name, (one, _) in done.items()}
+            objective = functools.partial(loss, gradients=grads)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, obj_fn=objective)
             params = optax.apply_updates(state.params, updates)
-            states = {name: one for name, (_, one) in done.items()}
-            return updates, TrainState(state.step + 1, params, states)
+            return updates, TrainState(state.step + 1, params, opt_state)
 
         self.fresh = jax.jit(init)(self._gradients(0))
         where = None if sizes is None else (None, jax.tree.map(lambda x: x.sharding, self.fresh))
@@ -126,8 +99,7 @@ class Trainer:
         return history, state
 
     def _gradients(self, step: int) -> Any:
-        grads = jax.tree.map(jnp.asarray, recorded(step, self._shapes))
-        return place(grads, self._placement)
+        return place(jax.tree.map(jnp.asarray, recorded(step, self._shapes)), self._placement)
 
 
 class Folder:
@@ -157,7 +129,7 @@ class Folder:
         self._checkpoints.close()
 
 
-def moved(trainer: Callable[[str], Trainer], way: Sequence[str], steps: int) -> dict[str, float]:
+def moved(trainer: Callable[[str], Trainer], way: Sequence[str], steps: int) -> float:
     """Takes steps on one layout after the other, with a checkpoint between two.
 
     Args:
@@ -166,8 +138,8 @@ def moved(trainer: Callable[[str], Trainer], way: Sequence[str], steps: int) -> 
         steps: in all.
 
     Returns:
-        By optimizer, the largest difference of any update from the undisturbed steps of the first
-        layout, over the largest entry of that update.
+        The largest difference of any update from the undisturbed steps of the first layout, over
+        the largest entry of that update.
     """
     first = trainer(way[0])
     expected, _ = first.train(first.fresh, steps)
@@ -179,21 +151,67 @@ def moved(trainer: Callable[[str], Trainer], way: Sequence[str], steps: int) -> 
             state = folder.restore(trainer(name).fresh)
         more, state = trainer(name).train(state, min(share, steps - len(got)))
         got += more
-    return worst_errors(got[SAVED:], expected[SAVED:])
+    both = ([{"": one} for one in of[SAVED:]] for of in (got, expected))
+    return worst_errors(*both)[""]
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Differences of an optimizer by way, and those of the first step in float32 as "float32"."""
+    found = {}
+    with jax.enable_x64(True):
+        trainer = functools.cache(functools.partial(Trainer, case))
+        for way in WAYS:
+            found[" to ".join(way)] = moved(trainer, way, STEPS)
+    trainer = functools.cache(functools.partial(Trainer, case))
+    found["float32"] = max(moved(trainer, way, SAVED + 1) for way in FLOAT32_WAYS)
+    return found
+
+
+def page(found: dict[str, dict[str, float]]) -> str:
+    """Returns the report in Markdown."""
+    columns = list(next(iter(found.values())))
+    versions = ", ".join(f"{name} {value}" for name, value in provenance()["versions"].items())
+    lines = [
+        "# Checkpoints on other devices",
+        "",
+        "`python -m scripts.maintenance.elastic` saves the state of every optimizer after "
+        f"{SAVED} steps on",
+        "one layout of fake CPU devices, restores it on another by a run's own checkpoint code, "
+        "and takes",
+        f"{STEPS - SAVED} more steps there with recorded gradients. The figures are the largest "
+        "difference of any entry",
+        "of any update from the run that never moved, over the largest entry of that update, in "
+        "float64; the",
+        "last column is the first step after the restore in float32, the worst of all ways. "
+        "`8` is a mesh of",
+        "eight devices, `2x4` one of data=2 and fsdp=4, with parameters in parts. Promised are "
+        "1e-8 and 1e-5.",
+        f"nanogpt's are the recipes of track 3, the whole chain on all parameters of a small GPT. "
+        f"({versions})",
+        "",
+        f"| optimizer | {' | '.join(columns)} |",
+        f"|-{'|-' * len(columns)}|",
+    ]
+    for name, errors in found.items():
+        lines.append(f"| {name} | {' | '.join(f'{error:.0e}' for error in errors.values())} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Prints the largest difference of each optimizer on each way."""
-    ways = [("8", other) for other in LAYOUTS if other != "8"]
-    ways += [("no mesh", "8"), ("8", "4", "2", "1", "2x4", "8")]
-    # Orbax saves no empty arrays.
-    shapes = {name: shape for name, shape in SHAPES.items() if 0 not in shape}
-    with jax.enable_x64(True):
-        for name, make in ALL.items():
-            trainer = functools.cache(functools.partial(Trainer, {name: make}, shapes))
-            for way in ways:
-                (error,) = moved(trainer, way, STEPS).values()
-                print(f"{name}: {' -> '.join(way)}: {error:.1e}", flush=True)
+    """Runs the command line; what was measured before stays in the table."""
+    parser = argparse.ArgumentParser("elastic", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", help="parts of names; default: all optimizers")
+    parser.add_argument("--docs", type=pathlib.Path, default=DOCS, help="folder of the report")
+    options = parser.parse_args()
+    kept = options.docs / "elastic.json"
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    for name, case in CASES.items():
+        if not options.names or any(part in name for part in options.names):
+            before[name] = measure(case)
+            print(name, {way: f"{error:.1e}" for way, error in before[name].items()}, flush=True)
+            found = {name: before[name] for name in CASES if name in before}
+            kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            (options.docs / "elastic.md").write_text(page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
