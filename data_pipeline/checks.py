@@ -65,7 +65,7 @@ def scan(path: str | os.PathLike[str]) -> Facts:
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(HEADER_BYTES))
     for start in range(0, tokens.size, _SCAN_TOKENS):
-        chunk = np.asarray(tokens[start : start + _SCAN_TOKENS])
+        chunk = tokens[start : start + _SCAN_TOKENS]
         digest.update(chunk.data)
         if chunk.max() > highest:
             highest_at = start + int(chunk.argmax())

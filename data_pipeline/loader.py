@@ -17,12 +17,12 @@ from typing import Any, Literal, TypedDict
 import grain
 import numpy as np
 
-from data_pipeline.shards import ShardError, open_tokens, read_header
+from data_pipeline.shards import ShardError, Tokens, open_tokens, read_header
 
 Mode = Literal["sequential", "shuffled"]
 PathLike = str | os.PathLike[str]
 
-# Batches that one thread reads ahead; reading a memory map is far too cheap for worker processes.
+# Batches that one thread reads ahead; reading tokens is far too cheap for worker processes.
 _PREFETCH = 8
 _PROBE_TOKENS = 4096
 
@@ -124,7 +124,7 @@ def needed_shards(
 
 
 def val_batches(
-    path: PathLike,
+    path: PathLike | Tokens,
     *,
     sequence_length: int,
     val_tokens: int,
@@ -137,7 +137,7 @@ def val_batches(
     All batches have the same shape: the sum of their losses over `val_tokens` is the mean.
 
     Args:
-      path: the validation shard.
+      path: the validation shard; opened before, it is refused once it has changed.
       sequence_length: tokens in a row.
       val_tokens: predictions scored; a multiple of rows * sequence_length.
       rows: rows in one batch, over all ranks.
@@ -159,7 +159,7 @@ def val_batches(
             f"val_tokens={val_tokens} is not a positive multiple of {rows} rows of "
             f"{sequence_length} tokens; the nearest is {nearest}."
         )
-    tokens = open_tokens(path)
+    tokens = path if isinstance(path, Tokens) else open_tokens(path)
     if tokens.size <= val_tokens:
         fitting = (tokens.size - 1) // stride * stride
         remedy = (
@@ -170,8 +170,8 @@ def val_batches(
             "or lower --data.microbatch-rows."
         )
         raise ShardError(
-            f"{path}: {tokens.size} tokens, but val_tokens={val_tokens} needs {val_tokens + 1}; "
-            + remedy
+            f"{tokens.path}: {tokens.size} tokens, but val_tokens={val_tokens} needs "
+            f"{val_tokens + 1}; {remedy}"
         )
     first, length = rank * local * sequence_length, local * sequence_length + 1
     starts = range(first, val_tokens, stride)
@@ -257,48 +257,24 @@ def _from_rows(rows: np.ndarray) -> Batch:
 class _Spans:
     """Random access to equally long spans of tokens, for Grain.
 
-    Item i is the j-th span of its shard, tokens[offset + j * stride :][:length]. A shard that is
-    changed while it is read is refused: what was checked is not what is read, and of a file that
-    has become shorter a memory map cannot be read without the end of this process.
+    Item i is the j-th span of its shard, tokens[offset + j * stride :][:length].
     """
 
     def __init__(
         self, paths: Sequence[PathLike], counts: np.ndarray, stride: int, offset: int, length: int
     ):
-        self._paths = [str(path) for path in paths]
+        self._shards = [open_tokens(path) for path in paths]
         self._ends = np.cumsum(counts)
         self._stride, self._offset, self._length = stride, offset, length
-        self._shards: dict[int, np.memmap] = {}
-        self._known = [_size_and_time(path) for path in self._paths]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> np.ndarray:
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        if _size_and_time(self._paths[shard]) != self._known[shard]:
-            raise ShardError(
-                f"{self._paths[shard]}: was changed while the run read it; put the file back, or "
-                "prepare the text again, and go on with --resume."
-            )
-        if shard not in self._shards:
-            self._shards[shard] = open_tokens(self._paths[shard])
         before = int(self._ends[shard - 1]) if shard else 0
         start = self._offset + (int(index) - before) * self._stride
-        return np.asarray(self._shards[shard][start : start + self._length])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A memory map pickles as a copy of the file.
-        return self.__dict__ | {"_shards": {}}
+        return self._shards[shard][start : start + self._length]
 
     def __repr__(self) -> str:
-        return f"_Spans({len(self)} of {self._length} tokens in {len(self._paths)} shards)"
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    """Tells whether a file is still the same; one that has gone has neither."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+        return f"_Spans({len(self)} of {self._length} tokens in {len(self._shards)} shards)"

@@ -193,7 +193,7 @@ def _checked(part: Any) -> Any:
 
 def _shard(path: Path, tokenizer: Tokenizer) -> Shard:
     tokens = open_tokens(path)
-    documents = int(np.count_nonzero(tokens == tokenizer.end_of_text))
+    documents = int(np.count_nonzero(tokens[:] == tokenizer.end_of_text))
     return Shard(path.name, tokens.size, documents, _sha256(path))
 
 

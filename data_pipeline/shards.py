@@ -4,8 +4,11 @@ A shard is 256 little-endian int32 (magic, version, token count, zeros) followed
 little-endian uint16. Nothing else is in the file, so its size is known from its header.
 """
 
+import functools
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,19 +63,65 @@ def read_header(path: str | os.PathLike[str]) -> int:
     return count
 
 
-def open_tokens(path: str | os.PathLike[str]) -> np.memmap:
-    """Maps the tokens of a shard into memory.
+class Tokens:
+    """The tokens of a shard: `tokens[10:20]` is uint16 (10,), read from the file at that moment.
 
-    Args:
+    A shard that has changed since is refused: what was checked is not what is read. (A memory map
+    would end the process without a word where the file has become shorter.)
+
+    Attributes:
       path: the shard.
-
-    Returns:
-      uint16 (tokens,), read-only; pages are read when touched.
+      size: its number of tokens.
 
     Raises:
-      ShardError: as `read_header`.
+      ShardError: as `read_header`; by a read, if the file has changed.
     """
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(read_header(path),))
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path, self.size = str(path), read_header(path)
+        self._known = _size_and_time(self.path)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self.size)
+        found = np.empty(max(0, stop - start), "<u2")
+        same = _size_and_time(self.path) == self._known
+        if not same or _fill(found, self._file, HEADER_BYTES + 2 * start) < found.nbytes:
+            raise ShardError(
+                f"{self.path}: was changed while it was read; put the file back, or prepare the "
+                "text again, and go on with --resume."
+            )
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
+
+    @functools.cached_property
+    def _file(self) -> int:
+        file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, file)
+        return file
+
+
+def open_tokens(path: str | os.PathLike[str]) -> Tokens:
+    """Opens a shard, to read parts of it; errors as in `read_header`."""
+    return Tokens(path)
+
+
+def _fill(found: np.ndarray, file: int, offset: int) -> int:
+    """Reads bytes at an offset into an array; returns how many there were."""
+    view, done = found.data.cast("B"), 0
+    while done < len(view) and (count := os.preadv(file, [view[done:]], offset + done)):
+        done += count
+    return done
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    """Tells whether a file is still the same; one that has gone has neither."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> None:

@@ -65,11 +65,12 @@ def open_data(config: Config) -> RunData:
     if manifest is not None:
         manifest.check([*training, scored])
     place = {"rank": jax.process_index(), "world": jax.process_count()}
+    held_out = data_pipeline.open_tokens(scored)  # once: a change is noticed
 
     def validation() -> Iterator[data_pipeline.Batch]:
         rows = data.microbatch_rows
         sizes = {"sequence_length": length, "val_tokens": data.val_tokens, "rows": rows}
-        return data_pipeline.val_batches(scored, **sizes, **place)
+        return data_pipeline.val_batches(held_out, **sizes, **place)
 
     validation()  # raises if val_tokens does not suit the shard
     baselines = manifest.baselines if manifest else None

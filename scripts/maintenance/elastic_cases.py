@@ -45,7 +45,7 @@ def _recipe(name: str) -> Case:
 
     def make(placement: sj.Placement | None) -> Any:
         # All in the precision that is compared: bfloat16 would hide everything behind its rounding.
-        dtype = "float64" if jax.config.jax_enable_x64 else "float32"
+        dtype = str(jax.numpy.result_type(float))
         if isinstance(config.matrices, MuonConfig):
             object.__setattr__(config.matrices, "ns_dtype", dtype)  # no setting of a run's
         params = jax.tree.map(

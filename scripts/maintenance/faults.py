@@ -4,7 +4,8 @@
     make faults ARGS="kill stop --trials 4"     some parts again, with fewer trials
 
 Each trial is kept as soon as it is done. Parts: exact, kill, stop, disk (a real small disk, which
-needs root), workers, accidents, damage, fuzz. The seed decides moments and places.
+needs root), workers, moves (to other devices), accidents, damage, fuzz. The seed decides moments
+and places.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from scripts.maintenance.faulting.disk import full_disks
 from scripts.maintenance.faulting.exact import exact, recipes
 from scripts.maintenance.faulting.kills import kills, stops
 from scripts.maintenance.faulting.kinds import fuzz_all
+from scripts.maintenance.faulting.moves import moves
 from scripts.maintenance.faulting.outcome import Results, Trial
 from scripts.maintenance.faulting.report import page
 from scripts.maintenance.faulting.workers import workers
@@ -29,8 +31,8 @@ from scripts.maintenance.faulting.workers import workers
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 # Trials of a part, where --trials does not tell.
 TRIALS = {
-    **{"exact": len(recipes()), "kill": 24, "stop": 8, "disk": 8, "workers": 4, "accidents": 0},
-    **{"damage": 40, "fuzz": 2000},
+    **{"exact": len(recipes()), "kill": 24, "stop": 8, "disk": 8, "workers": 4, "moves": 9},
+    **{"accidents": 0, "damage": 40, "fuzz": 2000},
 }
 
 
@@ -43,6 +45,7 @@ def parts(folder: pathlib.Path, seed: int) -> dict[str, Callable[[int], Iterator
         "stop": functools.partial(stops, place["stop"], seed=seed),
         "disk": functools.partial(full_disks, place["disk"], seed=seed),
         "workers": functools.partial(workers, place["workers"]),
+        "moves": functools.partial(moves, place["moves"]),
         "accidents": lambda count: accidents(place["accidents"]),
         "damage": functools.partial(damaged_checkpoints, place["damage"], seed=seed),
         "fuzz": functools.partial(fuzz_all, place["fuzz"], seed=seed),

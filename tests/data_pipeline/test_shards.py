@@ -1,3 +1,5 @@
+import os
+import pickle
 import struct
 
 import numpy as np
@@ -16,7 +18,7 @@ def write_raw(path, *, magic=20240520, version=1, count=10, tokens=10, extra=b""
 
 def test_reads_a_file_made_from_the_description(tmp_path):
     path = write_raw(tmp_path / "a.bin")
-    tokens = shards.open_tokens(path)
+    tokens = shards.open_tokens(path)[:]
     assert shards.read_header(path) == 10
     assert tokens.dtype == np.uint16
     np.testing.assert_array_equal(tokens, range(10))
@@ -86,3 +88,41 @@ def test_lists_a_split_in_order(tmp_path):
     assert names == ["x_train_000001.bin", "x_train_000002.bin"]
     with pytest.raises(ShardError, match=r"no \*_test_\*\.bin shard; prepare one"):
         shards.shard_paths(tmp_path, "test")
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.truncate(path, 1030),
+        lambda path: path.unlink(),
+        lambda path: (path.unlink(), write_raw(path), os.utime(path, (0, 0))),
+    ],
+)
+def test_a_shard_that_changes_is_refused_when_it_is_read(tmp_path, change, read_before):
+    path = write_raw(tmp_path / "a.bin")
+    tokens = shards.open_tokens(path)
+    if read_before:
+        np.testing.assert_array_equal(tokens[2:5], [2, 3, 4])
+    change(path)
+    with pytest.raises(ShardError, match=r"a\.bin: was changed while it was read; put .* --resume"):
+        tokens[8:]
+
+
+def test_a_shard_that_becomes_shorter_behind_the_last_look_is_refused(tmp_path, monkeypatch):
+    """A memory map would end the process."""
+    path = write_raw(tmp_path / "a.bin", count=100_000, tokens=0, extra=bytes(200_000))
+    tokens = shards.open_tokens(path)
+    monkeypatch.setattr(shards, "_size_and_time", lambda path: tokens._known)
+    assert not tokens[90_000:].any()
+    os.truncate(path, 1024)
+    with pytest.raises(ShardError, match="was changed while it was read"):
+        tokens[90_000:]
+
+
+def test_parts_are_those_of_an_array(tmp_path):
+    tokens = shards.open_tokens(write_raw(tmp_path / "a.bin"))
+    for part in (slice(None), slice(-3, None), slice(4, 2), slice(8, 99), slice(0, 0)):
+        np.testing.assert_array_equal(tokens[part], np.arange(10)[part])
+    again = pickle.loads(pickle.dumps(tokens))
+    np.testing.assert_array_equal(again[:], range(10))

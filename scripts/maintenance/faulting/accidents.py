@@ -1,5 +1,6 @@
 """What happens to data, clocks, gradients and files of a run, and what becomes of the run."""
 
+import itertools
 import pathlib
 import random
 import shutil
@@ -43,11 +44,11 @@ def _nan(rig: Rig) -> Iterator[Trial]:
 
 
 def _shards(rig: Rig) -> Iterator[Trial]:
-    """Damages the shard that is read, and puts it back before the run goes on."""
-    shard = rig.shards / "text_train_000001.bin"
-    whole = shard.read_bytes()
-    for accident in ("spoil", "cut"):
-        name = f"shard-{accident}"
+    """Damages a shard that is read, and puts it back before the run goes on."""
+    names = ("text_train_000001.bin", "text_val_000000.bin")
+    for file, accident in itertools.product(names, ("spoil", "cut")):
+        shard = rig.shards / file
+        whole, name = shard.read_bytes(), f"{accident}-{file}"
         ended = rig.start(name, accidents=[f"{accident}={AT}:{shard}"]).end()
         damaged = rig.go_on(name)
         shard.write_bytes(whole)

@@ -51,6 +51,19 @@ def test_validation_begins_anew_at_each_call(config):
     data.training.close()
 
 
+@pytest.mark.parametrize("split", ["train_000001", "val_000000"])
+def test_a_shard_that_changes_in_the_run_is_refused(config, tmp_path, split):
+    """What was checked is not what is read."""
+    data = open_data(config)
+    next(data.training), next(data.validation())
+    shard = tmp_path / f"t_{split}.bin"
+    shard.write_bytes(shard.read_bytes()[:1024])
+    with pytest.raises(ShardError, match=f"{split}.bin: was changed while it was read"):
+        for _ in range(100):
+            next(data.training), next(data.validation())
+    data.training.close()
+
+
 @pytest.mark.parametrize(
     ("group", "values", "message"),
     [
