@@ -1,20 +1,20 @@
 """Half an hour of the demo's runs under faults, and what came of it: docs/soak.md.
 
-    make soak                       30 minutes
+    make soak                       30 minutes of faults
     make soak ARGS="--minutes 5"    less
+    make soak ARGS=--go-on          the rest of a soak that was ended
 
-The demo's optimizers are trained in turn by preset cpu. Every run is killed at random moments and
-while it saves, asked to stop, left without room on its disk (with root), and goes on each time on
-another number of devices, until it is done; when the time is up the last one goes on to its end.
-Then each optimizer that came to an end trains undisturbed, once on each number of devices. A final
-loss under faults has to lie within the range of those, and as much on either side: it is one more
-order of the same sums.
+First each of the demo's optimizers trains undisturbed, once on each number of devices. Then they
+are trained in turn by preset cpu. Every run is killed at random moments and while it saves, asked
+to stop, left without room on its disk (with root), and goes on each time on another number of
+devices, until it is done; when the time is up the last one goes on to its end. A final loss under
+faults has to lie within the range of the undisturbed ones, and as much on either side: it is one
+more order of the same sums. What is done is kept in docs/soak.json after every run.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import pathlib
 import random
@@ -42,6 +42,7 @@ EXPECTED = {
     "stop": 128 + signal.SIGTERM,
     "no room": 1,
 }
+KEPT = ("happened", "told", "minutes", "alone", "losses")
 REFUSED = "Resume on as many devices"  # by versions that cannot go on with another number
 
 
@@ -56,6 +57,9 @@ class Soak:
         disk: folder of runs, which can be made full; None without root.
         happened: times by fault.
         told: what did not go as it should.
+        minutes: of faults so far.
+        alone: final losses of undisturbed runs by optimizer, by number of devices.
+        losses: optimizer and final loss by run under faults.
     """
 
     folder: pathlib.Path
@@ -64,11 +68,28 @@ class Soak:
     disk: pathlib.Path | None
     happened: Counter[str] = dataclasses.field(default_factory=Counter)
     told: list[str] = dataclasses.field(default_factory=list)
+    minutes: float = 0.0
+    alone: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    losses: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def runs(self) -> pathlib.Path:
         """The folder of runs."""
         return self.disk or self.folder / "runs"
+
+    def keep(self, docs: pathlib.Path) -> None:
+        """Writes what is done, and the page about it."""
+        kept = {name: getattr(self, name) for name in KEPT} | {"steps": self.steps}
+        (docs / "soak.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        (docs / "soak.md").write_text(page(self), encoding="utf-8")
+
+    def go_on(self, docs: pathlib.Path) -> None:
+        """Takes over what an earlier soak of as many steps has kept."""
+        kept = json.loads((docs / "soak.json").read_text(encoding="utf-8"))
+        if kept["steps"] != self.steps:
+            raise ValueError(f"--go-on: that soak has --steps {kept['steps']}.")
+        for name in KEPT:
+            setattr(self, name, type(getattr(self, name))(kept[name]))
 
     def start(self, optimizer: str, name: str, devices: int, *more: str) -> Child:
         """Starts a run on a number of devices."""
@@ -134,28 +155,24 @@ def final_loss(run: pathlib.Path) -> float:
     return end["loss"]
 
 
-def undisturbed(soak: Soak, optimizer: str) -> list[float]:
-    """Final losses of an optimizer on each number of devices."""
-    losses = []
-    for devices in DEVICES:
-        name = f"alone-{optimizer}-{devices}"
-        end = soak.start(optimizer, name, devices).end()
-        if end.code:
-            raise RuntimeError(f"an undisturbed run failed: {end.output[-2000:]}")
-        print(f"{name}: {end.last}", flush=True)
-        losses.append(final_loss(soak.runs / name))
-    return losses
+def undisturbed(soak: Soak, optimizer: str) -> float:
+    """Final loss of an optimizer on the next number of devices."""
+    devices = DEVICES[len(soak.alone[optimizer])]
+    name = f"alone-{optimizer}-{devices}"
+    end = soak.start(optimizer, name, devices).end()
+    if end.code:
+        raise RuntimeError(f"an undisturbed run failed: {end.output[-2000:]}")
+    print(f"{name}: {end.last}", flush=True)
+    return final_loss(soak.runs / name)
 
 
-def page(
-    soak: Soak, minutes: float, losses: dict[str, tuple[str, float]], alone: dict[str, list[float]]
-) -> str:
-    """Returns the report in Markdown: losses by run, with their optimizer, and undisturbed ones."""
+def page(soak: Soak) -> str:
+    """Returns the report in Markdown."""
     versions = ", ".join(f"{name} {value}" for name, value in provenance()["versions"].items())
     lines = [
         "# Runs under faults",
         "",
-        f"`make soak` trained runs of preset cpu, {soak.steps} steps each, for {minutes:.0f} "
+        f"`make soak` trained runs of preset cpu, {soak.steps} steps each, for {soak.minutes:.0f} "
         f"minutes under faults, and went on with each until it was done; {versions}.",
         "",
         "| what happened | times |",
@@ -165,10 +182,10 @@ def page(
         f"| run | final loss | undisturbed on {', '.join(map(str, DEVICES))} devices | within |",
         "|-|-|-|-|",
     ]
-    for name, (optimizer, loss) in losses.items():
-        low, high = min(alone[optimizer]), max(alone[optimizer])
+    for name, (optimizer, loss) in soak.losses.items():
+        low, high = min(soak.alone[optimizer]), max(soak.alone[optimizer])
         within = low - (high - low) <= loss <= high + (high - low)
-        others = ", ".join(f"{value:.5f}" for value in alone[optimizer])
+        others = ", ".join(f"{value:.5f}" for value in soak.alone[optimizer])
         lines.append(f"| {name} | {loss:.5f} | {others} | {'yes' if within else 'NO'} |")
     lines += ["", "Within is a loss that lies in the range of the undisturbed ones, or as far on"]
     lines += ["either side of it as that range is wide.", ""]
@@ -178,11 +195,22 @@ def page(
     return "\n".join(lines).rstrip() + "\n"
 
 
+def disturbed(soak: Soak, optimizer: str, minutes: float) -> None:
+    """Trains one run, under faults as long as there are minutes left."""
+    name, begin, before = f"{optimizer}-{len(soak.losses)}", time.monotonic(), soak.minutes
+    for line in trained(soak, optimizer, name, begin + 60 * (minutes - before)):
+        soak.minutes = min(minutes, before + (time.monotonic() - begin) / 60)
+        print(line, flush=True)
+    soak.losses[name] = optimizer, final_loss(soak.runs / name)
+    shutil.rmtree(soak.runs / name)
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser("make soak", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0, help="of faults")
     parser.add_argument("--steps", type=int, default=300, help="of a run")
+    parser.add_argument("--go-on", action="store_true", help="with what docs/soak.json has")
     parser.add_argument("--seed", type=int, default=0, help="of moments and faults")
     parser.add_argument("--docs", type=pathlib.Path, default=DOCS, help="folder of the report")
     options = parser.parse_args()
@@ -193,19 +221,18 @@ def main() -> None:
         except PermissionError as error:
             print(error, file=sys.stderr)
         soak = Soak(folder, options.steps, random.Random(options.seed), disk)
-        losses, end_s = {}, time.monotonic() + 60 * options.minutes
-        for number in itertools.count():
-            optimizer = DEMO[number % len(DEMO)]
-            name = f"{optimizer}-{number}"
-            for line in trained(soak, optimizer, name, end_s):
-                print(line, flush=True)
-            losses[name] = optimizer, final_loss(soak.runs / name)
-            if time.monotonic() > end_s:
-                break
-        alone = {name: undisturbed(soak, name) for name in {o for o, _ in losses.values()}}
-        text = page(soak, options.minutes, losses, alone)
-        (options.docs / "soak.md").write_text(text, encoding="utf-8")
-        print(text)
+        if options.go_on:
+            soak.go_on(options.docs)
+            soak.chance.seed(f"{options.seed} {soak.happened.total()}")
+        for optimizer in DEMO:
+            soak.alone.setdefault(optimizer, [])
+            while len(soak.alone[optimizer]) < len(DEVICES):
+                soak.alone[optimizer].append(undisturbed(soak, optimizer))
+                soak.keep(options.docs)
+        while soak.minutes < options.minutes:
+            disturbed(soak, DEMO[len(soak.losses) % len(DEMO)], options.minutes)
+            soak.keep(options.docs)
+        print(page(soak))
 
 
 if __name__ == "__main__":
