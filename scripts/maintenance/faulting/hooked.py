@@ -5,12 +5,18 @@ at a batch of this process, counted from 0, so that a trial can be repeated:
 
     stop=B          SIGTERM to itself
     kill=B          SIGKILL to itself
+    freeze=B        SIGSTOP to itself
     clock=B:S       from there on the clock of the day is S seconds behind
     limit=B:N       no file grows beyond N bytes, as on a disk that is full
     spoil=B:FILE    the middle of FILE becomes 0xff
     cut=B:FILE      FILE loses its second half
     nan=K,K...      the gradients of these updates are infinite
     refused=B       every file of Python's refuses to be written: ENOSPC
+
+And these at another place:
+
+    save=N          SIGKILL to itself in the save N, when all is written and nothing counts yet
+    compile=N       SIGTERM to itself from another thread, when it compiles for the Nth time
 
 Several command lines, parted by "--", run one after another in this process, each with a line
 "ended CODE" behind it.
@@ -20,10 +26,12 @@ import builtins
 import contextlib
 import errno
 import inspect
+import itertools
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +40,7 @@ import jax
 import optax
 
 from nanogpt import cli
-from nanogpt.train import loop
+from nanogpt.train import checkpoint, loop
 
 
 def set_back(seconds: float) -> None:
@@ -67,7 +75,7 @@ def refuse_writes() -> None:
     builtins.open = full
 
 
-def poison(updates: Sequence[int]) -> None:
+def poison(*updates: int) -> None:
     """Makes the gradients of some updates infinite, before the run's own guard."""
     made = loop.make_train_step
 
@@ -84,14 +92,46 @@ def poison(updates: Sequence[int]) -> None:
     loop.make_train_step = make  # pyrefly: ignore[bad-assignment]
 
 
+def kill_in_save(number: int) -> None:
+    """Kills the process in one of its saves, between the arrays and the digests."""
+    saves, written = itertools.count(1), checkpoint.write_digests
+
+    def write(folder: Any) -> None:
+        if next(saves) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written(folder)
+
+    checkpoint.write_digests = write
+
+
+def stop_in_compile(number: int) -> None:
+    """Asks the process to stop while its main thread is about to be inside of XLA."""
+    times, compiled = itertools.count(1), loop._compiled
+
+    def compile(*arguments: Any) -> Any:
+        if next(times) == number:
+            threading.Thread(target=ACCIDENTS["stop"]).start()
+        return compiled(*arguments)
+
+    loop._compiled = compile  # pyrefly: ignore[bad-assignment]
+
+
 ACCIDENTS: dict[str, Callable[..., object]] = {
     "stop": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "clock": lambda seconds: set_back(float(seconds)),
     "limit": lambda size: limit_files(int(size)),
     "spoil": spoil,
     "cut": lambda path: os.truncate(path, os.path.getsize(path) // 2),
     "refused": refuse_writes,
+}
+
+# Not at batches; functions of the numbers behind "=".
+ELSEWHERE: dict[str, Callable[..., object]] = {
+    "nan": poison,
+    "save": kill_in_save,
+    "compile": stop_in_compile,
 }
 
 
@@ -137,10 +177,14 @@ def main(arguments: Sequence[str]) -> None:
     accidents, lines = arguments[:first], [[]]
     for word in arguments[first + 1 :]:
         lines.append([]) if word == "--" else lines[-1].append(word)
+    at_batches = []
     for accident in accidents:
-        if accident.startswith("nan="):
-            poison([int(update) for update in accident.removeprefix("nan=").split(",")])
-    batches = Batches([a for a in accidents if not a.startswith("nan=")])
+        name, _, told = accident.partition("=")
+        if name in ELSEWHERE:
+            ELSEWHERE[name](*map(int, told.split(",")))
+        else:
+            at_batches.append(accident)
+    batches = Batches(at_batches)
     loop.to_device = batches  # pyrefly: ignore[bad-assignment]
     codes = []
     for words in lines:

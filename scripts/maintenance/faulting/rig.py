@@ -96,6 +96,11 @@ class Child:
         if self.process.poll() is None:
             self.process.send_signal(signum)
 
+    def stopped(self) -> bool:
+        """Waits until it stops itself (SIGSTOP); False where it ends before."""
+        found = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        return found is not None and found.si_code == os.CLD_STOPPED
+
     def frozen(self, when: Callable[[], bool]) -> bool:
         """Stops the process at a moment at which something is so, and leaves it there.
 
@@ -104,8 +109,7 @@ class Child:
         """
         while self.until(when, 0):
             self.send(signal.SIGSTOP)
-            stopped = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-            if stopped is None or stopped.si_code != os.CLD_STOPPED:
+            if not self.stopped():
                 return False
             if when():
                 return True
