@@ -189,6 +189,12 @@ def page(found: dict[str, dict[str, float]]) -> str:
         f"nanogpt's are the recipes of track 3, the whole chain on all parameters of a small GPT. "
         f"({versions})",
         "",
+        "On a hyperball (`adamh`, `muonh`, `soap_h`, `kl_soap_h`) an update is the difference of "
+        "two weights,",
+        "which float32 rounds as it rounds weights, hundreds or thousands of times as large: "
+        "there the last",
+        "column may be larger.",
+        "",
         f"| optimizer | {' | '.join(columns)} |",
         f"|-{'|-' * len(columns)}|",
     ]

@@ -9,6 +9,7 @@ and places.
 """
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import platform
@@ -75,7 +76,8 @@ def main() -> None:
                 {"seed": options.seed, "processor": platform.machine(), **told["versions"]},
             )
             for trial in todo[part](count):
-                results.add(part, trial)
+                told = trial.told.replace(f"{folder / part}/", "")
+                results.add(part, dataclasses.replace(trial, told=told))
             (options.docs / "faults.md").write_text(page(results), encoding="utf-8")
     failed = [t for trials in results.trials.values() for t in trials if t.survived != t.tried]
     sys.exit(f"{len(failed)} trials failed, see docs/faults.md" if failed else 0)
