@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -230,9 +231,13 @@ def measured(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def arrays(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint's state by its path."""
-    with ocp.StandardCheckpointer() as reader:
-        return dict(_flat("", reader.restore((checkpoint / "state").absolute())))
+    """Every array of a checkpoint's state by its path, on whatever devices it was saved."""
+    folder = (checkpoint / "state").absolute()
+    with ocp.PyTreeCheckpointer() as reader:
+        kinds = reader.metadata(folder).item_metadata.tree
+        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), kinds)
+        found = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=plain))
+    return dict(_flat("", found))
 
 
 def _flat(path: str, tree: Any) -> Iterator[tuple[str, np.ndarray]]:
