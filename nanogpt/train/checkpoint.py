@@ -204,14 +204,14 @@ class Checkpoints:
         """Returns when everything saved is on disk.
 
         Raises:
-            OSError: the disk is full; of what did not fit, nothing counts.
+            OSError: the disk is full, or hangs; of what was not written, nothing counts.
         """
-        with _telling_full_disk(self.directory):
+        with _telling(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes pending saves and frees the manager's threads; errors as in `wait`."""
-        with _telling_full_disk(self.directory):
+        with _telling(self.directory):
             self._resources.close()
 
     def check(self, folder: pathlib.Path, state: Any) -> Meta:
@@ -292,10 +292,15 @@ def plain(config: Config) -> Meta:
 
 
 @contextlib.contextmanager
-def _telling_full_disk(directory: pathlib.Path) -> Iterator[None]:
-    """TensorStore's error for a full disk is a ValueError of many lines."""
+def _telling(directory: pathlib.Path) -> Iterator[None]:
+    """Errors of a save in a sentence: TensorStore's for a full disk is one of many lines."""
     try:
         yield
+    except TimeoutError as error:  # Orbax measures by the clock of the day
+        raise TimeoutError(
+            f"{directory}: a checkpoint was not written in time: the disk hangs, or the "
+            "clock was set forward. Go on with --resume from the one before."
+        ) from error
     except Exception as error:
         reason = os.strerror(errno.ENOSPC)
         if reason not in str(error):

@@ -26,14 +26,16 @@ def accidents(folder: pathlib.Path) -> Iterator[Trial]:
     undisturbed(rig)
     yield from _nan(rig)
     yield from _shards(rig)
-    for back in ("3600", "86400000", "-86400000"):
+    for back in (3600, 86_400_000, -86_400_000):
         name = f"clock-{back}"
         ended = rig.start(name, accidents=[f"clock={AT}:{back}", f"kill={AT + 5}"]).end()
-        told = f"{back} s back, then killed: {ended.code}"
-        if ended.code == -signal.SIGKILL:
-            yield gone_on(rig, "the clock is set back", name, told)
+        told = f"{back} s back, ended {ended.code}: {ended.last[:150]}"
+        # Orbax gives up a save that seems to take so long, if it is at one.
+        given_up = back < 0 and ended.in_a_sentence and "clock was set forward" in ended.output
+        if ended.code == -signal.SIGKILL or given_up:
+            yield gone_on(rig, "the clock is set", name, told)
         else:
-            yield Trial("the clock is set back", name, False, None, f"{told}: {ended.last}")
+            yield Trial("the clock is set", name, False, None, told)
     yield from _two(rig)
 
 

@@ -311,3 +311,17 @@ def test_a_full_disk_costs_no_older_checkpoint(tmp_path, config, saved, monkeypa
     checkpoints.close()
     assert Checkpoints(tmp_path, config, "data-1").newest() == (4, [])
     assert {path.name for path in tmp_path.iterdir() if path.name.isdigit()} == {"3", "4"}
+
+
+def test_a_save_that_orbax_gives_up_is_told_in_a_sentence(tmp_path, config, saved, monkeypatch):
+    """It measures by the clock of the day, which may be set."""
+    checkpoints = Checkpoints(tmp_path, config, "data-1")
+
+    def give_up():
+        raise TimeoutError("ChainedFuture completed 3/4 futures but timed out")
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", give_up)
+    with pytest.raises(TimeoutError, match=r"the clock was set forward\. Go on with --resume"):
+        checkpoints.wait()
+    monkeypatch.undo()
+    checkpoints.close()
