@@ -11,6 +11,7 @@ and places.
 import argparse
 import dataclasses
 import functools
+import logging
 import pathlib
 import platform
 import shutil
@@ -64,6 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(TRIALS):
         parser.error(f"{', '.join(sorted(unknown))}: choose parts of {', '.join(TRIALS)}")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, of what is compared
     results = Results(options.docs / "faults.json")
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         folder = options.folder or pathlib.Path(temporary)
