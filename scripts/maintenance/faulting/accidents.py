@@ -87,11 +87,12 @@ def damaged_checkpoints(folder: pathlib.Path, trials: int, seed: int) -> Iterato
     """Flips a byte of a file of the newest checkpoint, cuts it, empties it, or deletes it.
 
     Yields:
-        Trials, by kind of damage: `--resume` refuses in a sentence, or ends exactly all the same.
+        Trials, by kind of damage: `--resume` refuses in a sentence, and `--resume=previous-good`
+        ends exactly; or the first one does, where nothing depends on that file.
     """
     rig = Rig(folder, every=7).with_shards()
     undisturbed(rig)
-    stopped = rig.start("cut", accidents=["stop=13"]).end()
+    rig.start("cut", accidents=["stop=13"]).end()
     chance = random.Random(seed)
     newest = rig.runs / "cut" / "checkpoints" / str(max(rig.checkpoints("cut")))
     files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
@@ -105,11 +106,13 @@ def damaged_checkpoints(folder: pathlib.Path, trials: int, seed: int) -> Iterato
         else:
             victim.write_bytes(mutate(victim.read_bytes(), chance, damage))
         ended = rig.go_on(name)
-        told = f"{stopped.code} {victim.relative_to(run / 'checkpoints')}: ended {ended.code}"
+        told = f"{victim.relative_to(run / 'checkpoints')}: ended {ended.code}"
         kind = f"a checkpoint's file: {damage}"
-        if ended.code:
-            told = f"{told}: {ended.last[:150]}"
-            yield Trial(kind, name, ended.in_a_sentence, None, told)
+        if ended.code and not ended.in_a_sentence:
+            yield Trial(kind, name, False, None, f"{told}: {ended.last[:150]}")
+        elif ended.code:
+            told = f"{told}: {ended.last[:150]}; gone back"
+            yield gone_on(rig, kind, name, told, "--resume=previous-good")
         else:
             wrong = differences(rig.runs / "straight", run, rig.steps)
             yield Trial(kind, name, not wrong, not wrong, "; ".join([told, *wrong[:3]]))

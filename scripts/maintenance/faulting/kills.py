@@ -43,9 +43,9 @@ def kill_in_save(rig: Rig, name: str, after: int) -> tuple[str, Ended]:
     return f"half a save: {half}, checkpoints {rig.checkpoints(name)}", ended
 
 
-def gone_on(rig: Rig, kind: str, name: str, told: str, more: tuple[str, ...] = ()) -> Trial:
+def gone_on(rig: Rig, kind: str, name: str, told: str, resume: str = "--resume") -> Trial:
     """Goes on with a run to its end, and compares it to the undisturbed one."""
-    ended = rig.go_on(name, *more)
+    ended = rig.go_on(name, resume)
     if ended.code:
         return Trial(kind, name, False, False, f"{told}; then {ended.code}: {ended.last}")
     wrong = differences(rig.runs / "straight", rig.runs / name, rig.steps)

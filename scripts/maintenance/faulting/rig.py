@@ -187,10 +187,9 @@ class Rig:
             return Child([hooked, *accidents, "--", *words], self.environment())
         return Child(["nanogpt", *words], self.environment())
 
-    def go_on(self, name: str, *more: str) -> Ended:
+    def go_on(self, name: str, resume: str = "--resume") -> Ended:
         """Goes on with a run to its end, as a launcher does: from its start where nothing is."""
-        left = self.holds_run(name)
-        return self.start(name, *(["--resume"] if left else []), *more).end()
+        return self.start(name, *([resume] if self.holds_run(name) else [])).end()
 
     def holds_run(self, name: str) -> bool:
         """Whether a run left anything."""
