@@ -147,11 +147,12 @@ def trained(soak: Soak, optimizer: str, name: str, end_s: float) -> Iterator[str
             raise RuntimeError(f"{name} does not go on: {end.output[-2000:]}")
 
 
-def final_loss(run: pathlib.Path) -> float:
-    """The last validation loss of a run that is done."""
+def _taken(run: pathlib.Path) -> float:
+    """The last validation loss of a run that is done; its folder makes room for the next one."""
     end = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     if end["kind"] != "end":
         raise RuntimeError(f"{run} is not done")
+    shutil.rmtree(run)
     return end["loss"]
 
 
@@ -163,7 +164,7 @@ def undisturbed(soak: Soak, optimizer: str) -> float:
     if end.code:
         raise RuntimeError(f"an undisturbed run failed: {end.output[-2000:]}")
     print(f"{name}: {end.last}", flush=True)
-    return final_loss(soak.runs / name)
+    return _taken(soak.runs / name)
 
 
 def page(soak: Soak) -> str:
@@ -205,8 +206,7 @@ def disturbed(soak: Soak, optimizer: str, minutes: float) -> None:
     for line in trained(soak, optimizer, name, begin + 60 * (minutes - before)):
         soak.minutes = min(minutes, before + (time.monotonic() - begin) / 60)
         print(line, flush=True)
-    soak.losses[name] = optimizer, final_loss(soak.runs / name)
-    shutil.rmtree(soak.runs / name)
+    soak.losses[name] = optimizer, _taken(soak.runs / name)
 
 
 def main() -> None:
