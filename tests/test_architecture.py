@@ -251,7 +251,7 @@ TOTALS = {
     "nanogpt/optimizers": 440,
     "nanogpt/train": 1875,
     "nanogpt/report": 885,
-    "nanogpt/lab": 1165,
+    "nanogpt/lab": 1175,
 }
 
 
