@@ -17,7 +17,7 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python lint format types golden faults soak rehearse-device clean
+.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers lint format types golden faults soak rehearse-device clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,25 @@ test-oldest:  ## Run the library's tests on the oldest versions
 	@$(MAKE) --no-print-directory VENV=build/oldest CONSTRAINTS=build/oldest.txt \
 	  PYTHON=$(PYTHON_OLDEST) test PYTEST_ARGS='tests/shampoo_jax shampoo_jax $(PYTEST_ARGS)' \
 	  PACKAGES='$(OLDEST_PACKAGES)'
+
+# XLA's compilers for NVIDIA GPUs and TPUs, which need no device. Each is in a folder that only
+# programs which compile for it look into: with libtpu in the environment every use of jax would
+# look for a TPU. The plugin has to be of jaxlib's version, to the last digit.
+COMPILERS := build/compilers
+CUDA := nvidia-cudnn-cu13 nvidia-cublas nvidia-cuda-runtime nvidia-cuda-nvrtc nvidia-cusolver \
+  nvidia-cusparse nvidia-nvjitlink nvidia-cufft
+compilers: $(COMPILERS)/done  ## Install the compilers of GPUs and TPUs for nanogpt plan, 2.5 GB (PYTHON_NEWEST=python3.13)
+
+$(COMPILERS)/done:
+	@$(MAKE) --no-print-directory VENV=$(COMPILERS) PYTHON=$(or $(PYTHON_NEWEST),python3.13) venv
+	@echo "Installing the compilers, 2.5 GB"
+	@set -e; cd $(COMPILERS); \
+	version=$$(bin/python -c 'import jaxlib; print(jaxlib.__version__)'); \
+	apart() { rm -rf compilers/$$1; target=compilers/$$1; shift; \
+	  bin/python -m pip install --quiet --no-deps --target $$target "$$@"; }; \
+	apart tpu libtpu; \
+	apart cuda jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version $(CUDA)
+	@touch $@
 
 lint: venv  ## Check style
 	@$(BIN)/ruff check .

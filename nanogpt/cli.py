@@ -22,6 +22,7 @@ COMMANDS = {
         "records": ("look:records", "the board of track 3 as published"),
     },
     "Prepare": {
+        "plan": ("plan:main", "compile a run for GPUs or TPUs that are not here"),
         "data": ("data:main", "token shards of your text, or the benchmark's"),
         "import-meta": ("import_meta:main", "a state of Meta's DistributedShampoo as one of ours"),
     },

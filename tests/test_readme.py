@@ -8,6 +8,7 @@ long commands (`make speedrun`, `make test`) are thus known to exist but not run
 import contextlib
 import functools
 import io
+import itertools
 import os
 import re
 import shlex
@@ -28,9 +29,11 @@ PAGES = (
     "docs/library.md",
     "docs/extending.md",
     "docs/meshes.md",
+    "docs/methods/transfer.md",
     "docs/speedrun.md",
     "docs/running.md",
     "docs/rig.md",
+    "docs/methods/bias_correction.md",
 )
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 LONGEST = 180  # lines of README.md
@@ -108,7 +111,10 @@ def check_nanogpt(*arguments: str) -> None:
     assert arguments[0] in known, f"nanogpt has no command {arguments[0]!r}, only {known}"
     words = [a for a in arguments if not a.startswith("-")] if arguments[0] == "data" else []
     flags = [a.split("=")[0] for a in arguments[1:] if a.startswith("-")]
-    text = help_text(*(words[:2] or arguments[:1]))
+    # Settings are those of the optimizer that is named.
+    pairs = list(itertools.pairwise(arguments))
+    named = [w for pair in pairs if pair[0] in ("--preset", "--optimizer") for w in pair]
+    text = help_text(*(words[:2] or (arguments[0], *named)))
     found = re.findall(r"(?<![\w-])--?[a-z][\w.-]*", text)
     for flag in flags:
         assert flag in found, f"nanogpt {arguments[0]} knows no flag {flag!r}, only {found}"

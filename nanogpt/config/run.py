@@ -56,9 +56,14 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cudnn flash attention on GPU
     init: Init = "benchmark"  # initial weights, see nanogpt.model.init.linear
     remat: bool = False  # compute activations of a block again for its gradient: less memory
+    width_multiplier: float = 1.0  # of model_dim and mlp_dim: a wider model of the same family
+    depth_multiplier: float = 1.0  # of num_layers
+    # The run's hyperparameters are those of multipliers 1, see shampoo_jax.transfer_rules.
+    transfer: bool = False
 
     def __post_init__(self):
         check_types(self)
+        check(self, "positive and finite", "width_multiplier", "depth_multiplier")
         sizes = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "sequence_length")
         check(self, "at least 1", *sizes)
         if self.model_dim % self.head_dim:
@@ -70,6 +75,30 @@ class ModelConfig:
             raise ValueError(
                 f"head_dim={self.head_dim} must be a multiple of 4: half of its pairs rotate."
             )
+        if (self.width_multiplier, self.depth_multiplier) != (1, 1):
+            self.scaled()
+
+    def scaled(self) -> "ModelConfig":
+        """The sizes themselves, with multipliers 1.
+
+        >>> small = ModelConfig(64, 2, 16, 8, 64, 4, width_multiplier=2.0, depth_multiplier=1.5)
+        >>> small.scaled().model_dim, small.scaled().mlp_dim, small.scaled().num_layers
+        (32, 128, 3)
+        """
+        sizes = {
+            "model_dim": self.model_dim * self.width_multiplier,
+            "mlp_dim": self.mlp_dim * self.width_multiplier,
+            "num_layers": self.num_layers * self.depth_multiplier,
+        }
+        for name, size in sizes.items():
+            if size != int(size):
+                multiplier = "depth" if name == "num_layers" else "width"
+                raise ValueError(
+                    f"{multiplier}_multiplier={getattr(self, multiplier + '_multiplier')} makes "
+                    f"{name}={size}: choose one that gives whole numbers."
+                )
+        whole = {name: int(size) for name, size in sizes.items()}
+        return dataclasses.replace(self, **whole, width_multiplier=1.0, depth_multiplier=1.0)
 
 
 def check_folders(**folders: str) -> None:
@@ -218,7 +247,7 @@ class Config:
     profile: bool = False  # write a trace of three steps into the run's folder
     mesh: str = ""  # devices, as in data=2,fsdp=4; -1: all that are left; empty: one device
     # Gradients are summed over devices once a step, each keeping its part, instead of whole for
-    # every microbatch; needs fsdp=1. None: where that is so.
+    # every microbatch; needs fsdp=1. None: where that is so and no statistics are of microbatches.
     scatter_gradients: bool | None = None
 
     def __post_init__(self):

@@ -130,6 +130,11 @@ class MatrixConfig:
                 "a matrix's norm: set weight_decay=0."
             )
 
+    @property
+    def reads_microbatches(self) -> bool:
+        """Whether the optimizer is given the gradients of all microbatches of a step."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class AdamWConfig(MatrixConfig):
@@ -168,6 +173,24 @@ class ShampooConfig(MatrixConfig):
     exponent: float = 0.25  # e of factor^-e, on each of the two sides
     size: Literal["adam", "rows"] = "adam"  # norm of an update: Adam's, or sqrt(output rows)
     damping: float = 1e-12  # shift of the factors' eigenvalues; cutoff "shift" only
+    # Factors of the batch's gradient G, of G G^T, or the mean over microbatches of G_j G_j^T, with
+    # "corrected" inverse roots corrected for their noise; both keep the gradients of a step's all.
+    statistics: Literal["batch", "microbatches", "corrected"] = "batch"
+    # Momentum and graft of the first half of a step's microbatches, factors of the others.
+    cross_fit: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cross_fit and self.statistics == "batch":
+            raise ValueError(
+                "cross_fit=True with statistics='batch': factors have to be of microbatches of "
+                "their own, set statistics='microbatches' or 'corrected'."
+            )
+
+    @property
+    def reads_microbatches(self) -> bool:
+        """See `MatrixConfig`."""
+        return self.statistics != "batch"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -239,16 +239,20 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each behind its own norm, added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, residual: float = 1.0):
         self.norm1 = RMSNorm(config.model_dim)
         self.attn = Attention(config, rngs)
         self.norm2 = RMSNorm(config.model_dim)
         self.mlp = MLP(config, rngs)
+        self.residual = residual
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, D), dtype of the argument."""
-        x_BxTxD = x_BxTxD + self.attn(self.norm1(x_BxTxD))
-        return x_BxTxD + self.mlp(self.norm2(x_BxTxD))
+        x_BxTxD = x_BxTxD + self._part(self.attn(self.norm1(x_BxTxD)))
+        return x_BxTxD + self._part(self.mlp(self.norm2(x_BxTxD)))
+
+    def _part(self, x_BxTxD: jax.Array) -> jax.Array:
+        return x_BxTxD if self.residual == 1 else self.residual * x_BxTxD
 
 
 class GPT(nnx.Module):
@@ -266,9 +270,11 @@ class GPT(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         """Draws the weights from the `params` stream of `rngs`."""
+        residual = 1 / config.depth_multiplier if config.transfer else 1.0
+        config = config.scaled()
         self.embed = Embed(config, rngs)
         self.norm1 = RMSNorm(config.model_dim)
-        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
+        self.blocks = nnx.List([Block(config, rngs, residual) for _ in range(config.num_layers)])
         self.norm2 = RMSNorm(config.model_dim)
         draw = functools.partial(init.linear, config.init, next_key=rngs.params)
         self.head = Linear(*draw("head", config.model_dim, config.vocab_size))

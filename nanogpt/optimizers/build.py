@@ -20,6 +20,7 @@ from nanogpt.config.run import Config
 from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig
 from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam
 from nanogpt.optimizers.schedules import learning_rate, matrices_schedule
+from nanogpt.optimizers.transfer import of_base
 
 ROUTES: tuple[tuple[str, str], ...] = (
     (r"blocks/\d+/(attn|mlp)/\w+/kernel", "matrices"),
@@ -87,6 +88,9 @@ def build_optimizer(
     block matrices with `hyperball` set as in `shampoo_jax.hyperball`. A step with a gradient that
     is not finite leaves everything as it was and is counted, see `shampoo_jax.guard`.
 
+    With `model.transfer` rates, eps and decay of the run are those of the base model, and every
+    group has its own multiples of them, see `nanogpt.optimizers.transfer`.
+
     Args:
         config: The run.
         params: Parameter tree of the model; shapes and dtypes suffice.
@@ -101,17 +105,18 @@ def build_optimizer(
         ValueError: Unknown optimizer, settings of another optimizer, a direction that is none, or a
             parameter that does not match exactly one rule of `ROUTES`.
     """
-    direction = _direction(config, placement)
     if presets.is_own(config.optimizer):
         _try(config)
-    rest = {
-        "embed": config.auxiliary.embed_learning_rate,
-        "head": config.auxiliary.head_learning_rate,
-        "vectors": config.auxiliary.vector_learning_rate,
-    }
-    transforms = {name: _adamw(config, peak, placement) for name, peak in rest.items()}
-    transforms["matrices"] = optax.chain(direction, *_descent(config))
-    grouped = optax.partition(transforms, route(params))
+    labels = route(params)
+    groups = of_base(config, params, labels) if config.model.transfer else {}
+    transforms = {}
+    for name in ("embed", "head", "vectors"):
+        own = groups.get(name, config)
+        peak = getattr(own.auxiliary, name.removesuffix("s") + "_learning_rate")
+        transforms[name] = _adamw(own, peak, placement)
+    own = groups.get("matrices", config)
+    transforms["matrices"] = optax.chain(_direction(own, placement), *_descent(own))
+    grouped = optax.partition(transforms, labels)
     if config.clip_norm is not None:
         tokens = config.data.batch_rows * config.model.sequence_length
         grouped = optax.chain(optax.clip_by_global_norm(config.clip_norm * tokens), grouped)

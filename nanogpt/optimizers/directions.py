@@ -116,6 +116,11 @@ def shampoo(settings: ShampooConfig, placement: Placement = None) -> optax.Gradi
         "positive": shampoo_jax.TruncatedEigh(rtol=0.0),
         "relative": shampoo_jax.TruncatedEigh(),
     }
+    solver, statistics = solvers[settings.cutoff], "gradients"
+    if settings.statistics != "batch":
+        statistics = shampoo_jax.accumulate_factors(settings.b2, microbatches="microbatches")
+    if settings.statistics == "corrected":
+        solver = shampoo_jax.Debiased(solver)
     rows = settings.size == "rows"
     adam = shampoo_jax.scale_by_second_moment(settings.graft_b2, settings.graft_eps)
     direction = shampoo_jax.scale_by_shampoo(
@@ -123,14 +128,38 @@ def shampoo(settings: ShampooConfig, placement: Placement = None) -> optax.Gradi
         settings.b2,
         blocking=shampoo_jax.Blocking(settings.block_size),
         exponents=settings.exponent,
-        solver=solvers[settings.cutoff],
+        statistics=statistics,
+        solver=solver,
         every=settings.every,
         graft=None if rows else adam,
         placement=placement,
     )
     # The rows of the benchmark's (out, in) matrices are the columns of kernels.
     fixed = shampoo_jax.scale_to_norm(lambda kernel: kernel.shape[1] ** 0.5)
+    direction = cross_fitted(direction) if settings.cross_fit else direction
     return optax.chain(direction, fixed) if rows else direction
+
+
+def cross_fitted(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Gives a direction the mean gradient of the first half of the microbatches, and the others.
+
+    Args:
+        inner: Its statistics are those of `further["microbatches"]`.
+
+    Returns:
+        Optax transformation that takes no notice of the gradient itself but for its tree.
+    """
+    tx = optax.with_extra_args_support(getattr(inner, "inner", inner))  # without its own guard
+
+    def update(updates, state, params=None, *, further: Any, **extra: Any):
+        given = dict(jax.tree_util.tree_leaves_with_path(further["microbatches"]))
+        own = {path: given[path] for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
+        half = max(1, len(next(iter(own.values()))) // 2)
+        first = jax.tree_util.tree_map_with_path(lambda path, _: own[path][:half].mean(0), updates)
+        rest = {"microbatches": jax.tree.map(lambda x: x[half:], further["microbatches"])}
+        return tx.update(first, state, params, further=rest, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def soap(settings: SoapConfig, placement: Placement = None) -> optax.GradientTransformation:

@@ -31,6 +31,7 @@ Shapes = Iterable[tuple[int, int]]
 
 def block_shapes(model: ModelConfig) -> list[tuple[int, int]]:
     """Returns the shapes of all block matrices: queries, keys, values, projection and the MLP's."""
+    model = model.scaled()
     d, hidden = model.model_dim, model.mlp_dim
     return model.num_layers * [(d, d), (d, d), (d, d), (d, d), (d, hidden), (hidden, d)]
 
@@ -42,6 +43,7 @@ def model_flops(model: ModelConfig, tokens: int) -> float:
         model: shape of the model.
         tokens: of all rows of a step.
     """
+    model = model.scaled()
     matrices = sum(m * n for m, n in block_shapes(model)) + model.model_dim * model.vocab_size
     attention = 2 * model.num_layers * model.sequence_length * model.model_dim
     return 3.0 * tokens * (2 * matrices + attention)

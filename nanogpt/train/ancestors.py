@@ -20,6 +20,7 @@ from nanogpt.train.run_folder import RunFolder
 from nanogpt.train.stored import expecting_form
 
 _SIZES = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim")
+_MULTIPLIERS = ("width_multiplier", "depth_multiplier")  # which older runs have not
 
 
 def read_params(config: Config, params: Any) -> tuple[Any, str]:
@@ -38,6 +39,7 @@ def read_params(config: Config, params: Any) -> tuple[Any, str]:
     folder, saved, steps = _read("init_from", config.init_from)
     with expecting_form(folder / "metrics.jsonl"):
         sizes = {name: saved["model"][name] for name in _SIZES}
+        sizes |= {name: saved["model"].get(name, 1.0) for name in _MULTIPLIERS}
     for name, before in sizes.items():
         now = getattr(config.model, name)
         if before != now:

@@ -143,7 +143,7 @@ def _identity(
     config: Config, manifest: Manifest | None, first: pathlib.Path, scored: pathlib.Path
 ) -> dict[str, str | None]:
     """See `RunData.identity`. A longer run reads more shards: the first one stands for the data."""
-    model, scored_tokens = config.model, {"val_tokens": config.data.val_tokens}
+    model, scored_tokens = config.model.scaled(), {"val_tokens": config.data.val_tokens}
     tokenizer = None
     if manifest is not None:
         source = manifest.source

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -116,8 +116,12 @@ def _split(shape: tuple[int, ...], size: int, axes: str | tuple[str, ...]) -> P:
     return P(*[None] * dims[0], axes) if dims else P()
 
 
-def make_layout(config: Config) -> Layout | None:
+def make_layout(config: Config, there: Sequence[Any] | None = None) -> Layout | None:
     """The layout that `config.mesh` names, None for a single device.
+
+    Args:
+        config: the run.
+        there: devices that it is for; None for all of this run's processes.
 
     Raises:
         ValueError: the axes do not multiply to the number of devices, or the devices do not divide
@@ -134,7 +138,7 @@ def make_layout(config: Config) -> Layout | None:
                 "--mesh data=-1."
             )
         return None
-    sizes, devices = parse_mesh(config.mesh), jax.device_count()
+    sizes, devices = parse_mesh(config.mesh), len(there or jax.devices())
     known = math.prod(n for n in sizes.values() if n > 0)
     sizes = {axis: n if n > 0 else devices // known for axis, n in sizes.items()}
     if math.prod(sizes.values()) != devices:
@@ -149,11 +153,16 @@ def make_layout(config: Config) -> Layout | None:
         )
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     whole = shape[1] == 1
+    if config.scatter_gradients and config.matrices.reads_microbatches:
+        raise ValueError(
+            "scatter_gradients=True sums over microbatches before devices, and this optimizer's "
+            "statistics are of each microbatch: leave it out, or set matrices.statistics='batch'."
+        )
     if config.scatter_gradients and not whole:
         raise ValueError(
             f"scatter_gradients=True with mesh={config.mesh!r}: it needs parameters that are whole "
             "on every device; set fsdp=1, or leave it out."
         )
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    scatter = config.scatter_gradients
-    return Layout(mesh, whole and mesh.size > 1 if scatter is None else scatter)
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=there)
+    scatter, fits = config.scatter_gradients, not config.matrices.reads_microbatches
+    return Layout(mesh, fits and whole and mesh.size > 1 if scatter is None else scatter)

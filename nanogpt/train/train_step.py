@@ -123,27 +123,30 @@ def make_train_step(
         are scalars: "loss", nats per token before the update, "grad_norm", the norm of the gradient
         of that mean, and of a guarded optimizer "skipped" and "skipped_in_a_row".
     """
-    sums = functools.partial(_sums, graphdef)
+    sums, keep = functools.partial(_sums, graphdef), config.matrices.reads_microbatches
 
-    def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates]:
+    def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates, Any]:
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        rows = config.data.microbatch_rows
+        rows, kept = config.data.microbatch_rows, None
         if layout is not None and layout.scatter_gradients:
-            local = functools.partial(sums, rows=rows // layout.mesh.size, layout=None)
-            total, grads = layout.summed(local, wide, batch)
+            piece = rows // layout.mesh.size
+            total, grads = layout.summed(lambda p, b: sums(p, b, piece, None)[0], wide, batch)
         else:
-            total, grads = sums(wide, batch, rows, layout)
+            (total, grads), kept = sums(wide, batch, rows, layout, keep)
             grads = grads if layout is None else layout.pin(grads)
-        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), kept
 
     update = optax.with_extra_args_support(tx).update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        total, grads = gradients(state.params, batch)
+        total, grads, kept = gradients(state.params, batch)
+        further = {} if kept is None else {"further": {"microbatches": kept}}
         tokens = batch["targets"].size
         norm = optax.tree.norm(grads)
         objective = _objective(batch, config, layout)
-        updates, opt_state = update(grads, state.opt_state, state.params, obj_fn=objective)
+        updates, opt_state = update(
+            grads, state.opt_state, state.params, obj_fn=objective, **further
+        )
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": total / tokens, "grad_norm": norm / tokens}
         if isinstance(opt_state, optax.ApplyIfFiniteState):
@@ -157,19 +160,25 @@ def make_train_step(
 
 
 def _sums(
-    graphdef: nnx.GraphDef, wide: optax.Params, batch: Batch, rows: int, layout: Layout | None
-) -> tuple[jax.Array, optax.Updates]:
-    """Loss and gradients summed over a batch, `rows` rows at a time."""
+    graphdef: nnx.GraphDef, wide: optax.Params, batch: Batch, rows: int, layout: Layout | None,
+    keep: bool = False,
+) -> tuple[tuple[jax.Array, optax.Updates], Any]:  # fmt: skip
+    """Loss and gradients summed over a batch, `rows` rows at a time, and those of each if asked.
+
+    These are multiplied by their number, so that their mean is the batch's.
+    """
 
     def accumulate(carry, piece):
         def loss(p: optax.Params):
             return summed_loss(graphdef, p, piece)
 
         (_, total), grads = jax.value_and_grad(loss, has_aux=True)(wide)
-        return jax.tree.map(jnp.add, carry, (total, grads)), None
+        times = jax.tree.map(lambda g: g * count, grads) if keep else None
+        return jax.tree.map(jnp.add, carry, (total, grads)), times
 
+    count = len(batch["inputs"]) // rows
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, wide))
-    return jax.lax.scan(accumulate, start, _microbatches(batch, rows, layout))[0]
+    return jax.lax.scan(accumulate, start, _microbatches(batch, rows, layout))
 
 
 def _objective(

@@ -24,15 +24,12 @@ if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 
 from nanogpt.config.presets import PRESETS, preset
 from nanogpt.config.run import Config
-from nanogpt.optimizers.build import build_optimizer
 from nanogpt.train.mesh import make_layout
-from nanogpt.train.train_step import TrainState, abstract_params, make_train_step, model_structure
-from scripts.maintenance.sharding_table import exchanges
-from shampoo_jax import state_shardings
+from nanogpt.train.plan import abstract_step
+from shampoo_jax import exchanges
 
 
 def compiled_step(config: Config) -> str:
@@ -40,27 +37,7 @@ def compiled_step(config: Config) -> str:
     layout = make_layout(config)
     if layout is None:
         raise ValueError(f"mesh={config.mesh!r} is one device, which sends nothing: name a mesh.")
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.ShapeDtypeStruct(
-            x.shape,
-            x.dtype,
-            sharding=jax.sharding.NamedSharding(layout.mesh, layout.parameter_spec(path, x)),
-        ),
-        abstract_params(config.model),
-    )
-    tx = build_optimizer(config, params, layout.placement)
-    opt_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(tx.init, params),
-        state_shardings(tx, params, layout.mesh),
-    )
-    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(count, params, opt_state)
-    shape = (config.data.batch_rows, config.model.sequence_length)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.rows)
-    batch = {"inputs": tokens, "targets": tokens}
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step: Any = make_train_step(model_structure(config.model), tx, config, layout, shardings)
+    step, state, batch = abstract_step(config, layout)
     return step.lower(state, batch).compile().as_text() or ""
 
 

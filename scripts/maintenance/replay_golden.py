@@ -5,8 +5,10 @@
 A file holds a config in JSON, initial parameters, gradients, the reference's parameters after every
 step and `spread`, how far rounding alone moves the reference. A parameter agrees if its error is
 within `4 * spread + 1e-6` (float32) or `4 * spread + 1e-11` (float64). Files of matrix functions
-are compared as `scripts.maintenance.golden_matrix` says. Exits 1 on a miss or where a file is
-refused: nothing that a file says is ignored, see `scripts.maintenance.golden_format`.
+are compared as `scripts.maintenance.golden_matrix` says, optimizers that follow a width as
+`scripts.maintenance.golden_transfer` does, those with statistics of microbatches, which hold
+several modes, as `scripts.maintenance.golden_microbatches` does. Exits 1 on a miss or where a file
+is refused: nothing that a file says is ignored, see `scripts.maintenance.golden_format`.
 """
 
 import argparse
@@ -27,7 +29,12 @@ import numpy as np
 import optax
 
 import shampoo_jax
-from scripts.maintenance import golden_adapter, golden_matrix
+from scripts.maintenance import (
+    golden_adapter,
+    golden_matrix,
+    golden_microbatches,
+    golden_transfer,
+)
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-11}
 TABLE = """# Agreement with recorded data of Meta's `distributed_shampoo`
@@ -180,7 +187,12 @@ def _miss(trajectory: Trajectory, ours: jax.Array, theirs: np.ndarray, spread: f
 
 
 def error(path: Path, states: Path | None = None) -> float:
-    """The worst error over tolerance of a file of either layout.
+    """The largest of `errors`."""
+    return max(errors(path, states).values())
+
+
+def errors(path: Path, states: Path | None = None) -> dict[str, float]:
+    """The worst error over tolerance of a file of any layout, by mode where it has several.
 
     Args:
       path: npz file.
@@ -192,11 +204,15 @@ def error(path: Path, states: Path | None = None) -> float:
     """
     try:
         if golden_matrix.holds_cases(path):
-            return golden_matrix.worst_error(*golden_matrix.load(path))
+            return {"": golden_matrix.worst_error(*golden_matrix.load(path))}
+        if golden_transfer.holds_transfer(path):
+            return {"": golden_transfer.error(path)}
+        if golden_microbatches.holds_microbatches(path):
+            return golden_microbatches.errors(path)
         if states is None:
-            return replay(load(path))
+            return {"": replay(load(path))}
         with np.load(states / path.name, allow_pickle=False) as archive:
-            return replay(load(path), archive=dict(archive))
+            return {"": replay(load(path), archive=dict(archive))}
     except (ValueError, KeyError, OSError) as e:
         raise ValueError(f"{path}: {e}") from e
 
@@ -220,15 +236,17 @@ def main(argv: list[str] | None = None) -> int:
     failed, rows = False, []
     for path in options.files:
         try:
-            worst = error(path, options.states)
+            found = errors(path, options.states)
         except ValueError as e:
             failed = True
             print(f"{path.stem:40s}    REFUSED {e}", flush=True)
             rows.append(f"| {path.stem} | refused |")
             continue
-        failed |= worst > 1
-        print(f"{path.stem:40s} {worst:10.4f} {'' if worst <= 1 else 'MISS'}", flush=True)
-        rows.append(f"| {path.stem} | {worst:.4f} |")
+        for mode, worst in found.items():
+            failed |= worst > 1
+            name = f"{path.stem} {mode}".strip()
+            print(f"{name:40s} {worst:10.4f} {'' if worst <= 1 else 'MISS'}", flush=True)
+            rows.append(f"| {name} | {worst:.4f} |")
     if options.table:
         options.table.write_text(TABLE.format(versions=_versions(), rows="\n".join(rows)))
     return 1 if failed else 0

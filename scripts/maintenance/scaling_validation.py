@@ -8,13 +8,14 @@ import jax
 import optax
 
 from scripts.maintenance.compile_size import gpt2_matrices
-from scripts.maintenance.sharding_table import compile_update, exchanges, make_mesh
+from scripts.maintenance.sharding_table import compile_update, make_mesh
 from shampoo_jax import (
     Placement,
     Polynomial,
     PrecisionPolicy,
     accumulate_factors,
     blocked,
+    exchanges,
     explain,
     precondition,
     scale_by_shampoo,

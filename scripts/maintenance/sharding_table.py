@@ -38,10 +38,9 @@ import shampoo_jax
 from scripts.maintenance.compile_size import gpt2_matrices
 from scripts.maintenance.sharding_equality import CUT, LAYOUTS, Layout, compare, equality, gapped
 from scripts.maintenance.sharding_page import page_of
+from shampoo_jax import exchanges
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
-KINDS = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
-BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "f64": 8, "s64": 8}
 
 
 def gpt2_shapes(layers: int, width: int, rows: int | None = None) -> dict[str, Any]:
@@ -49,23 +48,6 @@ def gpt2_shapes(layers: int, width: int, rows: int | None = None) -> dict[str, A
     norms = {f"norm{i}": jax.ShapeDtypeStruct((width,), jnp.float32) for i in range(layers)}
     embedding = {"embed": jax.ShapeDtypeStruct((rows or 8 * width, width), jnp.float32)}
     return gpt2_matrices(layers, width) | embedding | norms
-
-
-def exchanges(program: str) -> dict[str, tuple[int, int]]:
-    """Number of collectives of each kind in optimized HLO, and bytes of their results on a device.
-
-    Args:
-      program: Text of the module of one device.
-    """
-    found: dict[str, tuple[int, int]] = {}
-    for shapes, kind in re.findall(rf"= (.*?) ({KINDS})(?:-start)?\(", program):
-        size = sum(
-            BYTES.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d)
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        )
-        count, total = found.get(kind, (0, 0))
-        found[kind] = (count + 1, total + size)
-    return found
 
 
 def make_mesh(axes: Mapping[str, int]) -> jax.sharding.Mesh:

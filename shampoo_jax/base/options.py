@@ -183,7 +183,7 @@ def _check_max_scale(name: str, value: Any) -> None:
 # What an option may be, those of one line by the same.
 _SHARED: dict[str, Check] = {
     "bias_correction weighted normalize canonical descending before stagger skip_first reorder "
-    "scaled nesterov scale_by_nuclear_norm eps_hat": check_flag,
+    "scaled nesterov scale_by_nuclear_norm eps_hat cut_all": check_flag,
     "b1 dampening": BELOW_ONE,
     "b3": BELOW_ONE.but("None means b1"),
     "rtol": BELOW_ONE.but("0 cuts nothing off, None means d * eps of the dtype"),

@@ -25,6 +25,9 @@ class Blocking(Checked):
       dimension_numbers: `"flax"` reads attention and convolution kernels as matrices, see
         `default_dimension_numbers`; None merges everywhere; or a callable of (path, leaf) that
         returns `DimensionNumbers` or None, such as `batch_axes` makes.
+      cut_all: Whether dimensions without a factor are cut as well, as in Meta's package; False
+        leaves them whole, as `exponents="smaller"` does in any case. A factor then sums over the
+        whole other side, of a vocabulary say.
 
     Raises:
       ValueError: `size` or `merge` below 1 or traced; an unknown name of dimension numbers.
@@ -39,6 +42,7 @@ class Blocking(Checked):
     merge: int | None = 2
     canonical: bool = True
     dimension_numbers: DimensionOption = "flax"
+    cut_all: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for a field out of range."""

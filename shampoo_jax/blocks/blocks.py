@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,9 @@ class Blocks:
       index: Position of each block among all blocks of all stacks, int32[N]. It does not depend on
         how stacks are spread over devices.
       further: Other trees that were cut along with the gradient, by name, see `blocked`:
-        `[N, *block]`, or `[N, k, *block]` of leaves with k entries for each of the gradient.
+        `[N, *block]`, or `[N, k, *block]` of leaves with k entries for each of the gradient; of
+        means that `mean_of_squares` accumulates a tuple of `[N, d, d]`, one a dimension.
+      weight: Of this step's gradients in the factors, a scalar; None where no part says it.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp, optax, shampoo_jax
@@ -57,7 +59,8 @@ class Blocks:
     ready: Array | bool = True
     figures: dict[str, Array] = dataclasses.field(default_factory=dict)
     index: Array | None = None
-    further: dict[str, Array] = dataclasses.field(default_factory=dict)
+    further: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weight: Array | None = None
 
     @classmethod
     def of(
@@ -93,6 +96,13 @@ class Blocks:
         """`f(N, d, e)` for every dimension that has a factor, None for the others."""
         pairs = zip(self.shape, self.exponents, strict=True)
         return tuple(f(len(self.update), d, e) if e else None for d, e in pairs)
+
+
+class MeanSquares(NamedTuple):
+    """Means of `G_j G_j^T` over microbatches so far, see `mean_of_squares`."""
+
+    count: Array  # float32[], microbatches
+    factors: Any  # per stack a tuple over dimensions of [N, d, d] or None
 
 
 Stacks = dict[str, Blocks]
@@ -228,3 +238,20 @@ def along(x: Array, dim: int, ndim: int) -> Array:
     shape = [len(x), *[1] * (ndim - 1)]
     shape[dim + 1] = x.shape[1]
     return x.reshape(shape)
+
+
+def microbatches_of(b: Blocks, name: str, least: int = 1) -> Array:
+    """The gradients of microbatches that came along with a stack, `[N, m, *block]`.
+
+    Raises:
+      ValueError: There are none of this name, or fewer than `least`.
+    """
+    x = b.further.get(name)
+    if not isinstance(x, jax.Array) or x.ndim != b.ndim + 2 or x.shape[1] < least:
+        found = "none" if x is None else f"{jax.tree.map(jnp.shape, x)}"
+        raise ValueError(
+            f"further[{name!r}] of blocks {b.gradient.shape} is {found}: call update(gradients, "
+            f"state, params, further={{{name!r}: tree}}) with a tree of the gradients of {least} "
+            "microbatches or more, one axis in front of every leaf."
+        )
+    return x

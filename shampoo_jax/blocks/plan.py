@@ -155,14 +155,15 @@ def _read_as(
 
 
 def _cells(
-    merged: tuple[int, ...], size: int | None, canonical: bool, exponents: Exponents
+    merged: tuple[int, ...], blocking: Blocking, canonical: bool, exponents: Exponents
 ) -> tuple[Cell, ...]:
     """The boxes of at most `size` per edge, first dimension outermost."""
     if 0 in merged:
         return ()
     # One-sided Shampoo on the smaller side has no factor of the others to bound. Dimensions that
-    # any other option leaves out are cut all the same, as in Meta's package.
-    bounded = exponents(merged) if exponents is smaller_side else merged
+    # any other option leaves out are cut all the same, as in Meta's package, unless told not to.
+    all_are = blocking.cut_all and exponents is not smaller_side
+    size, bounded = blocking.size, merged if all_are else exponents(merged)
     edges, cells = [], []
     for d, is_bounded in zip(merged, bounded, strict=True):
         limit = size if size and is_bounded else d
@@ -198,7 +199,7 @@ def make_plan(params: Any, blocking: Blocking, exponents: Exponents) -> Plan:
         check_real(path, leaf)
         name, shape = jax.tree_util.keystr(path), tuple(np.shape(leaf))
         permutation, batch, merged = _read_as(shape, rule(as_written(path), leaf), blocking, name)
-        cells = _cells(merged, blocking.size, canonical, exponents) if batch else ()
+        cells = _cells(merged, blocking, canonical, exponents) if batch else ()
         plans.append(LeafPlan(name, shape, permutation, batch, merged, cells))
     return Plan(tuple(plans), exponents)
 

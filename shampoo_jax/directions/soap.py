@@ -139,7 +139,8 @@ def _factors(
     """Factors, damped where asked for; ValueError where truncation is asked for beside it."""
     if is_off(damping):
         # Bases do not depend on the scale of a factor: corrected ones would be copies for nothing.
-        return [accumulate_factors(b2, **{**weighting, "bias_correction": False})]
+        uncorrected: Any = {**weighting, "bias_correction": False}
+        return [accumulate_factors(b2, **uncorrected)]
     if not is_off(rtol):
         raise ValueError(
             f"damping={damping} with rtol={rtol}: damping lifts the null directions that "

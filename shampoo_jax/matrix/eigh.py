@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from shampoo_jax.base.options import POSITIVE, UP_TO_ONE, check_choice, check_entries
+from shampoo_jax.matrix import lapack
 from shampoo_jax.matrix.batching import map_matrices
 from shampoo_jax.matrix.derivatives import moved
+from shampoo_jax.matrix.noise import debiased, energy_variance
 from shampoo_jax.matrix.products import identity_like, matmul
 
 Array = jax.Array
@@ -20,6 +22,9 @@ Roots = tuple[Array, Array]  # [..., d, d], and whether each can be used
 
 # A root within this of the exact one at an eigenvalue is taken to be that, see `known_root`.
 FOLLOWS = 0.1
+# Up to this size OpenBLAS decomposes without threads of its own, and a call from Python costs more
+# than a second core saves (docs/benchmarks.md).
+SMALL = 64
 # The names of `jax.lax.linalg.EighImplementation`, which jax 0.8.0 does not have yet.
 IMPLEMENTATIONS = ("qr", "jacobi", "qdwh")
 
@@ -27,7 +32,8 @@ IMPLEMENTATIONS = ("qr", "jacobi", "qdwh")
 def eigh(matrices: Array, implementation: str | None = None) -> Spectrum:
     """Eigendecomposition of a stack of symmetric matrices, `A = Q diag(w) Q^T`.
 
-    On CPU the matrices are taken one at a time, see `batching.map_matrices`.
+    On CPU those above `SMALL` are shared out among all cores, see `lapack.eigh`; smaller ones are
+    taken one at a time, see `batching.map_matrices`.
 
     Args:
       matrices: `[..., d, d]`, float32 or float64; only the symmetric part is read.
@@ -42,9 +48,21 @@ def eigh(matrices: Array, implementation: str | None = None) -> Spectrum:
       NotImplementedError: From jax, when the program is lowered for a platform that has not got it.
     """
     check_choice("implementation", implementation, (*IMPLEMENTATIONS, None))
-    _warn_about_blas_threads()
     one = functools.partial(jax.lax.linalg.eigh, **_choosing(implementation))
-    vectors, values = map_matrices(one, matrices.shape[:-2], matrices)
+
+    def by_xla(stack: Array) -> Any:
+        return map_matrices(one, stack.shape[:-2], stack)
+
+    large = matrices.size > 0 and matrices.shape[-1] > SMALL
+    if large and implementation in (None, "qr") and lapack.serves(matrices.dtype):
+        by_lapack = jax.custom_jvp(lapack.eigh)
+        by_lapack.defjvp(functools.partial(jax.jvp, by_xla))
+        found = jax.lax.platform_dependent(matrices, cpu=by_lapack, default=by_xla)
+    else:
+        if large:
+            _warn_about_blas_threads()
+        found = by_xla(matrices)
+    vectors, values = found
     return values, vectors
 
 
@@ -230,6 +248,7 @@ def spectral_root(
     exponent: float,
     powers: Callable[..., Array],
     decompose: Callable[[Array], Spectrum],
+    samples: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Root `Q diag(powers(w)) Q^T` of a stack, computed where its entries are near 1.
 
@@ -238,17 +257,24 @@ def spectral_root(
       exponent: Of the root, which says how it scales.
       powers: Function of eigenvalues `[..., d]` and of their `unit`, `[..., 1]`.
       decompose: Eigenvalues and eigenvectors of a finite stack.
+      samples: X, `[..., m, d, c]`, of which the factor has `mean_j X_j X_j^T` and noise: powers are
+        `debiased` by the variance of their mean. None corrects nothing.
 
     Returns:
       The roots `[..., d, d]`; per matrix, whether it and its root are finite; the eigenvectors. The
-      derivative is that of the root of exact eigenvectors, which have none.
+      derivative is that of the root of exact eigenvectors, which have none, and without correction.
     """
     scale = power_of_two_scale(factor)
     ok = finite(factor)
     safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
     values, vectors = jax.lax.stop_gradient(decompose(jax.lax.stop_gradient(safe)))
     found = powers(values, unit=scale[..., 0])
-    root = _assembled(safe, values, vectors, found, slopes_of(found, exponent)) * scale**-exponent
+    root = _assembled(safe, values, vectors, found, slopes_of(found, exponent))
+    if samples is not None:
+        variance = energy_variance(samples, vectors, scale)
+        corrected = reconstruct(debiased(found, exponent, variance), vectors)
+        root = jax.lax.stop_gradient(corrected) + (root - jax.lax.stop_gradient(root))
+    root = root * scale**-exponent
     return root, ok & finite(root), vectors
 
 
@@ -259,6 +285,7 @@ def truncated_root(
     rtol: float | None = None,
     atol: float = 0.0,
     implementation: str | None = None,
+    samples: Array | None = None,
 ) -> Roots:
     """Pseudo-inverse root `A^(-exponent)` with eigenvalues at or below the cutoff mapped to 0.
 
@@ -271,6 +298,7 @@ def truncated_root(
       rtol: Cutoff relative to the largest eigenvalue; None means `d * eps` of the dtype.
       atol: Absolute cutoff.
       implementation: See `eigh`.
+      samples: See `spectral_root`.
 
     Returns:
       The roots `[..., d, d]` and, per matrix, whether the result is finite. A zero matrix has root
@@ -282,7 +310,7 @@ def truncated_root(
     check_entries({"atol": atol})
     powers = functools.partial(truncated_power, exponent=exponent, rtol=rtol, atol=atol)
     decompose = functools.partial(eigh, implementation=implementation)
-    return spectral_root(factor, exponent, powers, decompose)[:2]
+    return spectral_root(factor, exponent, powers, decompose, samples)[:2]
 
 
 def shifted_root(
@@ -292,6 +320,7 @@ def shifted_root(
     damping: float,
     before: bool = True,
     implementation: str | None = None,
+    samples: Array | None = None,
 ) -> Roots:
     """Root `(A + damping I)^(-exponent)`, the spectrum shifted up where rounding made it smaller.
 
@@ -303,6 +332,7 @@ def shifted_root(
       damping: Added to every eigenvalue, > 0; absolute, so it depends on the gradients' scale.
       before: Whether damping is added to the matrix before the decomposition or to its eigenvalues.
       implementation: See `eigh`.
+      samples: See `spectral_root`.
 
     Returns:
       The roots `[..., d, d]` and, per matrix, whether the result is finite.
@@ -313,7 +343,7 @@ def shifted_root(
         factor = factor + damping * identity_like(factor)
     powers = functools.partial(shifted_power, exponent=exponent, damping=damping, added=before)
     decompose = functools.partial(eigh, implementation=implementation)
-    return spectral_root(factor, exponent, powers, decompose)[:2]
+    return spectral_root(factor, exponent, powers, decompose, samples)[:2]
 
 
 def clipped_root(factor: Array, exponent: float, *, rtol: float | None = None) -> Roots:

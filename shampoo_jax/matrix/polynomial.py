@@ -13,13 +13,16 @@ the pseudo-inverse, goes on: in M the cutoff now lies in the middle of [0, 1], p
 Early iterations hold eigenvalues near the cutoff in a few last bits, later ones do not; so only the
 early products need all of float32 (see `PrecisionPolicy`).
 
+For a TPU, whose compiler takes seconds for each product, equal steps are a loop in the program.
+
 Sources: Gawlik and Nakatsukasa, arXiv:1906.11326 (composed roots); Amsel et al., arXiv:2505.16932
 (composed signs, precision); Su, kexue.fm/archives/11175 (coupled form for any root).
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,12 +33,19 @@ from shampoo_jax.base.hyperparameters import check_static
 from shampoo_jax.base.options import POSITIVE, check_kind, check_options, refuse
 from shampoo_jax.matrix import schedules
 from shampoo_jax.matrix.eigh import Roots, finite, power_of_two_scale, relative_cutoff
-from shampoo_jax.matrix.products import identity_like, matmul
+from shampoo_jax.matrix.products import matmul, repeat
+from shampoo_jax.matrix.turns import (
+    Combination,
+    Product,
+    Turn,
+    combine,
+    run_turns,
+    symmetric_part,
+)
 
 Array = jax.Array
 Semantics = Literal["cut", "clip"]
 Precision = jax.lax.DotAlgorithmPreset | jax.lax.Precision
-Product = Callable[[Array, Array], Array]
 norm = functools.partial(jnp.linalg.norm, axis=(-2, -1))
 
 MAX_ROOT = 8
@@ -137,19 +147,67 @@ def polynomial_root(
     Raises:
       ValueError: An exponent or rtol out of range, naming the remedy.
     """
-    check_options({"semantics": semantics, "sign_steps": sign_steps, "rtol": rtol})
+    options = {"semantics": semantics, "rtol": rtol, "sign_steps": sign_steps}
+    check_options(options)
     check_precision(precision)
+    cpu, gpu, tpu = (
+        functools.partial(root_on, backend, exponent=exponent, precision=precision, **options)
+        for backend in ("cpu", "gpu", "tpu")
+    )
+    return jax.lax.platform_dependent(factor, cpu=cpu, tpu=tpu, default=gpu)
+
+
+def root_on(
+    backend: str,
+    factor: Array,
+    exponent: float,
+    *,
+    semantics: Semantics,
+    rtol: float | None,
+    sign_steps: int,
+    precision: PrecisionPolicy | None,
+) -> Roots:
+    """`polynomial_root` as it is on `"cpu"`, `"gpu"` or `"tpu"`."""
     d, dtype = factor.shape[-1], factor.dtype
     schedule = root_schedule(d, dtype, exponent, semantics, rtol, sign_steps)
+    policy = choose_policy(backend, dtype, schedule.rtol, precision)
+    solve = functools.partial(_root, schedule=schedule, how=_arithmetic(policy, backend))
+    if backend == "cpu" and precision is None and dtype == jnp.float32:
+        solve = functools.partial(_one_at_a_time, solve)
+    return solve(factor)
 
-    def on(backend: str) -> Callable[[Array], Roots]:
-        policy = choose_policy(backend, dtype, schedule.rtol, precision)
-        return functools.partial(_root, schedule=schedule, policy=policy)
 
-    if precision is not None or dtype != jnp.float32:
-        return on("any")(factor)
-    one_at_a_time = functools.partial(_one_at_a_time, on("cpu"))
-    return jax.lax.platform_dependent(factor, cpu=one_at_a_time, tpu=on("tpu"), default=on("gpu"))
+# Of the sign: negative eigenvalues keep a quarter of its square, positive ones lose as much as it.
+SIGN_ERROR = 1e-3
+
+
+def positive_part(matrices: Array, resolved: float) -> Array:
+    """`(A + |A|) / 2`: negative eigenvalues become 0. By products only, in a loop.
+
+    As `P A P` with `P = (I + sign(A)) / 2` by composed polynomials, so that errors of the sign
+    count twice.
+
+    Args:
+      matrices: Symmetric and finite, `[..., d, d]`.
+      resolved: Eigenvalues below this, relative to the norm, may get less than their part. Static.
+
+    Returns:
+      `[..., d, d]`, symmetric. What is within rounding of 0 is 0.
+
+    >>> positive_part(jnp.diag(jnp.array([4.0, -2.0])), 1e-3).round(3).tolist()
+    [[4.0, 0.0], [0.0, 0.0]]
+    """
+    d, eps = matrices.shape[-1], float(jnp.finfo(matrices.dtype).eps)
+    scale = power_of_two_scale(matrices)
+    a = symmetric_part(matrices / scale)
+    size = norm(a, keepdims=True)
+    signs = schedules.wide_sign_schedule(max(resolved, eps) / math.sqrt(d), SIGN_ERROR)
+    turns = [turn for c in signs for turn in (Turn("T", M, M), *_signed(c))]
+    ends = Turn("T", {"A": 1.0}, PROJECTOR), Turn("A", PROJECTOR, {"T": 1.0}, symmetric=True)
+    start = {"A": a, "M": a / jnp.where(size == 0, 1.0, size)}
+    part = run_turns((*turns, *ends), start, _apart(matmul), loop=True)["A"]
+    rounding = norm(part, keepdims=True) <= d * eps * size
+    return jnp.where(rounding, 0.0, part * scale)
 
 
 def integer_root(exponent: float) -> int:
@@ -189,15 +247,8 @@ def root_schedule(
 
 def count_products(schedule: schedules.RootSchedule) -> int:
     """Number of products of d x d matrices in one root, thin ones of the checks aside."""
-
-    def power(p: int) -> int:  # see _times_power
-        return p if p < 4 else 2 + p % 2 + power(p // 2 - 1)
-
-    p, steps, signs = schedule.p, len(schedule.steps), len(schedule.signs)
-    # The bound; M^2 and Z after the first step; M in every step.
-    count = 2 + 2 * (steps - 1) + power(p) * (steps - 1)
-    # S^2 once and polish; two products a sign step and its square; the projector, twice.
-    return count + (power(p) + 2 + 3 * signs - 1 + 2 if schedule.polish else 0)
+    cutoff = 0.5 if schedule.polish else None
+    return 2 + len(list(_turns(schedule, cutoff)))  # two of the bound
 
 
 def _one_at_a_time(solve: Callable[[Array], Roots], factor: Array) -> Roots:
@@ -205,30 +256,53 @@ def _one_at_a_time(solve: Callable[[Array], Roots], factor: Array) -> Roots:
     return root.reshape(factor.shape), ok.reshape(factor.shape[:-2])
 
 
-def _root(factor: Array, schedule: schedules.RootSchedule, policy: PrecisionPolicy) -> Roots:
+class _Arithmetic(NamedTuple):
+    """How products are computed.
+
+    Attributes:
+      first: Product of whole matrices while they hold the cutoff in the last bits.
+      rest: Of all others.
+      full: Of thin matrices.
+      loop: Whether the program has each of these once, in a loop.
+    """
+
+    first: Product
+    rest: Product
+    full: Product
+    loop: bool
+
+
+def _arithmetic(policy: PrecisionPolicy, backend: str) -> _Arithmetic:
+    first, rest = map(_product, policy)
+    if backend != "tpu":
+        return _Arithmetic(first, rest, matmul, loop=False)
+    return _Arithmetic(_apart(first), _apart(rest), _apart(matmul), loop=True)
+
+
+def _root(factor: Array, schedule: schedules.RootSchedule, how: _Arithmetic) -> Roots:
     p = schedule.p
     scale = power_of_two_scale(factor)
     sound = finite(factor)
     a = jnp.where(sound[..., None, None], factor / scale, 0.0)
-    first = _product(policy.first)
-    squared = first(a, a)
-    fourth = first(squared, squared)
+    square, fourth = (Turn(n, {x: 1.0}, {x: 1.0}) for n, x in (("A2", "A"), ("A4", "A2")))
+    powers = run_turns((square, fourth), {"A": a}, how.first, loop=how.loop)
     # |A^4|_F^(1/4) = (sum of the eighth powers)^(1/8) is no less than the largest eigenvalue; an
     # estimate from below, by power iterations, lets an eigenvalue above 1 through, which diverges.
-    bound = 1.001 * norm(fourth, keepdims=True) ** 0.25
+    bound = 1.001 * norm(powers["A4"], keepdims=True) ** 0.25
     zero = bound == 0
     bound = jnp.where(zero, 1.0, bound)
     m = a / bound
-    powers = (m, squared / bound**2, fourth / bound**4)
-    z, lifted = _lift(powers, schedule, policy)
+    of_m = {"M": m, "T": powers["A2"] / bound**2, "F": powers["A4"] / bound**4}
+    start = {"M": m, "Z": combine(_terms(schedule.steps[0], "IMTF", schedules.FIRST), of_m)}
+    cutoff = _image(schedule, _largest(m, of_m["F"], how)) if schedule.polish else None
+    for precise, turns in itertools.groupby(_turns(schedule, cutoff), lambda pair: pair[0]):
+        product = how.first if precise else how.rest
+        start = run_turns([turn for _, turn in turns], start, product, loop=how.loop)
+    unit = symmetric_part(start["Z"])
     if schedule.polish:
-        cutoff = _image(schedule, _largest(m, powers[2]))
-        projector, unit = _projector(z, lifted, cutoff, schedule, _product(policy.rest))
-        unit = _symmetric(unit)
-        ok = _cut_residuals(m, unit, projector, p)
+        ok = _cut_residuals(m, unit, combine(PROJECTOR, start), p, how)
     else:
-        unit = _symmetric(z)
-        ok = _clip_residuals(m, unit, p, (1 + schedule.error) ** p)
+        ok = _clip_residuals(m, unit, p, (1 + schedule.error) ** p, how)
     zero = zero | ~sound[..., None, None]
     root = jnp.where(zero, 0.0, unit * bound ** (-1 / p) * scale ** (-1 / p))
     return root, sound & finite(root) & (ok | zero[..., 0, 0])
@@ -238,62 +312,120 @@ def _product(precision: Precision) -> Product:
     return functools.partial(jnp.matmul, precision=precision)
 
 
-def _symmetric(x: Array) -> Array:
-    return (x + x.swapaxes(-1, -2)) / 2
+def _apart(product: Product) -> Product:
+    """Not fused with what comes before it or after: a TPU's compiler then takes a third as long."""
+    barrier = jax.lax.optimization_barrier
+    return lambda a, b: barrier(product(*barrier((a, b))))
 
 
-def _polynomial(coefficients: Sequence[Array | float], *powers: Array) -> Array:
-    """`c_0 I + c_1 P_1 + c_2 P_2 + ...` of given powers of one matrix."""
-    total = coefficients[0] * identity_like(powers[0])
-    for coefficient, power in zip(coefficients[1:], powers, strict=True):
-        total = total + coefficient * power
-    return total
+def _terms(
+    coefficients: Sequence[Array | float], names: str, exponents: Sequence[int]
+) -> Combination:
+    return dict(zip(names, (coefficients[e] for e in exponents), strict=True))
 
 
-def _lift(
-    powers: tuple[Array, ...], schedule: schedules.RootSchedule, policy: PrecisionPolicy
-) -> tuple[Array, Array]:
-    """All steps `Z <- Z q(M)`, `M <- M q(M)^p`; "clip" has no use for the last M."""
-    m, exponents, image = powers[0], schedules.FIRST, 0.0
+def _turns(
+    schedule: schedules.RootSchedule, cutoff: Array | float | None
+) -> Iterator[tuple[bool, Turn]]:
+    """All products after the bound, and whether each is to be precise.
+
+    Of `M` and `Z`, which is q_0(M) at first: the steps `Z <- Z q(M)`, `M <- M q(M)^p`, then for
+    "cut" the projector as `(I + M) / 2` and `Z polish(M)` between two of it.
+
+    Args:
+      schedule: Of what.
+      cutoff: Where it is in M after the steps, `[..., 1, 1]`; for "clip" None.
+    """
     resolved = CUT_RESOLVED if schedule.polish else CLIP_RESOLVED
-    z = None
+    last = len(schedule.steps) - 1
+    line = None if cutoff is None else _sign_argument(schedule, cutoff)
+    affine = None if line is None else (-line[0] * line[1], line[1])
     for k, coefficients in enumerate(schedule.steps):
-        product = _product(policy.first if image < resolved else policy.rest)
+        precise = k == 0 or schedule.images[k - 1] < resolved
+        q: Combination = {"Z": 1.0}
         if k > 0:
-            powers, exponents = (m, product(m, m)), schedules.OTHERS
-        q = _polynomial([coefficients[e] for e in exponents], *powers)
-        z = q if z is None else product(z, q)
-        if schedule.polish or k + 1 < len(schedule.steps):
-            m = _symmetric(_times_power(product, q, schedule.p, m))
-        image = schedule.images[k]
-    assert z is not None  # a schedule has a step
-    return z, m
+            q = _terms(coefficients, "IMT", schedules.OTHERS)
+            yield precise, Turn("T", M, M)
+            yield precise, Turn("Z", {"Z": 1.0}, q)
+        if schedule.polish or k < last:  # "clip" has no use for the last M
+            *turns, end = _times_power(q, schedule.p)
+            yield from ((precise, turn) for turn in turns)
+            yield precise, end._replace(affine=affine if k == last else None)
+    if line is not None:
+        yield from ((False, turn) for turn in _projector(schedule, *line))
 
 
-def _times_power(product: Product, q: Array, p: int, m: Array) -> Array:
-    """`q^p m` with few products of moderate range."""
+M: Combination = {"M": 1.0}
+PROJECTOR: Combination = {"I": 0.5, "M": 0.5}
+
+
+def _times_power(q: Combination, p: int) -> Iterator[Turn]:
+    """`M <- q^p M` with few products of moderate range; q is of M, T or Z, and not of H."""
+    between, m = "H", "M"
     if p >= 4:
-        half = _times_power(product, q, p // 2 - 1, q)
-        for _ in range(p % 2):
-            m = product(q, m)
-        return product(half, product(half, m))
-    for _ in range(p):
-        m = product(q, m)
-    return m
+        half: Combination = {"H": 1.0}
+        yield Turn("H", q, q)
+        yield from (Turn("H", q, half) for _ in range(p // 2 - 2))
+        between = "T"
+        if p % 2:
+            yield Turn("T", q, M)
+            m = "T"
+        q, p = half, 2
+    for _ in range(p - 1):
+        yield Turn(between, q, {m: 1.0})
+        m = between
+    yield Turn("M", q, {m: 1.0}, symmetric=True)
 
 
-def _largest(m: Array, fourth: Array) -> Array:
+def _sign_argument(
+    schedule: schedules.RootSchedule, cutoff: Array | float
+) -> tuple[Array | float, Array | float]:
+    """(a, b) with `S = b (M - a I)` within [-1, 1], and 0 near the cutoff in M."""
+    width = jnp.maximum(cutoff, schedule.largest - cutoff)
+    # The square of the projector is 1/2 where S is sqrt(2) - 1, which the sign steps reach at this.
+    zero = cutoff - width * (math.sqrt(2) - 1) / math.prod(a for a, _, _ in schedule.signs)
+    return zero, 1 / width
+
+
+def _projector(
+    schedule: schedules.RootSchedule, zero: Array | float, slope: Array | float
+) -> Iterator[Turn]:
+    """M, which is S at first, becomes its sign, and Z becomes `P Z polish P`."""
+    yield Turn("T", M, M)
+    # polish(M) by powers of S: M = S / slope + zero.
+    c0, c1, c2 = schedule.polish
+    shifted = (c0 + (c1 + c2 * zero) * zero, (c1 + 2 * c2 * zero) / slope, c2 / slope**2)
+    yield Turn("Z", {"Z": 1.0}, _terms(shifted, "IMT", range(3)))
+    for k, coefficients in enumerate(schedule.signs):
+        if k > 0:
+            yield Turn("T", M, M)
+        yield from _signed(coefficients)
+    # Twice: Z is largest on what is dropped, where a projector within 1 % would leave 1 % of it. On
+    # either side: rounding in Z mixes kept and dropped directions, and the last factor decides.
+    yield Turn("T", {"Z": 1.0}, PROJECTOR)
+    yield Turn("Z", PROJECTOR, {"T": 1.0})
+
+
+def _signed(coefficients: Sequence[float]) -> Iterator[Turn]:
+    """`M <- a M + b M^3 + c M^5`, with `T = M^2`."""
+    yield Turn("H", {"T": 1.0}, {"T": 1.0})
+    yield Turn("M", M, _terms(coefficients, "ITH", range(3)), symmetric=True)
+
+
+def _largest(m: Array, fourth: Array, how: _Arithmetic) -> Array:
     """The largest eigenvalue of M in units of the bound, by power iterations on the probe."""
-    v = matmul(fourth, matmul(fourth, _probe(m)))
-    quotients = jnp.sum(v * matmul(m, v), axis=-2) / jnp.sum(v * v, axis=-2)
+    v = repeat(functools.partial(how.full, fourth), _probe(m), 2, how.loop)
+    quotients = jnp.sum(v * how.full(m, v), axis=-2) / jnp.sum(v * v, axis=-2)
     largest = jnp.max(jnp.nan_to_num(quotients), axis=-1)[..., None, None]
     return jnp.clip(largest, m.shape[-1] ** -0.125 / 1.1, 1.0)
 
 
 def _probe(m: Array) -> Array:
-    """The same Gaussian vectors `[d, 8]` at every call."""
+    """The same Gaussian vectors `[..., d, 8]` at every call."""
     shape = (m.shape[-1], PROBES)
-    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), m.dtype)
+    vectors = jnp.asarray(np.random.default_rng(0).standard_normal(shape), m.dtype)
+    # The zeros carry the sharding type of their argument, which shard_map demands of loop state.
+    return jnp.broadcast_to(vectors, (*m.shape[:-2], *shape)) + jnp.zeros_like(m[..., :1])
 
 
 def _image(schedule: schedules.RootSchedule, largest: Array) -> Array:
@@ -304,51 +436,27 @@ def _image(schedule: schedules.RootSchedule, largest: Array) -> Array:
     return x
 
 
-def _projector(
-    z: Array, m: Array, cutoff: Array, schedule: schedules.RootSchedule, product: Product
-) -> tuple[Array, Array]:
-    """The projector onto what lies above the cutoff, and `Z polish(M)` between two of it."""
-    width = jnp.maximum(cutoff, schedule.largest - cutoff)
-    # The square of the projector is 1/2 where S is sqrt(2) - 1, which the sign steps reach at this.
-    cutoff = cutoff - width * (math.sqrt(2) - 1) / math.prod(a for a, _, _ in schedule.signs)
-    slope = 1 / width
-    s = _polynomial((-cutoff * slope, slope), m)
-    squared = product(s, s)
-    # polish(M) by powers of S: M = S / slope + cutoff.
-    c0, c1, c2 = schedule.polish
-    shifted = (c0 + (c1 + c2 * cutoff) * cutoff, (c1 + 2 * c2 * cutoff) / slope, c2 / slope**2)
-    z = product(z, _polynomial(shifted, s, squared))
-    for k, coefficients in enumerate(schedule.signs):
-        squared = squared if k == 0 else product(s, s)
-        q = _polynomial(coefficients, squared, product(squared, squared))
-        s = _symmetric(product(s, q))
-    projector = _polynomial((0.5, 0.5), s)
-    # Twice: Z is largest on what is dropped, where a projector within 1 % would leave 1 % of it. On
-    # either side: rounding in Z mixes kept and dropped directions, and the last factor decides.
-    return projector, product(projector, product(z, projector))
-
-
-def _cut_residuals(m: Array, root: Array, projector: Array, p: int) -> Array:
+def _cut_residuals(m: Array, root: Array, projector: Array, p: int, how: _Arithmetic) -> Array:
     """Whether `X^p M = H` where H keeps, and `H^2 = H`, on the probe; false for NaN."""
     w = _probe(m)
-    kept = matmul(projector, w)
-    twice = matmul(projector, kept)
-    accurate = norm(_inverted(m, root, kept, p) - twice) <= TOLERANCE * norm(kept)
+    kept = how.full(projector, w)
+    twice = how.full(projector, kept)
+    accurate = norm(_inverted(m, root, kept, p, how) - twice) <= TOLERANCE * norm(kept)
     return accurate & (norm(twice - kept) <= TOLERANCE * norm(w))
 
 
-def _clip_residuals(m: Array, root: Array, p: int, largest: float) -> Array:
+def _clip_residuals(m: Array, root: Array, p: int, largest: float, how: _Arithmetic) -> Array:
     """Whether `X^p M` is near I where M is large, and bounded, on the probe; false for NaN."""
     w = _probe(m)
-    weighted = matmul(m, w)
+    weighted = how.full(m, w)
     # M on either side takes off what rounding mixes between large and small eigenvalues.
-    error = matmul(m, _inverted(m, root, weighted, p) - weighted)
-    accurate = norm(error) <= (largest - 1 + TOLERANCE) * norm(matmul(m, weighted))
-    return accurate & (norm(_inverted(m, root, w, p)) <= BOUNDED * norm(w))
+    error = how.full(m, _inverted(m, root, weighted, p, how) - weighted)
+    accurate = norm(error) <= (largest - 1 + TOLERANCE) * norm(how.full(m, weighted))
+    return accurate & (norm(_inverted(m, root, w, p, how)) <= BOUNDED * norm(w))
 
 
-def _inverted(m: Array, root: Array, w: Array, p: int) -> Array:
+def _inverted(m: Array, root: Array, w: Array, p: int, how: _Arithmetic) -> Array:
     """`X^p M W` with half of X on either side of M, which rounding amplifies least."""
-    for matrix in [root] * (p // 2) + [m] + [root] * (p - p // 2):
-        w = matmul(matrix, w)
-    return w
+    rooted = functools.partial(how.full, root)
+    half = repeat(rooted, w, p // 2, how.loop)
+    return repeat(rooted, how.full(m, half), p - p // 2, how.loop)

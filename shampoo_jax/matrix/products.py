@@ -1,7 +1,7 @@
 """Products of stacked arrays at the full accuracy of their dtype, on every backend."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,21 @@ def matrix_power(matrix: jax.Array, exponent: int) -> jax.Array:
         return matrix
     squared = matrix_power(matmul(matrix, matrix), half)
     return matmul(matrix, squared) if odd else squared
+
+
+def repeat(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, times: int, loop: bool
+) -> jax.Array:
+    """`function(...function(x))`, spelt out or in a loop.
+
+    >>> [repeat(lambda x: 2 * x, jnp.ones([]), 3, loop).item() for loop in (False, True)]
+    [8.0, 8.0]
+    """
+    if loop:
+        return jax.lax.fori_loop(0, times, lambda _, x: function(x), x)
+    for _ in range(times):
+        x = function(x)
+    return x
 
 
 def identity_like(x: jax.Array) -> jax.Array:

@@ -199,6 +199,16 @@ def sign_schedule(count: int, error: float = SIGN_ERROR) -> tuple[Coefficients, 
     return tuple(step.coefficients[::2] for step in steps)
 
 
+@functools.cache
+def wide_sign_schedule(gap: float, error: float) -> tuple[Coefficients, ...]:
+    """The fewest odd quintics within `error` of the sign on [-1, 1] outside of [-gap, gap]."""
+    for count in itertools.count(1):
+        steps = compose(gap, SIGN_RANGE, 1.0, 1, ((0, 2, 4),) * count)
+        if steps[-1].error <= error:
+            return tuple(step.coefficients[::2] for step in steps)
+    raise AssertionError("unreachable: more steps always come closer")
+
+
 def _fewest(
     p: int, rtol: float, lower: float, change: Callable[[tuple[Step, ...]], float]
 ) -> RootSchedule:

@@ -21,8 +21,9 @@ Rule = Callable[[tuple[Any, ...], Any], bool]
 
 # Parameters whose rows are looked up or whose columns are vocabulary entries: two-dimensional, but
 # their gradients are sparse or tall and Adam serves them as well for less.
+_EMBEDDINGS = r"embed|(^|_)emb($|_)|^w[tp]e$"
 _TABLES = re.compile(
-    r"embed|vocab|logits|(^|_)emb($|_)|^w[tp]e$|^(?!(multi|attn|attention)_)(\w*_)?(lm)?head(_\d+)?$"
+    _EMBEDDINGS + r"|vocab|logits|^(?!(multi|attn|attention)_)(\w*_)?(lm)?head(_\d+)?$"
 )
 
 # What Flax, Equinox, Haiku and Keras call vectors, by itself or at the end of a longer name.
@@ -69,6 +70,12 @@ def is_hidden_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     is_vector |= name == "b" and bool(modules) and not adapter
     is_vector |= bool(re.fullmatch(r"b_?[qkvo]", name)) and not adapter
     return ndim >= 2 and not is_vector and not any(map(_TABLES.search, names))
+
+
+def is_embedding(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a component of a path contains `embed`, is `wte` or `wpe`, or has the word `emb`."""
+    del leaf
+    return any(re.search(_EMBEDDINGS, name) for name in component_names(path))
 
 
 def hidden_matrix_of(dimension_numbers: DimensionOption) -> Rule:

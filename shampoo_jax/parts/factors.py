@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from shampoo_jax.base.options import SHARE, check_options
-from shampoo_jax.blocks.blocks import Blocks, Matrices, Part, stateless
+from shampoo_jax.blocks.blocks import Blocks, Matrices, Part, microbatches_of, stateless
 from shampoo_jax.matrix.products import contract, identity_like
 from shampoo_jax.parts.filtering import Average, counted
 
@@ -23,23 +23,32 @@ class AccumulateFactorsState(NamedTuple):
 
 
 def accumulate_factors(
-    b2: float | Array = 0.9, *, bias_correction: bool = True, weighted: bool = True
+    b2: float | Array = 0.9,
+    *,
+    bias_correction: bool = True,
+    weighted: bool = True,
+    microbatches: str | None = None,
 ) -> Part:
     """Sets the matrices of each stack to its factors, one per preconditioned dimension.
 
     `S_k = b2 * S_k + w * G_(k) G_(k)^T` with `w = 1 - b2`, reported as `S_k / (1 - b2^t)`. With
-    `b2 = 1` this is the plain sum of Shampoo's first form, uncorrected.
+    `b2 = 1` this is the plain sum of Shampoo's first form, uncorrected. With `microbatches` it is
+    `mean_j G_j G_j^T` in the place of `G G^T`: the gradient's noise counts in full, not divided by
+    the number of microbatches, and is not that of G where the two are of different data
+    (arXiv:2605.20756).
 
     Args:
       b2: Decay in [0, 1].
       bias_correction: Whether to divide by `1 - b2^t`.
       weighted: Whether `w = 1 - b2`; False adds `G G^T` with weight 1, uncorrected.
+      microbatches: Name, in the extra argument `further`, of a tree of the gradients of
+        microbatches, see `blocked`, or of what `mean_of_squares` has made of them one at a time.
 
     Returns:
       A part. Its state holds `[N, d, d]` for each dimension of each stack whose exponent is not 0.
 
     Raises:
-      ValueError: `b2` outside [0, 1].
+      ValueError: `b2` outside [0, 1]; in `update`, no tree of this name.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,10 +64,32 @@ def accumulate_factors(
     average = Average(b2, bias_correction, weighted)
 
     def step(count: Array, b: Blocks, old: Matrices) -> tuple[Blocks, Matrices]:
-        squares = [None if s is None else contract(b.gradient, k) for k, s in enumerate(old)]
+        if microbatches is None:
+            squares = [None if s is None else contract(b.gradient, k) for k, s in enumerate(old)]
+        else:
+            squares = _mean_squares(b, old, microbatches)
         return averaged(average, count, b, old, tuple(squares))
 
     return counted(AccumulateFactorsState, zero_factors, step)
+
+
+def _mean_squares(b: Blocks, like: Matrices, microbatches: str) -> Matrices:
+    """Means over microbatches, as they came or computed one after the other."""
+    given = b.further.get(microbatches)
+    if isinstance(given, tuple):  # of `mean_of_squares`
+        return given
+    x = microbatches_of(b, microbatches)
+    total, _ = jax.lax.scan(
+        lambda total, g: (jax.tree.map(jnp.add, total, squares_of(g, like)), None),
+        jax.tree.map(jnp.zeros_like, like),
+        x.swapaxes(0, 1),
+    )
+    return jax.tree.map(lambda s: s / x.shape[1], total)
+
+
+def squares_of(x: Array, like: Matrices) -> Matrices:
+    """`X_(k) X_(k)^T` of a stack `[N, *block]` where `like` has a factor."""
+    return tuple(None if s is None else contract(x, k) for k, s in enumerate(like))
 
 
 def zero_factors(params: Blocks) -> Matrices:
@@ -72,13 +103,16 @@ def averaged(
     """Blocks with the corrected factors for matrices, and the factors to keep."""
     new = jax.tree.map(average.add, old, squares)
     scale = average.correction(count, b.gradient.dtype)
-    return dataclasses.replace(b, matrices=jax.tree.map(lambda s: s / scale, new)), new
+    weight = average.add(jnp.zeros_like(scale), jnp.ones_like(scale)) / scale
+    matrices = jax.tree.map(lambda s: s / scale, new)
+    return dataclasses.replace(b, matrices=matrices, weight=weight), new
 
 
 def map_factors(f: Callable[[Array], Array]) -> Part:
     """Applies a function to every factor of every stack, `[N, d, d] -> [N, d, d]`.
 
-    To be placed between statistics and roots, see `damp` and `normalize_by_trace`.
+    To be placed between statistics and roots, see `damp` and `normalize_by_trace`. What gradients
+    weigh in them is not known any more.
 
     Args:
       f: Function of a stack of factors.
@@ -86,7 +120,9 @@ def map_factors(f: Callable[[Array], Array]) -> Part:
     Returns:
       A stateless part.
     """
-    return stateless(lambda b: dataclasses.replace(b, matrices=jax.tree.map(f, b.matrices)))
+    return stateless(
+        lambda b: dataclasses.replace(b, matrices=jax.tree.map(f, b.matrices), weight=None)
+    )
 
 
 def damp(damping: float | Array) -> Part:

@@ -15,7 +15,16 @@ from shampoo_jax.base.options import (
     check_transform,
     is_number,
 )
-from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, make_part, norms
+from shampoo_jax.blocks.blocks import (
+    Blocks,
+    Part,
+    Stacks,
+    each,
+    make_part,
+    microbatches_of,
+    norms,
+)
+from shampoo_jax.matrix.noise import debiased, variance_of_mean
 from shampoo_jax.parts.filtering import Average, counted
 from shampoo_jax.parts.lift import from_gradients
 
@@ -99,6 +108,8 @@ def scale_by_second_moment(
     bias_correction: bool = True,
     weighted: bool = True,
     eps_hat: bool = False,
+    microbatches: str | None = None,
+    debias: str | None = None,
 ) -> Part:
     """Divides the update by the root of a moving average of the squared raw gradient.
 
@@ -107,6 +118,11 @@ def scale_by_second_moment(
     Unlike `optax.scale_by_adam` it divides what earlier parts made of the gradient but squares the
     gradient itself. With correction this is Adam's magnitude, without RMSProp's, with `b2 = 1`
     (a sum, uncorrected) AdaGrad's.
+
+    With `microbatches`, `mean_j G_j^2` takes the place of `G^2`. With `debias` the inverse `1 / p`
+    of a denominator p is corrected for the noise of this step's gradients, to
+    `max(1 / p - Var / p^3, 0)` with Var that of the mean of `p_j`, each p with `G_j^2` in the place
+    of the new statistic. Source of both: arXiv:2605.20756.
 
     Args:
       b2: Decay in [0, 1].
@@ -118,12 +134,15 @@ def scale_by_second_moment(
       eps_hat: Whether eps is added before the bias correction instead of after it: the "epsilon
         hat" of Kingma and Ba (arXiv:1412.6980, end of section 2). In early steps it then counts
         `(1 - b2^t)^(-e)` times as much; without correction there is no difference.
+      microbatches: Name, in the extra argument `further`, of a tree of the gradients of
+        microbatches, see `blocked`; None squares the gradient itself.
+      debias: Name of such a tree, of at least two microbatches; None corrects nothing.
 
     Returns:
       A part. Its state holds one stack `nu` per stack of blocks.
 
     Raises:
-      ValueError: An option out of range.
+      ValueError: An option out of range; in `update`, no tree of such a name.
 
     Example:
       >>> import jax.numpy as jnp
@@ -136,15 +155,26 @@ def scale_by_second_moment(
     average = Average(b2, bias_correction, weighted)
 
     def step(count: Array, b: Blocks, nu: Array) -> tuple[Blocks, Array]:
-        new, correction = average.add(nu, b.gradient**2), average.correction(count, nu.dtype)
         e = exponent(b.ndim) if callable(exponent) else exponent
         check_exponent("exponent", e)
+        correction = average.correction(count, nu.dtype)
+        squares = b.gradient**2
+        if microbatches is not None:
+            squares = jnp.mean(microbatches_of(b, microbatches) ** 2, 1)
+        new = average.add(nu, squares)
         if eps_hat:
             root = (_power(new, e) + eps) / _power(correction, e)
         else:
             root = _power(new / correction, e) + eps
         # 0/0 where a gradient has been zero so far and eps is 0 or underflows.
-        quotient = jnp.where(root > 0, b.update / jnp.where(root > 0, root, 1.0), 0.0)
+        safe = jnp.where(root > 0, root, 1.0)
+        quotient = jnp.where(root > 0, b.update / safe, 0.0)
+        if debias is not None:
+            moments = average.add(nu[:, None], microbatches_of(b, debias, 2) ** 2)
+            roots = _power(moments / correction, e)
+            # Relative to the denominator, whose cube may be outside of the range of float32.
+            variance = variance_of_mean(roots / safe[:, None], 1)
+            quotient *= debiased(jnp.ones_like(root), 1.0, variance)
         return dataclasses.replace(b, update=quotient.astype(b.update.dtype)), new
 
     return counted(ScaleBySecondMomentState, lambda p: jnp.zeros_like(p.update), step)

@@ -1,5 +1,6 @@
 """Factors of the gradient whitened by the roots of its other dimensions."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -90,7 +91,9 @@ def accumulate_kl_factors(
             old, stored = state.factors[key], decoded(roots[key], b.gradient.dtype)
             whitening = jax.tree.map(_identity_for_zero, stored)
             squares = whitened_squares(b.gradient, old, whitening, normalize)
-            given[key], factors[key] = averaged(average, count, b, old, squares)
+            own, factors[key] = averaged(average, count, b, old, squares)
+            # Of whitened gradients, which no solver knows.
+            given[key] = dataclasses.replace(own, weight=None)
         new, inner = tx.update(given, state.inner, params, **extra)
         return new, AccumulateKLFactorsState(count, factors, inner)
 

@@ -19,6 +19,7 @@ from shampoo_jax.blocks.blocks import (
     each,
     each_of,
     make_part,
+    microbatches_of,
     stateless,
     where_block,
 )
@@ -148,14 +149,29 @@ def _renew(
     new = old._replace(roots={}, solver={}, failures={})
     for key, b in stacks.items():
         refresh = functools.partial(_refresh, solve, b.exponents)
+        name = getattr(solve, "microbatches", None)
+        reads = (b.per_dimension, None if name is None else _samples(solve, b, name))
         before = old.roots[key], old.solver[key], old.failures[key]
         if turn is not None or schedule.chunk is not None:
             refresh = functools.partial(schedule.share, refresh, b.index, turn)
-        new.roots[key], new.solver[key], new.failures[key] = refresh(before, b.per_dimension)
+        new.roots[key], new.solver[key], new.failures[key] = refresh(before, *reads)
     return new
 
 
-def _refresh(solve: Solver, exponents: tuple[float, ...], old: Old, factors: Matrices) -> Old:
+def _samples(solve: Any, b: Blocks, name: str) -> Array:
+    """Gradients of microbatches as they count in the factors, for a solver that asks for them."""
+    x = microbatches_of(b, name, least=2)
+    if b.weight is None:
+        raise ValueError(
+            f"solver={solve}: the statistics in front of it do not say with what weight the newest "
+            "gradients count; use accumulate_factors, and damping of the solver's."
+        )
+    return x * jnp.sqrt(b.weight)
+
+
+def _refresh(
+    solve: Any, exponents: tuple[float, ...], old: Old, factors: Matrices, samples: Array | None
+) -> Old:
     """New roots of some blocks of a stack; a failed one keeps its old value and is counted."""
     roots, carried, failures = old
     new_roots, new_carried = list(roots), list(carried)
@@ -163,7 +179,11 @@ def _refresh(solve: Solver, exponents: tuple[float, ...], old: Old, factors: Mat
     for k, (factor, exponent) in enumerate(zip(factors, exponents, strict=True)):
         if factor is None:
             continue
-        root, ok, state = solve(factor, exponent, carried[k])
+        noise = ()
+        if samples is not None:
+            rows = jnp.moveaxis(samples, k + 2, 2)
+            noise = (rows.reshape(*rows.shape[:3], -1),)
+        root, ok, state = solve(factor, exponent, carried[k], *noise)
         keep = functools.partial(where_block, ok)
         new = encode(root, roots[k]), state
         new_roots[k], new_carried[k] = jax.tree.map(keep, new, (roots[k], carried[k]))

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from shampoo_jax.base.options import Checked
+from shampoo_jax.base.options import Checked, refuse
 from shampoo_jax.matrix import eigh
 from shampoo_jax.solvers.solver import EIGH, PRODUCT, Cost, Solver
 
@@ -38,9 +38,11 @@ class TruncatedEigh(Checked, Solver):
         """A decomposition and a product."""
         return Cost(EIGH + PRODUCT, "eigh")
 
-    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
-        """See `Solver`."""
-        return *eigh.truncated_root(factor, exponent, **vars(self)), state
+    def __call__(
+        self, factor: Array, exponent: float, state: Any, samples: Array | None = None
+    ) -> tuple[Array, Array, Any]:
+        """See `Solver`; samples as in `matrix.eigh.spectral_root`."""
+        return *eigh.truncated_root(factor, exponent, samples=samples, **vars(self)), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,73 @@ class ShiftedEigh(Checked, Solver):
         """A decomposition and a product."""
         return Cost(EIGH + PRODUCT, "eigh")
 
-    def __call__(self, factor: Array, exponent: float, state: Any) -> tuple[Array, Array, Any]:
-        """See `Solver`."""
-        return *eigh.shifted_root(factor, exponent, **vars(self)), state
+    def __call__(
+        self, factor: Array, exponent: float, state: Any, samples: Array | None = None
+    ) -> tuple[Array, Array, Any]:
+        """See `Solver`; samples as in `matrix.eigh.spectral_root`."""
+        return *eigh.shifted_root(factor, exponent, samples=samples, **vars(self)), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Debiased(Checked, Solver):
+    """The inverse root of another solver, corrected for the noise of this step's gradients.
+
+    An inverse power of a noisy eigenvalue is too large on average. In each eigendirection q
+
+      `l^-e  ->  max(l^-e - e (e + 1) / 2 * l^-(e + 2) * Var, 0)`,
+
+    where Var is the variance of the mean over microbatches of `w |G_j^T q|^2`, w the weight of the
+    newest gradients in the factor: the sum of squared deviations over `m (m - 1)`. The noise of
+    earlier gradients is not counted. Source: arXiv:2605.20756, for e = 1/4.
+
+    Attributes:
+      solver: Gives eigenvalues and what is made of them; its cutoffs hold before the correction.
+      microbatches: Name of the tree in the extra argument `further` that has the gradients of at
+        least two microbatches, see `blocked`.
+
+    Raises:
+      ValueError: Another solver; in `update`, no such tree, a single microbatch, or statistics that
+        do not say with what weight the newest gradients count: those of `accumulate_factors` do,
+        unless `damp` or `normalize_by_trace` come after it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, shampoo_jax
+      >>> tx = shampoo_jax.scale_by_shampoo(
+      ...     statistics=shampoo_jax.accumulate_factors(0.9, microbatches="microbatches"),
+      ...     solver=Debiased(),
+      ... )
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> micro = {"w": jax.random.normal(jax.random.key(0), (4, 3, 2))}
+      >>> mean, further = {"w": micro["w"].mean(0)}, {"microbatches": micro}
+      >>> updates, state = tx.update(mean, tx.init(params), further=further)
+    """
+
+    solver: TruncatedEigh | ShiftedEigh = TruncatedEigh()
+    microbatches: str = "microbatches"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a solver that has no spectrum to correct."""
+        if not isinstance(self.solver, (TruncatedEigh, ShiftedEigh)):
+            refuse("solver", self.solver, ": give TruncatedEigh(...) or ShiftedEigh(...)")
+        super().__post_init__()
+
+    @property
+    def rtol(self) -> Any:
+        """That of the solver, for checks of pairs of options."""
+        return getattr(self.solver, "rtol", None)
+
+    @property
+    def atol(self) -> Any:
+        """Likewise."""
+        return getattr(self.solver, "atol", None)
+
+    def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
+        """That of the solver, without the products with microbatches."""
+        cost = self.solver.cost(d, dtype, exponent)
+        return cost._replace(method=f"{cost.method}, corrected for noise")
+
+    def __call__(
+        self, factor: Array, exponent: float, state: Any, samples: Array | None = None
+    ) -> tuple[Array, Array, Any]:
+        """See `Solver`; without samples nothing is corrected."""
+        return self.solver(factor, exponent, state, samples)

@@ -1,4 +1,4 @@
-"""The matmul-only inverse root as a solver, with eigh for the factors that it fails on."""
+"""The matmul-only inverse root as a solver, with another way for factors that it fails on."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ from shampoo_jax.solvers.eigh import TruncatedEigh
 from shampoo_jax.solvers.solver import PRODUCT, Cost, Solver
 
 Array = jax.Array
+Solved = tuple[Array, Array, Array]  # roots, which can be used, which the polynomials alone solved
 
 EIGH_UP_TO = 128  # edge of the factors that `Auto` leaves to eigh on every backend
 
@@ -35,7 +36,9 @@ class Polynomial(CountsFallbacks):
     """Composed minimax polynomials, see `matrix.polynomial.polynomial_root`.
 
     A factor whose root fails its checks, for example one with negative eigenvalues beyond rounding,
-    is solved by `eigh`, in a loop over such factors that costs nothing where there are none.
+    is solved by `eigh`, in a loop over such factors that costs nothing where there are none. On a
+    TPU, whose compiler takes minutes for each size of `eigh`, polynomials project such factors onto
+    their positive eigenvalues, and the stack is solved again; what fails then keeps its old root.
     The state counts these fallbacks per factor, int32[N].
 
     Float32 roots are less accurate than those of eigh, more so for small factors, whose cutoff is
@@ -74,12 +77,44 @@ class Polynomial(CountsFallbacks):
     def __call__(self, factor: Array, exponent: float, state: Array) -> tuple[Array, Array, Array]:
         """See `Solver`."""
         given, factor = factor, jax.lax.stop_gradient(factor)
-        root, passed = polynomial.polynomial_root(factor, exponent, **vars(self))
+        or_eigh, or_again = (
+            functools.partial(way, exponent=exponent) for way in (self._or_eigh, self._or_again)
+        )
+        cpu, gpu = (functools.partial(or_eigh, backend=backend) for backend in ("cpu", "gpu"))
+        root, ok, passed = jax.lax.platform_dependent(factor, cpu=cpu, tpu=or_again, default=gpu)
+        return eigh.known_root(exponent, given, root), ok, state + (ok & ~passed)
+
+    def _or_eigh(self, factor: Array, exponent: float, backend: str) -> Solved:
+        """Roots by polynomials, by eigh where they fail."""
+        root, passed = polynomial.root_on(backend, factor, exponent, **vars(self))
         by_eigh = eigh.truncated_root if self.semantics == "cut" else eigh.clipped_root
         solve = functools.partial(by_eigh, exponent=exponent, rtol=self.rtol)
         failed = ~passed & eigh.finite(factor)
-        root, ok = map_selected(solve, failed, (root, passed), factor)
-        return eigh.known_root(exponent, given, root), ok, state + (ok & ~passed)
+        return *map_selected(solve, failed, (root, passed), factor), passed
+
+    def _or_again(self, factor: Array, exponent: float) -> Solved:
+        """Roots by polynomials, where they fail by the same of the factor's positive part.
+
+        One program in a loop solves both: a TPU's compiler takes minutes for an eigh.
+        """
+        sound = eigh.finite(factor)
+        resolved = eigh.relative_cutoff(self.rtol, factor.shape[-1], factor.dtype) / 10
+        positive = functools.partial(polynomial.positive_part, resolved=resolved)
+
+        def goes_on(now: tuple[Array, Solved]) -> Array:
+            turn, (_, ok, _) = now
+            return (turn < 2) & (sound & ~ok).any()
+
+        def solve(now: tuple[Array, Solved]) -> tuple[Array, Solved]:
+            turn, (root, ok, passed) = now
+            matrices = jax.lax.cond(turn > 0, positive, lambda x: x, factor)
+            new, good = polynomial.root_on("tpu", matrices, exponent, **vars(self))
+            root = jnp.where(ok[:, None, None], root, new)
+            return turn + 1, (root, ok | good, jnp.where(turn > 0, passed, good))
+
+        none = jnp.zeros_like(sound)
+        start = jnp.zeros([], jnp.int32), (jnp.zeros_like(factor), none, none)
+        return jax.lax.while_loop(goes_on, solve, start)[1]
 
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """The products, counted."""

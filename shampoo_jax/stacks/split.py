@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shampoo_jax.base.paths import KeyPath, name_of
+from shampoo_jax.blocks.blocks import MeanSquares
 from shampoo_jax.blocks.plan import LeafPlan
 from shampoo_jax.stacks.layout import Bucket, Layout
 
@@ -35,11 +36,12 @@ def split(leaves: Sequence[Array], layout: Layout) -> dict[str, Array]:
 
 def split_further(
     further: Mapping[str, Any], like: Any, layout: Layout, absent: Collection[KeyPath]
-) -> dict[str, dict[str, Array]]:
+) -> dict[str, dict[str, Any]]:
     """Cuts other trees as gradients are cut.
 
     Args:
-      further: By name, trees that have the leaves of `like`, or these with one axis more in front.
+      further: By name, trees that have the leaves of `like`, or these with one axis more in front;
+        `MeanSquares` are cut already.
       like: Tree of gradients.
       layout: How its leaves are cut and where they go.
       absent: Leaves that have no gradient, and need to have none here: zeros stand for it.
@@ -47,13 +49,31 @@ def split_further(
     Returns:
       Stacks `[N, *block]`, or `[N, k, *block]` with an axis of k in front, by key, then by name.
     """
-    found: dict[str, dict[str, Array]] = {key: {} for key in layout.lengths}
+    found: dict[str, dict[str, Any]] = {key: {} for key in layout.lengths}
     for name, tree in further.items():
+        if isinstance(tree, MeanSquares):
+            for key, factors in _factors_of(tree, layout, name).items():
+                found[key][name] = factors
+            continue
         leaves, depth = _leaves_of(tree, like, name, absent)
         cut = functools.partial(split, layout=layout)
         for key, x in (jax.vmap(cut, out_axes=1) if depth else cut)(leaves).items():
             found[key][name] = x
     return found
+
+
+def _factors_of(means: MeanSquares, layout: Layout, name: str) -> dict[str, Any]:
+    """Factors by stack, if they were made for blocks such as these."""
+    found = {key: {len(s) for s in jax.tree.leaves(f)} for key, f in means.factors.items()}
+    if found.keys() != layout.lengths.keys() or any(
+        n - {layout.lengths[key]} for key, n in found.items()
+    ):
+        raise ValueError(
+            f"further[{name!r}] was made for other blocks, {sorted(found)}, than these, "
+            f"{sorted(layout.lengths)}: call mean_of_squares with this optimizer, and add "
+            "gradients of all of its parameters."
+        )
+    return means.factors
 
 
 def _leaves_of(

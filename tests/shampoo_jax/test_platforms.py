@@ -35,7 +35,8 @@ def test_decompositions_are_those_of_the_target(name, monkeypatch):
 def test_auto_solves_by_products_on_accelerators_alone(monkeypatch):
     programs = lowered(monkeypatch, sj.shampoo(0.1, solver="auto"))
     products = {platform: text.count("dot_general") for platform, text in programs.items()}
-    assert products["cpu"] < 20 < products["tpu"] == products["cuda"]
+    # A TPU's are in loops, a GPU's are spelt out.
+    assert products["cpu"] < products["tpu"] < 20 < products["cuda"]
     assert "tf32" in programs["cuda"] and "tf32" not in programs["cpu"] + programs["tpu"]
 
 

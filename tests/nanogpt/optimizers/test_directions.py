@@ -66,6 +66,39 @@ def test_exponent_and_size_of_shampoo():
     np.testing.assert_allclose(updates_of(quarter, "shampoo", [g])[0], expected, atol=1e-4)
 
 
+def test_shampoo_of_microbatches():
+    """Factors are of the others than momentum where cross-fitted; roots may be corrected."""
+    micro = RNG.normal(size=(8, 4, 4))
+    settings = ShampooConfig(0.1, 0.0, b1=0.0, size="rows", statistics="microbatches")
+
+    def direction(settings):
+        tx, params = DIRECTIONS["shampoo"](settings, None), {"w": jnp.ones((4, 4))}
+        further = {"microbatches": {"w": jnp.asarray(micro, jnp.float32), "embed": jnp.ones(8)}}
+        gradient = {"w": jnp.asarray(micro.mean(0), jnp.float32)}
+        return tx.update(gradient, tx.init(params), params, further=further)[0]["w"]
+
+    def in_numpy(own, others, corrected=False):
+        sides = []
+        for x in (others, others.swapaxes(1, 2)):
+            w, q = np.linalg.eigh(np.einsum("jab,jcb->ac", x, x) / len(x))
+            variance = ((q.T @ x) ** 2).sum(-1).var(0, ddof=1) / len(x)
+            power = w**-0.25 - (5 / 32 * w**-2.25 * variance if corrected else 0)
+            sides.append((q * np.maximum(power, 0)) @ q.T)
+        update = sides[0] @ own.mean(0) @ sides[1]
+        return update * 2 / np.linalg.norm(update)
+
+    crossed = dataclasses.replace(settings, cross_fit=True)
+    corrected = dataclasses.replace(crossed, statistics="corrected")
+    for given, expected in (
+        (settings, in_numpy(micro, micro)),
+        (crossed, in_numpy(micro[:4], micro[4:])),
+        (corrected, in_numpy(micro[:4], micro[4:], corrected=True)),
+    ):
+        np.testing.assert_allclose(direction(given), expected, atol=2e-4)
+    with pytest.raises(ValueError, match="cross_fit=True with statistics='batch'"):
+        ShampooConfig(0.1, 0.0, cross_fit=True)
+
+
 def test_shift_amplifies_what_a_cutoff_drops():
     """#21 against #35: of a gradient of rank 1 almost nothing is left along the gradient."""
     g = 1e3 * np.outer(RNG.normal(size=6), RNG.normal(size=4))

@@ -81,6 +81,20 @@ def test_a_mesh_changes_no_loss_of_an_optimizer_without_placement(shards, tmp_pa
     np.testing.assert_allclose(meshed, alone, rtol=2e-5)
 
 
+def test_a_mesh_changes_no_statistics_of_microbatches(shards, tmp_path):
+    """Cross-fitted and corrected; each microbatch's gradients are summed over devices."""
+    form = {"statistics": "corrected", "cross_fit": True, "cutoff": "shift", "damping": 1e-3}
+    found = []
+    for mesh in ("", "data=8"):
+        config = config_of(shards, tmp_path / mesh, mesh, ShampooConfig(0.01, 0.1, **form))
+        data = dataclasses.replace(config.data, batch_rows=32)
+        config = dataclasses.replace(config, optimizer="shampoo", data=data)
+        found.append(losses(config))
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-5)
+    with pytest.raises(ValueError, match="scatter_gradients=True sums over microbatches"):
+        make_layout(dataclasses.replace(config, scatter_gradients=True))
+
+
 def summing(config):
     """Bytes that the compiled step sums over devices, by kind, within and outside of loops."""
     layout = make_layout(config)

@@ -10,6 +10,7 @@ import pytest
 
 from nanogpt.config.presets import preset
 from nanogpt.config.run import ScheduleConfig
+from nanogpt.config.settings import ShampooConfig
 from nanogpt.model.loss import pairwise_sum
 from nanogpt.optimizers.build import build_optimizer
 from nanogpt.train import train_step
@@ -165,6 +166,27 @@ def test_optimizers_may_ask_for_the_loss_again():
     expected = make_eval_step(graphdef, config)(moved, BATCH)
     np.testing.assert_allclose(elsewhere, expected, rtol=1e-5)
     assert off < 1e-5 and product > 0 and jnp.isfinite(product)
+
+
+def test_optimizers_of_microbatches_are_given_their_gradients():
+    """All four, and their mean is the sum over the batch."""
+    config, graphdef, state = setup(1)
+    shampoo = ShampooConfig(0.1, 0.0, statistics="microbatches")
+
+    def update(gradients, state, params, further, **_):
+        kept = further["microbatches"]
+        off = optax.tree.sub(jax.tree.map(lambda x: x.mean(0), kept), gradients)
+        apart = optax.tree.sub(jax.tree.map(lambda x: x[0], kept), gradients)
+        sizes = [optax.tree.norm(x) / optax.tree.norm(gradients) for x in (off, apart)]
+        count = jnp.float32(len(jax.tree.leaves(kept)[0]))
+        return optax.tree.zeros_like(gradients), (*sizes, count)
+
+    zeros = tuple(jnp.zeros(()) for _ in range(3))
+    asks = optax.GradientTransformationExtraArgs(lambda params: zeros, update)
+    before = TrainState(state.step, jax.tree.map(jnp.copy, state.params), zeros)
+    step = make_train_step(graphdef, asks, dataclasses.replace(config, matrices=shampoo))
+    off, apart, count = step(before, BATCH)[0].opt_state
+    assert off < 1e-5 and apart > 0.1 and count == 4
 
 
 @pytest.mark.parametrize("optimizer, used", [("adamw", {"cudnn"}), ("sophia", {"cudnn", "xla"})])

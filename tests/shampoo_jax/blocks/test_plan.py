@@ -118,8 +118,15 @@ def test_blocks_of_an_embedding():
     ],
 )
 def test_no_block_is_padded_and_a_side_without_factor_is_not_cut(shape, whole, uncut):
-    for exponents, blocks in ((default_exponents, whole), (smaller_side, uncut)):
-        (leaf,) = plan(shape, size=1024, canonical=True, exponents=exponents)
+    one = lambda shape: smaller_side(shape)  # noqa: E731
+    for exponents, cut_all, blocks in (
+        (default_exponents, True, whole),
+        (default_exponents, False, whole),
+        (smaller_side, True, uncut),
+        (one, True, whole),
+        (one, False, uncut),
+    ):
+        (leaf,) = plan(shape, size=1024, canonical=True, exponents=exponents, cut_all=cut_all)
         assert collections.Counter(cell.key for cell in leaf.cells) == blocks
         assert sum(math.prod(cell.size) for cell in leaf.cells) == math.prod(shape)
 

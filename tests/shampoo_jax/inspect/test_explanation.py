@@ -213,9 +213,9 @@ def test_products_of_a_root_are_those_of_the_program(p, d, semantics):
     """All products in what is traced; thin ones are those of the checks."""
     factor = struct(d, d)
     solve = functools.partial(polynomial_root, semantics=semantics, precision=FULL)
-    text = str(jax.make_jaxpr(lambda a: solve(a, 1 / p)[0])(factor))
+    text = jax.jit(lambda a: solve(a, 1 / p)[0]).lower(factor).as_text()
     cost = Polynomial(semantics=semantics).cost(d, jnp.float32, 1 / p)
-    found = re.findall(rf"f32\[{d},{d}\] = dot_general", text)
+    found = re.findall(rf"dot_general .* -> tensor<{d}x{d}xf32>", text)
     assert cost.flops == 2 * len(found)
     assert cost.method == f"{len(found)} products" and cost.fallback
 

@@ -228,6 +228,43 @@ def test_own_cutoff():
         assert cosine(root @ weighted(a), exact @ weighted(a)) > 0.998
 
 
+@pytest.mark.parametrize(("exponent", "semantics"), [(0.25, "cut"), (0.5, "clip"), (1 / 7, "cut")])
+def test_loops_compute_what_spelt_out_steps_do(exponent, semantics, monkeypatch):
+    """What a TPU runs, here: the same products in the same order, coefficients in arrays."""
+    expected, ok = polynomial_root_jit(STACK, exponent, semantics=semantics)
+    looped = polynomial._arithmetic(polynomial.FULL, "tpu")
+    monkeypatch.setattr(polynomial, "_arithmetic", lambda policy, backend: looped)
+    solve = functools.partial(polynomial_root, exponent=exponent, semantics=semantics)
+    roots, good = jax.jit(solve)(STACK)
+    assert "while" in jax.jit(jax.vmap(solve)).lower(STACK[None]).as_text()
+    np.testing.assert_array_equal(good, ok)
+    for a, root, same in zip(STACK, roots, expected, strict=True):
+        assert cosine(root @ weighted(a), same @ weighted(a)) > 0.9999
+
+
+def test_the_positive_part_has_the_positive_eigenvalues():
+    spectra = {
+        "mixed": np.r_[np.geomspace(1, 1e-4, N // 2), -np.geomspace(1, 1e-4, N // 2)],
+        "mostly negative": np.r_[-np.ones(N - 2), 0.5, 1e-3],
+        "negative": -np.ones(N),
+        "positive": np.geomspace(1, 1e-2, N),
+        "zero": np.zeros(N),
+    }
+    stack = np.stack([spectrum(values, i) for i, values in enumerate(spectra.values())])
+    resolved = N * EPS / 10
+    parts = polynomial.positive_part(stack, resolved)
+    np.testing.assert_array_equal(parts, parts.swapaxes(1, 2))
+    np.testing.assert_array_equal(parts[-3], np.zeros((N, N)))
+    for a, part in zip(stack, np.asarray(parts, np.float64), strict=True):
+        w, q = np.linalg.eigh(a.astype(np.float64))
+        inside = q.T @ part @ q
+        off = np.abs(inside - np.diag(np.maximum(w, 0))).max()
+        # Rounding, and the sign's error once on the positive side, squared on the negative one.
+        assert off <= 1e-3 * max(w.max(), 0) + N * EPS and np.linalg.eigvalsh(part).min() > -N * EPS
+    big = polynomial.positive_part(stack * np.float32(2.0**100), resolved)
+    np.testing.assert_array_equal(big / 2.0**100, parts)
+
+
 def test_float64_is_not_rounded():
     with jax.enable_x64(True):
         half = spectrum(np.geomspace(1, 1e-9, 32)).astype(np.float64)
@@ -269,7 +306,9 @@ def lowered(platform, semantics, precision=None, size=768):
         ("cpu", "clip", None, {"highest": 12}),
         ("cuda", "cut", None, {"tf32": 17, "x3": 10}),
         ("cuda", "clip", None, {"tf32": 7, "x3": 5}),
-        ("tpu", "cut", None, {"highest": 10, "x3": 17}),
+        # In loops, with one product each: of the bound, and of either precision.
+        ("tpu", "cut", None, {"highest": 2, "x3": 1}),
+        ("tpu", "clip", None, {"highest": 2, "x3": 1}),
         ("cpu", "clip", PrecisionPolicy(X3, X3), {"x3": 12}),
     ],
 )

@@ -191,3 +191,19 @@ def test_a_graft_is_looked_at_under_jit_as_well():
         return tx.update({"w": gradient}, tx.init({"w": gradient}))[0]
 
     assert jax.jit(update)(jnp.ones((2, 2)))["w"].shape == (2, 2)
+
+
+def test_second_moments_of_microbatches_corrected_for_their_noise():
+    x, b2, eps = np.random.default_rng(3).normal(size=(2, 4, 3)), 0.9, 1e-3
+    part = scale_by_second_moment(b2, eps, microbatches="half", debias="all")
+    state, nu = part.init({"k": Blocks.of(jnp.zeros((1, 3)))}), np.zeros(3)
+    for t, micro in enumerate(x, start=1):
+        given = {"half": jnp.asarray(micro[None, 2:], "f4"), "all": jnp.asarray(micro[None], "f4")}
+        blocks = Blocks(jnp.zeros((1, 3)), jnp.ones((1, 3)), further=given)
+        new, state = part.update({"k": blocks}, state)
+        each = np.sqrt((b2 * nu + (1 - b2) * micro**2) / (1 - b2**t))
+        nu = b2 * nu + (1 - b2) * (micro[2:] ** 2).mean(0)
+        p = np.sqrt(nu / (1 - b2**t)) + eps
+        expected = np.maximum(1 / p - each.var(0, ddof=1) / 4 / p**3, 0)
+        np.testing.assert_allclose(new["k"].update[0], expected, rtol=1e-4, atol=1e-5)
+    assert (expected > 0).any() and (expected < 1 / p).all()

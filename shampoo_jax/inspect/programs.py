@@ -1,0 +1,172 @@
+"""What an optimized program holds, read from its text: exchanges, products, calls of libraries."""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+
+KINDS = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "f64": 8, "s64": 8}
+
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
+_PRODUCT = re.compile(r"^(\S+) (?:dot|convolution)\(%?([\w.-]+), %?([\w.-]+)\)(.*)$")
+_CALLED = re.compile(r"\b(?:calls|to_apply|called_computations)=\{?%?([\w.-]+)")
+_BRANCHES = re.compile(
+    r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+), false_computation=%?([\w.-]+)"
+)
+_LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
+Counts = collections.Counter[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one device does, each loop run as often as the program says it is.
+
+    Loops of unknown length count once. Of branches the dearest counts: a step with a refresh, and
+    with what is done where roots fail.
+
+    Attributes:
+      flops: Of products, by arithmetic.
+      exchanges: Number and bytes of results, by kind.
+      calls: Calls of libraries by name, as often as they are in the text.
+    """
+
+    flops: dict[str, float]
+    exchanges: dict[str, tuple[int, int]]
+    calls: dict[str, int]
+
+
+def exchanges(program: str) -> dict[str, tuple[int, int]]:
+    """Number of collectives of each kind in optimized HLO, and bytes of their results on a device.
+
+    Args:
+      program: Text of the module of one device, or of a line of it.
+
+    >>> exchanges("  %a = (f32[8]{0}, bf16[4]{0}) all-reduce(%x, %y), replica_groups={}")
+    {'all-reduce': (1, 40)}
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for shapes, kind, start in re.findall(rf"= (.*?) ({KINDS})(-start)?\(", program):
+        sizes = [BYTES.get(dtype, 4) * _size(dims) for dtype, dims in _SHAPE.findall(shapes)]
+        if start and kind in ("all-gather", "collective-permute"):
+            # The start of these names operands first, and the latter two numbers in the end.
+            sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[1:2]
+        size = sum(sizes)
+        count, total = found.get(kind, (0, 0))
+        found[kind] = (count + 1, total + size)
+    return found
+
+
+def read_program(text: str) -> Program:
+    """Counts what the optimized HLO of one device does.
+
+    Args:
+      text: Of `jax.stages.Compiled.as_text()`.
+    """
+    computations, entry = _computations(text)
+    total = _total(computations, {}, entry)
+    split = {
+        kind: (int(total[f"number {kind}"]), int(total[f"bytes {kind}"]))
+        for kind in KINDS.split("|")
+        if total[f"number {kind}"]
+    }
+    calls = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))
+    return Program(_flops(total), split, dict(calls))
+
+
+def _flops(total: Counts) -> dict[str, float]:
+    return {k.removeprefix("flops "): float(n) for k, n in total.items() if k.startswith("flops ")}
+
+
+def _computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
+    """By name the lines of each computation, by name as well; and the name of the first."""
+    found: dict[str, dict[str, str]] = {}
+    entry, lines = "", {}
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            lines = found.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif match := _LINE.match(line):
+            lines[match[1]] = match[2]
+    return found, entry
+
+
+def _total(
+    computations: Mapping[str, Mapping[str, str]], known: dict[str, Counts], name: str
+) -> Counts:
+    """What a computation does, with all that it calls."""
+    if name in known:
+        return known[name]
+    total: Counts = collections.Counter()
+    again = functools.partial(_total, computations, known)
+    lines = computations.get(name, {})
+    for rest in lines.values():
+        if product := _PRODUCT.match(rest):
+            total["flops " + _arithmetic(rest, lines[product[2]])] += _work(product, lines)
+        elif branches := _BRANCHES.search(rest):
+            names = re.findall(r"[\w.-]+", " ".join(filter(None, branches.groups())))
+            total += max((again(n) for n in names), key=_weight)
+        elif loop := _LOOP.search(rest):
+            turns = _turns(rest, computations.get(loop[1], {}))
+            total += collections.Counter({k: n * turns for k, n in again(loop[2]).items()})
+        elif called := _CALLED.search(rest):
+            total += again(called[1])
+        for kind, (count, size) in exchanges("= " + rest).items():
+            total[f"number {kind}"] += count
+            total[f"bytes {kind}"] += size
+    known[name] = total
+    return total
+
+
+def _weight(total: Counts) -> tuple[float, float]:
+    return sum(_flops(total).values()), sum(total.values())
+
+
+def _size(dims: str) -> int:
+    return math.prod(int(d) for d in dims.split(",") if d)
+
+
+def _work(product: re.Match[str], shapes: Mapping[str, str]) -> int:
+    """FLOPs of a product: `2 b m k n` from the sizes `b m k`, `b k n` and `b m n`."""
+    sizes = []
+    for text in (product[1], *(shapes.get(product[k], "") for k in (2, 3))):
+        shape = _SHAPE.search(text)
+        sizes.append(_size(shape[2]) if shape else 0)
+    batch = 1
+    out = _SHAPE.search(product[1])
+    if dims := re.search(r"lhs_batch_dims=\{([\d,]+)\}", product[4]):
+        # The result has them first.
+        edges = [int(d) for d in out[2].split(",")] if out else []
+        batch = math.prod(edges[: len(dims[1].split(","))])
+    elif window := re.search(r"window=\{size=([\dx]+)[^}]*lhs_dilate=([\dx]+)", product[4]):
+        # A TPU's compiler writes a batched product as a convolution that is dilated by the batch.
+        pairs = zip(window[1].split("x"), window[2].split("x"), strict=True)
+        batch = math.prod(int(s) for s, dilated in pairs if s == dilated)
+    return round(2 * math.sqrt(math.prod(sizes) / batch))
+
+
+def _arithmetic(rest: str, operand: str) -> str:
+    """What a product is computed in: its algorithm, or its operand's dtype and the precision."""
+    if algorithm := re.search(r"algorithm=(\w+)", rest):
+        return algorithm[1].removeprefix("dot_")
+    dtype = operand.partition("[")[0]
+    precision = re.search(r"operand_precision=\{(\w+)", rest)
+    return f"{dtype} {precision[1]}" if precision else dtype
+
+
+def _turns(rest: str, condition: Mapping[str, str]) -> int:
+    """How often a loop runs; once where that is not written."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
+        return int(known[1])
+    constants = {
+        n: c[1] for n, r in condition.items() if (c := re.match(r"s32\S* constant\((\d+)\)", r))
+    }
+    for line in condition.values():
+        if less := re.search(r"compare\(%?[\w.-]+, %?([\w.-]+)\), direction=LT", line):
+            if less[1] in constants and len(constants) == 1:
+                return int(constants[less[1]])
+    return 1

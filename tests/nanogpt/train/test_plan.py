@@ -1,0 +1,73 @@
+"""A run compiled for hardware that is not here; the one target that is everywhere is the CPU."""
+
+import dataclasses
+
+import pytest
+
+from nanogpt.train import plan
+from nanogpt.train.rates import Rates
+from shampoo_jax import Compiled, Program, Target, target_devices
+from tests.nanogpt.train.test_loop import tiny
+
+TARGET = target_devices("cpu:4")
+
+
+@pytest.fixture(scope="module")
+def record():
+    return plan.plan_run(
+        dataclasses.replace(
+            tiny("nowhere", "nowhere", optimizer="shampoo"),
+            data=dataclasses.replace(tiny("nowhere", "").data, batch_rows=16, microbatch_rows=4),
+        ),
+        TARGET,
+    )
+
+
+def test_a_plan_says_what_each_device_holds_and_does(record):
+    assert record["devices"] == 4 and record["mesh"] == "data=-1"
+    config = tiny("nowhere", "")
+    layers = 4 * 16 * 16 + 2 * 16 * 32
+    embedding = config.model.vocab_size * 16
+    held = 4 * layers + (4 + 2) * embedding  # the head in float32, the embedding in bfloat16
+    assert held <= record["parameters"] < 1.1 * held
+    train, evaluation = record["programs"]["train"], record["programs"]["evaluation"]
+    assert train["exchanges"] and train["calls"]["lapack_ssyevd_ffi"] > 0
+    # Forward and backward are three times forward; a device has a row of each of 4 microbatches.
+    one = sum(evaluation["flops"].values())
+    assert sum(train["flops"].values()) > 4 * 2.9 * one > 0
+    assert train["peak"] > record["parameters"] and train["short"] == 0
+    assert "best_s" not in train  # a CPU's rates are not known
+
+
+def program(flops=(), exchanges=()):
+    target = Target("h100:8", "cuda", (), 80 << 30)
+    done = Program(dict(flops), dict(exchanges), {})
+    return Compiled(target, 1.0, 2.0, 2.0, 300, 100, 50, done)
+
+
+RATES = Rates(full=1.0, first=8.0, rest=4.0, bfloat16=24.0, memory=10.0, near=5.0, far=1.0,
+              node=8, source="")  # fmt: skip
+
+
+def test_time_is_counted_at_the_rate_of_each_arithmetic():
+    flops = {
+        **{"bf16": 24.0, "tf32_tf32_f32": 4.0, "bf16_bf16_f32_x3": 8.0, "f32 highest": 1.0},
+        **{"f32": 4.0, "f32 high": 4.0},
+    }
+    found = program(flops, {"all-gather": (2, 20), "all-reduce": (1, 5)})
+    near = plan.predicted(found, RATES, 8)
+    assert near == {"products": 6.0, "memory": 50.0, "links": 5.0}
+    assert plan.predicted(found, RATES, 16)["links"] == 25.0
+
+
+def test_a_record_has_a_range_and_what_does_not_fit_has_none():
+    record = plan._record(program({"bf16": 9.894e14 * 0.5}), program().target)
+    assert record["best_s"] == pytest.approx(0.5)
+    assert record["worst_s"] == pytest.approx(0.5 / 0.4, rel=1e-3)
+    short = dataclasses.replace(program(), program=None, short=7)
+    assert plan._record(short, short.target)["short"] == 7
+    assert "best_s" not in plan._record(short, short.target)
+
+
+def test_every_target_but_the_cpu_has_rates():
+    assert all(name in plan.DEVICES for name in plan.RATES.values())
