@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -32,8 +33,12 @@ def command(*errors: type[Exception], stopped: str = "stopped") -> Callable[[Mai
     def wrap(function: Main) -> Main:
         @functools.wraps(function)
         def main(words: Sequence[str]) -> None:
-            # Orbax logs pages of every error that it raises later, when the save is waited for.
-            logging.getLogger("absl").addFilter(_is_news)
+            # Of an error that it raises later, when the save is waited for, Orbax logs pages, and
+            # TensorStore's arrays that fail behind the first one find no event loop any more.
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).addFilter(_is_news)
+            if sys.unraisablehook is sys.__unraisablehook__:
+                sys.unraisablehook = _unraisable
             try:
                 function(words)
             except BrokenPipeError:  # `nanogpt.cli` ends without a word
@@ -62,6 +67,12 @@ def flags(function: Callable[..., None]) -> Main:
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a message is more than the story of an error that is on its way here."""
     return not record.exc_info
+
+
+def _unraisable(found: Any) -> None:
+    """Shows errors that nobody can catch, but for those that follow one that is on its way here."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def _told(error: Exception) -> str:

@@ -193,7 +193,10 @@ def page(found: dict[str, dict[str, float]]) -> str:
         "two weights,",
         "which float32 rounds as it rounds weights, hundreds or thousands of times as large: "
         "there the last",
-        "column may be larger.",
+        "column may be larger. Recipes whose roots keep small eigenvalues (`shampoo`, "
+        "`shampoo_record21`) are",
+        "beyond 1e-5 in float32, too: most likely the same, since float64 agrees to 1e-13; it "
+        "was not told apart.",
         "",
         f"| optimizer | {' | '.join(columns)} |",
         f"|-{'|-' * len(columns)}|",

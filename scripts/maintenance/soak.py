@@ -141,8 +141,11 @@ def trained(soak: Soak, optimizer: str, name: str, end_s: float) -> Iterator[str
         if end.code == 0:
             return
         soak.happened[fault] += 1
-        if end.code != EXPECTED.get(fault) or "Traceback" in end.output:
-            soak.told.append(f"{name}: {fault} on {devices}: ended {end.code}: {end.last}")
+        # A process that was asked to stop when it had not begun to listen has not begun at all.
+        unheard = end.code == -signal.SIGTERM and fault == "stop" and not end.output
+        if not unheard and (end.code != EXPECTED.get(fault) or "Traceback" in end.output):
+            last = end.last.replace(f"{soak.runs}/", "")
+            soak.told.append(f"{name}: {fault} on {devices}: ended {end.code}: {last}")
         if fault == "none":
             raise RuntimeError(f"{name} does not go on: {end.output[-2000:]}")
 
@@ -194,6 +197,8 @@ def page(soak: Soak) -> str:
         lines.append(f"| {name} | {loss:.5f} | {others} | {verdict} |")
     lines += ["", "Within is a loss that lies in the range of the undisturbed ones, or as far on"]
     lines += ["either side of it as that range is wide.", ""]
+    if soak.told:
+        lines += ["What did not go as it should, or was told in more than a sentence:", ""]
     lines += [f"- {line}" for line in soak.told]
     if soak.disk is None:
         lines.append("No disk was filled: a small one needs root and the right to mount.")
