@@ -294,6 +294,7 @@ PLATFORM_ASKED = {
     "shampoo_jax/solvers/polynomial.py:cost",
     "shampoo_jax/inspect/compiled.py:compile_for",  # its target's
     "nanogpt/lab/speedrun.py:warn_without_accelerator",
+    "nanogpt/train/devices.py:check_attention",
     "nanogpt/train/provenance.py:provenance",
 }
 

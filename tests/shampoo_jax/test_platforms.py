@@ -10,7 +10,7 @@ import pytest
 import shampoo_jax as sj
 
 PARAMS = {"w": jax.ShapeDtypeStruct((130, 3), jnp.float32)}
-# Decompositions by platform: LAPACK's, by XLA or by us; cuSOLVER's; XLA's own.
+# Decompositions by platform: LAPACK's, of which many at once are ours; cuSOLVER's and XLA's own.
 PREFIX = {
     "cpu": ("lapack_", "shampoo_jax_eigh"),
     "cuda": "cusolver_",

@@ -118,7 +118,8 @@ def test_no_eigh_is_in_a_tpu_s_program_and_few_products():
     assert not re.search("custom_call @|Eigh|Qr", tpu) and "stablehlo.while" in tpu
     # Those of the bound, of either precision and of the positive part; thin ones of the checks.
     assert tpu.count("dot_general") <= 4 + 7
-    assert "cusolver_syev" in programs["cuda"] and "lapack_ssyev" in programs["cpu"]
+    assert "cusolver_syev" in programs["cuda"]
+    assert re.search("lapack_ssyev|shampoo_jax_eigh", programs["cpu"])
 
 
 def test_shampoo_goes_the_same_way_as_with_eigh():
