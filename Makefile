@@ -17,7 +17,7 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers lint format types golden faults soak rehearse-device clean
+.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers lint format types golden faults soak rehearsal rehearse-device clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,9 @@ soak: venv  ## Half an hour of the demo under faults, writes docs/soak.md (ARGS=
 # The machine it stands for: Python 3.12, jax 0.11, nothing else, no network where it can be cut off.
 TEXT ?= data/sotu
 DEVICE_PYTHON ?= python3.12
+rehearsal: venv  ## Run the report of a GPU on this CPU, all its parts, and check what it writes
+	@$(BIN)/python -m pytest -q tests/scripts/maintenance/rehearse_device_report.py
+
 rehearse-device: venv  ## Rehearse the report of a GPU as it runs there (TEXT=data/sotu: folder of shards)
 	@$(BIN)/python -m scripts.maintenance.device.prepare --text $(TEXT)
 	@$(DEVICE_PYTHON) -m venv --clear build/device-venv

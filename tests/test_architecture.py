@@ -242,16 +242,16 @@ TOTALS = {
     "shampoo_jax/blocks": 435,
     "shampoo_jax/solvers": 390,
     "shampoo_jax/stacks": 1155,
-    "shampoo_jax/parts": 1215,
+    "shampoo_jax/parts": 1220,
     "shampoo_jax/directions": 305,
     "shampoo_jax/optimizers": 920,
     "shampoo_jax/inspect": 1370,
     "nanogpt/config": 445,
     "nanogpt/model": 195,
     "nanogpt/optimizers": 515,
-    "nanogpt/train": 2045,
-    "nanogpt/report": 885,
-    "nanogpt/lab": 1280,
+    "nanogpt/train": 2035,
+    "nanogpt/report": 880,
+    "nanogpt/lab": 1275,
 }
 
 

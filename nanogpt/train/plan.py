@@ -81,8 +81,8 @@ def plan_run(config: Config, target: Target) -> dict[str, Any]:
     evaluation = make_eval_step(model_structure(config.model), config, layout)
     rows = abstract_batch(config, layout, config.data.microbatch_rows)
     programs = {
-        "train": compile_for(target, step, state, batch),
-        "evaluation": compile_for(target, evaluation, state.params, rows),
+        "train": compile_for(target, step, (state, batch)),
+        "evaluation": compile_for(target, evaluation, (state.params, rows)),
     }
     return {
         "target": target.name,

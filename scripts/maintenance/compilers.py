@@ -36,9 +36,8 @@ def root(target: Target, semantics: Any) -> Compiled:
     """Inverse fourth roots of a stack by products, without what is done where they fail."""
     here = SingleDeviceSharding(target.devices[0])
     factor = jax.ShapeDtypeStruct((STACK, WIDTH, WIDTH), jnp.float32, sharding=here)
-    return compile_for(
-        target, functools.partial(polynomial_root, exponent=0.25, semantics=semantics), factor
-    )
+    solve = functools.partial(polynomial_root, exponent=0.25, semantics=semantics)
+    return compile_for(target, solve, [factor])
 
 
 def update(target: Target, layers: int, solver: str, block_size: int | None) -> Compiled:

@@ -11,7 +11,7 @@ from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.exponents import SIDES, ExponentOption, Side, given_exponents
 from shampoo_jax.directions.walk import walk
-from shampoo_jax.parts.factors import accumulate_factors
+from shampoo_jax.parts.factors import accumulate_factors, filled
 from shampoo_jax.parts.filtering import filter_gradient
 from shampoo_jax.parts.grafting import make_magnitude
 from shampoo_jax.parts.kl_factors import accumulate_kl_factors
@@ -154,7 +154,7 @@ def _statistics(statistics: Any, b2: Any, form: dict[str, Any]) -> optax.Gradien
             f"statistics={statistics!r}: use 'gradients', 'kl', or a part of stacks that fills "
             "Blocks.matrices, such as accumulate_factors(0.95)."
         )
-    return statistics
+    return filled(statistics)
 
 
 @suggests

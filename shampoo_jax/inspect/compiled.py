@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,14 +50,18 @@ class Compiled:
 
 
 def compile_for(
-    target: Target, function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()
+    target: Target,
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    *,
+    donated: tuple[int, ...] = (),
 ) -> Compiled:
     """Compiles a function for devices that need not be there; nothing is allocated or run.
 
     Args:
       target: See `target_devices`.
       function: Is traced as by `jax.jit`; one that is jitted keeps its options.
-      *arguments: Trees of `jax.ShapeDtypeStruct` with shardings on devices of the target.
+      arguments: Trees of `jax.ShapeDtypeStruct` with shardings on devices of the target.
       donated: Arguments that results may be written to.
 
     Example:
@@ -65,7 +69,7 @@ def compile_for(
       >>> target = shampoo_jax.target_devices("cpu:1")
       >>> here = jax.sharding.SingleDeviceSharding(target.devices[0])
       >>> x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=here)
-      >>> compiled = shampoo_jax.compile_for(target, jnp.sin, x)
+      >>> compiled = shampoo_jax.compile_for(target, jnp.sin, [x])
       >>> compiled.arguments, compiled.outputs, compiled.short
       (16384, 16384, 0)
     """
@@ -150,4 +154,4 @@ def compile_update(
         params,
     )
     state = jax.tree.map(struct, jax.eval_shape(tx.init, placed), state_shardings(tx, placed, mesh))
-    return compile_for(target, tx.update, placed, state, placed, donated=(0, 1))
+    return compile_for(target, tx.update, (placed, state, placed), donated=(0, 1))

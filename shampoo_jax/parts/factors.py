@@ -1,14 +1,15 @@
 """Factor statistics: moving averages of G G^T along each dimension of a block."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from shampoo_jax.base.options import SHARE, check_options
-from shampoo_jax.blocks.blocks import Blocks, Matrices, Part, microbatches_of, stateless
+from shampoo_jax.blocks.blocks import Blocks, Matrices, Part, Stacks, microbatches_of, stateless
 from shampoo_jax.matrix.products import contract, identity_like
 from shampoo_jax.parts.filtering import Average, counted
 
@@ -146,6 +147,43 @@ def damp(damping: float | Array) -> Part:
     """
     check_options({"damping": damping})
     return map_factors(lambda s: s + damping * identity_like(s))
+
+
+def filled(statistic: optax.GradientTransformation) -> Part:
+    """A part that refuses what a statistic of somebody's own leaves in `Blocks.matrices`.
+
+    Args:
+      statistic: Any part.
+
+    Returns:
+      The same part, whose update raises ValueError unless it has filled in one factor for each
+      dimension of every stack that has an exponent.
+    """
+    tx = optax.with_extra_args_support(statistic)
+
+    def update(stacks: Stacks, state: Any, params: Any = None, **extra: Any) -> Any:
+        new, state = tx.update(stacks, state, params, **extra)
+        for key in stacks:
+            _check_filled(key, new.get(key) if isinstance(new, Mapping) else None)
+        return new, state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _check_filled(key: str, b: Any) -> None:
+    if not isinstance(b, Blocks):
+        raise ValueError(f"statistics= left out the stack {key!r}.")
+    dtype = jnp.promote_types(b.gradient.dtype, jnp.float32).name
+    wanted = b.per_factor(lambda n, d, e: (n, d, d))
+    found = [None if m is None else jnp.shape(m) for m in b.per_dimension]
+    dtypes = {jnp.result_type(m).name for m in b.per_dimension if m is not None}
+    if found != [*wanted] or not dtypes <= {dtype}:
+        raise ValueError(
+            f"roots of the stack {key!r} need one factor for each of its dimensions in "
+            f"Blocks.matrices, of shapes {list(wanted)} in {dtype}, and find {found} in "
+            f"{', '.join(sorted(dtypes)) or 'no dtype'}: statistics= has to fill them in as "
+            "accumulate_factors does."
+        )
 
 
 def normalize_by_trace(exponent: float = 0.5, floor: float | Array = 0.0) -> Part:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +90,6 @@ def invert_roots(
         return InvertRootsState(jnp.zeros([], jnp.int32), roots, carried, each(no_failures, params))
 
     def update(stacks: Stacks, state: InvertRootsState, params: Any, **extra: Any) -> Step:
-        check_factors(stacks, state.roots)
         state = state._replace(count=optax.safe_increment(state.count))
         renew = functools.partial(_renew, stacks, solve, schedule)
         state = renew(None, state) if always else schedule.run(renew, state.count, state)
@@ -99,25 +97,6 @@ def invert_roots(
         return each(report, stacks, state.roots, state.solver, state.failures), state
 
     return make_part(init, update)
-
-
-def check_factors(stacks: Any, keys: Iterable[str]) -> None:
-    """Raises ValueError for stacks whose factors no part has filled in, or others than theirs."""
-    for key in keys:
-        b = stacks.get(key) if isinstance(stacks, Mapping) else None
-        if not isinstance(b, Blocks):
-            raise ValueError(f"the statistic before these roots left out the stack {key!r}.")
-        dtype = jnp.promote_types(b.gradient.dtype, jnp.float32).name
-        wanted = b.per_factor(lambda n, d, e: (n, d, d))
-        found = [None if m is None else jnp.shape(m) for m in b.per_dimension]
-        dtypes = {jnp.result_type(m).name for m in b.per_dimension if m is not None}
-        if found != [*wanted] or not dtypes <= {dtype}:
-            raise ValueError(
-                f"roots of the stack {key!r} need one factor for each of its dimensions in "
-                f"Blocks.matrices, of shapes {list(wanted)} in {dtype}, and find {found} in "
-                f"{', '.join(sorted(dtypes)) or 'no dtype'}: the part before them, statistics= "
-                "say, has to fill them in as accumulate_factors does."
-            )
 
 
 def _first(solve: Solver, root_dtype: Any, p: Blocks) -> tuple[Matrices, Any]:
@@ -200,7 +179,8 @@ def _report(
     for k, root in enumerate(roots):
         if root is None:
             continue
-        figures[f"factor/{k}"] = b.matrices[k]
+        if b.matrices:  # none where no part has accumulated factors
+            figures[f"factor/{k}"] = b.matrices[k]
         if isinstance(carried[k], tuple) and not carried[k]:
             continue  # a solver that keeps nothing has nothing to say
         for name, value in solve.figures(carried[k]).items():

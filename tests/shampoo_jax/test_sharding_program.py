@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import shampoo_jax as sj
 from scripts.maintenance import sharding_equality as se
 from scripts.maintenance import sharding_table as st
+from shampoo_jax.inspect.programs import KINDS
 
 # Sixteen blocks whose factors, 24x24 and 16x16, are not shaped like them; apart, or in one leaf.
 SHAPES = {f"w{i}": (24, 16) if i % 2 else (16, 24) for i in range(16)}
@@ -51,7 +52,7 @@ def planned(shapes, placement, blocking=None):
 @pytest.mark.parametrize("layout", ["replicated", "rows", "rows and columns"])
 def test_factors_stay_and_nothing_is_replicated(layout, capfd):
     text = lowered(layout, whole, STACKED).compile().as_text()
-    lines = [x for x in text.splitlines() if re.search(rf" = .*? ({st.KINDS})(-start)?\(", x)]
+    lines = [x for x in text.splitlines() if re.search(rf" = .*? ({KINDS})(-start)?\(", x)]
     assert lines and not [x for x in lines if re.search(r"\[[\d,]*(24,24|16,16)\]", x)]
     # Blocks are decomposed one at a time, the owner's two alone.
     loops = [x for x in text.splitlines() if " while(" in x and "known_trip_count" in x]
@@ -104,7 +105,7 @@ def test_bfloat16_travels_as_bfloat16(layout, tmp_path):
     dump = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}
     narrow.compile(compiler_options=dump)
     (path,) = tmp_path.glob("*after_spmd-partitioning*.txt")
-    moved = re.findall(rf"= (\w+)\[.*? (?:{st.KINDS})\(", path.read_text())
+    moved = re.findall(rf"= (\w+)\[.*? (?:{KINDS})\(", path.read_text())
     assert moved and set(moved) == {"bf16"}
 
 

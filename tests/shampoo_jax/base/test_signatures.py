@@ -46,9 +46,9 @@ def test_parameters_are_few_and_written_out(name):
     assert not [p.name for p in parameters if p.kind in rest]
 
 
-# Not given by users: `explain` makes `Report`, one field a line that it prints, and `blocked` makes
-# `Blocks`, one field for each thing that travels with a stack.
-MADE = ("Report", "Blocks")
+# Not given by users: `explain` makes `Report`, one field a line that it prints, `blocked` makes
+# `Blocks`, one field for each thing that travels with a stack, `compile_for` makes `Compiled`.
+MADE = ("Report", "Blocks", "Compiled")
 OBJECTS = [n for n, x in PUBLIC.items() if dataclasses.is_dataclass(x) and n not in MADE]
 
 
