@@ -33,6 +33,12 @@ class Program:
       flops: Of products, by arithmetic.
       exchanges: Number and bytes of results, by kind.
       calls: Calls of libraries by name, as often as they are in the text.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, shampoo_jax
+      >>> compiled = jax.jit(jnp.sin).lower(jnp.ones(3)).compile()
+      >>> shampoo_jax.read_program(compiled.as_text())
+      Program(flops={}, exchanges={}, calls={})
     """
 
     flops: dict[str, float]
@@ -66,6 +72,15 @@ def read_program(text: str) -> Program:
 
     Args:
       text: Of `jax.stages.Compiled.as_text()`.
+
+    Returns:
+      The counts.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, shampoo_jax
+      >>> square = jax.jit(lambda x: x @ x).lower(jnp.ones((64, 64))).compile()
+      >>> sum(shampoo_jax.read_program(square.as_text()).flops.values())
+      524288.0
     """
     computations, entry = _computations(text)
     total = _total(computations, {}, entry)

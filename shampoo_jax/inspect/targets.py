@@ -23,6 +23,12 @@ class Target:
       platform: `"cpu"`, `"cuda"` or `"tpu"`, what programs are lowered for.
       devices: All of them, for a mesh.
       memory: Bytes of one; None for a CPU.
+
+    Example:
+      >>> import shampoo_jax
+      >>> target = shampoo_jax.target_devices("cpu:1")
+      >>> target.name, target.platform, len(target.devices), target.memory
+      ('cpu:1', 'cpu', 1, None)
     """
 
     name: str

@@ -73,11 +73,11 @@ def register(name: str, function: Function) -> None:
 
     Raises:
       OSError: jaxlib came without its headers.
-      NotImplementedError: They have another interface than is known here.
+      RuntimeError: They have another interface than is known here.
     """
     major, minor = _version()
     if major != MAJOR:
-        raise NotImplementedError(f"XLA's foreign functions of version {major}, not {MAJOR}.")
+        raise RuntimeError(f"XLA's foreign functions of version {major}, not {MAJOR}.")
 
     def handle(call: Any) -> int | None:
         if call.contents.extension:
@@ -115,7 +115,7 @@ def _version() -> tuple[int, int]:
     text = header.read_text(encoding="utf-8")
     major, minor = (re.search(rf"define XLA_FFI_API_{x} (\d+)", text) for x in ("MAJOR", "MINOR"))
     if major is None or minor is None:
-        raise NotImplementedError(f"{header} does not say its version.")
+        raise RuntimeError(f"{header} does not say its version.")
     return int(major[1]), int(minor[1])
 
 

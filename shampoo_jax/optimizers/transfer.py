@@ -36,6 +36,13 @@ class Multipliers(NamedTuple):
         largest eigenvalue needs none.
       graft_eps: Of what a graft adds to the norm that it divides by. `graft` adds nothing.
       decay: Of a decay that the multiplied learning rate does not scale: 1 / width.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> narrow, wide = {"mlp": jnp.ones((8, 32))}, {"mlp": jnp.ones((16, 64))}
+      >>> m = shampoo_jax.transfer_rules(narrow, wide, "adam").multipliers["mlp"]
+      >>> m.learning_rate, m.eps
+      (0.5, 0.5)
     """
 
     learning_rate: float = 1.0
@@ -52,6 +59,12 @@ class TransferRules:
     Attributes:
       multipliers: By name, the path joined by slashes.
       residual: Of the output of every residual branch, `1 / depth`.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> same = {"mlp": jnp.ones((8, 32))}
+      >>> shampoo_jax.transfer_rules(same, same, "adam", depth=4.0).residual
+      0.25
     """
 
     multipliers: dict[str, Multipliers]

@@ -1,7 +1,6 @@
 """The report of a device, rehearsed from its start to its end: `make rehearsal`, about a minute."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -17,23 +16,18 @@ SHARDS = ROOT / "tests" / "golden" / "loader" / "shards"
 NOT_ON_CPU = ("is not supported by dot_general on CPU", "cuDNN", "nvidia-smi")
 
 
-def report(*arguments, **environment):
+def report(*words):
     """Runs the command line in a process."""
-    return subprocess.run(
-        [sys.executable, "-m", "scripts.maintenance.device_report", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "scripts.maintenance.device_report", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_a_rehearsal_runs_every_part_to_its_end(tmp_path):
     """One test, since a second worker would rehearse once more."""
     prepare.write_text(SHARDS, tmp_path, REHEARSAL)
     # So long that no part is ever ended, however busy the machine.
-    flags = ["--rehearse", "--minutes", 120, "--carried", tmp_path, "--out", tmp_path / "out"]
-    done = report(*flags)
+    words = ["--rehearse", "--minutes", 120, "--carried", tmp_path, "--out", tmp_path / "out"]
+    done = report(*words)
     path = tmp_path / "out" / "rehearsal.json"
     assert path.exists(), done.stderr
     parts = json.loads(path.read_text())["parts"]

@@ -18,20 +18,16 @@ ROOT = pathlib.Path(__file__).parents[3]
 SHARDS = ROOT / "tests" / "golden" / "loader" / "shards"
 
 
-def report(*arguments, **environment):
-    """Runs the command line in a process."""
-    return subprocess.run(
-        [sys.executable, "-m", "scripts.maintenance.device_report", *map(str, arguments)],
+def test_a_machine_without_gpu_is_refused_and_told_the_remedy(tmp_path):
+    out = tmp_path / "out"
+    words = ["--out", str(out), "--carried", str(tmp_path), "--parts", "step"]
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.maintenance.device_report", *words],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
-
-
-def test_a_machine_without_gpu_is_refused_and_told_the_remedy(tmp_path):
-    out = tmp_path / "out"
-    done = report("--out", out, "--carried", tmp_path, "--parts", "step", JAX_PLATFORMS="cpu")
     assert done.returncode == 1 and not out.exists()
     assert "error: jax found no GPU but" in done.stderr and "add --rehearse" in done.stderr
 

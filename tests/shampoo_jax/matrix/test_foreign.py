@@ -45,5 +45,5 @@ def test_an_interface_that_is_not_known_is_refused(tmp_path, monkeypatch, header
     file.parent.mkdir(parents=True)
     file.write_text(header)
     monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
-    with pytest.raises(NotImplementedError, match=reason):
+    with pytest.raises(RuntimeError, match=reason):
         foreign.register("test_refused", lambda arguments, results: None)
