@@ -20,7 +20,7 @@ import optax
 from shampoo_jax import Blocking, Refresh, explain, scale_by_shampoo
 
 # What XLA calls for a symmetric eigendecomposition: LAPACK on CPU, cuSolver on GPU.
-EIGH_CALL = re.compile(r'custom_call_target="([^"]*syev|shampoo_jax_eigh)')
+EIGH_CALL = re.compile(r'custom_call_target="([^"]*syev|shampoo_jax_(eigh|truncated_root))')
 
 
 def gpt2_matrices(layers: int, width: int) -> dict[str, Any]:

@@ -4,7 +4,11 @@
 
 What an inverse root is worth depends on the spectra of the factors, and no synthetic spectrum is
 quite like a network's. Gradients are stored in float16 with one scale a step: rounding to 11 bits
-leaves noise far below a factor's default cutoff.
+leaves noise far below a factor's default cutoff. The model of track 3 trains on the text of preset
+cpu, which is at hand everywhere, with its vocabulary:
+
+    python -m scripts.maintenance.record_gradients --preset track3 --rows 4 \
+      --wanted 0:blocks/5/attn/q 0:blocks/5/mlp/fc:1024 0:blocks/5/attn/proj --out runs/track3.npz
 """
 
 import dataclasses
@@ -13,7 +17,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # Before jax is imported: LAPACK's own threads make decompositions slower on few cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -50,7 +54,9 @@ class Options:
     out: pathlib.Path = pathlib.Path("runs/gradients.npz")  # file to write
     wanted: tuple[str, ...] = WANTED  # STEP:MATRIX, or STEP:MATRIX:COLUMNS for its first columns
     steps: int = 12  # consecutive gradients of each, from STEP on
-    optimizer: str = "adamw"  # recipe of preset cpu
+    preset: Literal["cpu", "track3"] = "cpu"  # whose model and recipes
+    optimizer: str = "adamw"  # recipe of the preset
+    rows: int | None = None  # of a step's batch; None: as preset cpu
 
 
 class Wanted(NamedTuple):
@@ -75,7 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         args=given,
     )
-    config = preset("cpu", options.optimizer)
+    config, small = preset(options.preset, options.optimizer), preset("cpu", "adamw")
+    rows = options.rows or small.data.batch_rows
+    data = dataclasses.replace(small.data, batch_rows=rows, microbatch_rows=rows)
+    model = dataclasses.replace(config.model, vocab_size=small.model.vocab_size)
+    config = dataclasses.replace(config, data=data, model=model)
     try:
         wanted = [parse(text) for text in options.wanted]
         prepare_data(config)

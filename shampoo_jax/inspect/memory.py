@@ -25,7 +25,7 @@ class Arrays(NamedTuple):
 # chunk, slices of the state are temporary as well; in a stack of its own, state is written in
 # place. A fraction is a mask of one byte an entry.
 WHOLE = {
-    "roots": Arrays(0, 2, 1),
+    "roots": Arrays(0, 1, 0.5),  # of factors that `lapack` takes; up to 64 it is twice that
     "bases": Arrays(2, 2, 3),
     "kl": Arrays(3.25, 3, 2),
     "kl_scaled": Arrays(2, 3, 2),

@@ -53,17 +53,28 @@ def eigh(matrices: Array, implementation: str | None = None) -> Spectrum:
     def by_xla(stack: Array) -> Any:
         return map_matrices(one, stack.shape[:-2], stack)
 
-    large = matrices.size > 0 and matrices.shape[-1] > SMALL
-    if large and implementation in (None, "qr") and lapack.serves(matrices.dtype):
-        by_lapack = jax.custom_jvp(lapack.eigh)
-        by_lapack.defjvp(functools.partial(jax.jvp, by_xla))
-        found = jax.lax.platform_dependent(matrices, cpu=by_lapack, default=by_xla)
+    if _on_every_core(matrices, implementation):
+        vectors, values = _by_platform(lapack.eigh, by_xla, matrices)
     else:
-        if large:
-            _warn_about_blas_threads()
-        found = by_xla(matrices)
-    vectors, values = found
+        vectors, values = by_xla(matrices)
     return values, vectors
+
+
+def _on_every_core(matrices: Array, implementation: str | None) -> bool:
+    """Whether `lapack` serves where a program is lowered for CPU."""
+    if matrices.size == 0 or matrices.shape[-1] <= SMALL:
+        return False
+    if implementation in (None, "qr") and lapack.serves(matrices.dtype):
+        return True
+    _warn_about_blas_threads()
+    return False
+
+
+def _by_platform(cpu: Callable[..., Any], default: Callable[..., Any], *arguments: Any) -> Any:
+    """One of two functions of the same values; derivatives are those of `default`."""
+    on_cpu = jax.custom_jvp(cpu)
+    on_cpu.defjvp(functools.partial(jax.jvp, default))
+    return jax.lax.platform_dependent(*arguments, cpu=on_cpu, default=default)
 
 
 def _choosing(implementation: str | None) -> dict[str, Any]:
@@ -243,6 +254,12 @@ def shifted_power(
     return values**-exponent
 
 
+def _near_one(factor: Array) -> tuple[Array, Array, Array]:
+    """A stack over its `power_of_two_scale`, 0 where not finite; the scale; what is finite."""
+    scale, ok = power_of_two_scale(factor), finite(factor)
+    return jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor)), scale, ok
+
+
 def spectral_root(
     factor: Array,
     exponent: float,
@@ -264,9 +281,7 @@ def spectral_root(
       The roots `[..., d, d]`; per matrix, whether it and its root are finite; the eigenvectors. The
       derivative is that of the root of exact eigenvectors, which have none, and without correction.
     """
-    scale = power_of_two_scale(factor)
-    ok = finite(factor)
-    safe = jnp.where(ok[..., None, None], factor / scale, jnp.zeros_like(factor))
+    safe, scale, ok = _near_one(factor)
     values, vectors = jax.lax.stop_gradient(decompose(jax.lax.stop_gradient(safe)))
     found = powers(values, unit=scale[..., 0])
     root = _assembled(safe, values, vectors, found, slopes_of(found, exponent))
@@ -308,9 +323,22 @@ def truncated_root(
     if rtol is not None:
         UP_TO_ONE.but("None means d * eps of the dtype")("rtol", rtol)
     check_entries({"atol": atol})
-    powers = functools.partial(truncated_power, exponent=exponent, rtol=rtol, atol=atol)
+    rtol = relative_cutoff(rtol, factor.shape[-1], factor.dtype)
     decompose = functools.partial(eigh, implementation=implementation)
-    return spectral_root(factor, exponent, powers, decompose, samples)[:2]
+
+    def by_spectrum(factor: Array, rtol: Any, atol: Any) -> Roots:
+        powers = functools.partial(truncated_power, exponent=exponent, rtol=rtol, atol=atol)
+        return spectral_root(factor, exponent, powers, decompose, samples)[:2]
+
+    def by_lapack(factor: Array, rtol: Any, atol: Any) -> Roots:
+        safe, scale, ok = _near_one(factor)
+        atol = atol / scale[..., 0, 0]
+        root = lapack.truncated_root(safe, exponent, rtol, atol) * scale**-exponent
+        return root, ok & finite(root)
+
+    if samples is None and _on_every_core(factor, implementation):
+        return _by_platform(by_lapack, by_spectrum, factor, rtol, atol)
+    return by_spectrum(factor, rtol, atol)
 
 
 def shifted_root(

@@ -1,157 +1,166 @@
-"""`eigh` of a stack on every core of a CPU: SciPy's LAPACK in threads, one matrix each.
+"""`eigh` and truncated roots on every core of a CPU: SciPy's LAPACK, one matrix a thread.
 
-XLA's own call takes the matrices of a stack one after another, see `batching.map_matrices`. It is
-to the same routine, so results are equal to the bit, whatever the number of threads.
+XLA's own call takes the matrices of a stack one after another, see `batching.map_matrices`. For
+`eigh` it is to the same routine, so results are equal to the bit, whatever the number of threads.
 """
 
-import collections
-import concurrent.futures
-import contextlib
 import ctypes
 import functools
 import importlib
-import os
-import threading
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from shampoo_jax.matrix import foreign
+from shampoo_jax.matrix.threads import OneThread, Team, Work
 
 Array = jax.Array
-Work = Callable[[int], None]  # on the matrix at one place of a stack
 
-TARGET = "shampoo_jax_eigh"
+EIGH, ROOT = "shampoo_jax_eigh", "shampoo_jax_truncated_root"
 # No SciPy, or one with another LAPACK, table or OpenBLAS; a jaxlib with another interface.
 UNAVAILABLE = (ImportError, OSError, LookupError, AttributeError, StopIteration, RuntimeError)
-ROUTINES = {"float32": "ssyevd", "float64": "dsyevd"}
-# OpenBLAS as SciPy's wheels name its functions, and as it does itself.
-THREADS = ("scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
+LETTERS = {"float32": "s", "float64": "d"}  # which names of routines begin with
+# Module and routine, and how many letters and arrays it takes.
+ROUTINES = {
+    "syevd": ("lapack", 2, 9),
+    "sytrd": ("lapack", 1, 9),
+    "stedc": ("lapack", 1, 10),
+    "ormtr": ("lapack", 3, 10),
+    "syrk": ("blas", 2, 8),
+}
+BLOCK, TABLE = 64, 65 * 64  # of LAPACK: columns at a time at most, and ormtr's own memory
 
 
-class Team:
-    """The threads of a process: one a core, shared by all devices and programs."""
+class Routines:
+    """The functions of SciPy's LAPACK and BLAS for a dtype, by the tables of its Cython modules.
 
-    def __init__(self) -> None:
-        affinity = getattr(os, "sched_getaffinity", None)  # not every system has it
-        self.cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        self.free = threading.Semaphore(self.cores)
-        self.pool = concurrent.futures.ThreadPoolExecutor(self.cores, TARGET)
+    A call of one lets go of the interpreter's lock.
+    """
 
-    def run(self, count: int, prepare: Callable[[], Work]) -> None:
-        """Works on places 0, ..., count - 1; each thread that takes part prepares for itself."""
-        places = collections.deque(range(count))
+    def __init__(self, dtype: Any) -> None:
+        for name, (module, letters, arrays) in ROUTINES.items():
+            table = importlib.import_module(f"scipy.linalg.cython_{module}").__pyx_capi__
+            capsule, api = table[LETTERS[np.dtype(dtype).name] + name], ctypes.pythonapi
+            kinds = ctypes.py_object, ctypes.c_char_p
+            name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, kinds[0])(("PyCapsule_GetName", api))
+            address = ctypes.PYFUNCTYPE(ctypes.c_void_p, *kinds)(("PyCapsule_GetPointer", api))
+            taken = [ctypes.c_char_p] * letters + [ctypes.c_void_p] * arrays
+            setattr(self, name, ctypes.CFUNCTYPE(None, *taken)(address(capsule, name_of(capsule))))
 
-        def take_part() -> None:
-            with self.free:
-                work = prepare()
-                with contextlib.suppress(IndexError):  # no place is left
-                    while True:
-                        work(places.popleft())
-
-        # This thread takes part as well and waits only for those that have begun. So it needs none
-        # of the pool's, which may be busy for another device, and at the end of the interpreter do
-        # not begin.
-        others: list[concurrent.futures.Future[None]] = []
-        with contextlib.suppress(RuntimeError):
-            for _ in range(min(count, self.cores) - 1):
-                others.append(self.pool.submit(take_part))
-        try:
-            take_part()
-        finally:
-            others = [other for other in others if not other.cancel()]
-            concurrent.futures.wait(others)
-        for other in others:
-            other.result()
-
-
-class OneThread:
-    """Where OpenBLAS has no threads of its own, until all who are inside have left."""
-
-    def __init__(self, library: ctypes.CDLL):
-        name = next(name for name in THREADS if hasattr(library, name.format("set")))
-        self.get, self.set = (getattr(library, name.format(verb)) for verb in ("get", "set"))
-        self.lock, self.inside, self.before = threading.Lock(), 0, 1
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if not self.inside:
-                self.before = self.get()
-                self.set(1)
-            self.inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if not self.inside:
-                self.set(self.before)
+    def call(self, name: str, letters: bytes, *arrays: np.ndarray) -> None:
+        """Calls a routine with one letter each and the addresses of arrays."""
+        each = (letters[i : i + 1] for i in range(len(letters)))
+        getattr(self, name)(*each, *(array.ctypes.data for array in arrays))
 
 
 def _eigh(
-    routine: Callable[..., None], matrices: np.ndarray, vectors: np.ndarray, values: np.ndarray
+    routines: Routines, matrices: np.ndarray, vectors: np.ndarray, values: np.ndarray
 ) -> Work:
     """Decomposes single matrices of a stack; eigenvectors become rows, NaN where LAPACK fails."""
     n, dtype = matrices.shape[-1], matrices.dtype
     # As large as LAPACK's manual asks for with eigenvectors.
     work, iwork = np.empty(1 + 6 * n + 2 * n * n, dtype), np.empty(3 + 5 * n, np.int32)
-    order, size, isize, info = np.array([[n], [work.size], [iwork.size], [0]], np.int32)
+    order, size, isize, info = _integers(n, work.size, iwork.size, 0)
 
     def one(place: int) -> None:
         vectors[place] = matrices[place]
         given = order, vectors[place], order, values[place], work, size, iwork, isize, info
-        routine(b"V", b"L", *(array.ctypes.data for array in given))
+        routines.call("syevd", b"VL", *given)
         if info[0]:
             vectors[place] = values[place] = np.nan
 
     return one
 
 
-def _routine(module: Any, name: str) -> Callable[..., None]:
-    """A function of LAPACK by the table of `scipy.linalg.cython_lapack`.
+def _truncated_root(
+    routines: Routines, matrices: np.ndarray, options: np.ndarray, roots: np.ndarray
+) -> Work:
+    """Roots of single matrices of a stack, in their upper triangle; NaN where LAPACK fails.
 
-    A call of it lets go of the interpreter's lock.
+    It is what `syevd` does, but only eigenvectors that are kept are turned back, most of its time
+    at full rank, and half of `Q diag(w^-e) Q^T` is computed, as `X X^T`.
     """
-    capsule, api = module.__pyx_capi__[name], ctypes.pythonapi
-    kinds = ctypes.py_object, ctypes.c_char_p
-    name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, kinds[0])(("PyCapsule_GetName", api))
-    address = ctypes.PYFUNCTYPE(ctypes.c_void_p, *kinds)(("PyCapsule_GetPointer", api))
-    arguments = [ctypes.c_char_p] * 2 + [ctypes.c_void_p] * 9
-    return ctypes.CFUNCTYPE(None, *arguments)(address(capsule, name_of(capsule)))
+    n, dtype = matrices.shape[-1], matrices.dtype
+    values, beside, reflected = np.empty((3, n), dtype)
+    rows = np.empty((n, n), dtype)  # eigenvectors, which are LAPACK's columns
+    work = np.empty(max(1 + 4 * n + n * n, BLOCK * n + TABLE), dtype)
+    iwork = np.empty(3 + 5 * n, np.int32)
+    order, size, isize, info = _integers(n, work.size, iwork.size, 0)
+    whole, nothing = np.ones(1, dtype), np.zeros(1, dtype)
+
+    def one(place: int) -> None:
+        root, (exponent, rtol, atol) = roots[place], options[place]
+        root[:] = matrices[place]
+        given = order, root, order, values, beside, reflected, work, size, info
+        routines.call("sytrd", b"L", *given)
+        given = order, values, beside, rows, order, work, size, iwork, isize, info
+        routines.call("stedc", b"I", *given)
+        if info[0]:
+            root[:] = np.nan
+            return
+        cutoff = max(rtol * max(values[-1], 0), atol)
+        first = int(np.searchsorted(values, cutoff, side="right"))
+        kept, (count,) = rows[first:], _integers(n - first)
+        given = order, count, root, order, reflected, kept, order, work, size, info
+        routines.call("ormtr", b"LLN", *given)
+        kept *= (values[first:] ** (-exponent / 2))[:, None]
+        routines.call("syrk", b"LN", order, count, whole, kept, order, nothing, root, order)
+
+    return one
+
+
+def _integers(*numbers: int) -> np.ndarray:
+    """Each as an array of its own, as Fortran takes them."""
+    return np.array(numbers, np.int32)[:, None]
 
 
 @functools.cache
 def available() -> bool:
-    """Makes the target known to XLA, where SciPy's LAPACK and OpenBLAS's thread count are found."""
+    """Tells XLA of the targets, where SciPy's LAPACK and OpenBLAS's thread count are found."""
     try:
         module = importlib.import_module("scipy.linalg.cython_lapack")
         one_thread = OneThread(ctypes.CDLL(module.__file__))
-        routines = {dtype: _routine(module, name) for dtype, name in ROUTINES.items()}
-        foreign.register(TARGET, functools.partial(_decompose, Team(), one_thread, routines))
+        routines = {dtype: Routines(dtype) for dtype in LETTERS}
+        share = functools.partial(_share_out, Team(), one_thread, routines)
+        foreign.register(EIGH, functools.partial(share, _eigh))
+        foreign.register(ROOT, functools.partial(share, _truncated_root))
     except UNAVAILABLE:  # XLA's own call then serves
         return False
     return True
 
 
 def serves(dtype: Any) -> bool:
-    """Whether `eigh` takes this dtype here."""
-    return np.dtype(dtype).name in ROUTINES and available()
+    """Whether `eigh` and `truncated_root` take this dtype here."""
+    return np.dtype(dtype).name in LETTERS and available()
 
 
-def _decompose(
+def _share_out(
     team: Team,
     one_thread: OneThread,
-    routines: dict[str, Callable[..., None]],
+    routines: dict[str, Routines],
+    make: Callable[..., Work],
     arguments: list[np.ndarray],
     results: list[np.ndarray],
 ) -> None:
-    """What XLA calls: matrices in; eigenvectors, as rows, and eigenvalues out."""
-    (matrices,), (vectors, values) = arguments, results
-    n = values.shape[-1]
-    stacks = matrices.reshape(-1, n, n), vectors.reshape(-1, n, n), values.reshape(-1, n)
+    """What XLA calls: works on stacks of which the first argument is matrices."""
+    *stack, _, _ = arguments[0].shape
+    flat = [a.reshape(math.prod(stack), *a.shape[len(stack) :]) for a in arguments + results]
     with one_thread:
-        team.run(len(stacks[2]), functools.partial(_eigh, routines[values.dtype.name], *stacks))
+        team.run(len(flat[0]), functools.partial(make, routines[flat[0].dtype.name], *flat))
+
+
+def _call(target: str, arguments: Sequence[Array], kinds: Any) -> Any:
+    """The target's results in a program; the first is written in the place of the matrices."""
+    options = {"vmap_method": "broadcast_all", "input_output_aliases": {0: 0}}
+    return jax.ffi.ffi_call(target, kinds, **options)(*arguments)
+
+
+def _symmetric(matrices: Array) -> Array:
+    return (matrices + matrices.swapaxes(-1, -2)) / 2
 
 
 def eigh(matrices: Array) -> tuple[Array, Array]:
@@ -163,12 +172,26 @@ def eigh(matrices: Array) -> tuple[Array, Array]:
     Returns:
       Eigenvectors `[..., d, d]` in columns and eigenvalues `[..., d]` in ascending order.
     """
-    symmetric = (matrices + matrices.swapaxes(-1, -2)) / 2
-    of_values = jax.eval_shape(lambda x: x[..., 0], symmetric)
-    kinds = jax.typeof(symmetric), of_values
-    aliases = {0: 0}  # decomposed in place
-    call = jax.ffi.ffi_call(
-        TARGET, kinds, vmap_method="broadcast_all", input_output_aliases=aliases
-    )
-    rows, values = call(symmetric)
+    of_values = jax.eval_shape(lambda x: x[..., 0], matrices)
+    rows, values = _call(EIGH, [_symmetric(matrices)], (jax.typeof(matrices), of_values))
     return rows.swapaxes(-1, -2), values
+
+
+def truncated_root(matrices: Array, exponent: Any, rtol: Any, atol: Any) -> Array:
+    """`A^(-exponent)` of a stack, eigenvalues up to `max(rtol * largest, atol)` mapped to 0.
+
+    Args:
+      matrices: `[..., d, d]`, finite, of a dtype that `serves`; only the symmetric part is read.
+      exponent: Real; like both cutoffs `[]` or `[...]`.
+      rtol: Cutoff relative to the largest eigenvalue.
+      atol: Absolute cutoff, at least 0.
+
+    Returns:
+      The roots `[..., d, d]`, symmetric, of NaN where LAPACK fails.
+    """
+    each = matrices.shape[:-2]
+    options = [jnp.broadcast_to(x, each).astype(matrices.dtype) for x in (exponent, rtol, atol)]
+    arguments = _symmetric(matrices), jnp.stack(options, -1)
+    upper = _call(ROOT, arguments, jax.typeof(matrices))
+    d = matrices.shape[-1]
+    return jnp.where(jnp.tri(d, dtype=bool), upper.swapaxes(-1, -2), upper)

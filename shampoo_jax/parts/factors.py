@@ -10,7 +10,7 @@ import optax
 
 from shampoo_jax.base.options import SHARE, check_options
 from shampoo_jax.blocks.blocks import Blocks, Matrices, Part, Stacks, microbatches_of, stateless
-from shampoo_jax.matrix.products import contract, identity_like
+from shampoo_jax.matrix.products import contract, identity_like, swift_gram
 from shampoo_jax.parts.filtering import Average, counted
 
 Array = jax.Array
@@ -66,10 +66,10 @@ def accumulate_factors(
 
     def step(count: Array, b: Blocks, old: Matrices) -> tuple[Blocks, Matrices]:
         if microbatches is None:
-            squares = [None if s is None else contract(b.gradient, k) for k, s in enumerate(old)]
+            squares = squares_of(b.gradient, old)
         else:
             squares = _mean_squares(b, old, microbatches)
-        return averaged(average, count, b, old, tuple(squares))
+        return averaged(average, count, b, old, squares)
 
     return counted(AccumulateFactorsState, zero_factors, step)
 
@@ -90,7 +90,7 @@ def _mean_squares(b: Blocks, like: Matrices, microbatches: str) -> Matrices:
 
 def squares_of(x: Array, like: Matrices) -> Matrices:
     """`X_(k) X_(k)^T` of a stack `[N, *block]` where `like` has a factor."""
-    return tuple(None if s is None else contract(x, k) for k, s in enumerate(like))
+    return tuple(None if s is None else contract(x, k, swift_gram) for k, s in enumerate(like))
 
 
 def zero_factors(params: Blocks) -> Matrices:

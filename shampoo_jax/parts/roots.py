@@ -202,4 +202,8 @@ def precondition() -> Part:
       >>> tx.update(grads, tx.init(grads))[0]["w"].round(2).tolist()  # U V^T of the gradient
       [[0.0, 1.0], [1.0, 0.0]]
     """
-    return stateless(lambda b: dataclasses.replace(b, update=apply_matrices(b.update, b.matrices)))
+
+    def apply(b: Blocks) -> Blocks:
+        return dataclasses.replace(b, update=apply_matrices(b.update, b.matrices, swift=True))
+
+    return stateless(apply)

@@ -16,9 +16,9 @@ Step = Callable[[ByStack, ByStack, ByStack, Any], tuple[ByStack, Any]]
 # (blocks by stack) -> (updates and own state by stack, shared state), see `in_chunks`
 Compute = Callable[[ByStack], tuple[ByStack, Any]]
 
-# Bytes of the blocks and factors that are computed at a time by default: no fewer than keep a
-# device busy, no more than that needs, and in between an eighth of the stack.
-LEAST, MOST, SHARE = 2**24, 2**26, 8
+# Bytes of the blocks and factors that are computed at a time by default: as many as keep a device
+# busy, each core of a CPU with blocks of its own among them.
+BYTES = 2**26
 
 
 def chunk_of(chunk: int | str | None, n: int, block: Sequence[int], powers: Iterable[float]) -> int:
@@ -34,7 +34,7 @@ def chunk_of(chunk: int | str | None, n: int, block: Sequence[int], powers: Iter
       1 to n, such that chunks are as equal as they can be.
 
     >>> [chunk_of("auto", 48, (d, d), (0.25, 0.25)) for d in (64, 384, 768, 4096)]
-    [48, 8, 6, 1]
+    [48, 24, 8, 1]
     >>> chunk_of(7, 8, (2, 2), (0.25, 0.25))
     4
     """
@@ -43,7 +43,7 @@ def chunk_of(chunk: int | str | None, n: int, block: Sequence[int], powers: Iter
     if isinstance(chunk, str):
         factors = [d * d for d, e in zip(block, powers, strict=True) if e]
         size = 4 * max(1, math.prod(block) + sum(factors))
-        chunk = max(1, LEAST // size, min(n // SHARE, MOST // size))
+        chunk = max(1, BYTES // size)
     return -(-n // -(-n // chunk))
 
 

@@ -12,7 +12,7 @@ import shampoo_jax as sj
 PARAMS = {"w": jax.ShapeDtypeStruct((130, 3), jnp.float32)}
 # Decompositions by platform: LAPACK's, of which many at once are ours; cuSOLVER's and XLA's own.
 PREFIX = {
-    "cpu": ("lapack_", "shampoo_jax_eigh"),
+    "cpu": ("lapack_", "shampoo_jax_"),
     "cuda": "cusolver_",
     "tpu": ("Eigh", "Qr", "ProductOf"),
 }
@@ -57,9 +57,26 @@ PRECISE = {
 }
 
 
+SHAMPOO = ("eigh", "shifted", "coupled", "higher", "carried")
+
+
 @pytest.mark.parametrize("name", PRECISE)
 def test_no_product_is_left_to_the_precision_of_a_platform(name, monkeypatch):
-    """On recent GPUs that is TF32, which makes eigenvalues below 2^-11 of the largest noise."""
-    text = lowered(monkeypatch, PRECISE[name](monitor=1))["cuda"]
-    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    """On recent GPUs that is TF32, which makes eigenvalues below 2^-11 of the largest noise.
+
+    Statistics are two products of bfloat16 numbers each, and applied roots are TF32 by intention.
+    """
+    tx = PRECISE[name](monitor=1)
+    chosen = re.compile(r"\[HIGHEST, HIGHEST\]|\[HIGH, HIGH\]|bf16>, tensor<\S+bf16>\) -> \S+xf32>")
+    products = products_of(lowered(monkeypatch, tx)["cuda"])
+    assert products and all(chosen.search(line) for line in products)
+    applied = [line for line in products if "[HIGH, HIGH]" in line]
+    halves = [line for line in products if "HIGH" not in line]
+    assert len(applied) == 2 * name.startswith(SHAMPOO) and len(halves) in (0, 4)
+    with jax.default_matmul_precision("highest"):
+        products = products_of(lowered(monkeypatch, tx)["cuda"])
     assert products and all("[HIGHEST, HIGHEST]" in line for line in products)
+
+
+def products_of(program):
+    return [line for line in program.splitlines() if "stablehlo.dot_general" in line]

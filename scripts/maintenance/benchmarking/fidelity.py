@@ -41,8 +41,8 @@ def update_cosines(
         factor = np.stack([state[1 + side] for state in states])
         tested = np.asarray(root(factor.astype(np.float32), exponent), np.float64)
         found = _apply(found, tested, side)
-        expected = _apply(expected, _truncated_root(factor, exponent, tested, doubt), side)
-    return _cosine(found, expected)
+        expected = _apply(expected, truncated_root(factor, exponent, tested, doubt), side)
+    return cosine(found, expected)
 
 
 def _averages(gradients: Array) -> Iterator[tuple[Array, Array, Array]]:
@@ -58,7 +58,7 @@ def _pairs(g: Array, m: Any, left: Any, right: Any) -> tuple[tuple[Any, Array], 
     return (m, g), (left, g @ g.T), (right, g.T @ g)
 
 
-def _truncated_root(factor: Array, exponent: float, tested: Array, doubt: float) -> Array:
+def truncated_root(factor: Array, exponent: float, tested: Array, doubt: float) -> Array:
     """The reference's root, which keeps as much of eigenvalues in doubt as the tested one does."""
     values, vectors = np.linalg.eigh(factor)
     relative = values / (factor.shape[-1] * np.finfo(np.float32).eps * values[:, -1:])
@@ -73,7 +73,8 @@ def _apply(x: Array, matrix: Array, side: int) -> Array:
     return x @ matrix if side else matrix @ x
 
 
-def _cosine(a: Array, b: Array) -> Array:
+def cosine(a: Array, b: Array) -> Array:
+    """Cosines between matrices, [N]."""
     norms = np.linalg.norm(a, axis=(1, 2)) * np.linalg.norm(b, axis=(1, 2))
     return np.sum(a * b, axis=(1, 2)) / np.where(norms > 0, norms, 1.0)
 

@@ -1,4 +1,4 @@
-"""`eigh` on every core: against numpy, and the threads that do it."""
+"""`eigh` and truncated roots on every core: against numpy, XLA and each other."""
 
 import ctypes
 import functools
@@ -12,8 +12,10 @@ import pytest
 from scipy.linalg import cython_lapack
 
 from shampoo_jax.matrix import eigh, lapack
+from shampoo_jax.matrix.threads import OneThread, Team
 
 D = eigh.SMALL + 2
+ROUTINES = {dtype: lapack.Routines(dtype) for dtype in lapack.LETTERS}
 
 
 def symmetric(*shape, dtype=np.float32):
@@ -21,22 +23,35 @@ def symmetric(*shape, dtype=np.float32):
     return (g @ g.swapaxes(-1, -2)).astype(dtype)
 
 
-def decomposed(stack, team, one_thread=None):
-    """What XLA gets, without XLA."""
-    routines = {d: lapack._routine(cython_lapack, name) for d, name in lapack.ROUTINES.items()}
-    one_thread = one_thread or lapack.OneThread(ctypes.CDLL(cython_lapack.__file__))
-    vectors, values = np.empty_like(stack), np.empty_like(stack[..., 0])
-    lapack._decompose(team, one_thread, routines, [stack], [vectors, values])
-    return vectors.swapaxes(-1, -2), values
+def low_rank(*shape, dtype=np.float32):
+    """A third of full rank."""
+    g = np.random.default_rng(1).normal(size=(*shape[:-1], shape[-1] // 3))
+    return (g @ g.swapaxes(-1, -2)).astype(dtype)
 
 
 def team_of(cores):
-    team = lapack.Team()
+    team = Team()
     team.cores, team.free = cores, threading.Semaphore(cores)
     return team
 
 
+def computed(stack, team, routines=ROUTINES):
+    """What XLA gets, without XLA."""
+    one_thread = OneThread(ctypes.CDLL(cython_lapack.__file__))
+    share = functools.partial(lapack._share_out, team, one_thread, routines)
+    vectors, values, roots = (
+        np.empty_like(stack),
+        np.empty_like(stack[..., 0]),
+        np.zeros_like(stack),
+    )
+    options = np.array([[0.25, 1e-4, 0.0]] * len(stack), stack.dtype)
+    share(lapack._eigh, [stack], [vectors, values])
+    share(lapack._truncated_root, [stack, options], [roots])
+    return vectors.swapaxes(-1, -2), values, np.triu(roots)
+
+
 decompose = jax.jit(eigh.eigh)
+ROOT = functools.partial(eigh.truncated_root, exponent=0.25, rtol=1e-4)
 
 
 def by_xla(stack):
@@ -53,7 +68,7 @@ def test_eigenvalues_and_vectors(dtype):
     with jax.enable_x64(True):
         a = symmetric(3, 1, D, D, dtype=dtype)
         values, vectors = jax.tree.map(np.asarray, decompose(a))
-        assert lapack.TARGET in decompose.lower(a).as_text()
+        assert lapack.EIGH in decompose.lower(a).as_text()
     eps = float(np.finfo(dtype).eps)
     exact = np.linalg.eigvalsh(a.astype(np.float64))
     tolerance = D * eps * exact.max()
@@ -64,20 +79,59 @@ def test_eigenvalues_and_vectors(dtype):
         np.testing.assert_allclose((found * w) @ found.T, matrix, rtol=0, atol=tolerance)
 
 
+def expected_root(matrix, exponent, rtol, atol):
+    values, vectors = np.linalg.eigh(matrix.astype(np.float64))
+    kept = values > max(rtol * values[-1], atol)
+    return (vectors[:, kept] * values[kept] ** -exponent) @ vectors[:, kept].T
+
+
+CUTOFFS = {
+    "relative": (1e-4, 0.0),
+    "absolute": (0.0, 30.0),
+    "both": (1e-4, 1e6),
+    "none": (1e-4, 0.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", CUTOFFS)
+def test_truncated_roots(name, dtype):
+    rtol, atol = CUTOFFS[name]
+    with jax.enable_x64(True):
+        a = (symmetric if name == "none" else low_rank)(3, 1, D, D, dtype=dtype)
+        a[2] = 0
+        root = jax.jit(functools.partial(eigh.truncated_root, exponent=0.5, rtol=rtol, atol=atol))
+        found, ok = jax.tree.map(np.asarray, root(a))
+        assert lapack.ROOT in root.lower(a).as_text()
+    assert found.dtype == dtype and ok.all()
+    np.testing.assert_array_equal(found, found.swapaxes(-1, -2))
+    for one, matrix in zip(found[:, 0], a[:, 0], strict=True):
+        exact = expected_root(matrix, 0.5, rtol, atol)
+        np.testing.assert_allclose(one, exact, atol=3e4 * np.finfo(dtype).eps * np.abs(exact).max())
+    assert not found[2].any()
+
+
+def test_roots_of_one_matrix_are_the_same_at_any_scale():
+    a, one = low_rank(1, D, D), jax.jit(ROOT)
+    for scale in (2.0**-100, 2.0**60):
+        np.testing.assert_array_equal(one(a * np.float32(scale))[0], one(a)[0] * scale**-0.25)
+
+
 def test_only_the_symmetric_part_is_read():
     a = np.random.default_rng(0).integers(0, 9, (D, D)).astype(np.float32)
     assert_equal(decompose(a), decompose((a + a.T) / 2))
+    assert_equal(ROOT(a), ROOT((a + a.T) / 2))
 
 
 def test_nothing_depends_on_the_number_of_threads_or_the_place():
     a = symmetric(1, D + 1, D + 1)  # an odd size: places are aligned differently
     stack = np.repeat(a, 5, axis=0)
     library = ctypes.CDLL(cython_lapack.__file__)
-    limit = lapack.OneThread(library)
+    limit = OneThread(library)
     before = limit.get()
     try:
         limit.set(2)  # as in a process that sets nothing
-        runs = [decomposed(stack, team_of(cores)) for cores in (1, 3, 8)]
+        runs = [computed(stack, team_of(cores)) for cores in (1, 3, 8)]
         assert limit.get() == 2  # given back
     finally:
         limit.set(before)
@@ -97,16 +151,16 @@ def test_arguments_stay_as_they_are():
 def test_a_matrix_that_fails_is_nan_alone():
     stack = symmetric(3, D, D)
 
-    def failing(routine, jobz, uplo, *pointers):
-        routine(jobz, uplo, *pointers)
-        info = ctypes.c_int.from_address(pointers[-1])
-        info.value = int(pointers[1] == vectors[1].ctypes.data)
+    class Failing(lapack.Routines):
+        def call(self, name, letters, *arrays):
+            super().call(name, letters, *arrays)
+            if name in ("syevd", "stedc"):
+                arrays[-1][0] = next(fails)
 
-    vectors, values = np.empty_like(stack), np.empty_like(stack[..., 0])
-    routine = functools.partial(failing, lapack._routine(cython_lapack, "ssyevd"))
-    lapack.Team().run(3, functools.partial(lapack._eigh, routine, stack, vectors, values))
-    assert np.isnan(values).tolist() == [[False] * D, [True] * D, [False] * D]
-    assert np.isnan(vectors).all((1, 2)).tolist() == [False, True, False]
+    fails = iter([0, 1, 0, 0, 1, 0])  # of both functions
+    for array in computed(stack, team_of(1), {"float32": Failing("float32")}):
+        upper = np.triu(array) if array.ndim == 3 else array
+        assert np.isnan(upper.reshape(3, -1)).any(1).tolist() == [False, True, False]
 
 
 def test_what_is_not_finite_gives_what_it_gives_by_xla():
@@ -149,12 +203,19 @@ SITUATIONS = {
 }
 
 
+def root_and_sum(x):
+    root, ok = ROOT(x)
+    return jnp.where(ok[..., None], root.sum(-1), 0.0), root
+
+
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_situations(name):
-    stack = symmetric(2, D, D)
-    situation = SITUATIONS[name]
-    one = by_xla if name != "one matrix" else lambda x: jax.lax.linalg.eigh(x)[::-1]
-    found, expected = jax.jit(situation(eigh.eigh))(stack), jax.jit(situation(one))(stack)
+@pytest.mark.parametrize("kind", ["eigh", "root"])
+def test_situations(name, kind, monkeypatch):
+    stack = symmetric(2, D, D) if kind == "eigh" else low_rank(2, D, D)
+    function = {"eigh": eigh.eigh, "root": root_and_sum}[kind]
+    found = jax.jit(SITUATIONS[name](function))(stack)
+    monkeypatch.setattr(lapack, "serves", lambda dtype: False)
+    expected = jax.jit(SITUATIONS[name](function))(stack)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * np.abs(y).max(initial=0))
 
@@ -164,6 +225,9 @@ def test_donated_and_eager():
     expected = decompose(a)
     assert_equal(jax.jit(eigh.eigh, donate_argnums=0)(jnp.array(a)), expected)
     assert_equal(eigh.eigh(jnp.asarray(a)), expected)
+    root = jax.jit(ROOT)(a)
+    assert_equal(jax.jit(ROOT, donate_argnums=0)(jnp.array(a)), root)
+    assert_equal(ROOT(jnp.asarray(a)), root)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -194,99 +258,18 @@ def test_without_it_xla_decomposes_and_a_warning_names_the_remedy(monkeypatch):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS")
     with pytest.warns(UserWarning, match="OPENBLAS_NUM_THREADS=1"):
         text = jax.jit(lambda x: eigh.eigh(x)).lower(symmetric(2, D, D)).as_text()
-    assert lapack.TARGET not in text
+    assert lapack.EIGH not in text
     assert "lapack_ssyevd" in text
 
 
 def test_small_matrices_are_left_to_xla():
     small = np.eye(eigh.SMALL, dtype=np.float32)[None]
-    assert lapack.TARGET not in jax.jit(eigh.eigh).lower(small).as_text()
+    assert lapack.EIGH not in jax.jit(eigh.eigh).lower(small).as_text()
+    assert lapack.ROOT not in jax.jit(ROOT).lower(small).as_text()
 
 
-def test_a_team_does_every_place_once_and_as_many_at_a_time_as_there_are_cores():
-    team, inside, most, seen = team_of(2), [], [], []
-    together = threading.Barrier(2, timeout=60)
-
-    def work(place):
-        inside.append(place)
-        if place < 2:
-            together.wait()  # passes only where two are at work at once
-        most.append(len(inside))
-        inside.remove(place)
-        seen.append(place)
-
-    team.run(7, lambda: work)
-    assert sorted(seen) == list(range(7))
-    assert max(most) <= 2
-
-
-def test_callers_share_the_cores_of_one_team():
-    team, begun, go = team_of(1), [], threading.Event()
-
-    def work(place):
-        begun.append(place)
-        assert go.wait(60)
-
-    callers = [threading.Thread(target=team.run, args=(3, lambda: work)) for _ in range(8)]
-    for caller in callers:
-        caller.start()
-    callers[-1].join(0.1)  # time to begin, for those that should not
-    assert begun == [0]
-    go.set()
-    for caller in callers:
-        caller.join(60)
-    assert sorted(begun) == sorted([0, 1, 2] * 8)
-
-
-def test_a_caller_does_not_wait_for_threads_that_have_not_begun():
-    team, seen, go = team_of(2), [], threading.Event()
-    for _ in range(2):
-        team.pool.submit(go.wait, 60)  # for another device
-    caller = threading.Thread(target=team.run, args=(3, lambda: seen.append))
-    caller.start()
-    caller.join(30)
-    assert not caller.is_alive()
-    assert seen == [0, 1, 2]
-    go.set()
-
-
-def test_a_pool_that_takes_nothing_more_leaves_all_to_the_caller():
-    team, seen = team_of(4), []
-    team.pool.shutdown()
-    team.run(3, lambda: seen.append)
-    assert seen == [0, 1, 2]
-
-
-@pytest.mark.parametrize("mine", [True, False])
-def test_an_error_in_any_thread_is_raised_when_none_is_at_work(mine):
-    team, ended = team_of(2), []
-    here, together = threading.get_ident(), threading.Barrier(2, timeout=60)
-
-    def work(place):
-        together.wait()
-        if (threading.get_ident() == here) is mine:
-            raise MemoryError
-        ended.append(place)
-
-    with pytest.raises(MemoryError):
-        team.run(2, lambda: work)
-    assert len(ended) == 1
-
-
-def test_openblas_has_its_threads_back_when_the_last_has_left():
-    class Library:
-        def scipy_openblas_get_num_threads(self):
-            return self.threads
-
-        def scipy_openblas_set_num_threads(self, count):
-            self.threads = count
-
-    library = Library()
-    library.threads = 7
-    limit = lapack.OneThread(library)
-    with limit:
-        assert library.threads == 1
-        with limit:
-            assert library.threads == 1
-        assert library.threads == 1
-    assert library.threads == 7
+def test_other_forms_of_roots_are_left_to_eigh():
+    samples = jnp.ones((2, 3, D, D))  # corrects in eigendirections
+    for options in ({"implementation": "jacobi"}, {"samples": samples}):
+        program = jax.make_jaxpr(functools.partial(ROOT, **options))(low_rank(2, D, D))
+        assert lapack.ROOT not in str(program)
