@@ -166,6 +166,8 @@ class ShampooConfig(MatrixConfig):
     b2: float = 0.9  # decay of the factors
     # Keep eigenvalues > n*eps*max, or > 0; "shift" adds damping to all instead.
     cutoff: Literal["relative", "positive", "shift"] = "relative"
+    # Of the inverse roots; polynomial: by products alone, with cutoff "relative".
+    solver: Literal["eigh", "polynomial"] = "eigh"
     every: int = 1  # steps between refreshes of the inverse roots
     block_size: int = 1024  # largest edge of a block
     graft_b2: float = 0.9  # decay of the grafted Adam's second moment
@@ -181,6 +183,12 @@ class ShampooConfig(MatrixConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        spectral = self.cutoff != "relative" or self.statistics == "corrected"
+        if self.solver == "polynomial" and spectral:
+            raise ValueError(
+                f"solver='polynomial' with cutoff={self.cutoff!r}, statistics={self.statistics!r}: "
+                "it knows no eigenvalues, set cutoff='relative' and other statistics."
+            )
         if self.cross_fit and self.statistics == "batch":
             raise ValueError(
                 "cross_fit=True with statistics='batch': factors have to be of microbatches of "

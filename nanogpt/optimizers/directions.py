@@ -111,10 +111,10 @@ def muon_track3(settings: MuonConfig, _: Placement = None) -> optax.GradientTran
 
 def shampoo(settings: ShampooConfig, placement: Placement = None) -> optax.GradientTransformation:
     """Two-sided Shampoo, its updates of Adam's norm or of a fixed one."""
-    solvers = {
+    solvers: dict[str, Any] = {
         "shift": shampoo_jax.ShiftedEigh(settings.damping),
         "positive": shampoo_jax.TruncatedEigh(rtol=0.0),
-        "relative": shampoo_jax.TruncatedEigh(),
+        "relative": shampoo_jax.make_solver(settings.solver),
     }
     solver, statistics = solvers[settings.cutoff], "gradients"
     if settings.statistics != "batch":

@@ -5,15 +5,15 @@
 FILE is one of `scripts.maintenance.record_gradients`, by default that of the tests. Products are
 simulated: operands are rounded, or split into two bfloat16 numbers each, and multiplied in float64,
 so that a CPU says what a GPU or a TPU would compute. Compared are updates of Shampoo,
-`L^(-1/4) M R^(-1/4)` with truncated roots in float64, on the last six steps. Errors of kept
-eigenvalues are in units of the default cutoff, `d eps` of the largest one. Prints a table, in which
-a cosine is its difference from 1.
+`L^(-1/4) M R^(-1/4)` or `L^(-1/2) M`, with truncated roots in float64, on the last six steps.
+Errors of kept eigenvalues are in units of the default cutoff, `d eps` of the largest one. Prints a
+table, in which a cosine is its difference from 1.
 """
 
 import argparse
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,8 @@ from scripts.maintenance.record_gradients import read_gradients
 
 Array = np.ndarray
 Product = Callable[[Array, Array], Array]
-LAST, DECAY, EXPONENT = 6, 0.9, 0.25
+LAST, DECAY = 6, 0.9
+EXPONENTS = {"both": (0.25, 0.25), "left": (0.5, 0.0)}
 
 
 def rounded(x: Array, bits: int) -> Array:
@@ -74,29 +75,39 @@ class Row(NamedTuple):
     eigenvalues: float
 
 
-def compare(gradients: Array, product: Product) -> Row:
+def compare(gradients: Array, product: Product, exponents: tuple[float, ...]) -> Row:
     """Updates and eigenvalues by an arithmetic against those of float64.
 
     Args:
         gradients: Consecutive ones of a matrix, [steps, m, n].
         product: The arithmetic.
+        exponents: Of the roots on both sides; 0 leaves a side alone.
     """
+    sides = [i for i in (0, 1) if exponents[i]]
     exact = list(_states(gradients, np.matmul))[-LAST:]
-    found = list(_states(gradients, product))[-LAST:]
-    least = np.ones(3)
-    for (momentum, *factors), (_, *others) in zip(exact, found, strict=True):
+    rough = list(_states(gradients, product))[-LAST:]
+    least = [1.0] * 3
+    for (momentum, *factors), (_, *others) in zip(exact, rough, strict=True):
         # An eigenvalue at the cutoff counts as the arithmetic takes it.
-        tested = [_root(factor, np.zeros_like(factor), 0.0) for factor in others]
-        roots = [_root(f, t, DOUBT) for f, t in zip(factors, tested, strict=True)]
-        reference = roots[0] @ momentum @ roots[1]
-        updates = (
-            tested[0] @ momentum @ tested[1],
-            product(product(roots[0], momentum), roots[1]),
-            product(product(tested[0], momentum), tested[1]),
+        tested = {i: _root(others[i], exponents[i], np.zeros_like(others[i]), 0.0) for i in sides}
+        roots = {i: _root(factors[i], exponents[i], tested[i], DOUBT) for i in sides}
+        reference, *updates = (
+            _applied(use, to, momentum)
+            for use, to in (
+                *((np.matmul, roots), (np.matmul, tested)),
+                *((product, roots), (product, tested)),
+            )
         )
-        least = np.minimum(least, [cosine(u[None], reference[None])[0] for u in updates])
-    sides = [(e[side], f[side]) for e, f in zip(exact, found, strict=True) for side in (1, 2)]
-    return Row(*map(float, least), max(_error(*pair) for pair in sides))
+        found = [float(cosine(u[None], reference[None])[0]) for u in updates]
+        least = list(map(min, least, found))
+    pairs = [(e[1 + i], f[1 + i]) for e, f in zip(exact, rough, strict=True) for i in sides]
+    return Row(least[0], least[1], least[2], max(_error(*pair) for pair in pairs))
+
+
+def _applied(product: Product, roots: Mapping[int, Array], momentum: Array) -> Array:
+    left, right = roots.get(0), roots.get(1)
+    momentum = momentum if left is None else product(left, momentum)
+    return momentum if right is None else product(momentum, right)
 
 
 def _states(gradients: Array, product: Product) -> Iterator[tuple[Array, ...]]:
@@ -108,8 +119,8 @@ def _states(gradients: Array, product: Product) -> Iterator[tuple[Array, ...]]:
         yield tuple(a / (1 - DECAY**t) for a in averages)
 
 
-def _root(factor: Array, tested: Array, doubt: float) -> Array:
-    return truncated_root(factor[None], EXPONENT, tested[None], doubt)[0]
+def _root(factor: Array, exponent: float, tested: Array, doubt: float) -> Array:
+    return truncated_root(factor[None], exponent, tested[None], doubt)[0]
 
 
 def _error(exact: Array, found: Array) -> float:
@@ -122,13 +133,15 @@ def main() -> None:
     """Prints a row for each matrix and arithmetic."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=pathlib.Path, default=[RECORDED], metavar="FILE")
+    parser.add_argument("--side", choices=EXPONENTS, default="both", help="has a factor")
+    args = parser.parse_args()
     print("| matrix | products | statistics | application | both | eigenvalues |")
     print("|-|-|-|-|-|-|")
-    for path in parser.parse_args().files:
+    for path in args.files:
         for name, gradients in read_gradients(path).items():
             shape = "x".join(map(str, gradients.shape[1:]))
             for arithmetic, product in ARITHMETICS.items():
-                row = compare(gradients, product)
+                row = compare(gradients, product, EXPONENTS[args.side])
                 cells = [f"{1 - x:.0e}" for x in row[:3]] + [f"{row.eigenvalues:.0e}"]
                 print(f"| {name} {shape} | {arithmetic} | {' | '.join(cells)} |", flush=True)
 

@@ -9,6 +9,7 @@ from shampoo_jax.base.hyperparameters import check_static
 from shampoo_jax.base.options import Scalar, Whole, check_choice, check_options
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
+from shampoo_jax.blocks.blocks import Part
 from shampoo_jax.blocks.exponents import SIDES, ExponentOption, Side, given_exponents
 from shampoo_jax.directions.walk import walk
 from shampoo_jax.parts.factors import accumulate_factors, filled
@@ -129,12 +130,9 @@ def scale_by_shampoo(
         chosen.check(exponent)
     roots = invert_roots(chosen, every=every, refresh=refresh, root_dtype=root_dtype)
     form: Any = dict(bias_correction=bias_correction, weighted=weighted)
-    if statistics == "kl":
-        parts = [accumulate_kl_factors(roots, b2, **form)]
-    else:
-        parts = [_statistics(statistics, b2, form), roots]
+    swift = _swift(chosen, exponents, statistics)
     return walk(
-        optax.chain(*parts, precondition()),
+        optax.chain(*_roots_of(statistics, roots, b2, form, swift), precondition(swift)),
         options,
         scale_by_shampoo,
         chosen,
@@ -144,17 +142,27 @@ def scale_by_shampoo(
     )
 
 
-def _statistics(statistics: Any, b2: Any, form: dict[str, Any]) -> optax.GradientTransformation:
-    """The part of a name, or what is given as one."""
+def _swift(solver: Solver, exponents: ExponentOption, statistics: Any) -> bool:
+    """Whether products may be as fast as was measured to be safe, see docs/hardware.md."""
+    mild = not callable(exponents) and max(given_exponents(exponents), default=0.0) <= 0.5
+    return solver.swift and mild and statistics != "kl"
+
+
+def _roots_of(
+    statistics: Any, roots: Part, b2: Any, form: dict[str, Any], swift: bool
+) -> list[optax.GradientTransformation]:
+    """Statistics by name, or what is given as such, and the roots of them."""
+    if statistics == "kl":
+        return [accumulate_kl_factors(roots, b2, **form)]
     if isinstance(statistics, str):
         check_choice("statistics", statistics, ("gradients", "kl"))
-        return accumulate_factors(b2, **form)
+        return [accumulate_factors(b2, **form, swift=swift), roots]
     if not isinstance(statistics, optax.GradientTransformation) or isinstance(statistics, Guarded):
         raise ValueError(
             f"statistics={statistics!r}: use 'gradients', 'kl', or a part of stacks that fills "
             "Blocks.matrices, such as accumulate_factors(0.95)."
         )
-    return filled(statistics)
+    return [filled(statistics), roots]
 
 
 @suggests

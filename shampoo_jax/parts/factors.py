@@ -10,7 +10,7 @@ import optax
 
 from shampoo_jax.base.options import SHARE, check_options
 from shampoo_jax.blocks.blocks import Blocks, Matrices, Part, Stacks, microbatches_of, stateless
-from shampoo_jax.matrix.products import contract, identity_like, swift_gram
+from shampoo_jax.matrix.products import contract, gram, identity_like, swift_gram
 from shampoo_jax.parts.filtering import Average, counted
 
 Array = jax.Array
@@ -29,6 +29,7 @@ def accumulate_factors(
     bias_correction: bool = True,
     weighted: bool = True,
     microbatches: str | None = None,
+    swift: bool = False,
 ) -> Part:
     """Sets the matrices of each stack to its factors, one per preconditioned dimension.
 
@@ -44,6 +45,8 @@ def accumulate_factors(
       weighted: Whether `w = 1 - b2`; False adds `G G^T` with weight 1, uncorrected.
       microbatches: Name, in the extra argument `further`, of a tree of the gradients of
         microbatches, see `blocked`, or of what `mean_of_squares` has made of them one at a time.
+      swift: Whether GPUs and TPUs may compute `G G^T` by two products of bfloat16 numbers, with an
+        error of 2^-16 of the largest eigenvalue. `scale_by_shampoo` does where its roots cut more.
 
     Returns:
       A part. Its state holds `[N, d, d]` for each dimension of each stack whose exponent is not 0.
@@ -66,31 +69,32 @@ def accumulate_factors(
 
     def step(count: Array, b: Blocks, old: Matrices) -> tuple[Blocks, Matrices]:
         if microbatches is None:
-            squares = squares_of(b.gradient, old)
+            squares = squares_of(b.gradient, old, swift)
         else:
-            squares = _mean_squares(b, old, microbatches)
+            squares = _mean_squares(b, old, microbatches, swift)
         return averaged(average, count, b, old, squares)
 
     return counted(AccumulateFactorsState, zero_factors, step)
 
 
-def _mean_squares(b: Blocks, like: Matrices, microbatches: str) -> Matrices:
+def _mean_squares(b: Blocks, like: Matrices, microbatches: str, swift: bool) -> Matrices:
     """Means over microbatches, as they came or computed one after the other."""
     given = b.further.get(microbatches)
     if isinstance(given, tuple):  # of `mean_of_squares`
         return given
     x = microbatches_of(b, microbatches)
     total, _ = jax.lax.scan(
-        lambda total, g: (jax.tree.map(jnp.add, total, squares_of(g, like)), None),
+        lambda total, g: (jax.tree.map(jnp.add, total, squares_of(g, like, swift)), None),
         jax.tree.map(jnp.zeros_like, like),
         x.swapaxes(0, 1),
     )
     return jax.tree.map(lambda s: s / x.shape[1], total)
 
 
-def squares_of(x: Array, like: Matrices) -> Matrices:
+def squares_of(x: Array, like: Matrices, swift: bool = False) -> Matrices:
     """`X_(k) X_(k)^T` of a stack `[N, *block]` where `like` has a factor."""
-    return tuple(None if s is None else contract(x, k, swift_gram) for k, s in enumerate(like))
+    product = swift_gram if swift else gram
+    return tuple(None if s is None else contract(x, k, product) for k, s in enumerate(like))
 
 
 def zero_factors(params: Blocks) -> Matrices:

@@ -188,8 +188,12 @@ def _report(
     return dataclasses.replace(b, matrices=matrices, ready=ready, figures=figures)
 
 
-def precondition() -> Part:
+def precondition(swift: bool = False) -> Part:
     """Multiplies the update by the matrix of each dimension: `L^(-1/4) M R^(-1/4)` for matrices.
+
+    Args:
+      swift: Whether products may be TF32 on GPUs that have it and three of bfloat16 numbers on
+        TPUs. `scale_by_shampoo` says so where its roots cut off small eigenvalues.
 
     Returns:
       A stateless part.
@@ -204,6 +208,6 @@ def precondition() -> Part:
     """
 
     def apply(b: Blocks) -> Blocks:
-        return dataclasses.replace(b, update=apply_matrices(b.update, b.matrices, swift=True))
+        return dataclasses.replace(b, update=apply_matrices(b.update, b.matrices, swift=swift))
 
     return stateless(apply)

@@ -34,6 +34,11 @@ class TruncatedEigh(Checked, Solver):
     atol: Any = 0.0
     implementation: str | None = None
 
+    @property
+    def swift(self) -> bool:
+        """With the default cutoff."""
+        return self.rtol is None
+
     def cost(self, d: int, dtype: Any, exponent: float) -> Cost:
         """A decomposition and a product."""
         return Cost(EIGH + PRODUCT, "eigh")

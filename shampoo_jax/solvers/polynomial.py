@@ -65,6 +65,11 @@ class Polynomial(CountsFallbacks):
     sign_steps: int = polynomial.SIGN_STEPS
     precision: polynomial.PrecisionPolicy | None = None
 
+    @property
+    def swift(self) -> bool:
+        """With the default cutoff."""
+        return self.rtol is None
+
     def __post_init__(self) -> None:
         """Raises ValueError for what is no policy, or one of something else, and as `Checked`."""
         super().__post_init__()
@@ -153,6 +158,11 @@ class Auto(CountsFallbacks):
     """
 
     rtol: Any = None
+
+    @property
+    def swift(self) -> bool:
+        """With the default cutoff."""
+        return self.rtol is None
 
     def choice(
         self, factor: Array | jax.ShapeDtypeStruct, exponent: float, backend: str

@@ -67,6 +67,14 @@ class Solver(Protocol):
         """Roots `[n, d, d]` until the first refresh; here identities."""
         return identities(n, d, dtype)
 
+    @property
+    def swift(self) -> bool:
+        """Whether statistics and application may be `swift_gram` and the like; here not.
+
+        They may where noise of 2^-16 of the largest eigenvalue is cut off, as measured.
+        """
+        return False
+
     def figures(self, state: Any) -> dict[str, Array]:
         """What a monitor can report of the state, arrays `[n]` by name; here nothing."""
         return {}
