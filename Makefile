@@ -17,7 +17,7 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers lint format types golden faults soak rehearsal rehearse-device clean
+.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers lint format types golden faults soak rehearsal rehearse-device clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,9 @@ $(COMPILERS)/done:
 	apart tpu libtpu; \
 	apart cuda jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version $(CUDA)
 	@touch $@
+
+test-compilers: compilers  ## Compile a few programs for GPUs and TPUs that are not here
+	@$(COMPILERS)/bin/python -m pytest -q -m compilers tests/compilers $(PYTEST_ARGS)
 
 lint: venv  ## Check style
 	@$(BIN)/ruff check .

@@ -238,7 +238,7 @@ def sizes(root: Path) -> list[str]:
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
     "shampoo_jax/base": 375,
-    "shampoo_jax/matrix": 1315,
+    "shampoo_jax/matrix": 1325,
     "shampoo_jax/blocks": 435,
     "shampoo_jax/solvers": 405,
     "shampoo_jax/stacks": 1155,

@@ -154,8 +154,9 @@ def predict(model: Model, devices: int, rates: Rates) -> dict[str, float]:
         bytes_per_flop(there.blocks) / rates.memory,
     )
     seconds = {
-        "statistics": block_flops(there.blocks) / rates.full,
-        "apply": block_flops(there.blocks) / rates.full,
+        # Two products of bfloat16 numbers for one, and what a GPU has TF32 for.
+        "statistics": 2 * block_flops(there.blocks) / rates.bfloat16,
+        "apply": block_flops(there.blocks) / rates.rest,
         "roots": there.refresh_flops / EVERY * root,
         "state": 2 * there.state_bytes / rates.memory,
         "communication": (there.sent_in + there.sent_out) / near,

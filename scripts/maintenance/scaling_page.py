@@ -14,10 +14,10 @@ rates. Nothing here ran on a GPU or TPU.
 
 ![Time per optimizer step by number of devices, and the share of its parts](scaling.png)
 
-* **Statistics and application** are float32 products at full precision: on GPUs the rate of
-  float32 without tensor cores, on TPUs a sixth of the bfloat16 rate. The first ten of a root's 27
-  products count at a third of the bfloat16 rate (TPU: a sixth), the others at the TF32 rate (TPU: a
-  third of bfloat16); where moving their matrices takes longer, that counts.
+* **Statistics** are two products of bfloat16 numbers each, **application** counts at the TF32 rate
+  (TPU: a third of bfloat16), see [hardware.md](hardware.md#precision-of-large-products). The first
+  ten of a root's 27 products count at a third of the bfloat16 rate (TPU: a sixth), the others at
+  the TF32 rate (TPU: a third of bfloat16); where moving their matrices takes longer, that counts.
 * **State** is read and written once a step.
 * **Communication** is what `explain` plans, over the slower link as soon as there is more than a
   node (GPU) or a pod (TPU). Rows of the 8B and the 70B model are split over up to 64 devices; the

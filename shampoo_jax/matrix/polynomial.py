@@ -33,7 +33,7 @@ from shampoo_jax.base.hyperparameters import check_static
 from shampoo_jax.base.options import POSITIVE, check_kind, check_options, refuse
 from shampoo_jax.matrix import schedules
 from shampoo_jax.matrix.eigh import Roots, finite, power_of_two_scale, relative_cutoff
-from shampoo_jax.matrix.products import matmul, repeat
+from shampoo_jax.matrix.products import by_three, matmul, repeat
 from shampoo_jax.matrix.turns import (
     Combination,
     Product,
@@ -309,7 +309,19 @@ def _root(factor: Array, schedule: schedules.RootSchedule, how: _Arithmetic) -> 
 
 
 def _product(precision: Precision) -> Product:
-    return functools.partial(jnp.matmul, precision=precision)
+    # XLA's partitioner forgets the algorithm of a product of single matrices (seen in programs of
+    # jax 0.12.0.1 for 8 H100, one matrix a device): it would be the platform's default.
+    presets = jax.lax.DotAlgorithmPreset
+    high = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGH)
+    ways: dict[Any, Product] = {presets.TF32_TF32_F32: high, presets.BF16_BF16_F32_X3: by_three}
+    single = ways.get(precision)
+    several = functools.partial(jnp.matmul, precision=precision)
+
+    def product(a: Array, b: Array) -> Array:
+        alone = math.prod(a.shape[:-2]) == 1 and single is not None
+        return single(a, b) if alone else several(a, b)
+
+    return product
 
 
 def _apart(product: Product) -> Product:

@@ -54,12 +54,28 @@ def swift_gram(x: jax.Array) -> jax.Array:
 
 
 def _gram_of_halves(x: jax.Array) -> jax.Array:
+    heads, rests = _halves(x)
+    once, twice = (_of_halves(heads, y.swapaxes(1, 2)) for y in (heads, rests))
+    return once + (twice + twice.swapaxes(1, 2))
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     # A pair of casts may be taken for nothing by a compiler; this rounding is not.
     head = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    heads, rests = head.astype(jnp.bfloat16), (x - head).astype(jnp.bfloat16)
-    product = functools.partial(jnp.matmul, preferred_element_type=x.dtype)
-    once, twice = (product(heads, y.swapaxes(1, 2)) for y in (heads, rests))
-    return once + (twice + twice.swapaxes(1, 2))
+    return head.astype(jnp.bfloat16), (x - head).astype(jnp.bfloat16)
+
+
+_of_halves = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+
+def by_three(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`A B` of float32 by three products of bfloat16 numbers, all but the one of both rests.
+
+    >>> by_three(jnp.array([[1.0 + 2.0**-9]]), jnp.array([[2.0]])).item() == 2 + 2.0**-8
+    True
+    """
+    (a, a_rest), (b, b_rest) = map(_halves, (a, b))
+    return _of_halves(a, b) + (_of_halves(a, b_rest) + _of_halves(a_rest, b))
 
 
 def matrix_power(matrix: jax.Array, exponent: int) -> jax.Array:

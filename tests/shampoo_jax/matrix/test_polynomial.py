@@ -316,6 +316,37 @@ def test_products_and_their_precision(platform, semantics, precision, counts):
     assert lowered(platform, semantics, precision) == counts
 
 
+def test_no_product_of_single_matrices_relies_on_an_algorithm():
+    """XLA's partitioner forgets it where a device has one matrix."""
+    shape = jax.ShapeDtypeStruct((1, 768, 768), jnp.float32)
+    traced = jax.jit(functools.partial(polynomial_root, exponent=0.25)).trace(shape)
+    for platform, full in (("cuda", 0), ("tpu", 2)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        dots = [
+            x
+            for x in text.splitlines()
+            if "dot_general" in x and "768x768xf32>, tensor<768x768xf32" in x
+        ]
+        assert not any("num_primitive_operations" in dot for dot in dots)
+        assert sum("[HIGHEST, HIGHEST]" in dot for dot in dots) == full
+        assert sum("[HIGH, HIGH]" in dot for dot in dots) == (17 if platform == "cuda" else 0)
+        halves = [
+            x
+            for x in text.splitlines()
+            if "dot_general" in x and "768x768xbf16>, tensor<768x768xbf16" in x
+        ]
+        assert len(halves) == 3 * (10 if platform == "cuda" else 1)
+
+
+def test_roots_of_one_matrix_by_products_of_halves():
+    a = jnp.asarray(spectrum(np.logspace(0, -2, 48)), jnp.float32)[None]
+    policy = PrecisionPolicy(X3, X3)
+    root, ok = jax.jit(functools.partial(polynomial_root, exponent=0.25, precision=policy))(a)
+    exact, _ = jax.jit(functools.partial(polynomial_root, exponent=0.25))(a)
+    assert ok.all()
+    np.testing.assert_allclose(root, exact, rtol=0, atol=1e-2 * float(jnp.abs(exact).max()))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
