@@ -28,7 +28,17 @@ ALLOWED = {
     },
     "nanogpt": {
         *("nanogpt", "shampoo_jax", "data_pipeline", "jax", "optax", "numpy", "flax", "orbax"),
-        *("grain", "rich", "tyro", "matplotlib", "yaml", "tensorboardX", "wandb"),
+        *(
+            "etils",
+            "fsspec",
+            "grain",
+            "rich",
+            "tyro",
+            "matplotlib",
+            "yaml",
+            "tensorboardX",
+            "wandb",
+        ),
     },
     "scripts": {
         *(
@@ -42,7 +52,7 @@ ALLOWED = {
             "flax",
             "orbax",
         ),
-        *("grain", "rich", "tyro", "matplotlib", "yaml"),
+        *("fsspec", "grain", "rich", "tyro", "matplotlib", "yaml"),
     },
 }
 
