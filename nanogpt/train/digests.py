@@ -8,6 +8,7 @@ import concurrent.futures
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any, cast
 
 from nanogpt.train.paths import COMMITTED, Path, files_of
 
@@ -71,7 +72,7 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
     def digest(name: str) -> str:
         try:
             with (folder / name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
         except OSError as error:
             raise _damaged(folder, name, f"cannot be read ({error.strerror})") from error
 

@@ -59,6 +59,13 @@ class Objects:
         """FileNotFoundError where there is none."""
         self._file(key).unlink()
 
+    def copy_to(self, folder: pathlib.Path, prefix: str) -> None:
+        """Copies what begins so into a folder, as files."""
+        for key in self.keys(prefix):
+            file = folder / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(self.get(key)[0])
+
 
 class _Written(io.BytesIO):
     """What is written counts when it is closed."""
@@ -79,12 +86,12 @@ class FileSystem(fsspec.AbstractFileSystem):
     protocol = ("gcs", "gs")
     cachable = False
 
-    def __init__(self, **options: Any):
-        super().__init__()
-        self._objects = Objects(pathlib.Path(os.environ[FOLDER]))
+    @property
+    def _objects(self) -> Objects:
+        return Objects(pathlib.Path(os.environ[FOLDER]))
 
     def _key(self, path: str) -> str:
-        return self._strip_protocol(path).partition("/")[2]
+        return str(self._strip_protocol(path)).partition("/")[2]
 
     def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
         """Objects right below a path, and what looks like folders."""
@@ -103,7 +110,7 @@ class FileSystem(fsspec.AbstractFileSystem):
             found[path] = {"name": path, "size": len(content), "type": "file"}
         return list(found.values()) if detail else list(found)
 
-    def _open(self, path: str, mode: str = "rb", **options: Any) -> io.BytesIO:
+    def _open(self, path: str, mode: str = "rb", *_: Any, **options: Any) -> Any:
         if mode == "rb":
             return io.BytesIO(self._objects.get(self._key(path))[0])
         if mode == "wb":
@@ -164,7 +171,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except FileNotFoundError:
             self._answer(404)
             return
-        told = {"x-goog-generation": generation}
+        told: dict[str, Any] = {"x-goog-generation": generation}
         if asked.get("ifGenerationNotMatch") == str(generation):
             self._answer(304)
         elif span := self.headers.get("Range"):
