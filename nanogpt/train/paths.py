@@ -108,8 +108,7 @@ class Lines:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file = None if is_remote(path) else open(path, "a", encoding="utf-8")
-        self._stored = b"" if self._file or not path.exists() else path.read_bytes()
+        self._stored = path.read_bytes() if is_remote(path) and path.exists() else b""
 
     def write(self, text: str) -> None:
         """Appends a text.
@@ -117,9 +116,9 @@ class Lines:
         Raises:
             ValueError: another process writes this file.
         """
-        if self._file is not None:
-            self._file.write(text)
-            self._file.flush()
+        if not is_remote(self._path):
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(text)
             return
         if self._stored and self._path.read_bytes() != self._stored:
             raise ValueError(
@@ -128,8 +127,3 @@ class Lines:
             )
         self._stored += text.encode()
         self._path.write_bytes(self._stored)
-
-    def close(self) -> None:
-        """Closes the file; nothing is lost without it."""
-        if self._file is not None:
-            self._file.close()

@@ -121,8 +121,7 @@ class RecordLog:
         self._step, self._seconds = step, seconds
 
     def close(self) -> None:
-        """Closes the file."""
-        self._lines.close()
+        """Nothing is left to do."""
 
     def _keep_before(self, step: int) -> str:
         """The log without the validations that the resumed run measures again."""

@@ -62,10 +62,7 @@ def test_half_a_copy_is_not_taken_for_one(folder, monkeypatch):
 def test_lines_are_stored_as_they_come_and_stay(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for text in ("one\n", "zwölf\n"):
-        lines = Lines(folder / "lines")
-        lines.write(text)
-        assert (folder / "lines").read_bytes().endswith(text.encode())
-        lines.close()
+        Lines(folder / "lines").write(text)
     assert (folder / "lines").read_bytes().decode() == "one\nzwölf\n"
     paths.replace_text(folder / "lines", "ä")
     assert (folder / "lines").read_bytes() == "ä".encode()
