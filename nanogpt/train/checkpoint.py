@@ -96,7 +96,10 @@ class Checkpoints:
         damaged: list[str] = []
         steps = saved_steps(self.directory)
         for step in reversed(steps):
-            fault = damage(self.directory / str(step))
+            folder = self.directory / str(step)
+            fault = damage(folder)
+            if os.path.islink(folder):  # Orbax deletes none
+                fault = f"checkpoint {folder} is a link: put there what it leads to."
             if not fault:
                 return step, damaged
             if not go_back:

@@ -70,6 +70,8 @@ def _names(folder: Path) -> list[str]:
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:
     def digest(name: str) -> str:
+        if not (folder / name).is_file():  # a pipe or a device, of which reading has no end
+            raise _damaged(folder, name, "is no file")
         try:
             with (folder / name).open("rb") as file:
                 return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()

@@ -42,6 +42,8 @@ def read_records(path: Path) -> list[Record]:
         ValueError: a line before the last is not JSON, or some line is no record; names file and
             line.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file: put the records back, or take another --name.")
     lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
@@ -92,13 +94,13 @@ def keep_before(path: Path, step: int, config: Record) -> None:
     the rest again.
 
     Args:
-        path: the file, rewritten.
+        path: the file, rewritten; a process more than the job had before has none yet.
         step: updates that the checkpoint holds.
         config: settings of the run that goes on; its schedule may be another one.
     """
     kept = [
         record | ({"config": config} if record.get("kind") == "start" else {})
-        for record in read_records(path)
+        for record in (read_records(path) if path.exists() else ())
         if record.get("kind") == "start" or record.get("step", math.inf) < step
     ]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -54,17 +54,21 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def delete(folder: Path) -> None:
-    """Deletes a folder with all that it holds, if it is there."""
+    """Deletes a folder and all that it holds, if it is there; of a link to one, what that holds."""
     if is_remote(folder):
         for name in files_of(folder):
             (folder / name).unlink(missing_ok=True)
+    elif os.path.islink(folder) and folder.is_dir():
+        for path in folder.iterdir():
+            whole = path.is_dir() and not os.path.islink(path)
+            shutil.rmtree(path) if whole else path.unlink(missing_ok=True)
     else:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy(source: Path, target: Path) -> None:
     """Copies a checkpoint to a place where none is; half a copy is not taken for one."""
-    begun = target if is_remote(target) else target.with_name(f"{target.name}.copying")
+    begun = target if is_remote(target) else target.parent.with_name("copying")
     delete(begun)
     names = files_of(source)
     for name in sorted(names, key=lambda name: name == COMMITTED):
@@ -72,6 +76,7 @@ def copy(source: Path, target: Path) -> None:
         with (source / name).open("rb") as read, (begun / name).open("wb") as written:
             shutil.copyfileobj(read, written)
     if not is_remote(target):
+        target.parent.mkdir(exist_ok=True)
         begun.rename(target)
 
 
@@ -92,7 +97,9 @@ def replace_text(path: Path, text: str) -> None:
         path.write_bytes(text.encode())
         return
     partial = path.with_suffix(".tmp")
-    partial.write_text(text, encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    with open(partial, "x", encoding="utf-8") as file:  # through no link that somebody put there
+        file.write(text)
     partial.replace(path)
 
 

@@ -65,7 +65,7 @@ class RunFolder:
                 f"{self.path} already holds a run: go on with --resume, replace it with "
                 "--overwrite, or choose another --name; with make: make speedrun ARGS=--resume."
             )
-        recorded = self.first_metrics.exists() and self.first_metrics.read_bytes()
+        recorded = self.first_metrics.is_file() and self.first_metrics.read_bytes()
         if resume and not recorded and any(self.checkpoints.glob("*")):
             raise FileNotFoundError(
                 f"{self.metrics} is missing or empty, but checkpoints lie beside it: put the file "

@@ -118,7 +118,7 @@ def memory() -> list[list[float]]:
     return rows
 
 
-def sizes() -> dict[str, list[float]]:
+def sizes() -> dict[str, list[int]]:
     """By recipe: parameters and bytes on disk of a small model, parameters and bytes at full size.
 
     Those on disk are of a state that is drawn at random: zeros would be compressed.

@@ -42,6 +42,23 @@ def test_files_are_found_copied_moved_and_deleted(folder):
     assert not folder.exists()
 
 
+def test_of_a_link_to_a_folder_the_content_is_deleted(tmp_path):
+    write(tmp_path / "large", "a", "deep/b")
+    write(tmp_path / "other", "c")
+    (tmp_path / "large" / "outside").symlink_to(tmp_path / "other")
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    paths.delete(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and paths.files_of(tmp_path) == ["link", "other/c"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    write(tmp_path, "precious")
+    (tmp_path / "metrics.tmp").symlink_to(tmp_path / "precious")
+    paths.replace_text(tmp_path / "metrics.jsonl", "x")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "metrics.jsonl").read_text() == "x"
+
+
 def test_half_a_copy_is_not_taken_for_one(folder, monkeypatch):
     write(folder / "one", "a", COMMITTED, "z")
     real = paths.shutil.copyfileobj
