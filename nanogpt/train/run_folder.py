@@ -48,6 +48,7 @@ class RunFolder:
             FileExistsError: a run lies here and neither is asked for.
         """
         check_writable("output.directory", self.path)
+        check_writable("output.directory", self.checkpoints)  # perhaps on a disk of its own
         if overwrite and any(_same(self.path, source) for source in self._sources):
             raise ValueError(
                 f"{self.path} holds the run to begin with, which --overwrite would delete: give "
