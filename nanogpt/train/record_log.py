@@ -125,7 +125,7 @@ class RecordLog:
 
     def _keep_before(self, step: int) -> str:
         """The log without the validations that the resumed run measures again."""
-        if not self._path.exists():
+        if not self._path.is_file():
             return ""
         kept = []
         # Nobody reads it back: bytes that a bad disk left there cost no run.

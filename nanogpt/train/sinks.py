@@ -64,7 +64,7 @@ class WandB:
         import wandb
 
         folder = RunFolder(config)
-        known = folder.wandb.read_text() if resumed is not None and folder.wandb.exists() else None
+        known = folder.wandb.read_text() if resumed is not None and folder.wandb.is_file() else None
         own = None if is_remote(folder.path) else str(folder.path)  # None: where the command is
         self._run = wandb.init(
             project="nanogpt", name=config.name, id=known, resume="allow", dir=own

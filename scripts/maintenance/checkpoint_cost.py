@@ -130,7 +130,7 @@ def sizes() -> dict[str, list[int]]:
 
     from nanogpt.config.presets import PRESETS, preset
     from nanogpt.optimizers.build import build_optimizer
-    from nanogpt.train.train_step import abstract_params, init_state
+    from nanogpt.train.train_step import TrainState, abstract_params, init_state
 
     chance = np.random.default_rng(0)
 
@@ -143,7 +143,7 @@ def sizes() -> dict[str, list[int]]:
         small = dataclasses.replace(full, model=preset("cpu", "adamw").model)
         params = abstract_params(small.model)
         state = init_state(small, build_optimizer(small, params, None))[1]
-        state = jax.tree.map(drawn, state)._replace(step=state.step)
+        state = TrainState(state.step, *jax.tree.map(drawn, (state.params, state.opt_state)))
         large = abstract_params(full.model)
         moments = jax.eval_shape(build_optimizer(full, large, None).init, large)
         found[name] = [_count(params), _on_disk(small, state), _count(large)]
