@@ -7,7 +7,8 @@ Every optimizer of `elastic_cases` takes steps with recorded gradients on fake C
 state after `SAVED` of them, in the middle of an interval and of an accumulation, goes through a
 run's own checkpoint code to every other layout, and takes the rest there. Compared with the
 undisturbed steps of the layout that saved: in float64 all of them, in float32 the first. Beside it
-stands what the same steps make of gradients whose entries are one unit in the last place off.
+stands what the same steps make of parameters and gradients whose entries are one unit in the last
+place off.
 """
 
 import argparse
@@ -103,25 +104,30 @@ class Trainer:
         Args:
             state: before them.
             steps: how many.
-            nudged: every entry of their gradients is one unit in the last place off.
+            nudged: every entry of parameters and gradients is one unit in the last place off.
         """
         history = []
+        if nudged:
+            params = jax.tree.map(lambda x: jax.device_put(_nudged(x, 0), x.sharding), state.params)
+            state = TrainState(state.step, params, state.opt_state)
         for _ in range(steps):
             updates, state = self._step(state, self._gradients(int(state.step) + 1, nudged))
             history.append(jax.tree.map(np.asarray, updates))
         return history, state
 
     def _gradients(self, step: int, nudged: bool = False) -> Any:
-        chance = np.random.default_rng(step)
-
         def made(values: np.ndarray) -> jax.Array:
             values = values.astype(jnp.result_type(float))
-            if nudged:
-                aside = chance.choice([-np.inf, np.inf], values.shape).astype(values.dtype)
-                values = np.nextafter(values, aside)
-            return jnp.asarray(values)
+            return jnp.asarray(_nudged(values, step) if nudged else values)
 
         return place(jax.tree.map(made, recorded(step, self._shapes)), self._placement)
+
+
+def _nudged(values: Any, seed: int) -> np.ndarray:
+    """Every entry up or down by one unit in the last place."""
+    values = np.asarray(values)
+    aside = np.random.default_rng(seed).choice([-np.inf, np.inf], values.shape)
+    return np.nextafter(values, aside.astype(values.dtype))
 
 
 class Folder:
@@ -178,7 +184,7 @@ def moved(trainer: Callable[[str], Trainer], way: Sequence[str], steps: int) -> 
 
 
 def nudged(trainer: Trainer, steps: int) -> float:
-    """As `moved`, of steps that stay where they are, with other last bits of their gradients."""
+    """As `moved`, of steps that stay where they are, with other last bits of what they take."""
     _, state = trainer.train(trainer.fresh, SAVED)
     both = [trainer.train(state, steps - SAVED, nudged=one)[0] for one in (True, False)]
     return worst_errors(*([{"": one} for one in history] for history in both))[""]
@@ -209,6 +215,28 @@ def beyond(errors: dict[str, float]) -> list[str]:
     ]
 
 
+TEXT = """\
+# Checkpoints on other devices
+
+`python -m scripts.maintenance.elastic` saves the state of every optimizer after {saved} steps on
+one layout of fake CPU devices, restores it on another by a run's own checkpoint code, and takes
+{rest} more steps there with recorded gradients. The figures are the largest difference of any entry
+of any update from the run that never moved, over the largest entry of that update, in float64;
+"float32" is the first step after the restore in float32, the worst of all ways. `8` is a mesh of
+eight devices, `2x4` one of data=2 and fsdp=4, with parameters in parts. nanogpt's are the recipes
+of track 3, the whole chain on all parameters of a small GPT. ({versions})
+
+"last bit" is the run that never moved beside itself with parameters and gradients whose entries
+are one unit in the last place off: what the steps do with rounding, without any checkpoint. Steps
+that keep small eigenvalues, or that are differences of two weights (on a hyperball), do much.
+Promised are {promised:.0e} and {promised_float32:.0e}; or, where other last bits move the steps
+further, at most {spread} times as far as they do. Sums of products round more often than once, and
+another number of devices sums in another order.
+
+{verdict}
+"""
+
+
 def verdict(found: dict[str, dict[str, float]]) -> str:
     """How many rows keep the promise, and which do not."""
     wrong = [f"{name} ({', '.join(beyond(row))})" for name, row in found.items() if beyond(row)]
@@ -227,34 +255,16 @@ def page(found: dict[str, dict[str, float]]) -> str:
     """Returns the report in Markdown."""
     columns = list(next(iter(found.values())))
     versions = ", ".join(f"{name} {value}" for name, value in provenance()["versions"].items())
-    lines = [
-        "# Checkpoints on other devices",
-        "",
-        "`python -m scripts.maintenance.elastic` saves the state of every optimizer after "
-        f"{SAVED} steps on",
-        "one layout of fake CPU devices, restores it on another by a run's own checkpoint code, "
-        "and takes",
-        f"{STEPS - SAVED} more steps there with recorded gradients. The figures are the largest "
-        "difference of any entry",
-        "of any update from the run that never moved, over the largest entry of that update, in "
-        "float64; the",
-        "last column is the first step after the restore in float32, the worst of all ways. "
-        "`8` is a mesh of",
-        "eight devices, `2x4` one of data=2 and fsdp=4, with parameters in parts. `last bit` is "
-        "the run that",
-        "never moved beside itself with gradients whose entries are one unit in the last place "
-        "off: what the",
-        "steps do with rounding, without any checkpoint. "
-        f"Promised are {PROMISED:.0e} and {PROMISED_FLOAT32:.0e}; or, where other last",
-        f"bits move the steps further, at most {SPREAD} times as far as they do. nanogpt's are "
-        "the recipes of track 3,",
-        f"the whole chain on all parameters of a small GPT. ({versions})",
-        "",
-        verdict(found),
-        "",
-        f"| optimizer | {' | '.join(columns)} |",
-        f"|-{'|-' * len(columns)}|",
-    ]
+    head = TEXT.format(
+        saved=SAVED,
+        rest=STEPS - SAVED,
+        promised=PROMISED,
+        promised_float32=PROMISED_FLOAT32,
+        spread=SPREAD,
+        versions=versions,
+        verdict=verdict(found),
+    )
+    lines = [head, f"| optimizer | {' | '.join(columns)} |", f"|-{'|-' * len(columns)}|"]
     for name, errors in found.items():
         lines.append(f"| {name} | {' | '.join(f'{error:.0e}' for error in errors.values())} |")
     return "\n".join(lines) + "\n"
