@@ -7,8 +7,7 @@ Every optimizer of `elastic_cases` takes steps with recorded gradients on fake C
 state after `SAVED` of them, in the middle of an interval and of an accumulation, goes through a
 run's own checkpoint code to every other layout, and takes the rest there. Compared with the
 undisturbed steps of the layout that saved: in float64 all of them, in float32 the first. Beside it
-stands what the same steps make of parameters and gradients whose entries are one unit in the last
-place off.
+stands what the same steps make of gradients whose entries are one unit in the last place off.
 """
 
 import argparse
@@ -104,12 +103,9 @@ class Trainer:
         Args:
             state: before them.
             steps: how many.
-            nudged: every entry of parameters and gradients is one unit in the last place off.
+            nudged: every entry of their gradients is one unit in the last place off.
         """
         history = []
-        if nudged:
-            params = jax.tree.map(lambda x: jax.device_put(_nudged(x, 0), x.sharding), state.params)
-            state = TrainState(state.step, params, state.opt_state)
         for _ in range(steps):
             updates, state = self._step(state, self._gradients(int(state.step) + 1, nudged))
             history.append(jax.tree.map(np.asarray, updates))
@@ -184,7 +180,7 @@ def moved(trainer: Callable[[str], Trainer], way: Sequence[str], steps: int) -> 
 
 
 def nudged(trainer: Trainer, steps: int) -> float:
-    """As `moved`, of steps that stay where they are, with other last bits of what they take."""
+    """As `moved`, of steps that stay where they are, with other last bits of their gradients."""
     _, state = trainer.train(trainer.fresh, SAVED)
     both = [trainer.train(state, steps - SAVED, nudged=one)[0] for one in (True, False)]
     return worst_errors(*([{"": one} for one in history] for history in both))[""]
@@ -226,12 +222,13 @@ of any update from the run that never moved, over the largest entry of that upda
 eight devices, `2x4` one of data=2 and fsdp=4, with parameters in parts. nanogpt's are the recipes
 of track 3, the whole chain on all parameters of a small GPT. ({versions})
 
-"last bit" is the run that never moved beside itself with parameters and gradients whose entries
-are one unit in the last place off: what the steps do with rounding, without any checkpoint. Steps
-that keep small eigenvalues, or that are differences of two weights (on a hyperball), do much.
-Promised are {promised:.0e} and {promised_float32:.0e}; or, where other last bits move the steps
-further, at most {spread} times as far as they do. Sums of products round more often than once, and
-another number of devices sums in another order.
+"last bit" is the run that never moved beside itself with gradients whose entries are one unit in
+the last place off: what the steps do with rounding, without any checkpoint. Steps that keep small
+eigenvalues do much. Promised are {promised:.0e} and {promised_float32:.0e}; or, where other last
+bits move the steps further, at most {spread} times as far as they do. Two things round more than a
+gradient: sums of products, which other devices take in another order (`one-sided`), and, on a
+hyperball (`adamh`, `muonh`, `soap_h`, `kl_soap_h`), an update as the difference of two weights that
+are hundreds or thousands of times as large.
 
 {verdict}
 """
