@@ -70,10 +70,11 @@ def _names(folder: Path) -> list[str]:
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:
     def digest(name: str) -> str:
-        if not (folder / name).is_file():  # a pipe or a device, of which reading has no end
+        path = folder / name
+        if path.exists() and not path.is_file():  # a pipe or a device: reading them has no end
             raise _damaged(folder, name, "is no file")
         try:
-            with (folder / name).open("rb") as file:
+            with path.open("rb") as file:
                 return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
         except OSError as error:
             raise _damaged(folder, name, f"cannot be read ({error.strerror})") from error
