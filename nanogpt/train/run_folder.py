@@ -129,7 +129,11 @@ class RunFolder:
 
     def changed(self) -> int | None:
         """Returns a number that is another one when metrics.jsonl is, None if there is none."""
-        return zlib.crc32(self.metrics.read_bytes()) if self.metrics.exists() else None
+        if not self.metrics.exists():
+            return None
+        if is_remote(self.metrics):  # the time is not told of every store
+            return zlib.crc32(self.metrics.read_bytes())
+        return os.stat(self.metrics).st_mtime_ns
 
 
 def check_writable(name: str, folder: Path) -> None:
