@@ -256,7 +256,7 @@ TOTALS = {
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 920,
     "shampoo_jax/inspect": 1370,
-    "nanogpt/config": 453,
+    "nanogpt/config": 454,
     "nanogpt/model": 195,
     "nanogpt/optimizers": 517,
     "nanogpt/train": 2145,
