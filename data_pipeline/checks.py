@@ -113,6 +113,8 @@ def _holes(chunk: np.ndarray) -> np.ndarray:
 
 def _remembered(directory: Path) -> dict[str, Facts]:
     """The facts in checked.json by file name; none if it is missing or not ours."""
+    if not (directory / FILE_NAME).is_file():  # nor a pipe, of which reading has no end
+        return {}
     try:
         fields = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
         return {name: Facts(**facts) for name, facts in fields.items()}

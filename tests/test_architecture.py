@@ -28,7 +28,17 @@ ALLOWED = {
     },
     "nanogpt": {
         *("nanogpt", "shampoo_jax", "data_pipeline", "jax", "optax", "numpy", "flax", "orbax"),
-        *("grain", "rich", "tyro", "matplotlib", "yaml", "tensorboardX", "wandb"),
+        *(
+            "etils",
+            "fsspec",
+            "grain",
+            "rich",
+            "tyro",
+            "matplotlib",
+            "yaml",
+            "tensorboardX",
+            "wandb",
+        ),
     },
     "scripts": {
         *(
@@ -42,7 +52,7 @@ ALLOWED = {
             "flax",
             "orbax",
         ),
-        *("grain", "rich", "tyro", "matplotlib", "yaml"),
+        *("fsspec", "grain", "rich", "tyro", "matplotlib", "yaml"),
     },
 }
 
@@ -246,12 +256,12 @@ TOTALS = {
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 920,
     "shampoo_jax/inspect": 1370,
-    "nanogpt/config": 450,
+    "nanogpt/config": 454,
     "nanogpt/model": 195,
-    "nanogpt/optimizers": 515,
-    "nanogpt/train": 2035,
-    "nanogpt/report": 880,
-    "nanogpt/lab": 1275,
+    "nanogpt/optimizers": 517,
+    "nanogpt/train": 2145,
+    "nanogpt/report": 882,
+    "nanogpt/lab": 1276,
 }
 
 

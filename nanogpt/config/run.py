@@ -101,13 +101,17 @@ class ModelConfig:
         return dataclasses.replace(self, **whole, width_multiplier=1.0, depth_multiplier=1.0)
 
 
-def check_folders(**folders: str) -> None:
-    """Refuses folders that are none of this machine's: as a path, gs://x would be ./gs:/x."""
+def check_folders(*, of_runs: bool = False, **folders: str) -> None:
+    """Refuses folders that are none of this machine's: as a path, gs://x would be ./gs:/x.
+
+    Those of runs may lie in Google's object store.
+    """
+    more = " or gs://BUCKET/FOLDER" if of_runs else ""
     for name, value in folders.items():
-        if re.match(r"\w+:/", value):
+        if re.match(r"\w+:/", value) and not (of_runs and re.match("gs://[^/]", value)):
             raise ValueError(
-                f"{name}={value!r}: must be a folder of this machine; copy the data here, or mount "
-                "the bucket (gcsfuse, mountpoint-s3) and name the mounted folder."
+                f"{name}={value!r}: must be a folder of this machine{more}; copy the data here, or "
+                "mount the bucket (gcsfuse, mountpoint-s3) and name the mounted folder."
             )
 
 
@@ -215,7 +219,9 @@ class OutputConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_folders(directory=self.directory)
+        check_folders(of_runs=True, directory=self.directory)
+        if "tensorboard" in self.sinks:
+            check_folders(**{"directory, with sinks=tensorboard,": self.directory})
         check(self, "at least 1", "log_every", "keep_checkpoints")
         check(self, "at least 0", "checkpoint_every", "keep_every", "keep_best")
         check(self, "at least 0 and finite", "checkpoint_minutes")
@@ -255,6 +261,9 @@ class Config:
         check(self, "at least 0", "seed")
         check(self, "at least 1", "val_every", "val_every_final", "nonfinite_limit")
         check(self, "positive and finite", "clip_norm")
-        check_folders(name=self.name, init_from=self.init_from, go_on_from=self.go_on_from)
+        check_folders(name=self.name)
+        check_folders(of_runs=True, init_from=self.init_from, go_on_from=self.go_on_from)
+        if self.profile:
+            check_folders(**{"output.directory, with profile=True,": self.output.directory})
         parse_mesh(self.mesh)
         check_name(self.name)

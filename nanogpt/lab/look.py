@@ -14,7 +14,7 @@ Paths = tuple[Path, ...]
 @command()
 @flags
 def compare(
-    runs: tyro.conf.Positional[Paths],
+    runs: tyro.conf.Positional[tuple[str, ...]],
     out: str = "runs",
     unchecked: bool = False,
     reference: Paths = (),
@@ -22,7 +22,7 @@ def compare(
     """Draws any set of runs: comparison.png and comparison.md.
 
     Args:
-        runs: folders that hold a metrics.jsonl
+        runs: folders that hold a metrics.jsonl, here or in gs://
         out: folder of comparison.png and comparison.md
         unchecked: draw runs without a fingerprint, too; the picture says which
         reference: CSV files of published curves, or their names

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from nanogpt.config.presets import PRESETS, PUBLISHED, is_own
-from nanogpt.config.run import Config
+from nanogpt.config.run import Config, check_folders
 from nanogpt.lab import compile_cache, run_file
 from nanogpt.lab.command import command
 from nanogpt.lab.command_line import DEMO, Choice, all_words, read_config, split_arguments
@@ -106,6 +106,7 @@ def train_all(choice: Choice, rest: list[str]) -> None:
 
     if join_arguments(os.environ, choice.process, detect=choice.distributed) is not None:
         raise ValueError("several processes train one optimizer at a time: name it by --optimizer.")
+    check_folders(**{"output.directory": group.output.directory})  # of the picture
     jobs = []
     for name in DEMO:
         config = read_config(choice, name, name, [*rest, "--name", f"{group.name}/{name}"])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 
-from nanogpt.config.run import Config
+from nanogpt.config.run import Config, check_folders
 from nanogpt.lab import run_file
 from nanogpt.lab.command_line import read_config
 from nanogpt.lab.preset_data import prepare_data
@@ -26,6 +26,7 @@ SWITCHES = {"True": True, "False": False}
 def run_sweep(options: Sweep, rest: list[str]) -> str:
     """Trains what is missing and returns the table; arguments as in `make_trials`."""
     trials = make_trials(options, rest)
+    check_folders(**{"output.directory": trials[0].config.output.directory})
     path = pathlib.Path(trials[0].config.output.directory, options.name, "trials.jsonl")
     configs = [trial.config for trial in trials]
     for config in {(c.data, c.schedule.steps): c for c in configs}.values():

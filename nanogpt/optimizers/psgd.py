@@ -68,8 +68,7 @@ def scale_by_psgd(
         for x in jax.tree.leaves(params):
             if x.ndim != 2:
                 raise ValueError(f"shape={x.shape}: PSGD-Kron takes matrices, route it to AdamW.")
-        left = jax.tree.map(lambda p: jnp.zeros((p.shape[0],) * 2, jnp.float32), params)
-        right = jax.tree.map(lambda p: jnp.zeros((p.shape[1],) * 2, jnp.float32), params)
+        left, right = (jax.tree.map(lambda p, k=k: _zeros(p, k), params) for k in (0, 1))
         return PsgdState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), left, right)
 
     def update(updates: Any, state: PsgdState, params: Any = None) -> tuple[Any, PsgdState]:
@@ -87,6 +86,11 @@ def scale_by_psgd(
         return done, PsgdState(count, mu, left, right)
 
     return optax.GradientTransformation(init, update)
+
+
+def _zeros(parameter: Array, side: int) -> Array:
+    dtype = jnp.promote_types(parameter.dtype, jnp.float32)
+    return jnp.zeros((parameter.shape[side],) * 2, dtype)
 
 
 def _by_shape(each: list[tuple[Array, ...]], rate: float) -> list[list[Array]]:
@@ -120,16 +124,16 @@ def _start(m: Array, left: Array, right: Array) -> tuple[Array, Array]:
     scale = jnp.where(largest > 0, (jnp.mean(unit**4) * largest**4) ** (-1 / 16), 0.0)
     fresh = left[0, 0] == 0
     return (
-        jnp.where(fresh, scale * jnp.eye(len(left)), left),
-        jnp.where(fresh, scale * jnp.eye(len(right)), right),
+        jnp.where(fresh, scale * jnp.eye(len(left), dtype=left.dtype), left),
+        jnp.where(fresh, scale * jnp.eye(len(right), dtype=right.dtype), right),
     )
 
 
 def _fit(m: Array, left: Array, right: Array, key: Array, rate: float) -> tuple[Array, Array]:
     """Both factors one step further, and equal in size; as they were where M is 0."""
     given = jnp.any(m != 0)
-    safe_l = jnp.where(given, left, jnp.eye(len(left)))
-    safe_r = jnp.where(given, right, jnp.eye(len(right)))
+    safe_l = jnp.where(given, left, jnp.eye(len(left), dtype=left.dtype))
+    safe_r = jnp.where(given, right, jnp.eye(len(right), dtype=right.dtype))
     a = _product(safe_l, m, safe_r.T)
     probe = jax.random.rademacher(key, m.shape, m.dtype)
     solve = jax.scipy.linalg.solve_triangular

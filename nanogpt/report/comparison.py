@@ -4,6 +4,7 @@ Reads finished or unfinished runs and published curves; imports no jax, so that 
 """
 
 import math
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from nanogpt.report.curves import (
 from nanogpt.report.plotting import draw
 from nanogpt.report.tables import shown, table
 from nanogpt.train.metrics import read_records
+from nanogpt.train.paths import Path, path_of
 from nanogpt.train.stored import expecting_form
 
 # Names of the field; a run of an unlisted optimizer is called by its registry name.
@@ -57,8 +59,8 @@ class Run(NamedTuple):
 
 
 def compare(
-    run_dirs: Sequence[pathlib.Path | str],
-    out_dir: pathlib.Path | str,
+    run_dirs: Sequence[Path | str],
+    out_dir: Path | str,
     references: Sequence[pathlib.Path | str] = (),
     *,
     unchecked: bool = False,
@@ -99,16 +101,16 @@ def compare(
     return picture
 
 
-def read_runs(folders: Sequence[pathlib.Path | str]) -> list[Run]:
+def read_runs(folders: Sequence[Path | str]) -> list[Run]:
     """Reads runs that hold all that the table tells; errors as of `read_run`."""
-    runs = [read_run(pathlib.Path(folder)) for folder in folders]
+    runs = [read_run(path_of(os.fspath(folder))) for folder in folders]
     for run in runs:
-        with expecting_form(pathlib.Path(run.folder) / "metrics.jsonl", ValueError):
+        with expecting_form(path_of(run.folder) / "metrics.jsonl", ValueError):
             report([run])
     return runs
 
 
-def read_run(folder: pathlib.Path) -> Run:
+def read_run(folder: Path) -> Run:
     """Reads folder/metrics.jsonl.
 
     Raises:

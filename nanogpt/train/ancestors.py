@@ -1,8 +1,6 @@
 """Runs that begin with another run: with its parameters, or with all that it did up to a step."""
 
 import hashlib
-import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ from nanogpt.train.checkpoint import damage, plain, saved_steps
 from nanogpt.train.digests import DamagedError
 from nanogpt.train.elastic import reading
 from nanogpt.train.metrics import read_start
+from nanogpt.train.paths import Path, absolute, copy, path_of
 from nanogpt.train.run_folder import RunFolder
 from nanogpt.train.stored import expecting_form
 
@@ -56,7 +55,7 @@ def read_params(config: Config, params: Any) -> tuple[Any, str]:
     path = folder / "checkpoints" / str(max(steps))
     _refuse_damaged("init_from", path)
     with ocp.PyTreeCheckpointer() as reader, reading(path / "state"):
-        found = reader.restore((path / "state").absolute(), args=args)["params"]
+        found = reader.restore(absolute(path / "state"), args=args)["params"]
     whole = jax.tree.leaves(multihost_utils.process_allgather(found, tiled=True))
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in whole))
     return found, digest.hexdigest()[:16]
@@ -79,33 +78,26 @@ def common_checkpoint(config: Config) -> int:
             f"{', '.join(map(str, steps))}. Train that run anew with --output.checkpoint-every and "
             "--output.keep-checkpoints, or begin with its parameters alone by --init-from."
         )
-    _refuse_damaged(
-        "go_on_from", pathlib.Path(config.go_on_from) / "checkpoints" / str(max(usable))
-    )
+    _refuse_damaged("go_on_from", path_of(config.go_on_from) / "checkpoints" / str(max(usable)))
     return max(usable)
 
 
 def copy_run(config: Config, step: int) -> None:
     """Copies what `config.go_on_from` left up to a step into the run's own folder."""
-    source, target = pathlib.Path(config.go_on_from), RunFolder(config)
+    source, target = path_of(config.go_on_from), RunFolder(config)
     for file in [*source.glob("metrics*.jsonl"), *source.glob(target.record.name)]:
-        shutil.copy(file, target.path)
-    # Under another name first: half a checkpoint must not be taken for one.
-    partial = target.path / "copying"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source / "checkpoints" / str(step), partial)
-    target.checkpoints.mkdir(exist_ok=True)
-    partial.rename(target.checkpoints / str(step))
+        (target.path / file.name).write_bytes(file.read_bytes())
+    copy(source / "checkpoints" / str(step), target.checkpoints / str(step))
 
 
-def _refuse_damaged(name: str, folder: pathlib.Path) -> None:
+def _refuse_damaged(name: str, folder: Path) -> None:
     if fault := damage(folder):
         raise DamagedError(f"{name}: {fault} Delete it there to take the one before.")
 
 
-def _read(name: str, folder: str) -> tuple[pathlib.Path, dict[str, Any], list[int]]:
+def _read(name: str, folder: str) -> tuple[Path, dict[str, Any], list[int]]:
     """A run's folder, settings, and the steps of its checkpoints."""
-    path = pathlib.Path(folder)
+    path = path_of(folder)
     metrics = path / "metrics.jsonl"
     steps = saved_steps(path / "checkpoints")
     if not steps or not metrics.exists():

@@ -14,6 +14,7 @@ from data_pipeline import Baselines, Manifest
 from nanogpt.config.prepared import PADDING
 from nanogpt.config.run import Config
 from nanogpt.train.mesh import Layout
+from nanogpt.train.paths import Path
 from nanogpt.train.stored import expecting_form
 from nanogpt.train.train_step import Batch
 
@@ -102,7 +103,7 @@ def _order(config: Config) -> dict[str, Any]:
     return {"sequence_length": length, "batch_rows": data.batch_rows, "mode": data.mode}
 
 
-def go_to(data: grain.DatasetIterator, step: int, folder: pathlib.Path) -> None:
+def go_to(data: grain.DatasetIterator, step: int, folder: Path) -> None:
     """Moves a run's batches to what follows a checkpoint, whatever number of processes saved it.
 
     A step is a batch of every process. Where as many saved it, what Grain wrote is compared.

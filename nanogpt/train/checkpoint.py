@@ -7,9 +7,7 @@ import functools
 import json
 import math
 import os
-import pathlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +30,7 @@ from nanogpt.train.digests import DamagedError, check_digests, write_digests
 from nanogpt.train.distributed import largest_of_all
 from nanogpt.train.elastic import read_state
 from nanogpt.train.metrics import read_start
+from nanogpt.train.paths import COMMITTED, Path, absolute, is_remote, move
 from nanogpt.train.retention import LOSS, saved_losses, what_to_keep
 from nanogpt.train.stored import expecting_form
 
@@ -50,7 +49,7 @@ class Checkpoints:
         fingerprint: identifies the data and their order.
     """
 
-    def __init__(self, directory: pathlib.Path, config: Config, fingerprint: str):
+    def __init__(self, directory: Path, config: Config, fingerprint: str):
         self.directory = directory
         self._config = config
         self._meta = {"config": plain(config), "data_fingerprint": fingerprint}
@@ -71,7 +70,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._digest),
         )
-        manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
+        manager = ocp.CheckpointManager(absolute(self.directory), options=options)
         self._resources.callback(manager.close)
         return manager
 
@@ -97,7 +96,10 @@ class Checkpoints:
         damaged: list[str] = []
         steps = saved_steps(self.directory)
         for step in reversed(steps):
-            fault = damage(self.directory / str(step))
+            folder = self.directory / str(step)
+            fault = damage(folder)
+            if os.path.islink(folder):  # Orbax deletes none
+                fault = f"checkpoint {folder} is a link: put there what it leads to."
             if not fault:
                 return step, damaged
             if not go_back:
@@ -142,6 +144,8 @@ class Checkpoints:
 
     def _digest(self) -> None:
         """Orbax calls this in the first process, when all have written and nothing is renamed."""
+        if is_remote(self.directory):
+            write_digests(self.directory / str(self._step))
         for folder in self.directory.glob(f"{self._step}.*"):
             write_digests(folder)
 
@@ -162,7 +166,7 @@ class Checkpoints:
         Raises:
             ValueError: config or data differ; names the first setting that does.
         """
-        folder = self.directory.absolute() / str(step)
+        folder = absolute(self.directory) / str(step)
         meta = self.check(folder, state)
         with expecting_form(folder, ValueError):
             seconds = float(meta["train_time_s"])
@@ -180,11 +184,9 @@ class Checkpoints:
         for later in saved_steps(self.directory):
             if step is not None and later > step:
                 target = self.directory.with_name("damaged") / str(later)
-                shutil.rmtree(target, ignore_errors=True)
-                target.parent.mkdir(exist_ok=True)
-                (self.directory / str(later)).rename(target)
+                move(self.directory / str(later), target)
 
-    def check_start(self, metrics: pathlib.Path, identity: Mapping[str, Any]) -> None:
+    def check_start(self, metrics: Path, identity: Mapping[str, Any]) -> None:
         """Refuses to replace the records of another run, where they are all that is left of it.
 
         Args:
@@ -214,7 +216,7 @@ class Checkpoints:
         with _telling(self.directory):
             self._resources.close()
 
-    def check(self, folder: pathlib.Path, state: Any) -> Meta:
+    def check(self, folder: Path, state: Any) -> Meta:
         """Refuses a checkpoint that this run, or one that goes on from it, cannot have made.
 
         Args:
@@ -292,7 +294,7 @@ def plain(config: Config) -> Meta:
 
 
 @contextlib.contextmanager
-def _telling(directory: pathlib.Path) -> Iterator[None]:
+def _telling(directory: Path) -> Iterator[None]:
     """Errors of a save in a sentence: TensorStore's for a full disk is one of many lines."""
     try:
         yield
@@ -308,13 +310,15 @@ def _telling(directory: pathlib.Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, reason, str(directory)) from error
 
 
-def saved_steps(directory: pathlib.Path) -> list[int]:
+def saved_steps(directory: Path) -> list[int]:
     """Numbers of the checkpoints in a folder, in their order; those half written have none."""
-    names = [path.name for path in directory.glob("*")]
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+    found = [path for path in directory.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name)]
+    if is_remote(directory):  # what cannot be renamed has its number from the beginning
+        found = [path for path in found if (path / COMMITTED).exists()]
+    return sorted(int(path.name) for path in found)
 
 
-def damage(folder: pathlib.Path) -> str:
+def damage(folder: Path) -> str:
     """What is wrong with a checkpoint, empty if nothing; each process reads its part of it."""
     fault = ""
     try:

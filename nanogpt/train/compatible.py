@@ -1,6 +1,5 @@
 """What may differ between a checkpoint and the run that goes on from it."""
 
-import pathlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from nanogpt.train.digests import DamagedError
+from nanogpt.train.paths import Path, absolute
 from shampoo_jax import FORMAT, state_layout
 
 Meta = dict[str, Any]
@@ -23,7 +23,7 @@ FREE_SETTINGS = (
 TUNABLE_SETTINGS = ("matrices", "auxiliary", "clip_norm")
 
 
-def read_meta(folder: pathlib.Path) -> Meta:
+def read_meta(folder: Path) -> Meta:
     """What was stored beside the state of a checkpoint.
 
     Raises:
@@ -31,7 +31,7 @@ def read_meta(folder: pathlib.Path) -> Meta:
     """
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            found = reader.restore(folder.absolute() / "meta")
+            found = reader.restore(absolute(folder) / "meta")
     except (ValueError, OSError, RecursionError) as error:
         raise DamagedError(f"checkpoint {folder} is damaged: meta cannot be read.") from error
     if not isinstance(found, dict):

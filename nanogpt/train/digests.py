@@ -7,25 +7,27 @@ travel with it; a checkpoint without them was not saved whole.
 import concurrent.futures
 import hashlib
 import json
-import pathlib
 from collections.abc import Mapping
+from typing import Any, cast
+
+from nanogpt.train.paths import COMMITTED, Path, files_of
 
 NAME = "digests.json"
 # Orbax writes these when the digests are there already. They hold times and names of classes, and
 # a resume does not read them.
-_LATER = ("commit_success.txt", "_CHECKPOINT_METADATA")
+_LATER = (COMMITTED, "_CHECKPOINT_METADATA")
 
 
 class DamagedError(ValueError):
     """A checkpoint is not what was saved; the message names the file."""
 
 
-def write_digests(folder: pathlib.Path) -> None:
+def write_digests(folder: Path) -> None:
     """Writes `digests.json`: SHA-256 by file; the folder is otherwise complete."""
     (folder / NAME).write_text(json.dumps(_digests(folder, _names(folder)), indent=0))
 
 
-def check_digests(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> None:
+def check_digests(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Refuses a checkpoint that is not what was saved; reads its files and nothing else.
 
     Args:
@@ -44,7 +46,7 @@ def check_digests(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> None
             raise _damaged(folder, name, "is not what was saved")
 
 
-def _read(folder: pathlib.Path) -> Mapping[str, str]:
+def _read(folder: Path) -> Mapping[str, str]:
     try:
         wanted = json.loads((folder / NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -56,23 +58,24 @@ def _read(folder: pathlib.Path) -> Mapping[str, str]:
     return wanted
 
 
-def _damaged(folder: pathlib.Path, name: str, what: str) -> DamagedError:
+def _damaged(folder: Path, name: str, what: str) -> DamagedError:
     # Names of files are bytes: those that are no text must not keep the rest from being said.
     shown = name.encode(errors="backslashreplace").decode()
     return DamagedError(f"checkpoint {folder} is damaged: {shown} {what}.")
 
 
-def _names(folder: pathlib.Path) -> list[str]:
-    files = (path for path in folder.rglob("*") if not path.is_dir())
-    names = sorted(path.relative_to(folder).as_posix() for path in files)
-    return [name for name in names if name not in (NAME, *_LATER)]
+def _names(folder: Path) -> list[str]:
+    return [name for name in files_of(folder) if name not in (NAME, *_LATER)]
 
 
-def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, str]:
+def _digests(folder: Path, names: list[str]) -> dict[str, str]:
     def digest(name: str) -> str:
+        path = folder / name
+        if path.exists() and not path.is_file():  # a pipe or a device: reading them has no end
+            raise _damaged(folder, name, "is no file")
         try:
-            with open(folder / name, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            with path.open("rb") as file:
+                return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
         except OSError as error:
             raise _damaged(folder, name, f"cannot be read ({error.strerror})") from error
 

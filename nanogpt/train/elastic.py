@@ -1,7 +1,6 @@
 """A saved state on another number of devices."""
 
 import contextlib
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +10,12 @@ import orbax.checkpoint as ocp
 
 from nanogpt.train.compatible import Meta
 from nanogpt.train.digests import DamagedError
+from nanogpt.train.paths import Path, absolute
 from nanogpt.train.stored import STUMBLES
 
 
 @contextlib.contextmanager
-def reading(folder: pathlib.Path) -> Iterator[None]:
+def reading(folder: Path) -> Iterator[None]:
     """Says in a sentence what TensorStore says in pages, and Orbax as an error of no class.
 
     Raises:
@@ -31,7 +31,7 @@ def reading(folder: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def read_state(folder: pathlib.Path, state: Any, saved: Meta) -> Any:
+def read_state(folder: Path, state: Any, saved: Meta) -> Any:
     """Loads a state; every device reads its own ranges of every array, and nothing is gathered.
 
     Stacks hold the same blocks on every layout, and zero blocks behind them up to a multiple of
@@ -51,7 +51,7 @@ def read_state(folder: pathlib.Path, state: Any, saved: Meta) -> Any:
     fresh, structure = jax.tree.flatten(state)
     other = [k for k, leaf in enumerate(fresh) if leaf.shape != lengths[k]]
     with ocp.StandardCheckpointer() as reader, reading(folder):
-        read = jax.tree.leaves(reader.restore(folder.absolute(), pattern, strict=not other))
+        read = jax.tree.leaves(reader.restore(absolute(folder), pattern, strict=not other))
     short = [k for k in other if fresh[k].shape[0] > lengths[k][0]]
     if short:
         full = _filled([(read[k], fresh[k], lengths[k][0]) for k in short])

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, Literal, cast
@@ -22,6 +21,7 @@ from nanogpt.train.interrupt import Interrupted, StopRequest, StopSignal, stop_r
 from nanogpt.train.mesh import Layout, make_layout
 from nanogpt.train.metrics import plain_console, read_records
 from nanogpt.train.nonfinite import check_row
+from nanogpt.train.paths import path_of
 from nanogpt.train.progress import Report
 from nanogpt.train.record_log import source_text
 from nanogpt.train.run_folder import RunFolder
@@ -187,7 +187,7 @@ class _Run:
             self.data = self.data.begun_with(digest)
         if self.config.go_on_from:
             self.common = common_checkpoint(self.config)
-            source = pathlib.Path(self.config.go_on_from) / "checkpoints" / str(self.common)
+            source = path_of(self.config.go_on_from) / "checkpoints" / str(self.common)
             self.checkpoints.check(source, self.state)
 
     def finished(self) -> bool:

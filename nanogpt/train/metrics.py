@@ -3,12 +3,13 @@
 import datetime
 import json
 import math
-import pathlib
 from typing import Any
 
 import rich.console
 import rich.progress
 import rich.table
+
+from nanogpt.train.paths import Lines, Path, replace_text
 
 Record = dict[str, Any]
 
@@ -22,27 +23,27 @@ class MetricsWriter:
         path: the file; its folder exists.
     """
 
-    def __init__(self, path: pathlib.Path):
-        self._file = open(path, "a", encoding="utf-8")
+    def __init__(self, path: Path):
+        self._lines = Lines(path)
 
     def write(self, kind: str, **fields: Any) -> None:
         """Appends {"kind": kind, **fields}."""
         record = {"kind": kind} | {key: _finite(value) for key, value in fields.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._lines.write(json.dumps(record, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Closes the file; nothing is lost without it."""
-        self._file.close()
+        """Nothing is left to do."""
 
 
-def read_records(path: pathlib.Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
     """Returns the records of a metrics file; a last line cut short by a crash is dropped.
 
     Raises:
         ValueError: a line before the last is not JSON, or some line is no record; names file and
             line.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file: put the records back, or take another --name.")
     lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
@@ -61,7 +62,7 @@ def read_records(path: pathlib.Path) -> list[Record]:
     return records
 
 
-def read_start(path: pathlib.Path) -> Record:
+def read_start(path: Path) -> Record:
     """Returns the first record of a run, which has its settings under "config".
 
     Raises:
@@ -86,30 +87,23 @@ def _is_record(found: Any) -> bool:
     )
 
 
-def keep_before(path: pathlib.Path, step: int, config: Record) -> None:
+def keep_before(path: Path, step: int, config: Record) -> None:
     """Cuts a metrics file back to a checkpoint, atomically.
 
     Keeps the first record and whatever was measured before update `step`; the resumed run writes
     the rest again.
 
     Args:
-        path: the file, rewritten.
+        path: the file, rewritten; a process more than the job had before has none yet.
         step: updates that the checkpoint holds.
         config: settings of the run that goes on; its schedule may be another one.
     """
     kept = [
         record | ({"config": config} if record.get("kind") == "start" else {})
-        for record in read_records(path)
+        for record in (read_records(path) if path.exists() else ())
         if record.get("kind") == "start" or record.get("step", math.inf) < step
     ]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file aside first: a full disk must not cost what there is."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def plain_console() -> rich.console.Console:

@@ -17,7 +17,7 @@ import jax
 from jax.extend import backend
 
 from nanogpt.config.run import Config
-from nanogpt.train.metrics import replace_text
+from nanogpt.train.paths import Lines, Path, replace_text
 from nanogpt.train.provenance import output_of, provenance
 
 RULE = "=" * 100
@@ -97,7 +97,7 @@ class RecordLog:
         resumed: updates done by earlier processes; None for a fresh run.
     """
 
-    def __init__(self, path: pathlib.Path, config: Config, source: str, resumed: int | None):
+    def __init__(self, path: Path, config: Config, source: str, resumed: int | None):
         self._path, self._steps = path, config.schedule.steps
         self._step, self._seconds = 0, 0.0
         what = f"{source}\n{RULE}\n{environment_text(config)}\n"
@@ -107,6 +107,7 @@ class RecordLog:
         if resumed is not None:
             kept += f"Resumed after {resumed} updates\n"
         replace_text(path, kept)
+        self._lines = Lines(path)
 
     def write(self, kind: str, **fields: Any) -> None:
         """Appends a line for a validation, and nothing for any other record."""
@@ -115,8 +116,8 @@ class RecordLog:
         step, seconds = fields["step"], fields["train_time_s"]
         since = step - self._step
         step_s = (seconds - self._seconds) / since if since else math.nan
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(record_line(step, self._steps, fields["loss"], seconds, step_s) + "\n")
+        line = record_line(step, self._steps, fields["loss"], seconds, step_s)
+        self._lines.write(f"{line}\n")
         self._step, self._seconds = step, seconds
 
     def close(self) -> None:
@@ -124,11 +125,11 @@ class RecordLog:
 
     def _keep_before(self, step: int) -> str:
         """The log without the validations that the resumed run measures again."""
-        if not self._path.exists():
+        if not self._path.is_file():
             return ""
         kept = []
         # Nobody reads it back: bytes that a bad disk left there cost no run.
-        text = self._path.read_text(encoding="utf-8", errors="replace")
+        text = self._path.read_bytes().decode(errors="replace")
         for line in text.splitlines(keepends=True):
             found = _LINE.match(line)
             if found and int(found[1]) >= step:

@@ -1,7 +1,6 @@
 """Which checkpoints of a run are kept: Orbax's policies, and one of our own."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import orbax.checkpoint as ocp
@@ -10,6 +9,7 @@ from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import common_steps
 from nanogpt.train.compatible import read_meta
 from nanogpt.train.digests import DamagedError
+from nanogpt.train.paths import Path
 
 policies = ocp.checkpoint_managers
 
@@ -64,7 +64,7 @@ class LowestLoss:
         return [one.step in best for one in checkpoints]
 
 
-def saved_losses(folders: Sequence[pathlib.Path]) -> dict[int, float]:
+def saved_losses(folders: Sequence[Path]) -> dict[int, float]:
     """Validation losses of checkpoints by step; those that cannot be read have none."""
     found = {}
     for folder in folders:

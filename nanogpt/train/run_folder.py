@@ -1,12 +1,13 @@
 """The folder of a run: what lies where, and the rule that no run is overwritten by accident."""
 
 import fcntl
+import importlib
 import os
-import pathlib
-import shutil
 import tempfile
+import zlib
 
 from nanogpt.config.run import Config
+from nanogpt.train.paths import Path, absolute, delete, is_remote, path_of
 
 
 class RunFolder:
@@ -18,7 +19,7 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, process: int = 0):
-        self.path = pathlib.Path(config.output.directory) / config.name
+        self.path = path_of(config.output.directory) / config.name
         self.first_metrics = self.path / "metrics.jsonl"
         self.metrics = self.path / (f"metrics-{process}.jsonl" if process else "metrics.jsonl")
         self.record = self.path / "record.txt"  # of the first process, see `RecordLog`
@@ -47,6 +48,7 @@ class RunFolder:
             FileExistsError: a run lies here and neither is asked for.
         """
         check_writable("output.directory", self.path)
+        check_writable("output.directory", self.checkpoints)  # perhaps on a disk of its own
         if overwrite and any(_same(self.path, source) for source in self._sources):
             raise ValueError(
                 f"{self.path} holds the run to begin with, which --overwrite would delete: give "
@@ -64,7 +66,7 @@ class RunFolder:
                 f"{self.path} already holds a run: go on with --resume, replace it with "
                 "--overwrite, or choose another --name; with make: make speedrun ARGS=--resume."
             )
-        recorded = self.first_metrics.exists() and self.first_metrics.stat().st_size > 0
+        recorded = self.first_metrics.is_file() and self.first_metrics.read_bytes()
         if resume and not recorded and any(self.checkpoints.glob("*")):
             raise FileNotFoundError(
                 f"{self.metrics} is missing or empty, but checkpoints lie beside it: put the file "
@@ -96,6 +98,8 @@ class RunFolder:
         """
         if not self._first or self._lock is not None or not self.path.exists():
             return
+        if is_remote(self.path):  # without locks; see `nanogpt.train.paths.Lines`
+            return
         folder = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,14 +125,18 @@ class RunFolder:
         for file in (*self.path.glob("metrics*.jsonl"), self.record, self.wandb):
             file.unlink(missing_ok=True)  # another process of the job may be at it, too
         for folder in (self.checkpoints, self.damaged, self.events, self.profile):
-            shutil.rmtree(folder, ignore_errors=True)
+            delete(folder)
 
     def changed(self) -> int | None:
-        """Returns when metrics.jsonl was last written (ns), None if there is none."""
-        return self.metrics.stat().st_mtime_ns if self.metrics.exists() else None
+        """Returns a number that is another one when metrics.jsonl is, None if there is none."""
+        if not self.metrics.exists():
+            return None
+        if is_remote(self.metrics):  # the time is not told of every store
+            return zlib.crc32(self.metrics.read_bytes())
+        return os.stat(self.metrics).st_mtime_ns
 
 
-def check_writable(name: str, folder: pathlib.Path) -> None:
+def check_writable(name: str, folder: Path) -> None:
     """Refuses a folder that cannot be made or written, before any work.
 
     Args:
@@ -138,7 +146,10 @@ def check_writable(name: str, folder: pathlib.Path) -> None:
     Raises:
         ValueError: names the setting, the folder and the cause.
     """
-    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if is_remote(folder):
+        _check_store(name, folder)
+        return
+    there = next(p for p in (folder, *absolute(folder).parents) if os.path.exists(p))
     try:  # permissions do not tell of read-only file systems and quotas
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
@@ -148,5 +159,26 @@ def check_writable(name: str, folder: pathlib.Path) -> None:
         ) from None
 
 
-def _same(folder: pathlib.Path, other: str) -> bool:
-    return folder.exists() and os.path.exists(other) and folder.samefile(other)
+def _check_store(name: str, folder: Path) -> None:
+    probe = folder / f"writable-{os.getpid()}"
+    try:
+        importlib.import_module("google.cloud.storage")  # which Orbax needs to delete
+        probe.write_bytes(b"?")
+        probe.unlink()
+    except ImportError as error:
+        raise ValueError(
+            f"{name}: {folder} needs a package ({error}): run `pip install gcsfs "
+            "google-cloud-storage`."
+        ) from error
+    except Exception as error:  # of the store, the network or the login, each with its classes
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name}: {folder} cannot be written ({type(error).__name__}: {told}): see whether the "
+            "bucket is there and `gcloud auth application-default login` was done."
+        ) from error
+
+
+def _same(folder: Path, other: str) -> bool:
+    if is_remote(folder):
+        return folder == path_of(other)
+    return folder.exists() and os.path.exists(other) and os.path.samefile(folder, other)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 
 from nanogpt.config.run import Config
+from nanogpt.train.paths import is_remote
 from nanogpt.train.run_folder import RunFolder
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -63,9 +64,10 @@ class WandB:
         import wandb
 
         folder = RunFolder(config)
-        known = folder.wandb.read_text() if resumed is not None and folder.wandb.exists() else None
+        known = folder.wandb.read_text() if resumed is not None and folder.wandb.is_file() else None
+        own = None if is_remote(folder.path) else str(folder.path)  # None: where the command is
         self._run = wandb.init(
-            project="nanogpt", name=config.name, id=known, resume="allow", dir=str(folder.path)
+            project="nanogpt", name=config.name, id=known, resume="allow", dir=own
         )
         folder.wandb.write_text(self._run.id)
 

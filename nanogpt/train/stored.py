@@ -1,15 +1,16 @@
 """What runs left in JSON, where it is not what this version writes: refused by its file's name."""
 
 import contextlib
-import pathlib
 from collections.abc import Iterator
+
+from nanogpt.train.paths import Path
 
 # What code that expects another form stumbles over.
 STUMBLES = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @contextlib.contextmanager
-def expecting_form(path: pathlib.Path, *more: type[Exception]) -> Iterator[None]:
+def expecting_form(path: Path, *more: type[Exception]) -> Iterator[None]:
     """Turns what goes wrong with values of a file that have another form into a sentence.
 
     Args:
@@ -19,6 +20,7 @@ def expecting_form(path: pathlib.Path, *more: type[Exception]) -> Iterator[None]
     Raises:
         ValueError: names the path and what to do.
 
+    >>> import pathlib
     >>> with expecting_form(pathlib.Path("metrics.jsonl")):
     ...     {}["config"]
     Traceback (most recent call last):

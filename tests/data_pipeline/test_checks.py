@@ -65,3 +65,9 @@ def test_finds_what_a_disk_left_empty(tmp_path, begin, found):
     tokens[begin:6144] = 0
     write_shard(tmp_path / "x.bin", tokens)
     assert scan(tmp_path / "x.bin").hole_at == found
+
+
+def test_a_pipe_in_the_place_of_the_memory_is_not_waited_for(good):
+    os.mkfifo(good.parent / FILE_NAME)
+    assert scan(good).highest == 9
+    assert json.loads((good.parent / FILE_NAME).read_text())["good.bin"]["highest"] == 9

@@ -41,6 +41,7 @@ import optax
 
 from nanogpt import cli
 from nanogpt.train import checkpoint, loop
+from scripts.maintenance.faulting import bucket
 
 
 def set_back(seconds: float) -> None:
@@ -177,6 +178,8 @@ def main(arguments: Sequence[str]) -> None:
     accidents, lines = arguments[:first], [[]]
     for word in arguments[first + 1 :]:
         lines.append([]) if word == "--" else lines[-1].append(word)
+    if bucket.FOLDER in os.environ:
+        bucket.join()
     at_batches = []
     for accident in accidents:
         name, _, told = accident.partition("=")

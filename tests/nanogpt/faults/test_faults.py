@@ -16,6 +16,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from nanogpt import cli
+from nanogpt.train import loop
+from scripts.maintenance.faulting import bucket
+from scripts.maintenance.faulting.hooked import Batches
 from scripts.maintenance.faulting.rig import Rig, differences
 
 AT = 13  # in the second epoch, in the middle of every interval and between two checkpoints
@@ -106,3 +109,29 @@ def test_a_disk_without_room_is_said_in_a_sentence_and_costs_no_checkpoint(rig, 
     assert ended.output.count("the disk is full: make room") == 1 and "--resume" in ended.output
     assert rig.checkpoints("full") in ([3], [3, 6])  # the save of 6 may not have been done
     assert go_on(rig, "full") == []
+
+
+def test_a_run_in_an_object_store_goes_on_bit_for_bit(rig, straight, tmp_path, monkeypatch):
+    places = ("--output.directory", f"{bucket.NAME}/runs", "--output.checkpoint-every", "7")
+    words = rig.words("there", *places)
+    with bucket.stand_in(tmp_path / "bucket") as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        bucket.join()
+        objects = bucket.Objects(tmp_path / "bucket")
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "to_device", Batches([f"stop={AT}"]))
+            with pytest.raises(SystemExit, match="143"):
+                cli.main(words)
+        # As a process leaves it that is killed in a save: all of it under its number, no end.
+        saved = "runs/there/checkpoints/"
+        for key in objects.keys(f"{saved}{AT + 1}/"):
+            if key != f"{saved}{AT + 1}/commit_success.txt":
+                objects.put(key.replace(f"/{AT + 1}/", "/15/"), objects.get(key)[0])
+        with pytest.raises(SystemExit, match="already holds a run"):
+            cli.main(words)
+        cli.main([*words, "--resume"])
+        objects.copy_to(tmp_path, "runs/")
+    assert differences(straight, tmp_path / "runs" / "there", rig.steps) == []
+    kept = sorted(path.name for path in (tmp_path / saved).iterdir())
+    assert kept == ["21", "24", "7"]  # the newest two, and the last one before the cooldown

@@ -19,7 +19,7 @@ def test_arguments_reach_the_comparison(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(comparison, "compare", record)
     a, b, c = (tmp_path / name for name in "abc")
     look.compare([str(a), str(b), "--out", str(tmp_path), "--reference", str(c)])
-    assert seen == [((a, b), tmp_path, (c,), False)]
+    assert seen == [((str(a), str(b)), tmp_path, (c,), False)]
     printed = capsys.readouterr().out
     assert "| table |" in printed and str(tmp_path / "comparison.png") in printed
 

@@ -81,6 +81,16 @@ def test_zero_gradients_give_zero_and_leave_the_start_open():
     assert (state.left != before.left).any()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_state_keeps_its_precision_where_float64_is_enabled(dtype):
+    with jax.enable_x64(True):
+        tx, w = scale_by_psgd(), jax.ShapeDtypeStruct((3, 2), dtype)
+        state = jax.eval_shape(tx.init, w)
+        updates, after = jax.eval_shape(tx.update, w, state)
+    assert updates == w and after == state
+    assert state.left.dtype == dtype
+
+
 def test_only_matrices():
     with pytest.raises(ValueError, match=r"shape=\(3,\): PSGD-Kron takes matrices"):
         scale_by_psgd().init(jnp.ones(3))

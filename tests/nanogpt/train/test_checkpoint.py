@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import os
+import shutil
 from typing import NamedTuple
 
 import grain
@@ -325,3 +327,18 @@ def test_a_save_that_orbax_gives_up_is_told_in_a_sentence(tmp_path, config, save
         checkpoints.wait()
     monkeypatch.undo()
     checkpoints.close()
+
+
+def test_what_is_no_file_or_no_folder_of_its_own_is_refused(tmp_path, config, saved):
+    """A pipe is never read to its end, and a link could not be deleted later."""
+    checkpoints = Checkpoints(tmp_path, config, "data-1")
+    manifest = tmp_path / "4" / "state" / "manifest.ocdbt"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(DamagedError, match=r"4 is damaged: state/manifest.ocdbt is no file"):
+        checkpoints.newest()
+    shutil.rmtree(tmp_path / "4")
+    (tmp_path / "3").rename(tmp_path / "elsewhere")
+    (tmp_path / "3").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedError, match="3 is a link: put there what it leads to"):
+        checkpoints.newest()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 
 import pytest
 import rich.console
@@ -100,3 +101,14 @@ def test_bar_on_a_terminal():
         assert figure in text
     assert "step 1009/" not in text
     assert "hello" in text
+
+
+def test_a_process_more_than_before_begins_its_records(tmp_path):
+    keep_before(tmp_path / "metrics-2.jsonl", 7, {})
+    assert read_records(tmp_path / "metrics-2.jsonl") == []
+
+
+def test_records_that_are_no_file_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"metrics.jsonl is no file"):
+        read_records(tmp_path / "metrics.jsonl")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
 import sys
@@ -124,3 +125,9 @@ def test_other_code_is_told_when_it_goes_on(log, lost):
     assert log.read_text().count(RULE) == (2 if lost else 4)
     assert environment_text(CONFIG) in log.read_text()
     assert "Resumed after 3 updates" in log.read_text()
+
+
+def test_a_pipe_in_the_place_of_the_log_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "record.txt")
+    RecordLog(tmp_path / "record.txt", CONFIG, "source", 3)
+    assert "Resumed after 3 updates" in (tmp_path / "record.txt").read_text()

@@ -7,6 +7,7 @@ import pytest
 
 from nanogpt.config.presets import preset
 from nanogpt.config.run import OutputConfig
+from nanogpt.train import run_folder
 from nanogpt.train.run_folder import RunFolder
 
 
@@ -87,6 +88,14 @@ def test_one_process_at_a_time(used):
     with pytest.raises(ValueError, match="another process"):
         used.lock()
     other.close()
+
+
+def test_checkpoints_that_cannot_be_written_are_found_at_once(used, monkeypatch):
+    """They may lie on a disk of their own, which is mounted to be read alone."""
+    asked = []
+    monkeypatch.setattr(run_folder, "check_writable", lambda name, folder: asked.append(folder))
+    used.check(resume=True, overwrite=False)
+    assert asked == [used.path, used.checkpoints]
 
 
 def test_a_folder_that_cannot_be_written_is_found_at_once(folder, tmp_path):
