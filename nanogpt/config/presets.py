@@ -14,9 +14,11 @@ from nanogpt.config.run import (
     Config,
     CooldownConfig,
     DataConfig,
+    LookaheadConfig,
     ModelConfig,
     OutputConfig,
     ScheduleConfig,
+    TailConfig,
 )
 from nanogpt.config.settings import SETTINGS, MatrixConfig
 
@@ -99,7 +101,7 @@ def preset(name: str, optimizer: str) -> Config:
     table, shared = _TABLES[optimizer if known else "adamw"], dict(_SHARED[name])
     direction = table.get("direction", optimizer) if known else optimizer
     recipe, rest = table[name], table[name]["auxiliary"]
-    own = recipe.get("matrices_cooldown")
+    own, ahead, tail = map(recipe.get, ("matrices_cooldown", "lookahead", "tail"))
     return Config(
         f"{name}-{optimizer}",
         seed=0,
@@ -111,6 +113,8 @@ def preset(name: str, optimizer: str) -> Config:
         matrices=SETTINGS[direction](**recipe["matrices"]) if known else OWN[optimizer],
         auxiliary=AuxiliaryConfig(**(_AUXILIARY[rest] if isinstance(rest, str) else rest)),
         matrices_cooldown=None if own is None else CooldownConfig(**own),
+        lookahead=None if ahead is None else LookaheadConfig(**ahead),
+        tail=None if tail is None else TailConfig(**tail),
         **shared,
     )
 
