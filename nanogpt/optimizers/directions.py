@@ -88,11 +88,12 @@ def adam(settings: Any, placement: Placement = None) -> optax.GradientTransforma
     return _split(optax.scale_by_adam(settings.b1, settings.b2, settings.eps), placement)
 
 
-def uncorrected_adam(settings: Any, _: Placement = None) -> optax.GradientTransformation:
-    """Adam without bias correction."""
+def uncorrected_adam(settings: Any, placement: Placement = None) -> optax.GradientTransformation:
+    """Adam without bias correction, of parameters that are not cut."""
     average = shampoo_jax.filter_gradient(settings.b1, bias_correction=False)
     moment = shampoo_jax.scale_by_second_moment(settings.b2, settings.eps, bias_correction=False)
-    return optax.chain(average, moment)
+    whole: Any = {"blocking": shampoo_jax.Blocking(size=None), "placement": placement}
+    return shampoo_jax.blocked(optax.chain(average, moment), **whole).inner
 
 
 def muon(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
@@ -104,20 +105,12 @@ def muon(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformat
 
 
 def muon_track3(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
-    """The benchmark's Muon: its own momentum, then Optax's orthogonalization alone."""
-    orthogonalize = optax.contrib.scale_by_muon(
-        settings.ns_coeffs,
-        settings.ns_steps,
-        beta=0.0,
-        eps=1e-7,
-        nesterov=False,
-        weight_dimension_numbers=_in_out,
-    )
+    """The benchmark's Muon: its own momentum, then Newton-Schulz."""
     average = nesterov_ema(settings.b1)
     if settings.b1_warmup:
         rise = optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
         average = optax.inject_hyperparams(nesterov_ema)(b1=rise)
-    return optax.chain(average, _cast(settings.ns_dtype), orthogonalize, scale_by_aspect())
+    return optax.chain(average, _newton_schulz(settings, eps=1e-7), scale_by_aspect())
 
 
 def pmuon(settings: PMuonConfig, placement: Placement = None) -> optax.GradientTransformation:
@@ -192,7 +185,7 @@ def _soap(settings: SoapMuonConfig, mix: Callable[..., Any], placement: Placemen
     return shampoo_jax.blocked(parts, blocking=whole, chunk="auto", placement=placement).inner
 
 
-def _newton_schulz(settings: PMuonConfig | SoapMuonConfig, **form: Any) -> Any:
+def _newton_schulz(settings: MuonConfig | PMuonConfig | SoapMuonConfig, **form: Any) -> Any:
     dtype = None if settings.ns_dtype == "float32" else settings.ns_dtype
     chosen: Any = {"steps": settings.ns_steps, "coefficients": settings.ns_coeffs, "dtype": dtype}
     return shampoo_jax.orthogonalize(**chosen, **form)
@@ -328,12 +321,6 @@ def _split(tx: optax.GradientTransformation, placement: Placement) -> optax.Grad
 def _in_out(updates: optax.Updates) -> optax.Params:
     """Names the axes of (in, out) kernels; Optax 0.2.8 takes a tree of matrices no other way."""
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
-
-
-def _cast(dtype: str) -> optax.GradientTransformation:
-    if dtype == "float32":  # that of the updates, or narrower
-        return optax.identity()
-    return optax.stateless(lambda updates, _: _cast_tree(updates, dtype))
 
 
 def _cast_tree(updates: optax.Updates, dtype: str) -> optax.Updates:

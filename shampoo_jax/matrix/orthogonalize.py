@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +24,17 @@ from shampoo_jax.matrix.products import matmul
 QUINTIC = (3.4445, -4.775, 2.0315)
 
 
-def check_coefficients(coefficients: Sequence[float]) -> None:
-    """Raises ValueError for what are not three numbers."""
-    if np.shape(coefficients) != (3,):
-        refuse("coefficients", coefficients, f": give three numbers, such as {QUINTIC}")
+def check_coefficients(coefficients: Any, steps: int | None = None) -> None:
+    """Raises ValueError for what are not three numbers, or where there are steps three for each."""
+    if np.shape(coefficients) not in ((3,), (steps, 3)):
+        each = "" if steps is None else f", or {steps} times three, one for each step"
+        refuse("coefficients", coefficients, f": give three numbers, such as {QUINTIC}{each}")
 
 
 def newton_schulz(
     update: jax.Array,
     steps: int = 5,
-    coefficients: Sequence[float] = QUINTIC,
+    coefficients: Sequence[float] | Sequence[Sequence[float]] = QUINTIC,
     eps: ArrayLike = 1e-15,
     *,
     norm: str = "frobenius",
@@ -40,17 +42,17 @@ def newton_schulz(
 ) -> jax.Array:
     """Returns an approximation of the polar factor U V^T of U S V^T by odd polynomials.
 
-    `X = F / (max(|F|, eps) + shift)`, then `steps` times `X <- a X + X (b B + c B^2)` with `B = X^T X`,
-    on the side that makes B small. Singular values end near 1; not within rounding for the
+    `X = F / (max(|F|, eps) + shift)`, then `steps` times `X <- a X + X (b B + c B^2)` with
+    `B = X^T X`, on the side that makes B small. Singular values end near 1; not within rounding for the
     default coefficients, whose fixed point is not attracting.
 
     Args:
       update: f[..., m, n].
       steps: Static number of iterations.
-      coefficients: Static (a, b, c).
+      coefficients: Static (a, b, c), or as many of these as there are steps.
       eps: Floor of the norm, in the units of the update.
-      norm: `"frobenius"`, or `"schatten4"`, the fourth root of the sum of the singular values' fourth
-        powers: no less than the largest of them either, and closer to it.
+      norm: `"frobenius"`, or `"schatten4"`, the fourth root of the sum of the singular values'
+        fourth powers: no less than the largest of them either, and closer to it.
       shift: Added to the norm, in the units of the update.
 
     Returns:
@@ -64,12 +66,12 @@ def newton_schulz(
     WholeNumber("5 are Muon's", least=0)("steps", steps)
     check_entries({"eps": eps})
     check_choice("norm", norm, tuple(NORMS))
-    check_coefficients(coefficients)
-    a, b, c = coefficients
+    check_coefficients(coefficients, steps)
+    triples: Any = [coefficients] * steps if np.ndim(coefficients) == 1 else coefficients
     tall = update.shape[-2] >= update.shape[-1]
     x = update if tall else jnp.matrix_transpose(update)
     x = x / (jnp.maximum(NORMS[norm](x)[..., None, None], eps) + shift).astype(x.dtype)
-    for _ in range(steps):
+    for a, b, c in triples:
         gram = matmul(jnp.matrix_transpose(x), x)
         x = a * x + matmul(x, b * gram + c * matmul(gram, gram))
     return x if tall else jnp.matrix_transpose(x)

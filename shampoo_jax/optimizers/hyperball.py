@@ -72,12 +72,13 @@ def keep_norm() -> optax.GradientTransformation:
 def keep_radius(floor: float | Array = 1e-8) -> optax.GradientTransformation:
     """Replaces a step by one that ends where its part along the parameter alone would have ended.
 
-    `D <- (W + D) * r / |W + D|_F - W` with `r = max(|W|_F + <D, W> / |W|_F, floor)`: the norm follows
-    the radial part of the step, not the length that a turn adds. To be placed last in a chain, after
-    the learning rate, which `radial_brake` may have gone before.
+    `D <- (W + D) * r / |W + D|_F - W` with `r = max(|W|_F + <D, W> / |W|_F, floor)`: the norm
+    follows the radial part of the step, not the length that a turn adds. To be placed last in a
+    chain, after the learning rate, which `radial_brake` may have gone before.
 
     Args:
-      floor: Least norm, on the scale of parameters; a parameter that is 0 gets it in its first step.
+      floor: Least norm, on the scale of parameters; a parameter that is 0 gets it in its first
+        step.
 
     Returns:
       A transformation without state that needs `params`. A parameter has one norm, whatever its
@@ -100,10 +101,19 @@ def keep_radius(floor: float | Array = 1e-8) -> optax.GradientTransformation:
 
     def keep(step: Array, parameter: Array) -> Array:
         d, w = wide(step), wide(parameter)
-        length = jnp.maximum(_norm(w), floor)
-        along = jnp.sum(d * (w / jnp.where(length > 0, length, 1.0)))
-        moved = _at_length(w + d, jnp.maximum(length + along, floor))
-        return (moved - w).astype(step.dtype)
+        own = _norm(w)
+        length = jnp.maximum(own, floor)
+        direction = w / jnp.where(length > 0, length, 1.0)
+        along = jnp.sum(d * direction)
+        across = jnp.sum((d - along * direction) ** 2)
+        radius = length + along
+        # r / |W + D| is sqrt(1 - q): by two norms it would have the rounding of their long sums.
+        total = radius**2 + across
+        q = across / jnp.where(total > 0, total, 1.0)
+        fine = d - q / (1 + jnp.sqrt(1 - q)) * (w + d)
+        floored = _at_length(w + d, jnp.maximum(radius, floor)) - w
+        held = jnp.where((own >= floor) & (radius >= floor) & (total > 0), fine, floored)
+        return held.astype(step.dtype)
 
     return of_updates_and_params(keep)
 
@@ -153,6 +163,8 @@ def _at_length(x: Array, length: Any) -> Array:
 
 
 def of_updates_and_params(f: Callable[[Array, Array], Array]) -> optax.GradientTransformation:
+    """A transformation without state of `f(update, parameter)`; None stays None."""
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("params=None: norms are those of parameters, pass them to update.")

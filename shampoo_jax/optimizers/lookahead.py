@@ -1,4 +1,4 @@
-"""EMA-Nesterov: gradients are taken ahead of the parameters, along a moving average of their steps."""
+"""EMA-Nesterov: gradients are taken ahead of the parameters, along the average of their steps."""
 
 from typing import Any, NamedTuple
 
@@ -36,11 +36,11 @@ def ema_nesterov(
 
       `W' = P + D`, `B <- decay B + (1 - decay) (W' - W)`, `W <- W'`, `P <- W + a B`.
 
-    Nothing is taken back: what a parameter was moved ahead counts as part of its step. The weights W
-    are what to evaluate, see `eval_params`; where a is 0 they are the parameters themselves.
+    Nothing is taken back: what a parameter was moved ahead counts as part of its step. The weights
+    W are what to evaluate, see `eval_params`; where a is 0 they are the parameters themselves.
 
-    To be placed last in a chain, behind the learning rate, and around everything `guard(...)`, which
-    leaves all of it as it was where a gradient is missing or not finite.
+    To be placed last in a chain, behind the learning rate, and around everything `guard(...)`,
+    which leaves all of it as it was where a gradient is missing or not finite.
 
     Args:
       lookahead: `a` of the step, counted from 0, whose gradient is taken there: number or schedule.

@@ -26,7 +26,7 @@ def floor_update(
     Args:
       ratio: Least length of an update relative to the parameter, not negative.
       axis: Axis, or axes, whose entries have norms of their own: -1 for the outputs of an
-        (in, out) kernel, "rows" where a kernel is (out, in); 0 for stacked layers. None for none.
+        (in, out) kernel, 0 where kernels are (out, in) or layers are stacked. None for none.
 
     Returns:
       A transformation without state that needs `params`; updates keep their dtype, norms are in

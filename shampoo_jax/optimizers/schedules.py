@@ -9,10 +9,10 @@ from shampoo_jax.base.options import POSITIVE, check_options, check_range
 def power_cool(
     peak: float, end: float, cooldown: float | None = None, power: float = 1.0, final: float = 0.0
 ) -> optax.Schedule:
-    """A rate that is flat, then falls as a power of the steps that are left: PowerCool, power decay.
+    """A rate that is flat, then falls as a power of the steps left: PowerCool, power decay.
 
-    `peak * (final + (1 - final) * min(1, (end - t) / cooldown)^power)`, and `peak * final` from step
-    `end` on. With `cooldown = end` it falls from the beginning, with power 1 along a line.
+    `peak * (final + (1 - final) * min(1, (end - t) / cooldown)^power)`, and `peak * final` from
+    step `end` on. With `cooldown = end` it falls from the beginning, with power 1 along a line.
 
     Args:
       peak: The flat part's value.

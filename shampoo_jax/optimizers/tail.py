@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import NOT_NEGATIVE, UP_TO_ONE, Number, WholeNumber
+from shampoo_jax.base.options import UP_TO_ONE, Number, WholeNumber
 from shampoo_jax.base.paths import KeyPath, as_written
 from shampoo_jax.optimizers.hyperball import wide
 from shampoo_jax.optimizers.routing import Rule
@@ -50,8 +50,9 @@ def tail_average(
     """Averages the weights of a run's tail; training takes no notice of it.
 
     After step `start`, counted from 1, `E = W`; after each later one `E += (W - E) / tau`. What to
-    evaluate is `(1 - share) W + share E`, see `eval_params`; until then it is W. With `tau=math.inf`
-    E stays what it was, a reference between which and the newest weights one evaluates.
+    evaluate is `(1 - share) W + share E`, see `eval_params`; until then it is W. With
+    `tau=math.inf` E stays what it was: a reference, and one evaluates between it and the newest
+    weights.
 
     To be placed behind the learning rate, and before `ema_nesterov`, whose move ahead is no part of
     the weights.
@@ -78,11 +79,11 @@ def tail_average(
       >>> tx = optax.chain(optax.sgd(1.0), tail_average(1, tau=4.0, share=0.5))
       >>> params = jnp.array(10.0)
       >>> state = tx.init(params)
-      >>> for _ in range(2):  # to 9 and to 5; E is 9 and then 8
-      ...     updates, state = tx.update(jnp.array(params - 9) ** 2 * 4 - 3, state, params)
+      >>> for gradient in (1.0, 4.0):  # to 9 and to 5; E is 9 and then 8
+      ...     updates, state = tx.update(jnp.array(gradient), state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> float(params), float(shampoo_jax.eval_params(state, params))
-      (12.0, 10.875)
+      (5.0, 6.5)
     """
     WholeNumber("2000, say")("start", start)
     if end is not None:

@@ -76,8 +76,8 @@ def trust_gate(
     """`blend` with a share for each block that says how far a direction is to be trusted.
 
     With R the update so far, D the direction's and G the raw gradient, the share is
-    `clip((cos(D, R) - least) / (1 - least), 0, 1) * clip(cos(D, G) / cos(R, G), 0, 1)`, then at least
-    `floor` and at most `cap`. Cosines with 0 are 0; none depends on the size of gradients.
+    `clip((cos(D, R) - least) / (1 - least), 0, 1) * clip(cos(D, G) / cos(R, G), 0, 1)`, then at
+    least `floor` and at most `cap`. Cosines with 0 are 0; none depends on the size of gradients.
 
     Args:
       direction: Part of `Blocks`, see `blend`.
@@ -141,7 +141,9 @@ def _mix(
     at_size = functools.partial(_at_size, wanted=wanted, size=size)
     d, moves = at_size(made.update)
     k = share(count, b, d).astype(raw.dtype)
-    mixed, _ = at_size(raw + _per_block(k, raw) * (d - raw))
+    per_block = _per_block(k, raw)
+    # All of D is D itself: through the difference its small singular values would be lost.
+    mixed, _ = at_size(jnp.where(per_block == 1, d, raw + per_block * (d - raw)))
     used = _per_block(made.ready & moves, raw)
     update = jnp.where(used, mixed, raw)
     return dataclasses.replace(made, update=update, figures={**made.figures, "gate": k})

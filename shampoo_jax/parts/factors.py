@@ -77,8 +77,8 @@ def accumulate_factors(
 def count_again(b2: float | Array) -> Part:
     """Counts the newest gradient once more in what is made of the factors, not in their average.
 
-    `S <- b2 * S + G G^T`, G of this step: behind `accumulate_factors(b2, weighted=False)` it has the
-    weight `1 + b2` beside `b2^(k + 1)` of one that is k steps old.
+    `S <- b2 * S + G G^T`, G of this step: behind `accumulate_factors(b2, weighted=False)` it has
+    the weight `1 + b2` beside `b2^(k + 1)` of one that is k steps old.
 
     Args:
       b2: Decay in [0, 1].

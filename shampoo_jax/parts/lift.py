@@ -77,8 +77,8 @@ def from_gradients(inner: optax.GradientTransformation) -> Part:
 def of_updates(part: optax.GradientTransformation) -> Part:
     """Lets a statistic read the update in the making where it would read the raw gradient.
 
-    Behind a first moment these are factors or second moments of the momentum: #18 of modded-nanogpt's
-    track 3 has such factors, #44 such second moments.
+    Behind a first moment these are factors or second moments of the momentum: #18 of
+    modded-nanogpt's track 3 has such factors, #44 such second moments.
 
     Args:
       part: Part of stacks, such as `accumulate_factors` or `scale_by_second_moment`.

@@ -55,7 +55,7 @@ class IteratedRoot(Checked, Solver):
         return cost._replace(flops=cost.flops + PRODUCT)
 
     def init(self, n: int, d: int, dtype: Any) -> Array:
-        """Orthogonal factors of normal matrices, the same for all factors of a size, `[N, d, d]`."""
+        """Orthogonal factors of normal matrices `[N, d, d]`, the same for factors of a size."""
         basis = jnp.linalg.qr(jax.random.normal(jax.random.key(self.seed), (d, d), dtype))[0]
         return jnp.broadcast_to(basis, (n, d, d))
 
