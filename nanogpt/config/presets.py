@@ -34,6 +34,7 @@ class Published:
         expected_runs: Runs that the mean is of.
         inside_rules: Whether every step is one forward-backward pass, as the benchmark demands.
         same_model: Whether the published runs trained this model on these data.
+        complete: Whether all settings are published, initial weights included, and are these.
         note: What is not as published, or not known.
     """
 
@@ -43,6 +44,7 @@ class Published:
     expected_runs: int | None = None
     inside_rules: bool = True
     same_model: bool = True
+    complete: bool = True
     note: str = ""
 
 

@@ -224,6 +224,8 @@ class AuxiliaryConfig:
     b1: float = 0.8  # decay of the first moment
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-10  # added to sqrt(second moment); on the scale of summed gradients
+    vector_b1: float | None = None  # of biases and gains; None: as b1
+    vector_eps: float | None = None  # likewise
     # Of biases and gains: b2 of gains, attention's output biases and the others; None: as b2.
     vector_b2: tuple[float, float, float] | None = None
     vector_bias_correction: bool = True  # whether their moments are divided by 1 - b^t
@@ -232,8 +234,13 @@ class AuxiliaryConfig:
         check_types(self)
         rates = ("embed_learning_rate", "head_learning_rate", "vector_learning_rate")
         check(self, "positive and finite", *rates)
-        check(self, "at least 0 and finite", "weight_decay", "eps")
-        check(self, "at least 0 and below 1", "b1", "b2")
+        check(self, "at least 0 and finite", "weight_decay", "eps", "vector_eps")
+        check(self, "at least 0 and below 1", "b1", "b2", "vector_b1")
+        for b2 in self.vector_b2 or ():
+            if not 0 <= b2 < 1:
+                raise ValueError(
+                    f"vector_b2={self.vector_b2}: each must be at least 0 and below 1."
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,7 @@ class MuonConfig(MatrixConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PMuonConfig(MatrixConfig):
-    """PMuon on the block matrices: momentum between two roots of its own factors, orthogonalized."""
+    """PMuon on the block matrices: momentum between roots of its own factors, orthogonalized."""
 
     b1: float = 0.95  # decay of the momentum
     b2: float = 0.95  # decay of the factors, to which new squares are added with weight 1

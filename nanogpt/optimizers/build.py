@@ -235,15 +235,19 @@ def _vectors(
     config: Config, placement: shampoo_jax.Placement | None
 ) -> optax.GradientTransformation:
     """AdamW of biases and gains, by kinds where these have decays of their own."""
-    rate, b2s = config.auxiliary.vector_learning_rate, config.auxiliary.vector_b2
+    auxiliary = config.auxiliary
+    rate, b2s = auxiliary.vector_learning_rate, auxiliary.vector_b2
+    own = {"b1": auxiliary.vector_b1, "eps": auxiliary.vector_eps}
+    own = {name: value for name, value in own.items() if value is not None}
+    config = dataclasses.replace(config, auxiliary=dataclasses.replace(auxiliary, **own))
     moments = adam if config.auxiliary.vector_bias_correction else uncorrected_adam
     if b2s is None:
         return _adamw(config, rate, placement, moments)
     kinds = {}
     for kind, b2 in zip(("gains", "attn_proj", "others"), b2s, strict=True):
-        own = dataclasses.replace(config.auxiliary, b2=b2)
-        own = dataclasses.replace(config, auxiliary=own)
-        kinds[kind] = _adamw(own, rate, placement, moments)
+        kind_of = dataclasses.replace(config.auxiliary, b2=b2)
+        run = dataclasses.replace(config, auxiliary=kind_of)
+        kinds[kind] = _adamw(run, rate, placement, moments)
 
     def label(path: tuple, _: object) -> str:
         name = _name(path)

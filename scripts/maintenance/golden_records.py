@@ -131,7 +131,7 @@ class Replay:
             if not self.schedules_agree():
                 return math.inf
         (params, state), worst = self.first, 0.0
-        self.check_dtypes(state)
+        self.check_dtypes(self.config.get("newton_schulz_dtype") == "bfloat16")
         step = jax.jit(self.tx.update, compiler_options={"xla_backend_optimization_level": 0})
         for t in range(self.steps):
             weights = evaluated(state, params)
@@ -166,14 +166,18 @@ class Replay:
             worst = max(worst, float(np.nan_to_num(off, nan=math.inf)))
         return worst
 
-    def check_dtypes(self, state: Any) -> None:
-        """Raises ValueError where the arithmetic is not in the recorded precision."""
-        params, (steps, _) = self.first[0], jax.eval_shape(self.tx.update, *self._arguments(state))
+    def check_dtypes(self, narrow: bool) -> None:
+        """Raises ValueError where the arithmetic is not in the recorded precision.
+
+        Args:
+          narrow: Whether Newton-Schulz has to be in bfloat16.
+        """
+        params, state = self.first
+        steps, _ = jax.eval_shape(self.tx.update, *self._arguments(state))
         wide = jnp.promote_types(self.config["dtype"], "float32")
         found = {x.dtype for x in jax.tree.leaves(steps)}
         if found != {wide}:
             raise ValueError(f"updates are in {found}: they must be in {wide}.")
-        narrow = self.config.get("newton_schulz_dtype") == "bfloat16"
         text = str(jax.make_jaxpr(self.tx.update)(*self._arguments(state)))
         if narrow != any("bf16" in line and "dot_general" in line for line in text.splitlines()):
             raise ValueError("Newton-Schulz is not in the precision of newton_schulz_dtype.")
@@ -284,7 +288,7 @@ def nodes(state: Any, field: str) -> list[Any]:
 
 
 def directed(config: dict[str, Any], data: Data) -> Transformation:
-    """The optimizer of a file that has block matrices alone, and its rates instead of a schedule."""
+    """The optimizer of a file with block matrices alone, and with rates instead of a schedule."""
     lr, every = jnp.asarray(data["lr"]), {"weight_decay": config.get("weight_decay", 0.0)}
     common: dict[str, Any] = {"learning_rate": float(lr[0]), **every}
     match config["method"]:
@@ -343,6 +347,8 @@ def soap_muon(config: dict[str, Any], names: list[str]) -> Config:
         b2=b2,
         eps=hyper["adamw_eps"],
         vector_b2=tuple(hyper[f"b2_{kind}"] for kind in ("gains", "attn_proj_bias", "other")),
+        vector_b1=hyper["aux_b1"],
+        vector_eps=hyper["aux_eps"],
         vector_bias_correction=False,
     )
     tail = None

@@ -137,14 +137,10 @@ def check(config: dict[str, Any], names: list[str], data: dict[str, np.ndarray])
         sections = {"constants": CONSTANTS, "hyper": HYPER, "schedule": SCHEDULE}
         for key, section in sections.items():
             check_section(key, config[key], section)
-        schedule, constants, hyper = config["schedule"], config["constants"], config["hyper"]
+        schedule, constants = config["schedule"], config["constants"]
         for one, other in TWICE.items():
             if schedule[one] != constants[other]:
                 refuse(f"schedule.{one}", schedule[one], f"constants.{other}={constants[other]}")
-        for one, other in ((hyper["aux_b1"], hyper["adamw_betas"][0]),
-                           (hyper["aux_eps"], hyper["adamw_eps"])):  # fmt: skip
-            if one != other:
-                refuse("hyper.aux_b1, hyper.aux_eps", one, f"that of AdamW, {other}")
     narrow = config.get("newton_schulz_dtype", config["dtype"])
     if narrow not in (config["dtype"], "bfloat16"):
         refuse("newton_schulz_dtype", narrow, f"dtype={config['dtype']!r} or 'bfloat16'")

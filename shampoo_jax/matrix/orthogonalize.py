@@ -43,8 +43,8 @@ def newton_schulz(
     """Returns an approximation of the polar factor U V^T of U S V^T by odd polynomials.
 
     `X = F / (max(|F|, eps) + shift)`, then `steps` times `X <- a X + X (b B + c B^2)` with
-    `B = X^T X`, on the side that makes B small. Singular values end near 1; not within rounding for the
-    default coefficients, whose fixed point is not attracting.
+    `B = X^T X`, on the side that makes B small. Singular values end near 1; not within rounding for
+    the default coefficients, whose fixed point is not attracting.
 
     Args:
       update: f[..., m, n].

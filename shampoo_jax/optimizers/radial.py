@@ -63,9 +63,9 @@ def radial_brake(
 ) -> optax.GradientTransformation:
     """Scales the part of an update along its parameter, which changes its norm.
 
-    With `k = <U, W> / max(|W|, floor)^2`: `U <- U - k W + f k W`, f `outward` where k < 0, so that the step
-    `-lr U` would lengthen W, and `inward` where it would shorten it. A parameter that is 0 has no
-    such part.
+    With `k = <U, W> / max(|W|, floor)^2`: `U <- U - k W + f k W`, f `outward` where k < 0, so that
+    the step `-lr U` would lengthen W, and `inward` where it would shorten it. A parameter that is 0
+    has no such part.
 
     Args:
       outward: Share that is left where the norm would grow.

@@ -84,7 +84,8 @@ def nesterov_average(b1: float | Array | optax.Schedule = 0.95) -> Part:
     """Sets the update to Nesterov's look ahead of an uncorrected moving average of the gradient.
 
     `mu = b1 * mu + (1 - b1) * G`, then `update = b1 * mu + (1 - b1) * G`, from `mu = 0`: the
-    momentum of modded-nanogpt's Muon. With a constant b1 it is `filter_gradient(b1, b1^2)` uncorrected.
+    momentum of modded-nanogpt's Muon. With a constant b1 it is `filter_gradient(b1, b1^2)` without
+    its correction.
 
     Args:
       b1: Decay in [0, 1), or a schedule of it, `rise_and_fall` say, of the step counted from 0.

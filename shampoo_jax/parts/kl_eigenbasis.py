@@ -221,7 +221,7 @@ def _statistics(
     return new, tuple(track(old, k) for k, old in enumerate(eigenvalues))
 
 
-def _first_eigenvalues(value: float, p: Blocks) -> Matrices:
+def _first_eigenvalues(value: Any, p: Blocks) -> Matrices:
     return p.per_factor(lambda n, d, e: jnp.full((n, d), value, p.update.dtype))
 
 

@@ -17,7 +17,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class IteratedRoot(Checked, Solver):
-    """A root of mean square 1 by orthogonal iteration from a random basis, of one QR step a refresh.
+    """A root of mean square 1 by orthogonal iteration from a random basis, a QR step a refresh.
 
     `X = factor + damping I`, `Q <- qr(X Q)`, `l_k = max(q_k^T X q_k, floor, rtol * max l)`, root
     `Q diag(l^-e) Q^T` divided by the root mean square of the `l^-e`, `(|l^-e| + eps) / sqrt(d)` if
@@ -32,8 +32,8 @@ class IteratedRoot(Checked, Solver):
       rtol: Least eigenvalue as a multiple of the largest; None means `d * eps` of the dtype.
       seed: Of the first bases.
 
-    Source: modded-nanogpt track 3, result #18 (PMuon), with damping, floor and eps 1e-6 on the scale of
-    a loss summed over tokens.
+    Source: modded-nanogpt track 3, result #18 (PMuon), with damping, floor and eps 1e-6 on the
+    scale of a loss summed over tokens.
 
     Example:
       >>> import jax.numpy as jnp, shampoo_jax
