@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import POSITIVE, check_options, check_range
+from shampoo_jax.base.options import NOT_NEGATIVE, POSITIVE, check_options, check_range
 
 
 def power_cool(
@@ -17,7 +17,7 @@ def power_cool(
     Args:
       peak: The flat part's value.
       end: Step at which the fall ends; a run may end before.
-      cooldown: Steps of the fall; None means all of them.
+      cooldown: Steps of the fall; None means all of them, 0 none.
       power: Exponent of the line, positive.
       final: Last value as a share of the first, not negative.
 
@@ -25,7 +25,7 @@ def power_cool(
       A schedule of the step, counted from 0.
 
     Raises:
-      ValueError: Steps or a power that are not positive, a negative share.
+      ValueError: Steps or a power that are not positive, a negative cooldown or share.
 
     Sources: modded-nanogpt track 3, results #25 (power 1.5 over all steps, final 0.017) and #44
     (power 1.2 over the last 2386.4 of 2900 steps).
@@ -36,12 +36,14 @@ def power_cool(
       [2.0, 2.0, 0.5, 0.0]
     """
     cooldown = end if cooldown is None else cooldown
-    for name, value in (("end", end), ("cooldown", cooldown), ("power", power)):
+    for name, value in (("end", end), ("power", power)):
         POSITIVE.but("steps or an exponent")(name, value)
+    NOT_NEGATIVE.but("None means all steps")("cooldown", cooldown)
     check_options({"floor": final})
 
     def schedule(count):
-        line = jnp.clip((end - _wide(count)) / cooldown, 0.0, 1.0)
+        left = end - _wide(count)
+        line = jnp.clip(left / cooldown, 0.0, 1.0) if cooldown else jnp.where(left > 0, 1.0, 0.0)
         line = line if power == 1 else line**power
         return peak * (line if final == 0 else final + (1 - final) * line)
 

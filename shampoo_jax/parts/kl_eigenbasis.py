@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import POSITIVE, check_options, check_range
+from shampoo_jax.base.options import check_options, check_range
 from shampoo_jax.blocks.blocks import (
     Blocks,
     Matrices,
@@ -125,10 +125,8 @@ def kl_eigenbasis(
       >>> updates["w"].shape
       (2, 2)
     """
-    options = locals()
+    check_options(locals() | {"b2": 0.0})
     check_range("b2", b2)
-    POSITIVE("first_eigenvalue", first_eigenvalue)
-    check_options(options | {"b2": 0.0})
     when = refresh_of_bases(refresh)
     inside = optax.chain(inner, _scale_by_eigenvalues(eps)) if scaled else inner
     method = make_basis(basis, keep_order=True)
