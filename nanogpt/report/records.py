@@ -140,8 +140,8 @@ def recipes() -> str:
                 name,
                 entry.source,
                 "yes" if entry.complete else "no",
-                shown(entry.expected_steps, "d"),
-                shown(entry.expected_runs, "d"),
+                shown(entry.expected_steps, ".0f"),
+                shown(entry.expected_runs, ".0f"),
                 shown(entry.expected_loss, ".5f"),
             ]
             for name, entry in rows
