@@ -244,7 +244,7 @@ TOTALS = {
     "shampoo_jax/stacks": 1155,
     "shampoo_jax/parts": 1225,
     "shampoo_jax/directions": 305,
-    "shampoo_jax/optimizers": 1150,
+    "shampoo_jax/optimizers": 1151,
     "shampoo_jax/inspect": 1370,
     "nanogpt/config": 530,
     "nanogpt/model": 225,
