@@ -238,11 +238,11 @@ def sizes(root: Path) -> list[str]:
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
     "shampoo_jax/base": 375,
-    "shampoo_jax/matrix": 1315,
+    "shampoo_jax/matrix": 1330,
     "shampoo_jax/blocks": 435,
     "shampoo_jax/solvers": 430,
     "shampoo_jax/stacks": 1155,
-    "shampoo_jax/parts": 1225,
+    "shampoo_jax/parts": 1343,
     "shampoo_jax/directions": 305,
     "shampoo_jax/optimizers": 1151,
     "shampoo_jax/inspect": 1370,
