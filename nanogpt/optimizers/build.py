@@ -237,7 +237,7 @@ def _vectors(
     """AdamW of biases and gains, by kinds where these have decays of their own."""
     auxiliary = config.auxiliary
     rate, b2s = auxiliary.vector_learning_rate, auxiliary.vector_b2
-    own = {"b1": auxiliary.vector_b1, "eps": auxiliary.vector_eps}
+    own: dict[str, Any] = {"b1": auxiliary.vector_b1, "eps": auxiliary.vector_eps}
     own = {name: value for name, value in own.items() if value is not None}
     config = dataclasses.replace(config, auxiliary=dataclasses.replace(auxiliary, **own))
     moments = adam if config.auxiliary.vector_bias_correction else uncorrected_adam
