@@ -248,20 +248,20 @@ def sizes(root: Path) -> list[str]:
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
     "shampoo_jax/base": 375,
-    "shampoo_jax/matrix": 1325,
+    "shampoo_jax/matrix": 1345,
     "shampoo_jax/blocks": 435,
-    "shampoo_jax/solvers": 405,
+    "shampoo_jax/solvers": 440,
     "shampoo_jax/stacks": 1155,
-    "shampoo_jax/parts": 1225,
+    "shampoo_jax/parts": 1345,
     "shampoo_jax/directions": 310,
-    "shampoo_jax/optimizers": 920,
+    "shampoo_jax/optimizers": 1155,
     "shampoo_jax/inspect": 1370,
-    "nanogpt/config": 454,
-    "nanogpt/model": 195,
-    "nanogpt/optimizers": 517,
-    "nanogpt/train": 2145,
-    "nanogpt/report": 882,
-    "nanogpt/lab": 1276,
+    "nanogpt/config": 540,
+    "nanogpt/model": 225,
+    "nanogpt/optimizers": 665,
+    "nanogpt/train": 2150,
+    "nanogpt/report": 905,
+    "nanogpt/lab": 1280,
 }
 
 

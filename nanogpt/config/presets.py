@@ -14,9 +14,11 @@ from nanogpt.config.run import (
     Config,
     CooldownConfig,
     DataConfig,
+    LookaheadConfig,
     ModelConfig,
     OutputConfig,
     ScheduleConfig,
+    TailConfig,
 )
 from nanogpt.config.settings import SETTINGS, MatrixConfig
 
@@ -32,6 +34,7 @@ class Published:
         expected_runs: Runs that the mean is of.
         inside_rules: Whether every step is one forward-backward pass, as the benchmark demands.
         same_model: Whether the published runs trained this model on these data.
+        complete: Whether all settings are published, initial weights included, and are these.
         note: What is not as published, or not known.
     """
 
@@ -41,6 +44,7 @@ class Published:
     expected_runs: int | None = None
     inside_rules: bool = True
     same_model: bool = True
+    complete: bool = True
     note: str = ""
 
 
@@ -99,7 +103,7 @@ def preset(name: str, optimizer: str) -> Config:
     table, shared = _TABLES[optimizer if known else "adamw"], dict(_SHARED[name])
     direction = table.get("direction", optimizer) if known else optimizer
     recipe, rest = table[name], table[name]["auxiliary"]
-    own = recipe.get("matrices_cooldown")
+    own, ahead, tail = map(recipe.get, ("matrices_cooldown", "lookahead", "tail"))
     return Config(
         f"{name}-{optimizer}",
         seed=0,
@@ -111,6 +115,8 @@ def preset(name: str, optimizer: str) -> Config:
         matrices=SETTINGS[direction](**recipe["matrices"]) if known else OWN[optimizer],
         auxiliary=AuxiliaryConfig(**(_AUXILIARY[rest] if isinstance(rest, str) else rest)),
         matrices_cooldown=None if own is None else CooldownConfig(**own),
+        lookahead=None if ahead is None else LookaheadConfig(**ahead),
+        tail=None if tail is None else TailConfig(**tail),
         **shared,
     )
 

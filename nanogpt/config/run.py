@@ -14,7 +14,7 @@ import tyro
 
 from nanogpt.config.settings import Dtype, MatrixConfig, check, check_types
 
-Init = Literal["benchmark", "record2", "record27", "record33"]
+Init = Literal["benchmark", "record2", "record27", "record33", "record37", "record44"]
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -184,6 +184,40 @@ class ScheduleConfig(CooldownConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class LookaheadConfig:
+    """EMA-Nesterov: gradients are taken ahead of the weights, along the average of their steps.
+
+    Step s takes its gradient `size` times eta(s - 1) of the average ahead.
+    """
+
+    size: float  # at eta = 1
+    start: int  # first step that does
+    end: int  # first step that does not any more
+    decay: float = 0.99  # of the average
+
+    def __post_init__(self):
+        check_types(self)
+        check(self, "at least 0 and finite", "size")
+        check(self, "at least 1", "start", "end")
+        check(self, "at least 0 and below 1", "decay")
+
+
+@dataclasses.dataclass(frozen=True)
+class TailConfig:
+    """Validation of the weights mixed with the average of the last ones, but the embedding's."""
+
+    start: int  # updates after which the average begins
+    tau: float = 150.0  # updates that it is over
+    share: float = 0.6  # of the average in what is validated
+    end: int | None = None  # updates from which on the average stays as it is
+
+    def __post_init__(self):
+        check_types(self)
+        check(self, "at least 1", "start", "end", "tau")
+        check(self, "between 0 and 1", "share")
+
+
+@dataclasses.dataclass(frozen=True)
 class AuxiliaryConfig:
     """AdamW on everything that is not a block matrix: embedding, head, biases and gains."""
 
@@ -194,13 +228,23 @@ class AuxiliaryConfig:
     b1: float = 0.8  # decay of the first moment
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-10  # added to sqrt(second moment); on the scale of summed gradients
+    vector_b1: float | None = None  # of biases and gains; None: as b1
+    vector_eps: float | None = None  # likewise
+    # Of biases and gains: b2 of gains, attention's output biases and the others; None: as b2.
+    vector_b2: tuple[float, float, float] | None = None
+    vector_bias_correction: bool = True  # whether their moments are divided by 1 - b^t
 
     def __post_init__(self):
         check_types(self)
         rates = ("embed_learning_rate", "head_learning_rate", "vector_learning_rate")
         check(self, "positive and finite", *rates)
-        check(self, "at least 0 and finite", "weight_decay", "eps")
-        check(self, "at least 0 and below 1", "b1", "b2")
+        check(self, "at least 0 and finite", "weight_decay", "eps", "vector_eps")
+        check(self, "at least 0 and below 1", "b1", "b2", "vector_b1")
+        for b2 in self.vector_b2 or ():
+            if not 0 <= b2 < 1:
+                raise ValueError(
+                    f"vector_b2={self.vector_b2}: each must be at least 0 and below 1."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +287,8 @@ class Config:
     output: OutputConfig = OutputConfig()
     # Schedule of the block matrices, if they have their own; None: that of the run.
     matrices_cooldown: CooldownConfig | None = None
+    lookahead: LookaheadConfig | None = None
+    tail: TailConfig | None = None  # None: the weights themselves are validated
     val_every: int = 125  # steps between validations while s < 0.9 * steps
     val_every_final: int = 25  # steps between validations afterwards
     clip_norm: float | None = None  # largest norm of the mean loss's gradient; longer is scaled

@@ -27,15 +27,16 @@ _FIELD_RULES = {
     "positive and finite": (
         "learning_rate",
         "exponent",
+        "moment_exponent",
         "max_scale",
         "preconditioner_rate",
         "gamma",
     ),
-    "at least 0 and finite": ("weight_decay", "eps", "graft_eps", "damping", "mlp_decay"),
+    "at least 0 and finite": ("weight_decay", "eps", "graft_eps", "damping", "mlp_decay", "ns_eps"),
     "at least 0 and below 1": ("b1", "b2", "graft_b2"),
     "between 0 and 1": ("first_weight",),
     "at least 1": ("ns_steps", "every", "block_size", "tokens"),
-    "at least 0": ("b1_warmup", "preconditioner_seed", "probe_seed"),
+    "at least 0": ("b1_warmup", "preconditioner_seed", "probe_seed", "basis_seed"),
 }
 
 
@@ -159,6 +160,63 @@ class MuonConfig(MatrixConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class PMuonConfig(MatrixConfig):
+    """PMuon on the block matrices: momentum between roots of its own factors, orthogonalized."""
+
+    b1: float = 0.95  # decay of the momentum
+    b2: float = 0.95  # decay of the factors, to which new squares are added with weight 1
+    exponent: float = 0.3  # e of factor^-e, on each of the two sides
+    damping: float = 1e-6  # added to the factors; their least eigenvalue; on the scale of squares
+    ns_steps: int = 12  # Newton-Schulz iterations
+    ns_coeffs: Triple = (2.0, -1.5, 0.5)  # of them
+    ns_eps: float = 1e-7  # added to the norm that updates are divided by before
+    ns_dtype: Dtype = "float32"  # precision of the Newton-Schulz iterations
+    basis_seed: int = 0  # of the bases that the iteration starts from
+
+
+@dataclasses.dataclass(frozen=True)
+class SoapMuonConfig(MatrixConfig):
+    """SOAP of the momentum, orthogonalized; norms and lengths of updates are held.
+
+    `weight_decay` is cautious here, of entries that move towards 0, and so is 0 in most records.
+    """
+
+    b1: float = 0.95  # decay of the momentum
+    b1_low: float = 0.85  # its value at the first step and at b1_end
+    b1_warmup: int = 300  # steps over which it rises
+    b1_cooldown: int = 200  # steps over which it falls again
+    b1_end: int = 2900  # step at which it has fallen
+    b2: float = 0.9  # decay of the factors and the second moment
+    every: int = 1  # steps between refreshes of the bases
+    moment_exponent: float = 0.5  # of the second moment
+    moment_floor: float = 1e-16  # least second moment; on the scale of summed gradients' squares
+    trust_least: float = 0.2  # cosine up to which SOAP is not trusted in attention's projections
+    trust_floor: float = 0.45  # least share of SOAP there, at first
+    trust_cap: float = 0.85  # largest share of SOAP there, at first
+    trust_steps: int = 1375  # steps after which the floor begins to fall
+    trust_end: int = 1625  # steps after which it is 0 and the cap 1
+    length: float = 0.3825  # least length of an update relative to its matrix
+    by_row: bool = False  # whether each of the matrix's outputs has its own
+    outward: float = 0.5  # share of what lengthens the matrix that is left
+    inward: float = 1.0  # share of what shortens it
+    ns_steps: int = 12  # Newton-Schulz iterations
+    ns_coeffs: Triple = (2.0, -1.5, 0.5)  # of them
+    ns_dtype: Dtype = "float32"  # precision of these and of the updates behind them
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least 0 and below 1", "b1_low", "trust_least")
+        check(self, "between 0 and 1", "trust_floor", "trust_cap")
+        check(self, "at least 0 and finite", "moment_floor", "length", "outward", "inward")
+        check(self, "at least 1", "b1_warmup", "b1_cooldown", "b1_end")
+        if not 0 <= self.trust_steps < self.trust_end:
+            raise ValueError(
+                f"trust_steps={self.trust_steps}: must be at least 0 and below "
+                f"trust_end={self.trust_end}, between which the floor falls."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ShampooConfig(MatrixConfig):
     """Shampoo on the block matrices."""
 
@@ -271,6 +329,8 @@ SETTINGS: dict[str, type[MatrixConfig]] = {
     "adamw": AdamWConfig,
     "muon": MuonConfig,
     "muon_track3": MuonConfig,
+    "pmuon": PMuonConfig,
+    "soap_muon": SoapMuonConfig,
     "shampoo": ShampooConfig,
     "soap": SoapConfig,
     "kl_shampoo": KLConfig,

@@ -278,6 +278,15 @@ class GPT(nnx.Module):
         self.norm2 = RMSNorm(config.model_dim)
         draw = functools.partial(init.linear, config.init, next_key=rngs.params)
         self.head = Linear(*draw("head", config.model_dim, config.vocab_size))
+        if config.init == "record44":
+            signs = init.gain_signs(
+                len(self.blocks), config.model_dim, config.head_dim, rngs.params
+            )
+            for layer, (block, s) in enumerate(zip(self.blocks, signs, strict=True)):
+                block.norm1.scale = nnx.Param(1 - init.GAIN * s)
+                block.norm2.scale = nnx.Param(1 + init.GAIN * s)
+                factor = init.depth_factor(layer, len(self.blocks))
+                block.mlp.fc.kernel = nnx.Param(factor * block.mlp.fc.kernel[...])
         self.dtype, self.remat = config.dtype, config.remat
 
     def raw_logits(self, tokens_BxT: jax.Array) -> jax.Array:

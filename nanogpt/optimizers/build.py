@@ -4,6 +4,7 @@ The only file that knows both parameter names and optimizers. Gradients are sums
 a batch, so every eps is on that scale.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -17,9 +18,9 @@ import optax
 import shampoo_jax
 from nanogpt.config import presets
 from nanogpt.config.run import Config
-from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig
-from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam
-from nanogpt.optimizers.schedules import learning_rate, matrices_schedule
+from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig, SoapMuonConfig
+from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam, uncorrected_adam
+from nanogpt.optimizers.schedules import learning_rate, lookahead_schedule, matrices_schedule
 from nanogpt.optimizers.transfer import of_base
 
 ROUTES: tuple[tuple[str, str], ...] = (
@@ -110,16 +111,20 @@ def build_optimizer(
     labels = route(params)
     groups = of_base(config, params, labels) if config.model.transfer else {}
     transforms = {}
-    for name in ("embed", "head", "vectors"):
+    for name in ("embed", "head"):
         own = groups.get(name, config)
-        peak = getattr(own.auxiliary, name.removesuffix("s") + "_learning_rate")
+        peak = getattr(own.auxiliary, name + "_learning_rate")
         transforms[name] = _adamw(own, peak, placement)
+    transforms["vectors"] = _vectors(groups.get("vectors", config), placement)
     own = groups.get("matrices", config)
-    transforms["matrices"] = optax.chain(_direction(own, placement), *_descent(own))
+    transforms["matrices"] = optax.chain(
+        _direction(own, placement), *descent(own.matrices, _matrices_rate(own))
+    )
     grouped = optax.partition(transforms, labels)
     if config.clip_norm is not None:
         tokens = config.data.batch_rows * config.model.sequence_length
         grouped = optax.chain(optax.clip_by_global_norm(config.clip_norm * tokens), grouped)
+    grouped = optax.chain(grouped, *_around(config, placement)) if _around(config) else grouped
     # The guard widens parameters; moments are stored in the precision of the parameters themselves.
     stored = optax.GradientTransformationExtraArgs(
         lambda p: grouped.init(jax.tree.map(lambda x, own: x.astype(own.dtype), p, params)),
@@ -173,12 +178,22 @@ def _try(config: Config) -> None:
         )
 
 
-def _descent(config: Config) -> list[optax.GradientTransformation]:
-    """Weight decay and learning rate of the block matrices."""
-    matrices = config.matrices
-    rate = learning_rate(matrices.learning_rate, matrices_schedule(config))
+def _matrices_rate(config: Config) -> optax.Schedule:
+    return learning_rate(config.matrices.learning_rate, matrices_schedule(config))
+
+
+def descent(matrices: MatrixConfig, rate: optax.Schedule) -> list[optax.GradientTransformation]:
+    """Weight decay and learning rate of the block matrices, behind their direction.
+
+    Args:
+        matrices: Their settings.
+        rate: Their learning rate at every step.
+    """
     if matrices.hyperball:
         return [shampoo_jax.hyperball(rate)]
+    if isinstance(matrices, SoapMuonConfig):
+        steps = optax.chain(optax.scale_by_learning_rate(rate), shampoo_jax.keep_radius())
+        return [shampoo_jax.cautious_decay(matrices.weight_decay, rate, steps)]
     parts = [optax.add_decayed_weights(matrices.weight_decay)]
     if isinstance(matrices, MuonConfig) and matrices.mlp_decay != 1:
         more = matrices.weight_decay * (matrices.mlp_decay - 1)
@@ -186,21 +201,61 @@ def _descent(config: Config) -> list[optax.GradientTransformation]:
     return [*parts, optax.scale_by_learning_rate(rate)]
 
 
+def _around(config: Config, placement: Any = None) -> list[optax.GradientTransformation]:
+    """What follows the finished steps of all parameters: averages of weights, the look ahead."""
+    parts = []
+    if config.tail is not None:
+        chosen: Any = dataclasses.asdict(config.tail)
+        averaged = lambda path, _: not _name(path).startswith("embed/")  # noqa: E731
+        parts.append(shampoo_jax.tail_average(**chosen, averaged=averaged))
+    if config.lookahead is not None:
+        ahead = lookahead_schedule(config)
+        parts.append(shampoo_jax.ema_nesterov(ahead, config.lookahead.decay))
+    return parts if placement is None else [placement.elementwise(part) for part in parts]
+
+
 def _in_mlp(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: "/mlp/" in _name(path), params)
 
 
 def _adamw(
-    config: Config, peak: float, placement: shampoo_jax.Placement | None
+    config: Config, peak: float, placement: shampoo_jax.Placement | None, moments: Direction = adam
 ) -> optax.GradientTransformation:
     """AdamW of everything that is not a block matrix."""
     return in_float32(
         optax.chain(
-            adam(config.auxiliary, placement),
+            moments(config.auxiliary, placement),
             optax.add_decayed_weights(config.auxiliary.weight_decay),
             optax.scale_by_learning_rate(learning_rate(peak, config.schedule)),
         )
     )
+
+
+def _vectors(
+    config: Config, placement: shampoo_jax.Placement | None
+) -> optax.GradientTransformation:
+    """AdamW of biases and gains, by kinds where these have decays of their own."""
+    auxiliary = config.auxiliary
+    rate, b2s = auxiliary.vector_learning_rate, auxiliary.vector_b2
+    own: dict[str, Any] = {"b1": auxiliary.vector_b1, "eps": auxiliary.vector_eps}
+    own = {name: value for name, value in own.items() if value is not None}
+    config = dataclasses.replace(config, auxiliary=dataclasses.replace(auxiliary, **own))
+    moments = adam if config.auxiliary.vector_bias_correction else uncorrected_adam
+    if b2s is None:
+        return _adamw(config, rate, placement, moments)
+    kinds = {}
+    for kind, b2 in zip(("gains", "attn_proj", "others"), b2s, strict=True):
+        kind_of = dataclasses.replace(config.auxiliary, b2=b2)
+        run = dataclasses.replace(config, auxiliary=kind_of)
+        kinds[kind] = _adamw(run, rate, placement, moments)
+
+    def label(path: tuple, _: object) -> str:
+        name = _name(path)
+        if name.endswith("scale"):
+            return "gains"
+        return "attn_proj" if name.endswith("attn/proj/bias") else "others"
+
+    return optax.partition(kinds, functools.partial(jax.tree_util.tree_map_with_path, label))
 
 
 def _of_whole_params(

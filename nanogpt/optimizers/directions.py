@@ -4,10 +4,12 @@ Gradients are sums over the tokens of a batch. What cannot split its state over 
 to the compiler.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -16,9 +18,11 @@ from nanogpt.config.settings import (
     KLConfig,
     LionConfig,
     MuonConfig,
+    PMuonConfig,
     PsgdConfig,
     ShampooConfig,
     SoapConfig,
+    SoapMuonConfig,
     SophiaConfig,
 )
 from nanogpt.optimizers.psgd import scale_by_psgd
@@ -84,6 +88,14 @@ def adam(settings: Any, placement: Placement = None) -> optax.GradientTransforma
     return _split(optax.scale_by_adam(settings.b1, settings.b2, settings.eps), placement)
 
 
+def uncorrected_adam(settings: Any, placement: Placement = None) -> optax.GradientTransformation:
+    """Adam without bias correction, of parameters that are not cut."""
+    average = shampoo_jax.filter_gradient(settings.b1, bias_correction=False)
+    moment = shampoo_jax.scale_by_second_moment(settings.b2, settings.eps, bias_correction=False)
+    whole: Any = {"blocking": shampoo_jax.Blocking(size=None), "placement": placement}
+    return shampoo_jax.blocked(optax.chain(average, moment), **whole).inner
+
+
 def muon(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
     """Optax's Muon, its defaults apart from what the settings name."""
     scaled = optax.contrib.scale_by_muon(
@@ -93,20 +105,110 @@ def muon(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformat
 
 
 def muon_track3(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
-    """The benchmark's Muon: its own momentum, then Optax's orthogonalization alone."""
-    orthogonalize = optax.contrib.scale_by_muon(
-        settings.ns_coeffs,
-        settings.ns_steps,
-        beta=0.0,
-        eps=1e-7,
-        nesterov=False,
-        weight_dimension_numbers=_in_out,
-    )
+    """The benchmark's Muon: its own momentum, then Newton-Schulz."""
     average = nesterov_ema(settings.b1)
     if settings.b1_warmup:
         rise = optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
         average = optax.inject_hyperparams(nesterov_ema)(b1=rise)
-    return optax.chain(average, _cast(settings.ns_dtype), orthogonalize, scale_by_aspect())
+    return optax.chain(average, _newton_schulz(settings, eps=1e-7), scale_by_aspect())
+
+
+def pmuon(settings: PMuonConfig, placement: Placement = None) -> optax.GradientTransformation:
+    """PMuon: the momentum between two roots of its own factors, orthogonalized."""
+    squares = shampoo_jax.accumulate_factors(settings.b2, bias_correction=False, weighted=False)
+    least = settings.damping
+    root = shampoo_jax.IteratedRoot(
+        least, floor=least, eps=least, rtol=0.0, seed=settings.basis_seed
+    )
+    whitened = optax.chain(
+        shampoo_jax.nesterov_average(settings.b1),
+        shampoo_jax.of_updates(optax.chain(squares, shampoo_jax.count_again(settings.b2))),
+        shampoo_jax.invert_roots(root),
+        shampoo_jax.precondition(),
+        _newton_schulz(settings, eps=settings.ns_eps),
+    )
+    whole = shampoo_jax.Blocking(size=None)
+    frame: Any = {"exponents": settings.exponent, "chunk": "auto", "placement": placement}
+    direction = shampoo_jax.blocked(whitened, blocking=whole, **frame)
+    return optax.chain(direction.inner, scale_by_aspect())
+
+
+def soap_muon(settings: SoapMuonConfig, placement: Placement = None) -> Any:
+    """SOAP of the momentum, orthogonalized, its radial part braked, its length at least a share."""
+    floor, cap = trust_schedules(settings)
+    gate = functools.partial(
+        shampoo_jax.trust_gate, least=settings.trust_least, floor=floor, cap=cap
+    )
+    mixed = {"gated": _soap(settings, gate, placement)}
+    mixed["others"] = _soap(settings, shampoo_jax.blend, placement)
+    brakes = optax.chain(
+        scale_by_aspect(),
+        shampoo_jax.radial_brake(settings.outward, settings.inward),
+        # The rows of the benchmark's (out, in) matrices are the columns of kernels.
+        shampoo_jax.floor_update(settings.length, axis=-1 if settings.by_row else None),
+    )
+    return optax.chain(optax.partition(mixed, _gated), _rounded(settings.ns_dtype, brakes))
+
+
+def trust_schedules(settings: SoapMuonConfig) -> tuple[optax.Schedule, optax.Schedule]:
+    """Floor and cap of SOAP's share in attention's projections, by step."""
+    end = settings.trust_end
+    floor = shampoo_jax.power_cool(settings.trust_floor, end, end - settings.trust_steps)
+    return floor, lambda step: jnp.where(step < end, settings.trust_cap, 1.0)
+
+
+def _soap(settings: SoapMuonConfig, mix: Callable[..., Any], placement: Placement) -> Any:
+    """The momentum mixed with what SOAP makes of it, orthogonalized."""
+    moment = shampoo_jax.scale_by_second_moment(
+        settings.b2,
+        0.0,
+        exponent=settings.moment_exponent,
+        bias_correction=False,
+        floor=settings.moment_floor,
+    )
+    soap = shampoo_jax.eigenbasis(
+        shampoo_jax.of_updates(moment),
+        basis=shampoo_jax.QRBasis(sort="before"),
+        every=settings.every,
+        refresh=shampoo_jax.BasisRefresh(),
+    )
+    steps = {"warmup": settings.b1_warmup, "cooldown": settings.b1_cooldown, "end": settings.b1_end}
+    parts = optax.chain(
+        shampoo_jax.nesterov_average(
+            shampoo_jax.rise_and_fall(settings.b1_low, settings.b1, **steps)
+        ),
+        shampoo_jax.accumulate_factors(settings.b2, bias_correction=False),
+        mix(soap),
+        _newton_schulz(settings, norm="schatten4"),
+    )
+    whole = shampoo_jax.Blocking(size=None)
+    return shampoo_jax.blocked(parts, blocking=whole, chunk="auto", placement=placement).inner
+
+
+def _newton_schulz(settings: MuonConfig | PMuonConfig | SoapMuonConfig, **form: Any) -> Any:
+    dtype = None if settings.ns_dtype == "float32" else settings.ns_dtype
+    chosen: Any = {"steps": settings.ns_steps, "coefficients": settings.ns_coeffs, "dtype": dtype}
+    return shampoo_jax.orthogonalize(**chosen, **form)
+
+
+def _gated(params: optax.Params) -> optax.Params:
+    """Which matrices SOAP is trusted for by a gate: attention's projections."""
+
+    def label(path: Any, _: Any) -> str:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return "gated" if name.endswith("/attn/proj/kernel") else "others"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _rounded(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs stateless transformations on updates in bfloat16, if that is the dtype."""
+
+    def update(updates, state, params=None):
+        made, state = inner.update(_cast_tree(updates, dtype), state, params)
+        return jax.tree.map(lambda new, u: new.astype(u.dtype), made, updates), state
+
+    return inner if dtype == "float32" else optax.GradientTransformation(inner.init, update)
 
 
 def shampoo(settings: ShampooConfig, placement: Placement = None) -> optax.GradientTransformation:
@@ -221,8 +323,8 @@ def _in_out(updates: optax.Updates) -> optax.Params:
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
 
 
-def _cast(dtype: str) -> optax.GradientTransformation:
-    return optax.stateless_with_tree_map(lambda update, _: update.astype(dtype))
+def _cast_tree(updates: optax.Updates, dtype: str) -> optax.Updates:
+    return jax.tree.map(lambda update: update.astype(dtype), updates)
 
 
 def _kl_options(settings: KLConfig) -> dict[str, Any]:
@@ -231,5 +333,17 @@ def _kl_options(settings: KLConfig) -> dict[str, Any]:
     return {**options, "max_scale": "size" if settings.max_scale is None else settings.max_scale}
 
 
-_REST: Any = (muon, muon_track3, shampoo, soap, kl_shampoo, kl_soap, psgd, lion, sophia)
+_REST: Any = (
+    muon,
+    muon_track3,
+    pmuon,
+    soap_muon,
+    shampoo,
+    soap,
+    kl_shampoo,
+    kl_soap,
+    psgd,
+    lion,
+    sophia,
+)
 DIRECTIONS: dict[str, Direction] = {"adamw": adam} | {f.__name__: f for f in _REST}

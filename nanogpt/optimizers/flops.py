@@ -93,11 +93,25 @@ def soap_flops(shapes: Shapes, every: int) -> float:
     return sum(8.0 * m * n * (m + n) + (PRODUCT + QR) * (m**3 + n**3) / every for m, n in shapes)
 
 
+def pmuon_flops(shapes: Shapes, iterations: int) -> float:
+    """Returns the operations of PMuon, roots by one QR step, once a step.
+
+    For [m, n] statistics, counted twice, and their application cost 6 m n (m + n); a QR step, its
+    product, eigenvalues and the root cost three products and a QR decomposition of each size.
+
+    Args:
+        shapes: of the matrices.
+        iterations: of Newton-Schulz.
+    """
+    roots = [6.0 * m * n * (m + n) + (3 * PRODUCT + QR) * (m**3 + n**3) for m, n in shapes]
+    return sum(roots) + muon_flops(shapes, iterations)
+
+
 def step_flops(config: Mapping[str, Any]) -> float:
     """Returns the operations of a step of one of our runs, its optimizer's work included.
 
     Shampoo's roots count as eigh, by whatever method they are computed; of optimizers other than
-    AdamW, Lion, Muon, Shampoo and SOAP only the model is counted.
+    AdamW, Lion, Muon, PMuon, Shampoo, SOAP and SOAP-Muon only the model is counted.
 
     Args:
         config: a `nanogpt.config.run.Config` as its run wrote it to metrics.jsonl.
@@ -112,6 +126,10 @@ def step_flops(config: Mapping[str, Any]) -> float:
             own = shampoo_flops(cut(shapes, matrices["block_size"]), matrices["every"])
         case "soap":
             own = soap_flops(shapes, matrices["every"])
+        case "soap_muon":
+            own = soap_flops(shapes, matrices["every"]) + muon_flops(shapes, matrices["ns_steps"])
+        case "pmuon":
+            own = pmuon_flops(shapes, matrices["ns_steps"])
     return model_flops(model, tokens) + own
 
 

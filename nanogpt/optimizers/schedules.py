@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from nanogpt.config.run import Config, ScheduleConfig
+from shampoo_jax import power_cool
 
 
 def eta(step: jax.typing.ArrayLike, config: ScheduleConfig, peak: float = 1.0) -> jax.Array:
@@ -42,10 +43,14 @@ def eta(step: jax.typing.ArrayLike, config: ScheduleConfig, peak: float = 1.0) -
     fraction = config.cooldown
     if config.shape == "cosine":
         fraction = max(min(fraction, 1 - config.warmup_steps / end), 1 / end)
-    line = jnp.minimum(1.0, (end - step) / (fraction * end))
-    line = (1 - jnp.cos(jnp.pi * line)) / 2 if config.shape == "cosine" else line
-    line = line if config.power == 1 else line**config.power
-    multiplier = line if config.final == 0 else config.final + (1 - config.final) * line
+    # A cosine has its own line; everything else is what the library has.
+    if config.shape == "cosine":
+        line = (1 - jnp.cos(jnp.pi * power_cool(1.0, end, fraction * end)(step))) / 2
+        line = line if config.power == 1 else line**config.power
+        multiplier = line if config.final == 0 else config.final + (1 - config.final) * line
+    else:
+        rest = {"power": config.power, "final": config.final}
+        multiplier = power_cool(1.0, end, fraction * end, **rest)(step)
     if config.warmup_steps:
         if config.warmup_from is None:
             warmup = (step + 1) / config.warmup_steps
@@ -71,6 +76,24 @@ def learning_rate(peak: float, config: ScheduleConfig) -> optax.Schedule:
         0.5
     """
     return lambda step: peak * eta(step, config, peak)
+
+
+def lookahead_schedule(config: Config) -> optax.Schedule:
+    """Builds the schedule of how far ahead step s takes its gradient: 0, or size * eta(s - 1).
+
+    Args:
+        config: The run, with `lookahead`.
+
+    Source: modded-nanogpt track 3, result #44.
+    """
+    ahead = config.lookahead
+    assert ahead is not None
+
+    def schedule(step):
+        inside = (step >= ahead.start) & (step < ahead.end)
+        return jnp.where(inside, ahead.size * eta(step - 1, config.schedule), 0.0)
+
+    return schedule
 
 
 def matrices_schedule(config: Config) -> ScheduleConfig:

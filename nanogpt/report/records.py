@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from nanogpt.config.presets import PUBLISHED
 from nanogpt.optimizers.flops import (
     block_shapes,
     model_flops,
@@ -17,7 +18,7 @@ from nanogpt.report.board import board_table, draw_board
 from nanogpt.report.comparable import BENCHMARK, common_track
 from nanogpt.report.curves import COLUMN, PUBLISHED_CURVES, read_curves
 from nanogpt.report.groups import Group, read_groups
-from nanogpt.report.tables import page
+from nanogpt.report.tables import markdown, page, shown
 from nanogpt.report.verdict_tables import acceptance_table, pairwise_rule, pairwise_table, rule
 from nanogpt.report.verdicts import TARGET
 
@@ -129,6 +130,26 @@ def published_group(entry: Mapping[str, str], curves: pathlib.Path) -> Group:
     )
 
 
+def recipes() -> str:
+    """Returns a table of all recipes of track 3: source, result, whether settings are complete."""
+    rows = [(name, entry) for name, entry in PUBLISHED.items() if entry.same_model]
+    return markdown(
+        ["recipe", "source", "settings complete", "step", "runs", "mean loss"],
+        [
+            [
+                name,
+                entry.source,
+                "yes" if entry.complete else "no",
+                shown(entry.expected_steps, ".0f"),
+                shown(entry.expected_runs, ".0f"),
+                shown(entry.expected_loss, ".5f"),
+            ]
+            for name, entry in rows
+        ],
+        texts=3,
+    )
+
+
 def text(groups: Sequence[Group]) -> str:
     """Returns the page: verdicts, comparisons with the baseline, costs, and how to read them."""
     own = [group.label for group in groups if not group.reference]
@@ -140,6 +161,7 @@ def text(groups: Sequence[Group]) -> str:
         common=COMMON,
         target=TARGET,
         rule=rule(),
+        recipes=recipes(),
         acceptance=acceptance_table(groups),
         pairwise_rule=pairwise_rule(),
         pairwise=pairwise_table([(group, baseline) for group in groups if group is not baseline]),

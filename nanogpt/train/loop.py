@@ -27,6 +27,7 @@ from nanogpt.train.record_log import source_text
 from nanogpt.train.run_folder import RunFolder
 from nanogpt.train.sinks import check_sinks
 from nanogpt.train.train_step import abstract_params, init_state, make_eval_step, make_train_step
+from shampoo_jax import eval_params
 
 TRACED = 3  # steps
 
@@ -248,6 +249,10 @@ class _Run:
         evaluate = make_eval_step(self.graphdef, self.config, self.layout)
         batch = batch_pattern(sizes.microbatch_rows, self.config, self.layout)
         self.evaluate = _compiled(evaluate, patterns.params, batch)
+        self.weights = lambda state: state.params
+        if self.config.tail or self.config.lookahead:
+            average = jax.jit(lambda state: eval_params(state.opt_state, state.params))
+            self.weights = _compiled(average, patterns)
         self.compile_s = time.perf_counter() - begin
 
     def _settle(self, report: Report) -> None:
@@ -276,11 +281,11 @@ class _Run:
         if not validation_due(step, self.config):
             return
         self._settle(report)
-        total, tokens = 0.0, 0
+        total, tokens, weights = 0.0, 0, self.weights(self.state)
         for batch in self.data.validation():
             if self.stopped(step):
                 return
-            total += float(self.evaluate(self.state.params, to_device(batch, self.layout)))
+            total += float(self.evaluate(weights, to_device(batch, self.layout)))
             tokens += batch["targets"].size * jax.process_count()
         self.validated = step, total / tokens
         report.validation(*self.validated, self.clock)

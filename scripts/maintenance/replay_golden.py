@@ -7,7 +7,8 @@ step and `spread`, how far rounding alone moves the reference. A parameter agree
 within `4 * spread + 1e-6` (float32) or `4 * spread + 1e-11` (float64). Files of matrix functions
 are compared as `scripts.maintenance.golden_matrix` says, optimizers that follow a width as
 `scripts.maintenance.golden_transfer` does, those with statistics of microbatches, which hold
-several modes, as `scripts.maintenance.golden_microbatches` does. Exits 1 on a miss or where a file
+several modes, as `scripts.maintenance.golden_microbatches` does, entries of the benchmark's newer
+records as `scripts.maintenance.golden_records` does. Exits 1 on a miss or where a file
 is refused: nothing that a file says is ignored, see `scripts.maintenance.golden_format`.
 """
 
@@ -33,6 +34,7 @@ from scripts.maintenance import (
     golden_adapter,
     golden_matrix,
     golden_microbatches,
+    golden_records,
     golden_transfer,
 )
 
@@ -195,7 +197,7 @@ def errors(path: Path, states: Path | None = None) -> dict[str, float]:
     """The worst error over tolerance of a file of any layout, by mode where it has several.
 
     Args:
-      path: npz file.
+      path: npz file, or the json file of schedules.
       states: Folder of archives of the reference's state, to go on from the one of this name.
 
     Raises:
@@ -203,6 +205,8 @@ def errors(path: Path, states: Path | None = None) -> dict[str, float]:
         names file, key and value.
     """
     try:
+        if golden_records.holds_records(path):
+            return {"": golden_records.error(path)}
         if golden_matrix.holds_cases(path):
             return {"": golden_matrix.worst_error(*golden_matrix.load(path))}
         if golden_transfer.holds_transfer(path):

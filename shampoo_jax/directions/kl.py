@@ -14,7 +14,7 @@ from shampoo_jax.directions.soap import WHOLE
 from shampoo_jax.directions.walk import walk
 from shampoo_jax.parts.filtering import filter_gradient
 from shampoo_jax.parts.grafting import scale_by_second_moment
-from shampoo_jax.parts.kl_eigenbasis import kl_eigenbasis
+from shampoo_jax.parts.kl_eigenbasis import EIGENVALUE_INIT, kl_eigenbasis
 from shampoo_jax.parts.refresh import BasisRefresh
 from shampoo_jax.solvers.bases import Basis, make_basis
 from shampoo_jax.stacks.guard import Guarded
@@ -122,6 +122,7 @@ def scale_by_kl_soap(
     every: Whole = 10,
     refresh: BasisRefresh | None = None,
     max_scale: str | float = "size",
+    first_eigenvalue: Scalar = EIGENVALUE_INIT,
     rtol: float | None = 0.0,
     mu_dtype: DTypeLike | None = None,
     monitor: int | None = None,
@@ -156,6 +157,7 @@ def scale_by_kl_soap(
         `BasisRefresh()`.
       max_scale: Largest `d^(-1/2)`: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
         `"relative"` makes eigenvalues relative to the gradients, see `kl_eigenbasis`.
+      first_eigenvalue: First value of all eigenvalues, unless `max_scale="relative"`.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
         update; 0.0 truncates nothing, None means `d * eps` of the dtype. Any but 0.0 leaves no
         basis of a null space to rounding, see `eigenbasis`.
@@ -198,6 +200,7 @@ def _kl(
     checked(options)
     method = make_basis(options["basis"], keep_order=True)
     names = ("first_weight", "normalize", "every", "refresh", "max_scale", "rtol")
+    names += ("first_eigenvalue",) * ("first_eigenvalue" in options)
     shared = {name: options[name] for name in names}
     direction = kl_eigenbasis(inner, b2, basis=method, **shared, **scaling)
     return walk(direction, options, factory, method, whitened=True)

@@ -2,13 +2,20 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from shampoo_jax.base.options import WholeNumber, check_entries, check_options, refuse
+from shampoo_jax.base.options import (
+    WholeNumber,
+    check_choice,
+    check_entries,
+    check_options,
+    refuse,
+)
 from shampoo_jax.matrix.batching import map_matrices
 from shampoo_jax.matrix.eigh import power_of_two_scale
 from shampoo_jax.matrix.products import matmul
@@ -17,29 +24,36 @@ from shampoo_jax.matrix.products import matmul
 QUINTIC = (3.4445, -4.775, 2.0315)
 
 
-def check_coefficients(coefficients: Sequence[float]) -> None:
-    """Raises ValueError for what are not three numbers."""
-    if np.shape(coefficients) != (3,):
-        refuse("coefficients", coefficients, f": give three numbers, such as {QUINTIC}")
+def check_coefficients(coefficients: Any, steps: int | None = None) -> None:
+    """Raises ValueError for what are not three numbers, or where there are steps three for each."""
+    if np.shape(coefficients) not in ((3,), (steps, 3)):
+        each = "" if steps is None else f", or {steps} times three, one for each step"
+        refuse("coefficients", coefficients, f": give three numbers, such as {QUINTIC}{each}")
 
 
 def newton_schulz(
     update: jax.Array,
     steps: int = 5,
-    coefficients: Sequence[float] = QUINTIC,
+    coefficients: Sequence[float] | Sequence[Sequence[float]] = QUINTIC,
     eps: ArrayLike = 1e-15,
+    *,
+    norm: str = "frobenius",
+    shift: ArrayLike = 0.0,
 ) -> jax.Array:
     """Returns an approximation of the polar factor U V^T of U S V^T by odd polynomials.
 
-    `X = F / max(|F|_F, eps)`, then `steps` times `X <- a X + X (b B + c B^2)` with `B = X^T X`,
-    on the side that makes B small. Singular values end near 1; not within rounding for the
-    default coefficients, whose fixed point is not attracting.
+    `X = F / (max(|F|, eps) + shift)`, then `steps` times `X <- a X + X (b B + c B^2)` with
+    `B = X^T X`, on the side that makes B small. Singular values end near 1; not within rounding for
+    the default coefficients, whose fixed point is not attracting.
 
     Args:
       update: f[..., m, n].
       steps: Static number of iterations.
-      coefficients: Static (a, b, c).
+      coefficients: Static (a, b, c), or as many of these as there are steps.
       eps: Floor of the norm, in the units of the update.
+      norm: `"frobenius"`, or `"schatten4"`, the fourth root of the sum of the singular values'
+        fourth powers: no less than the largest of them either, and closer to it.
+      shift: Added to the norm, in the units of the update.
 
     Returns:
       f[..., m, n], dtype of the update; zero for the zero matrix.
@@ -51,12 +65,13 @@ def newton_schulz(
     """
     WholeNumber("5 are Muon's", least=0)("steps", steps)
     check_entries({"eps": eps})
-    check_coefficients(coefficients)
-    a, b, c = coefficients
+    check_choice("norm", norm, tuple(NORMS))
+    check_coefficients(coefficients, steps)
+    triples: Any = [coefficients] * steps if np.ndim(coefficients) == 1 else coefficients
     tall = update.shape[-2] >= update.shape[-1]
     x = update if tall else jnp.matrix_transpose(update)
-    x = _normalized(x, eps)
-    for _ in range(steps):
+    x = x / (jnp.maximum(NORMS[norm](x)[..., None, None], eps) + shift).astype(x.dtype)
+    for a, b, c in triples:
         gram = matmul(jnp.matrix_transpose(x), x)
         x = a * x + matmul(x, b * gram + c * matmul(gram, gram))
     return x if tall else jnp.matrix_transpose(x)
@@ -86,8 +101,29 @@ def svd_orthogonalize(update: jax.Array, *, scale_by_nuclear_norm: bool = False)
     return polar * jnp.sum(s, axis=-1)[..., None, None] if scale_by_nuclear_norm else polar
 
 
-def _normalized(matrix, eps):
-    """Divides by the Frobenius norm, taken without overflow or underflow of the squares."""
+def frobenius_norm(matrix: jax.Array) -> jax.Array:
+    """`|F|_F` of each matrix f[..., m, n], without overflow or underflow of the squares.
+
+    >>> float(frobenius_norm(jnp.diag(jnp.array([3e30, 4e30]))) / 1e30)
+    5.0
+    """
     scale = power_of_two_scale(matrix)
-    norm = scale * jnp.linalg.norm(matrix / scale, axis=(-2, -1), keepdims=True)
-    return matrix / jnp.maximum(norm, eps)
+    return scale[..., 0, 0] * jnp.linalg.norm(matrix / scale, axis=(-2, -1))
+
+
+def schatten4_norm(matrix: jax.Array) -> jax.Array:
+    """Fourth root of the sum of the singular values' fourth powers of each matrix f[..., m, n].
+
+    It is the root of the Frobenius norm of the Gram matrix, taken without overflow or underflow.
+
+    >>> float(schatten4_norm(1e30 * jnp.eye(16)) / 1e30)
+    2.0
+    """
+    scale = power_of_two_scale(matrix)
+    x = matrix / scale
+    x = x if x.shape[-2] >= x.shape[-1] else jnp.matrix_transpose(x)
+    gram = matmul(jnp.matrix_transpose(x), x)
+    return scale[..., 0, 0] * jnp.sqrt(jnp.linalg.norm(gram, axis=(-2, -1)))
+
+
+NORMS = {"frobenius": frobenius_norm, "schatten4": schatten4_norm}

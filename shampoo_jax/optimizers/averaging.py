@@ -8,6 +8,8 @@ import optax
 
 from shampoo_jax.base.options import check_choice, check_options, check_transform
 from shampoo_jax.base.paths import nodes_of
+from shampoo_jax.optimizers.lookahead import EmaNesterovState
+from shampoo_jax.optimizers.tail import TailAverageState
 from shampoo_jax.optimizers.weight_decay import Scalar, ScalarOrSchedule, value_at
 from shampoo_jax.stacks.guard import cast_like, guard, unguarded, widen
 
@@ -23,6 +25,10 @@ class AveragingState(NamedTuple):
     z: Any  # the fast iterate, shaped like the parameters, float32 or wider
     inner: Any
     decay: Any
+
+    def evaluated(self, params: Any) -> Any:
+        """The average `x`."""
+        return _average(self, params)
 
 
 def averaging(
@@ -137,20 +143,22 @@ def _weighted(weight: Array, total: Array) -> tuple[Array, Array]:
 
 
 def eval_params(state: Any, params: Any) -> Any:
-    """The average to evaluate, `x`, from the trained parameters `y`, which stay as they are.
+    """The weights to evaluate, from the parameters that are trained, which stay as they are.
 
-    `x = y + (1 - 1 / train_coeff) (z - y)`.
+    Of `averaging` it is `x = y + (1 - 1 / train_coeff) (z - y)`, of `ema_nesterov` what the
+    parameters were before they were moved ahead, and of `tail_average` the mix of these, or of the
+    parameters, with the average.
 
     Args:
-      state: Any optimizer state with an `AveragingState` in it, however deep; several of them may
-        share the parameters, as `optax.partition` lets them.
+      state: Any optimizer state with one of theirs in it, however deep; several of them may share
+        the parameters, as `optax.partition` lets them.
       params: The trained parameters.
 
     Returns:
       A tree like `params`, same dtypes. Parameters that are not averaged are returned unchanged.
 
     Raises:
-      ValueError: `state` holds no `AveragingState`, or is a stack of several, as vmap makes them.
+      ValueError: `state` holds none of these, or is a stack of several, as vmap makes them.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -161,20 +169,25 @@ def eval_params(state: Any, params: Any) -> Any:
       >>> float(params), float(eval_params(state, params))  # x = z / 4, y = (x + z) / 2
       (5.0, 2.0)
     """
-    states = nodes_of(AveragingState, state)
+    states = [x for kind in EVALUATED for _, x in nodes_of(kind, state)]
     if not states:
         raise ValueError(
             f"eval_params found no AveragingState in a state of type {type(state).__name__}: pass "
-            "the state of an optimizer that is wrapped in averaging()."
+            "the state of an optimizer that is wrapped in averaging(), or of a chain with "
+            "ema_nesterov() or tail_average()."
         )
-    for _, found in states:
-        if jnp.ndim(found.train_coeff):
+    for found in states:
+        if jnp.ndim(found.count):
             raise ValueError(
                 "the optimizer state is a stack of several, as vmap makes them: map over both, "
                 "jax.vmap(eval_params)(state, params)."
             )
-        params = _average(found, params)
+        params = found.evaluated(params)
     return params
+
+
+# Parameters are put where they belong before anything is averaged with them.
+EVALUATED = (EmaNesterovState, AveragingState, TailAverageState)
 
 
 def _average(state: AveragingState, params: Any) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_options
+from shampoo_jax.base.options import NOT_NEGATIVE, check_options
 from shampoo_jax.base.paths import KeyPath, name_of
 
 Array = jax.Array
@@ -41,7 +41,7 @@ def scale_to_norm(target: Callable[[Array], Any]) -> optax.GradientTransformatio
     def scale(update: Array, parameter: Array) -> Array:
         return _at_length(update, target(parameter)).astype(update.dtype)
 
-    return _of_updates_and_params(scale)
+    return of_updates_and_params(scale)
 
 
 def keep_norm() -> optax.GradientTransformation:
@@ -66,7 +66,56 @@ def keep_norm() -> optax.GradientTransformation:
         moved = _at_length(parameter + step, _norm(parameter))
         return (moved - parameter).astype(step.dtype)
 
-    return _of_updates_and_params(keep)
+    return of_updates_and_params(keep)
+
+
+def keep_radius(floor: float | Array = 1e-8) -> optax.GradientTransformation:
+    """Replaces a step by one that ends where its part along the parameter alone would have ended.
+
+    `D <- (W + D) * r / |W + D|_F - W` with `r = max(|W|_F + <D, W> / |W|_F, floor)`: the norm
+    follows the radial part of the step, not the length that a turn adds. To be placed last in a
+    chain, after the learning rate, which `radial_brake` may have gone before.
+
+    Args:
+      floor: Least norm, on the scale of parameters; a parameter that is 0 gets it in its first
+        step.
+
+    Returns:
+      A transformation without state that needs `params`. A parameter has one norm, whatever its
+      axes.
+
+    Raises:
+      ValueError: A negative floor.
+
+    Source: modded-nanogpt track 3, results #44 to #46, with this floor.
+
+    Example:
+      >>> import jax.numpy as jnp, shampoo_jax
+      >>> tx = shampoo_jax.keep_radius()
+      >>> w = jnp.array([4.0, 0.0])
+      >>> step, _ = tx.update(jnp.array([-1.0, 4.0]), tx.init(w), w)
+      >>> (w + step).round(2).tolist()  # (3, 4), brought back from norm 5 to norm 3
+      [1.8, 2.4]
+    """
+    NOT_NEGATIVE("floor", floor)
+
+    def keep(step: Array, parameter: Array) -> Array:
+        d, w = wide(step), wide(parameter)
+        own = _norm(w)
+        length = jnp.maximum(own, floor)
+        direction = w / jnp.where(length > 0, length, 1.0)
+        along = jnp.sum(d * direction)
+        across = jnp.sum((d - along * direction) ** 2)
+        radius = length + along
+        # r / |W + D| is sqrt(1 - q): by two norms it would have the rounding of their long sums.
+        total = radius**2 + across
+        q = across / jnp.where(total > 0, total, 1.0)
+        fine = d - q / (1 + jnp.sqrt(1 - q)) * (w + d)
+        floored = _at_length(w + d, jnp.maximum(radius, floor)) - w
+        held = jnp.where((own >= floor) & (radius >= floor) & (total > 0), fine, floored)
+        return held.astype(step.dtype)
+
+    return of_updates_and_params(keep)
 
 
 def hyperball(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -99,7 +148,12 @@ def hyperball(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransforma
 
 
 def _norm(x: Array) -> Array:
-    return jnp.linalg.norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return jnp.linalg.norm(wide(x))
+
+
+def wide(x: Array) -> Array:
+    """An array in float32, or in its wider dtype."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _at_length(x: Array, length: Any) -> Array:
@@ -108,7 +162,9 @@ def _at_length(x: Array, length: Any) -> Array:
     return x * jnp.where(norm > 0, length / jnp.where(norm > 0, norm, 1.0), 0.0)
 
 
-def _of_updates_and_params(f: Callable[[Array, Array], Array]) -> optax.GradientTransformation:
+def of_updates_and_params(f: Callable[[Array, Array], Array]) -> optax.GradientTransformation:
+    """A transformation without state of `f(update, parameter)`; None stays None."""
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("params=None: norms are those of parameters, pass them to update.")

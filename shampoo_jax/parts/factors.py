@@ -77,6 +77,35 @@ def accumulate_factors(
     return counted(AccumulateFactorsState, zero_factors, step)
 
 
+def count_again(b2: float | Array) -> Part:
+    """Counts the newest gradient once more in what is made of the factors, not in their average.
+
+    `S <- b2 * S + G G^T`, G of this step: behind `accumulate_factors(b2, weighted=False)` it has
+    the weight `1 + b2` beside `b2^(k + 1)` of one that is k steps old.
+
+    Args:
+      b2: Decay in [0, 1].
+
+    Returns:
+      A stateless part between statistics and roots. Source: modded-nanogpt track 3, result #18.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> g, factor = jnp.full((1, 1), 2.0), jnp.full((1, 1, 1), 10.0)
+      >>> out, _ = count_again(0.5).update({"1": Blocks(g, g, (0.5,), (factor,))}, ())
+      >>> out["1"].matrices[0].item()
+      9.0
+    """
+    check_options({"b2": b2})
+
+    def again(b: Blocks) -> Blocks:
+        squares = squares_of(b.gradient, b.matrices)
+        matrices = jax.tree.map(lambda s, c: (b2 * s + c).astype(s.dtype), b.matrices, squares)
+        return dataclasses.replace(b, matrices=matrices, weight=None)
+
+    return stateless(again)
+
+
 def _mean_squares(b: Blocks, like: Matrices, microbatches: str, swift: bool) -> Matrices:
     """Means over microbatches, as they came or computed one after the other."""
     given = b.further.get(microbatches)

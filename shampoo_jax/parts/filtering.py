@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import check_options
+from shampoo_jax.base.options import BELOW_ONE, check_options
 from shampoo_jax.base.storage import check_form, decode, encode
 from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, each_of, make_part
 
 Array = jax.Array
+BELOW_ONE_OR_SCHEDULE = dataclasses.replace(BELOW_ONE, schedule=True)
 
 
 class FilterGradientState(NamedTuple):
@@ -70,6 +71,49 @@ def filter_gradient(
         return dataclasses.replace(b, update=out.astype(g.dtype)), encode(new, mu)
 
     return counted(FilterGradientState, lambda p: encode(jnp.zeros_like(p.update), mu_dtype), step)
+
+
+class NesterovAverageState(NamedTuple):
+    """State of `nesterov_average`."""
+
+    count: Array  # int32[], steps taken
+    mu: Any  # one [N, *block] a stack
+
+
+def nesterov_average(b1: float | Array | optax.Schedule = 0.95) -> Part:
+    """Sets the update to Nesterov's look ahead of an uncorrected moving average of the gradient.
+
+    `mu = b1 * mu + (1 - b1) * G`, then `update = b1 * mu + (1 - b1) * G`, from `mu = 0`: the
+    momentum of modded-nanogpt's Muon. With a constant b1 it is `filter_gradient(b1, b1^2)` without
+    its correction.
+
+    Args:
+      b1: Decay in [0, 1), or a schedule of it, `rise_and_fall` say, of the step counted from 0.
+
+    Returns:
+      A part. Its state holds one array per stack of blocks.
+
+    Raises:
+      ValueError: A decay outside [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = nesterov_average(optax.linear_schedule(0.0, 0.5, 1))
+      >>> first, state = tx.update(jnp.array(4.0), tx.init(jnp.array(0.0)))
+      >>> second, state = tx.update(jnp.array(2.0), state)
+      >>> float(first), float(second)  # 4, then (4 + 2) / 4 + 2 / 2
+      (4.0, 2.5)
+    """
+    BELOW_ONE_OR_SCHEDULE("b1", b1)
+
+    def step(count: Array, b: Blocks, mu: Array) -> tuple[Blocks, Array]:
+        decay = b1(count - 1) if callable(b1) else b1
+        decay = jnp.asarray(decay, b.gradient.dtype)
+        mix = lambda m: decay * m + (1 - decay) * b.gradient  # noqa: E731
+        mu = mix(mu)
+        return dataclasses.replace(b, update=mix(mu)), mu
+
+    return counted(NesterovAverageState, lambda p: jnp.zeros_like(p.update), step)
 
 
 def counted(kind: Any, first: Callable[[Blocks], Any], step: Callable[..., Any]) -> Part:

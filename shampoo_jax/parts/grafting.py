@@ -14,6 +14,7 @@ from shampoo_jax.base.options import (
     check_options,
     check_transform,
     is_number,
+    is_off,
 )
 from shampoo_jax.blocks.blocks import (
     Blocks,
@@ -108,6 +109,7 @@ def scale_by_second_moment(
     bias_correction: bool = True,
     weighted: bool = True,
     eps_hat: bool = False,
+    floor: float | Array = 0.0,
     microbatches: str | None = None,
     debias: str | None = None,
 ) -> Part:
@@ -134,6 +136,7 @@ def scale_by_second_moment(
       eps_hat: Whether eps is added before the bias correction instead of after it: the "epsilon
         hat" of Kingma and Ba (arXiv:1412.6980, end of section 2). In early steps it then counts
         `(1 - b2^t)^(-e)` times as much; without correction there is no difference.
+      floor: Least `nu / (1 - b2^t)` that counts, on the scale of squared gradients.
       microbatches: Name, in the extra argument `further`, of a tree of the gradients of
         microbatches, see `blocked`; None squares the gradient itself.
       debias: Name of such a tree, of at least two microbatches; None corrects nothing.
@@ -165,7 +168,8 @@ def scale_by_second_moment(
         if eps_hat:
             root = (_power(new, e) + eps) / _power(correction, e)
         else:
-            root = _power(new / correction, e) + eps
+            moment = new / correction if is_off(floor) else jnp.maximum(new / correction, floor)
+            root = _power(moment, e) + eps
         # 0/0 where a gradient has been zero so far and eps is 0 or underflows.
         safe = jnp.where(root > 0, root, 1.0)
         quotient = jnp.where(root > 0, b.update / safe, 0.0)

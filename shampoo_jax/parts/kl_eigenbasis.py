@@ -63,6 +63,7 @@ def kl_eigenbasis(
     every: int | Array = 10,
     refresh: BasisRefresh | None = None,
     max_scale: str | float = "size",
+    first_eigenvalue: float | Array = EIGENVALUE_INIT,
     rtol: float | None = 0.0,
 ) -> Part:
     """KL-Shampoo and KL-SOAP in their practical form: bases by QR, eigenvalues tracked apart.
@@ -106,6 +107,7 @@ def kl_eigenbasis(
         start at `r^(2/n)`, r the root mean square of a block's first gradient that is not zero and
         n its number of factors, and a first gradient that is whitened by these: multiplying every
         gradient by a constant then changes nothing but through eps.
+      first_eigenvalue: Of all, unless `max_scale="relative"`.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
         update; 0.0 truncates nothing, None means `d * eps` of the dtype.
 
@@ -123,9 +125,8 @@ def kl_eigenbasis(
       >>> updates["w"].shape
       (2, 2)
     """
-    options = locals()
+    check_options(locals() | {"b2": 0.0})
     check_range("b2", b2)
-    check_options(options | {"b2": 0.0})
     when = refresh_of_bases(refresh)
     inside = optax.chain(inner, _scale_by_eigenvalues(eps)) if scaled else inner
     method = make_basis(basis, keep_order=True)
@@ -133,7 +134,7 @@ def kl_eigenbasis(
     form = _Form(b2, 1 - b2 if first_weight is None else first_weight, normalize, max_scale)
 
     def init(params: Stacks) -> KLEigenbasisState:
-        first = functools.partial(_first_eigenvalues, 0.0 if form.relative else EIGENVALUE_INIT)
+        first = functools.partial(_first_eigenvalues, 0.0 if form.relative else first_eigenvalue)
         factors, eigenvalues = each(zero_factors, params), each(first, params)
         return KLEigenbasisState(jnp.zeros([], jnp.int32), factors, eigenvalues, tx.init(params))
 
@@ -218,7 +219,7 @@ def _statistics(
     return new, tuple(track(old, k) for k, old in enumerate(eigenvalues))
 
 
-def _first_eigenvalues(value: float, p: Blocks) -> Matrices:
+def _first_eigenvalues(value: Any, p: Blocks) -> Matrices:
     return p.per_factor(lambda n, d, e: jnp.full((n, d), value, p.update.dtype))
 
 

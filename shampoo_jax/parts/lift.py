@@ -74,6 +74,37 @@ def from_gradients(inner: optax.GradientTransformation) -> Part:
     return _lifted(inner, "gradient", "update")
 
 
+def of_updates(part: optax.GradientTransformation) -> Part:
+    """Lets a statistic read the update in the making where it would read the raw gradient.
+
+    Behind a first moment these are factors or second moments of the momentum: #18 of
+    modded-nanogpt's track 3 has such factors, #44 such second moments.
+
+    Args:
+      part: Part of stacks, such as `accumulate_factors` or `scale_by_second_moment`.
+
+    Returns:
+      A part; gradients are handed on as they came.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, shampoo_jax
+      >>> moment = of_updates(shampoo_jax.scale_by_second_moment(0.0))
+      >>> tx = shampoo_jax.blocked(optax.chain(on_updates(optax.scale(9.0)), moment))
+      >>> grads = {"w": jnp.array([3.0, -0.5])}
+      >>> tx.update(grads, tx.init(grads))[0]["w"].tolist()
+      [1.0, -1.0]
+    """
+    check_options({"inner": part})
+    tx = optax.with_extra_args_support(part)
+
+    def update(stacks: Stacks, state: Any, params: Any, **extra: Any) -> tuple[Stacks, Any]:
+        given = each(lambda b: dataclasses.replace(b, gradient=b.update), stacks)
+        new, state = tx.update(given, state, params, **extra)
+        return each(lambda n, b: dataclasses.replace(n, gradient=b.gradient), new, stacks), state
+
+    return make_part(tx.init, update)
+
+
 def _lifted(inner: optax.GradientTransformation, source: str, target: str) -> Part:
     check_options({"inner": inner})
     tx = optax.with_extra_args_support(inner)

@@ -18,8 +18,10 @@ def orthogonalize(
     method: Literal["newton_schulz", "polar"] = "newton_schulz",
     *,
     steps: int = 5,
-    coefficients: Sequence[float] = QUINTIC,
+    coefficients: Sequence[float] | Sequence[Sequence[float]] = QUINTIC,
     dtype: Any = None,
+    norm: Literal["frobenius", "schatten4"] = "frobenius",
+    eps: Any = 0.0,
 ) -> Part:
     """Replaces the update `U S V^T` of each block by its polar factor `U V^T`.
 
@@ -30,9 +32,12 @@ def orthogonalize(
     Args:
       method: `"newton_schulz"`, products alone, singular values near 1; or `"polar"`, an SVD.
       steps: Of the Newton-Schulz iteration.
-      coefficients: (a, b, c) of its odd polynomial; Muon's by default.
+      coefficients: (a, b, c) of its odd polynomial, or one triple a step; Muon's by default.
       dtype: Of the iteration's arithmetic; `jnp.bfloat16` is Muon's. None means that of the blocks,
         in which the SVD is taken in any case.
+      norm: What the iteration divides an update by first, see `matrix.newton_schulz`.
+      eps: Added to that norm, on the scale of updates; 0 makes no difference between large and
+        small ones, as the benchmark's 1e-7 does.
 
     Returns:
       A stateless part. Behind a finished direction it goes by `followed_by`.
@@ -50,14 +55,16 @@ def orthogonalize(
       [[0.0, 1.0], [-1.0, 0.0]]
     """
     check_choice("method", method, ("newton_schulz", "polar"))
-    check_options({"steps": steps})
+    check_options({"steps": steps, "eps": eps})
+    check_choice("norm", norm, ("frobenius", "schatten4"))
     check_dtype("dtype", dtype)
-    check_coefficients(coefficients)
+    check_coefficients(coefficients, steps)
 
     def polar(x: Array) -> Array:
         if method == "polar":
             return svd_orthogonalize(x)
-        return newton_schulz(x.astype(dtype or x.dtype), steps, coefficients)
+        x = x.astype(dtype or x.dtype)
+        return newton_schulz(x, steps, coefficients, norm=norm, shift=eps)
 
     def update(b: Blocks) -> Blocks:
         columns = b.update.reshape(*b.update.shape[:2], -1) if b.ndim else b.update[:, None, None]
