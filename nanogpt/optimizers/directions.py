@@ -265,10 +265,49 @@ def cross_fitted(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def soap(settings: SoapConfig, placement: Placement = None) -> optax.GradientTransformation:
-    """SOAP as in the paper or as in result 27."""
+    """SOAP as in the paper, as in result 27, or as "Purifying Shampoo" refreshes its bases."""
     form = shampoo_jax.presets.record_27() if settings.form == "record27" else {}
+    if settings.form == "purified":
+        form = {
+            "basis": shampoo_jax.EighBasis(settings.tolerance),
+            "refresh": shampoo_jax.BasisRefresh(when="before", skip_first=False),
+        }
     chosen = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "every")}
-    return shampoo_jax.scale_by_soap(**{**form, **chosen}, placement=placement)
+    direction = shampoo_jax.scale_by_soap(**{**form, **chosen}, placement=placement)
+    return count_refreshes(direction) if settings.form == "purified" else direction
+
+
+class RefreshState(NamedTuple):
+    """State of `count_refreshes`."""
+
+    refreshed: jax.Array  # int32[], bases that changed so far
+    inner: optax.OptState
+
+
+def count_refreshes(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Counts the eigenbases of a direction that its steps change.
+
+    Args:
+        inner: One whose state has fields called `bases`, stacks [N, d, d].
+
+    Returns:
+        The same transformation; the count is in its state, as `refreshed`.
+    """
+    tx = optax.with_extra_args_support(getattr(inner, "inner", inner))  # without its own guard
+
+    def bases(state: optax.OptState) -> list[jax.Array]:
+        return jax.tree.leaves([found for _, found in optax.tree.get_all_with_path(state, "bases")])
+
+    def init(params):
+        return RefreshState(jnp.zeros([], jnp.int32), tx.init(params))
+
+    def update(updates, state, params=None, **extra: Any):
+        updates, new = tx.update(updates, state.inner, params, **extra)
+        pairs = zip(bases(new), bases(state.inner), strict=True)
+        changed = sum((x != y).any((1, 2)).sum() for x, y in pairs)
+        return updates, RefreshState(state.refreshed + changed, new)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def kl_shampoo(settings: KLConfig, placement: Placement = None) -> optax.GradientTransformation:
