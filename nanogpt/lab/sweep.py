@@ -93,7 +93,7 @@ def _table(records: Sequence[Record], timed: bool) -> str:
     for record in records:
         key = tuple(str(record["settings"].get(name, "")) for name in columns if name != "seed")
         rows.setdefault(key, []).append(record)
-    if seeds := any(len(found) > 1 for found in rows.values()):
+    if seeds := "seed" in columns and len(rows) < len(records):
         columns.remove("seed")
     else:
         rows = {(str(i),): [record] for i, record in enumerate(records)}

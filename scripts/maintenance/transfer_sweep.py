@@ -127,7 +127,8 @@ def vertex(losses: Mapping[int, float]) -> float:
     if not {middle - 1, middle + 1} <= set(losses):
         return math.nan
     low, least, high = (losses[middle + step] for step in (-1, 0, 1))
-    return middle + (low - high) / (2 * (low - 2 * least + high))
+    curvature = low - 2 * least + high
+    return middle + ((low - high) / (2 * curvature) if curvature else 0.0)
 
 
 def optimum(losses: Losses) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from nanogpt.config.presets import preset
-from nanogpt.config.settings import KLConfig, MuonConfig, ShampooConfig
+from nanogpt.config.settings import KLConfig, MuonConfig, ShampooConfig, SoapConfig
 from nanogpt.optimizers.build import build_optimizer
 from nanogpt.optimizers.directions import DIRECTIONS
 from tests.oracles import papers
@@ -64,6 +64,32 @@ def test_exponent_and_size_of_shampoo():
     quarter = dataclasses.replace(third, exponent=0.25, size="adam")
     expected = u @ vt * (24 / 4) ** 0.5  # Adam's first update has entries of size 1
     np.testing.assert_allclose(updates_of(quarter, "shampoo", [g])[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_side_of_shampoo(side):
+    """After one gradient (G G^T)^(-1/2) G and G (G^T G)^(-1/2) are U V^T."""
+    g = GRADIENTS[0][:4]
+    u, _, vt = np.linalg.svd(g)
+    settings = ShampooConfig(0.1, 0.0, b1=0.0, exponent=side, size="rows")
+    tx = DIRECTIONS["shampoo"](settings, None)
+    factor, root = (6, 6) if side == "left" else (4, 4), GRADIENTS[0]
+    shapes = {x.shape[1:] for x in jax.tree.leaves(tx.init({"w": jnp.asarray(root)}))}
+    assert {s for s in shapes if len(s) == 2} == {factor, (6, 4)}
+    np.testing.assert_allclose(updates_of(settings, "shampoo", [g])[0], u @ vt, atol=1e-4)
+
+
+def test_purified_soap_keeps_bases_and_counts_those_that_change():
+    """A gradient that comes again leaves its bases alone, another one does not."""
+    g = jnp.eye(4) * jnp.arange(1.0, 5.0)
+    other = jnp.asarray(GRADIENTS[0][:4], jnp.float32)
+    tx = DIRECTIONS["soap"](SoapConfig(0.1, 0.0, every=1, form="purified", tolerance=0.1), None)
+    params = {"w": g}
+    state, update, counts = tx.init(params), jax.jit(tx.update), []
+    for gradient in (g, g, other, other):
+        _, state = update({"w": gradient}, state, params)
+        counts.append(int(optax.tree.get(state, "refreshed")))
+    assert counts[:2] == [0, 0] and counts[2] == 2 and counts[3] in (2, 3, 4)
 
 
 def test_shampoo_of_microbatches():
