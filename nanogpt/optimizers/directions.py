@@ -266,7 +266,9 @@ def cross_fitted(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 def soap(settings: SoapConfig, placement: Placement = None) -> optax.GradientTransformation:
     """SOAP as in the paper, as in result 27, or as "Purifying Shampoo" refreshes its bases."""
-    form = shampoo_jax.presets.record_27() if settings.form == "record27" else {}
+    form: dict[str, Any] = {}
+    if settings.form == "record27":
+        form = shampoo_jax.presets.record_27()
     if settings.form == "purified":
         form = {
             "basis": shampoo_jax.EighBasis(settings.tolerance),

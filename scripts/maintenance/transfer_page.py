@@ -8,18 +8,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from nanogpt.config.presets import preset
+from nanogpt.config.run import Config
 from nanogpt.report.plotting import COLOURS, STYLE
-from nanogpt.report.tables import markdown
-from scripts.maintenance.transfer_sweep import (
-    LENGTH,
-    METHODS,
-    ROWS,
-    STEPS,
-    WIDTHS,
-    Cell,
-    Losses,
-    optimum,
-)
+from nanogpt.report.tables import markdown, shown
+from scripts.maintenance.transfer_optima import METHODS, WIDTHS, Cell, Losses, optimum
 
 TEXT = """# The best learning rate by width
 
@@ -35,7 +27,8 @@ its start counts as chance.
 The optimum is the vertex of the parabola, in the logarithm of the rate, through the lowest mean
 over n seeds and its two neighbours. In brackets the lowest and highest vertex of all ways to draw n
 seeds with replacement. Width {base} is the base: there the rules change nothing. "Moves by" is the
-largest optimum over the smallest.
+largest optimum over the smallest; the last column is the loss of the widest model at the rate that
+is best at the base, "-" where it was not tried there.
 
 {table}
 
@@ -50,10 +43,16 @@ Found = Mapping[Cell, Losses]
 Row = tuple[str, bool, list[Cell]]
 
 
-def write(folder: pathlib.Path, found: Found) -> None:
-    """Writes transfer_width.md and transfer_width.png of the cells that are there."""
+def write(folder: pathlib.Path, found: Found, config: Config) -> None:
+    """Writes transfer_width.md and transfer_width.png of the cells that are there.
+
+    Args:
+        folder: where.
+        found: losses of every cell.
+        config: one of the runs, whose sizes the page tells.
+    """
     rows = [row for row in _rows() if any(found.get(cell) for cell in row[2])]
-    text = TEXT.format(**_numbers(), table=_optima(rows, found), losses=_tried(found))
+    text = TEXT.format(**_numbers(config), table=_optima(rows, found), losses=_tried(found))
     (folder / "transfer_width.md").write_text(text, encoding="utf-8")
     _draw(folder / "transfer_width.png", rows, found)
 
@@ -64,13 +63,12 @@ def _rows() -> Iterator[Row]:
             yield method, rules, [Cell(method, w, rules and w > WIDTHS[0]) for w in WIDTHS]
 
 
-def _numbers() -> dict[str, str]:
-    model = preset("board", "adamw").model
+def _numbers(config: Config) -> dict[str, str]:
     return {
-        "batch": f"{ROWS} x {LENGTH}",
-        "steps": str(STEPS),
+        "batch": f"{config.data.batch_rows} x {config.model.sequence_length}",
+        "steps": str(config.schedule.steps),
         "base": str(WIDTHS[0]),
-        "vocabulary": f"{model.vocab_size:,}",
+        "vocabulary": f"{config.model.vocab_size:,}",
     }
 
 
@@ -84,17 +82,26 @@ def _optima(rows: list[Row], found: Found) -> str:
     cells = []
     for method, rules, series in rows:
         known = {cell: optimum(found[cell]) for cell in series if found.get(cell)}
-        shown = [_cell(cell, known.get(cell)) for cell in series]
+        optima = [_cell(cell, known.get(cell)) for cell in series]
         counts = sorted({len(next(iter(found[cell].values()))) for cell in known})
         middles = [x[0] for x in known.values() if math.isfinite(x[0])]
         whole = len(middles) == len(WIDTHS)
         moved = f"2^{max(middles) - min(middles):.2f}" if whole else "-"
-        least = min(map(_mean, found[series[-1]].values())) if found.get(series[-1]) else math.nan
-        loss = f"{least:.4f}" if math.isfinite(least) else "-"
         named = "-".join(map(str, counts))
-        cells.append([method, "with" if rules else "without", *shown, named, moved, loss])
+        ends = _ends(found.get(series[0], {}), found.get(series[-1], {}))
+        cells.append([method, "with" if rules else "without", *optima, named, moved, *ends])
     head = ["method", "rules", *(f"width {w}" for w in WIDTHS), "n", "moves by"]
-    return markdown([*head, f"best loss at {WIDTHS[-1]}"], cells, texts=2)
+    ends = [f"best loss at {WIDTHS[-1]}", "with the base's rate"]
+    return markdown([*head, *ends], cells, texts=2)
+
+
+def _ends(base: Losses, widest: Losses) -> list[str]:
+    """The lowest mean of the widest model, and that at the rate whose mean is the base's lowest."""
+    means = [{power: _mean(x) for power, x in losses.items()} for losses in (base, widest)]
+    if not all(means):
+        return ["-", "-"]
+    chosen = min(means[0], key=means[0].__getitem__)
+    return [f"{min(means[1].values()):.4f}", shown(means[1].get(chosen), ".4f")]
 
 
 def _cell(cell: Cell, known: tuple[float, float, float] | None) -> str:

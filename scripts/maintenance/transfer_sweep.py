@@ -14,49 +14,37 @@ import dataclasses
 import itertools
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from nanogpt.config.presets import preset
 from nanogpt.config.run import Config
 from nanogpt.lab import compile_cache
 from nanogpt.optimizers.transfer import RATES
+from scripts.maintenance.transfer_optima import (
+    ABOVE,
+    BELOW,
+    METHODS,
+    WIDTHS,
+    Cell,
+    cells,
+    read_losses,
+)
 
 FOLDER = pathlib.Path("docs/methods")
-METHODS = ("adamw", "shampoo", "soap", "muon")
-WIDTHS = (32, 64, 128, 256)  # the first is the base
-BELOW, ABOVE = 2, 3  # powers of 2 around the best one of the narrower model, six in all
 MOST = 14  # rates of one width
 # What makes a run small enough, beside preset board: see `make_config`.
 MODEL = {"num_layers": 1, "model_dim": WIDTHS[0], "head_dim": 16, "mlp_dim": 2 * WIDTHS[0]}
 ROWS, LENGTH, STEPS = 8, 64, 200
 MATRICES = {"shampoo": {"every": 10, "block_size": 128}, "soap": {"every": 10}}
-Losses = dict[int, list[float]]  # of every power of 2, by seed
-
-
-class Cell(NamedTuple):
-    """One optimum: a method at a width, with the rules or without; at the base they are one."""
-
-    method: str
-    width: int
-    rules: bool
-
-
-def cells(methods: Sequence[str]) -> list[list[Cell]]:
-    """Series of cells of growing width, which begin with the same one with and without rules."""
-    return [
-        [Cell(method, width, rules and width > WIDTHS[0]) for width in WIDTHS]
-        for method in methods
-        for rules in (False, True)
-    ]
 
 
 def make_config(cell: Cell, power: int, seed: int) -> Config:
     """The run of a cell at 2^power times the preset's rates, as `nanogpt train` would train it."""
     config = preset("board", cell.method)
     scale = lambda s: {n: getattr(s, n) * 2.0**power for n in RATES if hasattr(s, n)}  # noqa: E731
-    own = MATRICES.get(cell.method, {}) | scale(config.matrices)
-    sizes = {"sequence_length": LENGTH, "width_multiplier": cell.width / WIDTHS[0]}
+    own: Any = MATRICES.get(cell.method, {}) | scale(config.matrices)
+    sizes: Any = {"sequence_length": LENGTH, "width_multiplier": cell.width / WIDTHS[0]}
     rows = {"batch_rows": ROWS, "microbatch_rows": ROWS}
     return dataclasses.replace(
         config,
@@ -89,60 +77,6 @@ def tune(series: Sequence[Cell], seeds: int, path: pathlib.Path) -> None:
         middle = best(means)
 
 
-def read_losses(path: pathlib.Path) -> dict[Cell, Losses]:
-    """Losses of every cell; a run that ended above where it began counts as the loss of chance."""
-    from nanogpt.lab.trials import read_trials
-
-    chance = math.log(preset("board", "adamw").model.vocab_size)
-    found: dict[Cell, dict[int, dict[int, float]]] = {}
-    for record in read_trials(path):
-        settings = record["settings"]
-        cell = Cell(settings["optimizer"], settings["width"], settings["rules"])
-        loss = record["loss"] if record["status"] == "finished" else chance
-        of_power = found.setdefault(cell, {}).setdefault(settings["power"], {})
-        of_power[record["seed"]] = min(loss, chance)
-    return {cell: _whole(powers) for cell, powers in found.items()}
-
-
-def _whole(powers: Mapping[int, Mapping[int, float]]) -> Losses:
-    """As many seeds as leave at least six rates, and the rates that have them all."""
-    for count in range(max(map(len, powers.values())), 0, -1):
-        had = {
-            p: [x[s] for s in range(count)]
-            for p, x in powers.items()
-            if set(range(count)) <= set(x)
-        }
-        if len(had) >= BELOW + ABOVE + 1:
-            return dict(sorted(had.items()))
-    return {}
-
-
-def vertex(losses: Mapping[int, float]) -> float:
-    """Where the parabola through the lowest loss and its two neighbours is lowest; nan at an edge.
-
-    >>> vertex({0: 2.0, 1: 1.0, 2: 1.5})
-    1.1666666666666667
-    """
-    middle = min(losses, key=losses.__getitem__)
-    if not {middle - 1, middle + 1} <= set(losses):
-        return math.nan
-    low, least, high = (losses[middle + step] for step in (-1, 0, 1))
-    curvature = low - 2 * least + high
-    return middle + ((low - high) / (2 * curvature) if curvature else 0.0)
-
-
-def optimum(losses: Losses) -> tuple[float, float, float]:
-    """The vertex of the means over seeds, and the lowest and highest of all resampled seeds."""
-    count = len(next(iter(losses.values())))
-
-    def of(chosen: Sequence[int]) -> float:
-        return vertex({p: math.fsum(x[s] for s in chosen) / count for p, x in losses.items()})
-
-    drawn = [of(chosen) for chosen in itertools.product(range(count), repeat=count)]
-    known = [x for x in drawn if math.isfinite(x)]
-    return of(range(count)), min(known, default=math.nan), max(known, default=math.nan)
-
-
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -160,7 +94,7 @@ def main() -> None:
             tune(series, options.seeds, path)
     from scripts.maintenance.transfer_page import write
 
-    write(FOLDER, read_losses(path))
+    write(FOLDER, read_losses(path), make_config(cells(METHODS)[0][0], 0, 0))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import pytest
 
 from nanogpt.lab import trials
 from nanogpt.optimizers.transfer import RATES
-from scripts.maintenance import transfer_page, transfer_sweep
-from scripts.maintenance.transfer_sweep import Cell, cells, make_config, optimum, tune, vertex
+from scripts.maintenance import transfer_page
+from scripts.maintenance.transfer_optima import Cell, cells, optimum, read_losses, vertex
+from scripts.maintenance.transfer_sweep import make_config, tune
 
 
 def test_the_vertex_is_that_of_a_parabola():
@@ -54,10 +55,12 @@ def test_rates_are_added_until_the_best_is_inside(tmp_path, monkeypatch, capsys)
         tune(series, 2, path)
     tried = [power for width, _, power in trained if width == 32]
     assert sorted(set(tried)) == list(range(-2, 6))  # six around 0, then as far as the best one
-    found = transfer_sweep.read_losses(path)
+    found = read_losses(path)
     assert optimum(found[Cell("adamw", 256, False)])[0] == pytest.approx(1.15)
     assert optimum(found[Cell("adamw", 256, True)])[0] == pytest.approx(4.15)
-    transfer_page.write(tmp_path, found)
+    transfer_page.write(tmp_path, found, make_config(Cell("adamw", 32, False), 0, 0))
     page = (tmp_path / "transfer_width.md").read_text()
-    assert "| 2 | 2^3.00 | 3.0025 |" in page and "| 2 | 2^0.00 | 3.0025 |" in page
+    without, rules = 3 + 0.1 * 2.85**2 + 0.00025, 3.0025  # at power 4, by which the base is best
+    assert f"| 2 | 2^3.00 | 3.0025 | {without:.4f} |" in page
+    assert f"| 2 | 2^0.00 | 3.0025 | {rules:.4f} |" in page
     assert (tmp_path / "transfer_width.png").stat().st_size > 10_000
