@@ -269,17 +269,18 @@ class SoapConfig(MatrixConfig):
     b2: float = 0.95  # decay of the second moment and the factors
     eps: float = 1e-8  # added to sqrt(second moment); on the scale of summed gradients
     every: int = 10  # steps between refreshes of the bases
-    # Paper: bias correction, first step skipped, sorted bases; record27: none of these. Purified:
-    # eigh of what includes this step's gradient, only where the old basis is stale.
-    form: Literal["paper", "record27", "purified"] = "paper"
-    tolerance: float = 0.0  # share of a factor off the diagonal up to which its basis is kept
+    # Paper: bias correction, first step skipped, sorted bases; record27: none of these.
+    form: Literal["paper", "record27"] = "paper"
+    # Largest share of a factor off its diagonal with which its basis is kept, as in Purifying
+    # Shampoo; refreshes that are done are counted. None: all are, and nobody counts.
+    tolerance: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        if self.tolerance and self.form != "purified":
+        if self.tolerance is not None and self.form != "paper":
             raise ValueError(
-                f"tolerance={self.tolerance} with form={self.form!r}: only form='purified' asks "
-                "how stale a basis is."
+                f"tolerance={self.tolerance} with form={self.form!r}: only form='paper' asks how "
+                "stale a basis is."
             )
 
 

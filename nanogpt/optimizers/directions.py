@@ -265,29 +265,26 @@ def cross_fitted(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def soap(settings: SoapConfig, placement: Placement = None) -> optax.GradientTransformation:
-    """SOAP as in the paper, as in result 27, or as "Purifying Shampoo" refreshes its bases."""
+    """SOAP as in the paper, with its bases kept where they will do, or as in result 27."""
     form: dict[str, Any] = {}
     if settings.form == "record27":
         form = shampoo_jax.presets.record_27()
-    if settings.form == "purified":
-        form = {
-            "basis": shampoo_jax.EighBasis(settings.tolerance),
-            "refresh": shampoo_jax.BasisRefresh(when="before", skip_first=False),
-        }
+    elif settings.tolerance is not None:
+        form = {"basis": shampoo_jax.QRBasis(tolerance=settings.tolerance, sort="before")}
     chosen = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "every")}
     direction = shampoo_jax.scale_by_soap(**{**form, **chosen}, placement=placement)
-    return count_refreshes(direction) if settings.form == "purified" else direction
+    return direction if settings.tolerance is None else count_refreshes(direction)
 
 
 class RefreshState(NamedTuple):
     """State of `count_refreshes`."""
 
-    refreshed: jax.Array  # int32[], bases that changed so far
+    refreshed: jax.Array  # int32[], bases that got other columns so far
     inner: optax.OptState
 
 
 def count_refreshes(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Counts the eigenbases of a direction that its steps change.
+    """Counts the eigenbases of a direction of which a step changes more than the order.
 
     Args:
         inner: One whose state has fields called `bases`, stacks [N, d, d].
@@ -306,7 +303,8 @@ def count_refreshes(inner: optax.GradientTransformation) -> optax.GradientTransf
     def update(updates, state, params=None, **extra: Any):
         updates, new = tx.update(updates, state.inner, params, **extra)
         pairs = zip(bases(new), bases(state.inner), strict=True)
-        changed = sum((x != y).any((1, 2)).sum() for x, y in pairs)
+        # Sorting columns anew is no other basis.
+        changed = sum((jnp.sort(x) != jnp.sort(y)).any((1, 2)).sum() for x, y in pairs)
         return updates, RefreshState(state.refreshed + changed, new)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -127,8 +127,8 @@ def test_impossible_values_are_named(settings, name, value, must):
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match=r"weight_decay=0.1 with hyperball=True.*weight_decay=0\."):
         SoapConfig(0.1, weight_decay=0.1, hyperball=True)
-    with pytest.raises(ValueError, match="tolerance=0.1 with form='paper': only form='purified'"):
-        SoapConfig(0.1, 0.1, tolerance=0.1)
+    with pytest.raises(ValueError, match="tolerance=0.1 with form='record27': only form='paper'"):
+        SoapConfig(0.1, 0.1, form="record27", tolerance=0.1)
     with pytest.raises(ValueError, match=r"head_dim=12 does not divide model_dim=\d+: choose"):
         dataclasses.replace(CONFIG.model, head_dim=12)
     with pytest.raises(ValueError, match="head_dim=2 must be a multiple of 4"):

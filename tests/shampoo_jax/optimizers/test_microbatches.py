@@ -181,7 +181,7 @@ def test_a_gradient_that_is_none_leaves_its_factors_alone():
 def test_with_gradients_accumulated_over_calls():
     """MultiSteps hands its extra arguments on; what the last call is given counts."""
     tx, micro = optimizer(graft=None), micro_of(3)
-    expected = updates_of(tx, micro, kept=False)
+    expected = updates_of(tx, micro, kept=True)
     squares, several = sj.mean_of_squares(tx), optax.MultiSteps(tx, every_k_schedule=3)
 
     @jax.jit
