@@ -21,6 +21,7 @@ from nanogpt.optimizers.build import build_optimizer
 from nanogpt.optimizers.transfer import RATES
 from nanogpt.train.batches import open_data
 from nanogpt.train.metrics import Record
+from nanogpt.train.provenance import provenance
 from nanogpt.train.train_step import (
     TrainState,
     abstract_params,
@@ -38,8 +39,8 @@ def run_shared(trial: Trial) -> Record:
     rate does not enter. No checkpoints and no curve; a trial that was stopped starts again.
 
     Returns:
-        A record like that of `nanogpt.lab.trials.run_trial`, with "seconds" in the place of times
-        of steps, records and curve.
+        A record like that of `nanogpt.lab.trials.run_trial`, without curve. Its time of a step
+        holds the one validation, and compiling where the trial is the first of its program.
 
     Raises:
         ValueError: updates that are not proportional to the rate.
@@ -49,7 +50,9 @@ def run_shared(trial: Trial) -> Record:
         raise ValueError("matrices.hyperball=True: updates are not proportional to the rate.")
     program, batches = _program(_at_rate_one(config)), _batches(config)
     begin = time.perf_counter()
-    first, last, skipped = map(float, program(jax.random.key(config.seed), *batches, rate))
+    told = program(jax.random.key(config.seed), *batches, rate)
+    first, last, skipped = (float(told[name]) for name in ("first", "last", "skipped_in_a_row"))
+    seconds = time.perf_counter() - begin
     diverged = not last <= first or skipped >= config.nonfinite_limit
     return {
         "name": config.name,
@@ -57,7 +60,26 @@ def run_shared(trial: Trial) -> Record:
         "seed": config.seed,
         "status": "diverged" if diverged else "finished",
         "loss": last if math.isfinite(last) else None,
-        "seconds": round(time.perf_counter() - begin, 2),
+        "step_time_s": seconds / config.schedule.steps,
+        "start": _start(_at_rate_one(config)),
+        "end": {"refreshed": int(told["refreshed"])} if "refreshed" in told else {},
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _start(config: Config) -> dict[str, Any]:
+    """What tables ask of a run's first record."""
+    data = open_data(config)
+    data.training.close()
+    params = abstract_params(config.model)
+    state = jax.eval_shape(build_optimizer(config, params).init, params)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    told = provenance()
+    return {
+        "host": told["host"],
+        "device": told["device"],
+        "fingerprint": data.identity,
+        "optimizer_state_bytes": size,
     }
 
 
@@ -80,8 +102,8 @@ def _at_rate_one(config: Config) -> Config:
 
 
 @functools.lru_cache(maxsize=1)
-def _program(config: Config) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """Function (key, batches, validation batches, factor) -> losses and most steps skipped."""
+def _program(config: Config) -> Callable[..., dict[str, jax.Array]]:
+    """Function (key, batches, validation batches, factor) -> first and last loss, and metrics."""
     structure = model_structure(config.model)
     base = build_optimizer(config, abstract_params(config.model))
     evaluate = make_eval_step(structure, config)
@@ -98,7 +120,8 @@ def _program(config: Config) -> Callable[..., tuple[jax.Array, jax.Array, jax.Ar
         state, told = jax.lax.scan(make_train_step(structure, tx, config), state, batches)
         sums = jax.lax.map(lambda batch: evaluate(state.params, batch), scored)
         loss = sums.sum() / scored["targets"].size
-        return told["loss"][0], loss, told["skipped_in_a_row"].max()
+        counts = {name: x.max() for name, x in told.items() if name not in ("loss", "grad_norm")}
+        return counts | {"first": told["loss"][0], "last": loss}
 
     return run
 

@@ -17,6 +17,7 @@ from nanogpt.lab import run_file
 from nanogpt.lab.command_line import read_config
 from nanogpt.lab.preset_data import prepare_data
 from nanogpt.lab.search_space import Sweep, parse_list, parse_range, points
+from nanogpt.lab.shared_programs import run_shared
 from nanogpt.lab.trials import Trial, run_trials
 from nanogpt.report.comparable import PARTS, same_clock
 from nanogpt.report.tables import markdown, shown
@@ -33,7 +34,8 @@ def run_sweep(options: Sweep, rest: list[str]) -> str:
     configs = [trial.config for trial in trials]
     for config in {(c.data, c.schedule.steps): c for c in configs}.values():
         prepare_data(config)
-    records = run_trials(trials, path, jobs=options.jobs)
+    run = run_shared if options.shared else None
+    records = run_trials(trials, path, jobs=options.jobs, run=run)
     return f"{table(records)}\n\nrecords: {path}"
 
 

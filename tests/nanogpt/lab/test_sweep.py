@@ -9,6 +9,7 @@ import pytest
 from data_pipeline import write_shard
 from nanogpt.config.presets import preset
 from nanogpt.lab import search, shared_programs, sweep
+from nanogpt.lab.shared_programs import run_shared
 from nanogpt.lab.trials import Trial, run_trials
 from nanogpt.train.interrupt import Interrupted
 from nanogpt.train.metrics import read_records
@@ -142,6 +143,17 @@ def test_impossible_searches_are_refused(arguments, message, capsys, monkeypatch
     assert message in f"{stopped.value} {capsys.readouterr().err}"
 
 
+@pytest.mark.parametrize(("flags", "run"), [([], None), (["--shared"], run_shared)])
+def test_programs_are_shared_where_that_is_asked(flags, run, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "prepare_data", lambda config: None)
+    monkeypatch.setattr(sweep, "run_trials", lambda *_, jobs, run: asked.append((jobs, run)))
+    monkeypatch.setattr(sweep, "table", lambda records: "")
+    search.sweep(["--optimizers", "adamw", *GRID, *flags])
+    assert asked == [(1, run)]
+
+
 def test_a_signal_ends_it_with_its_code(monkeypatch, tmp_path, capsys):
     def stopped(*arguments, **keywords):
         raise Interrupted(signal.SIGTERM, 5, "runs/x")
@@ -165,15 +177,16 @@ def tiny_data(tmp_path):
     return folder
 
 
-def _share_a_program(trial, loss, path):
+def _share_a_program(trial, alone, path):
     """Another seed takes the same program, which has the numbers of the run; both are kept."""
     shared_programs._program.cache_clear()
     both = [trial, Trial({}, dataclasses.replace(trial.config, seed=1))]
     found, other = run_trials(both, path, run=shared_programs.run_shared)
     assert shared_programs._program.cache_info().misses == 1
-    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert {found["status"], other["status"]} == {"finished"}
-    assert abs(other["loss"] - loss) > 1e-4
+    assert other["start"] == {name: alone["start"][name] for name in other["start"]}
+    assert abs(other["loss"] - alone["loss"]) > 1e-4
     assert [x["loss"] for x in run_trials(both, path, run=pytest.fail)][1] == other["loss"]
 
 
@@ -189,7 +202,7 @@ def test_a_real_sweep_is_kept_and_widened(tiny_data, tmp_path, monkeypatch, caps
     assert rates == [0.002, 0.004]
     assert {record["status"] for record in records} == {"finished"}
     assert not list(tmp_path.rglob("checkpoints"))
-    _share_a_program(trials(*common, *GRID)[1], records[1]["loss"], tmp_path / "shared.jsonl")
+    _share_a_program(trials(*common, *GRID)[1], records[1], tmp_path / "shared.jsonl")
     capsys.readouterr()
     path.write_text(first + '{"kind": "tri')  # a crash cut the next record short
     wider = ["--grid", "matrices.learning_rate=x1,x0.5,0.0040,1e30", "--jobs", "2"]
