@@ -76,12 +76,13 @@ def rules_of(scenario: Mapping[str, Any], optimizer: str, *, cut: bool = True) -
     options, setting = dict(OPTIMIZERS[optimizer]), scenario["setting"]
     exponent = options.pop("exponent", 0.25)
     limit = setting["max_precond_dim"]
-    shapes = (
+    base, wide = (
         {n: jax.ShapeDtypeStruct(p[key], jnp.float32) for n, p in scenario["parameters"].items()}
         for key in ("base_shape", "shape")
     )
     return transfer_rules(
-        *shapes,
+        base,
+        wide,
         depth=setting["N"] / setting["base_N"],
         batch=setting["B"] / setting["base_B"],
         exponents=lambda shape: tuple(exponent * (d <= limit) for d in shape),
@@ -117,8 +118,8 @@ def _decay(recorded: Mapping[str, float]) -> Pairs:
     """Decay by width, "width:product" at the base width 512."""
     for key, value in recorded.items():
         width, product = key.split(":")
-        kernel = [{"w": jnp.zeros((d, d))} for d in (512, int(width))]
-        decay = transfer_rules(*kernel, "adam").multipliers["w"].decay
+        base, wide = ({"w": jnp.zeros((d, d))} for d in (512, int(width)))
+        decay = transfer_rules(base, wide, "adam").multipliers["w"].decay
         yield float(f"{float(product) / 512 * decay:.4g}"), value
 
 
