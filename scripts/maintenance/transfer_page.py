@@ -171,4 +171,6 @@ def _draw(path: pathlib.Path, rows: list[Row], found: Found) -> None:
         grid[2][0].legend(frameon=False)
         for axes in (grid[0][0], grid[1][0]):
             axes.set_ylabel("validation loss")
+        for axes in grid[1]:
+            axes.set_xlabel("learning rate of the matrices")
         figure.savefig(path)
