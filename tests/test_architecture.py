@@ -256,7 +256,7 @@ TOTALS = {
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 1160,
     "shampoo_jax/inspect": 1370,
-    "nanogpt/config": 545,
+    "nanogpt/config": 550,
     "nanogpt/model": 225,
     "nanogpt/optimizers": 690,
     "nanogpt/train": 2160,
