@@ -254,14 +254,14 @@ TOTALS = {
     "shampoo_jax/stacks": 1155,
     "shampoo_jax/parts": 1345,
     "shampoo_jax/directions": 310,
-    "shampoo_jax/optimizers": 1155,
+    "shampoo_jax/optimizers": 1160,
     "shampoo_jax/inspect": 1370,
-    "nanogpt/config": 540,
+    "nanogpt/config": 550,
     "nanogpt/model": 225,
-    "nanogpt/optimizers": 665,
-    "nanogpt/train": 2150,
-    "nanogpt/report": 905,
-    "nanogpt/lab": 1280,
+    "nanogpt/optimizers": 690,
+    "nanogpt/train": 2160,
+    "nanogpt/report": 910,
+    "nanogpt/lab": 1435,
 }
 
 

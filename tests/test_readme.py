@@ -34,6 +34,8 @@ PAGES = (
     "docs/running.md",
     "docs/rig.md",
     "docs/methods/bias_correction.md",
+    "docs/methods/purifying.md",
+    "docs/methods/asgo.md",
 )
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 LONGEST = 180  # lines of README.md

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16"]
 Triple = tuple[float, float, float]
+Side = Literal["left", "right", "smaller"]
 
 _RULES = {
     "at least 1": lambda value: value >= 1,
@@ -34,14 +35,14 @@ _FIELD_RULES = {
     ),
     "at least 0 and finite": ("weight_decay", "eps", "graft_eps", "damping", "mlp_decay", "ns_eps"),
     "at least 0 and below 1": ("b1", "b2", "graft_b2"),
-    "between 0 and 1": ("first_weight",),
+    "between 0 and 1": ("first_weight", "tolerance"),
     "at least 1": ("ns_steps", "every", "block_size", "tokens"),
     "at least 0": ("b1_warmup", "preconditioner_seed", "probe_seed", "basis_seed"),
 }
 
 
 def check(settings: Any, rule: str, *names: str) -> None:
-    """Refuses a named field that breaks a rule; those that may be None are free then.
+    """Refuses a named number that breaks a rule; fields that may be None, or words, are free then.
 
     Args:
         settings: Any object with these fields.
@@ -53,7 +54,7 @@ def check(settings: Any, rule: str, *names: str) -> None:
     """
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not _RULES[rule](value):
+        if not isinstance(value, str | None) and not _RULES[rule](value):
             raise ValueError(f"{name}={value!r}: must be {rule}.")
 
 
@@ -230,7 +231,8 @@ class ShampooConfig(MatrixConfig):
     block_size: int = 1024  # largest edge of a block
     graft_b2: float = 0.9  # decay of the grafted Adam's second moment
     graft_eps: float = 1e-15  # eps of the grafted Adam; on the scale of summed gradients
-    exponent: float = 0.25  # e of factor^-e, on each of the two sides
+    # e of factor^-e, on each of the two sides; the name of one is ASGO: 1/2 there, none elsewhere.
+    exponent: float | Side = 0.25
     size: Literal["adam", "rows"] = "adam"  # norm of an update: Adam's, or sqrt(output rows)
     damping: float = 1e-12  # shift of the factors' eigenvalues; cutoff "shift" only
     # Factors of the batch's gradient G, of G G^T, or the mean over microbatches of G_j G_j^T, with
@@ -269,6 +271,17 @@ class SoapConfig(MatrixConfig):
     every: int = 10  # steps between refreshes of the bases
     # Paper: bias correction, first step skipped, sorted bases; record27: none of these.
     form: Literal["paper", "record27"] = "paper"
+    # Largest share of a factor off its diagonal with which its basis is kept, as in Purifying
+    # Shampoo; refreshes that are done are counted. None: all are, and nobody counts.
+    tolerance: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tolerance is not None and self.form != "paper":
+            raise ValueError(
+                f"tolerance={self.tolerance} with form={self.form!r}: only form='paper' asks how "
+                "stale a basis is."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import hashlib
+import math
 import operator
 import pathlib
+import statistics
 import sys
 from collections.abc import Sequence
 
@@ -15,8 +17,9 @@ from nanogpt.lab import run_file
 from nanogpt.lab.command_line import read_config
 from nanogpt.lab.preset_data import prepare_data
 from nanogpt.lab.search_space import Sweep, parse_list, parse_range, points
+from nanogpt.lab.shared_programs import run_shared
 from nanogpt.lab.trials import Trial, run_trials
-from nanogpt.report.comparable import same_clock
+from nanogpt.report.comparable import PARTS, same_clock
 from nanogpt.report.tables import markdown, shown
 from nanogpt.train.metrics import Record
 
@@ -31,7 +34,8 @@ def run_sweep(options: Sweep, rest: list[str]) -> str:
     configs = [trial.config for trial in trials]
     for config in {(c.data, c.schedule.steps): c for c in configs}.values():
         prepare_data(config)
-    records = run_trials(trials, path, jobs=options.jobs)
+    run = run_shared if options.shared else None
+    records = run_trials(trials, path, jobs=options.jobs, run=run)
     return f"{table(records)}\n\nrecords: {path}"
 
 
@@ -71,16 +75,65 @@ def make_trials(options: Sweep, rest: list[str]) -> list[Trial]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Returns a Markdown table of the trials, the best first; with times where one host has all."""
+    """Returns a Markdown table of the trials, the best first; with times where one host has all.
+
+    Trials that differ in `seed` alone are one row: mean, number and standard error of their losses.
+    Losses of different models or texts are in tables of their own.
+    """
     timed = same_clock([record["start"] for record in records])
+    alike: dict[tuple, list[Record]] = {}
+    for record in records:
+        told = record["start"].get("fingerprint") or {}
+        alike.setdefault(tuple(told.get(part) for part in PARTS), []).append(record)
+    several = "\n\nLosses of these tables are of different models or texts: not one ranking.\n\n"
+    return several.join(_table(found, timed) for found in alike.values())
+
+
+def _table(records: Sequence[Record], timed: bool) -> str:
     columns = list(dict.fromkeys(name for record in records for name in record["settings"]))
-    head = [*columns, "validation loss", "step time (ms)"]
-    rows = []
-    for record in sorted(records, key=lambda record: (record["loss"] is None, record["loss"])):
-        loss = "diverged" if record["status"] == "diverged" else f"{record['loss']:.4f}"
-        values = [str(record["settings"].get(name, "")) for name in columns]
-        rows.append([*values, loss, shown(record["step_time_s"] if timed else None, ".0f", 1e3)])
-    return markdown(head, rows, texts=len(columns))
+    rows: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        key = tuple(str(record["settings"].get(name, "")) for name in columns if name != "seed")
+        rows.setdefault(key, []).append(record)
+    if seeds := "seed" in columns and len(rows) < len(records):
+        columns.remove("seed")
+    else:
+        rows = {(str(i),): [record] for i, record in enumerate(records)}
+    counted = any("refreshed" in record.get("end", {}) for record in records)
+    head = [*columns, "validation loss", *["n", "standard error"] * seeds, "step time (ms)"]
+    cells = []
+    for found in sorted(rows.values(), key=_mean_loss):
+        values = [str(found[0]["settings"].get(name, "")) for name in columns]
+        cells.append([*values, *_outcome(found, seeds), *_costs(found, timed, counted)])
+    head += ["optimizer state (MB)", *["refreshed"] * counted]
+    return markdown(head, cells, texts=len(columns))
+
+
+def _mean_loss(found: Sequence[Record]) -> float:
+    """Mean over seeds, inf where one has none."""
+    return math.fsum(math.inf if r["loss"] is None else r["loss"] for r in found) / len(found)
+
+
+def _outcome(found: Sequence[Record], seeds: bool) -> list[str]:
+    """Loss, and of several seeds their number and the standard error of the mean."""
+    diverged = any(record["status"] == "diverged" for record in found)
+    loss = "diverged" if diverged else f"{_mean_loss(found):.4f}"
+    if not seeds:
+        return [loss]
+    error = math.nan
+    if len(found) > 1 and not diverged:
+        error = statistics.stdev(r["loss"] for r in found) / math.sqrt(len(found))
+    return [loss, str(len(found)), shown(error, ".4f")]
+
+
+def _costs(found: Sequence[Record], timed: bool, counted: bool) -> list[str]:
+    """Median time of a step, size of the optimizer's state, mean number of refreshed bases."""
+    times = [record["step_time_s"] for record in found if record["step_time_s"] is not None]
+    time = statistics.median(times) if timed and times else None
+    refreshed = [r["end"]["refreshed"] for r in found if "refreshed" in r.get("end", {})]
+    mean = statistics.fmean(refreshed) if refreshed else None
+    size = shown(found[0]["start"].get("optimizer_state_bytes"), ".2f", 1e-6)
+    return [shown(time, ".0f", 1e3), size, *[shown(mean, ".0f")] * counted]
 
 
 def _read_config(options: Sweep, optimizer: str, settings: list[str]) -> Config:

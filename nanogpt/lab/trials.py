@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -10,7 +11,7 @@ import pathlib
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,13 @@ class Trial(NamedTuple):
     config: Config
 
 
-def run_trials(trials: Sequence[Trial], path: pathlib.Path, *, jobs: int = 1) -> list[Record]:
+def run_trials(
+    trials: Sequence[Trial],
+    path: pathlib.Path,
+    *,
+    jobs: int = 1,
+    run: Callable[[Trial], Record] | None = None,
+) -> list[Record]:
     """Trains what the file does not hold yet, and appends a record a trial.
 
     A trial is known by all of its settings and its data, not by its name. One that was stopped goes
@@ -56,6 +63,7 @@ def run_trials(trials: Sequence[Trial], path: pathlib.Path, *, jobs: int = 1) ->
         trials: the runs; equal ones are trained once.
         path: JSONL file; created with its folder if missing.
         jobs: processes side by side, with an equal share of the cores each; 1: this process.
+        run: trains one trial and returns its record; `run_trial` if None.
 
     Returns:
         The records, in the order of the trials: "status" "finished" or "diverged", final "loss"
@@ -78,7 +86,9 @@ def run_trials(trials: Sequence[Trial], path: pathlib.Path, *, jobs: int = 1) ->
             if identity not in known
         }
         with contextlib.closing(MetricsWriter(path)) as writer:
-            done = _train(list(missing.values()), jobs)
+            done = _train(
+                list(missing.values()), jobs, functools.partial(_run_or_tell, run or run_trial)
+            )
             for count, (index, record) in enumerate(done, start=1):
                 identity = list(missing)[index]
                 if record is None:
@@ -168,19 +178,21 @@ def as_run(record: Record, label: str) -> Run:
     return Run(record["name"], record["start"], record["end"], curve)
 
 
-def _train(trials: list[Trial], jobs: int) -> Iterator[tuple[int, Record | None]]:
+def _train(
+    trials: list[Trial], jobs: int, run: Callable[[Trial], Record | None]
+) -> Iterator[tuple[int, Record | None]]:
     if jobs == 1:
-        return ((index, _run_or_tell(trial)) for index, trial in enumerate(trials))
-    return in_processes(_run_or_tell, trials, jobs)
+        return ((index, run(trial)) for index, trial in enumerate(trials))
+    return in_processes(run, trials, jobs)
 
 
-def _run_or_tell(trial: Trial) -> Record | None:
-    """`run_trial`; None if its settings or their size fail: the others need not.
+def _run_or_tell(run: Callable[[Trial], Record], trial: Trial) -> Record | None:
+    """The trial's record; None if its settings or their size fail: the others need not.
 
     `run_trials` raises when all others are done.
     """
     try:
-        return run_trial(trial)
+        return run(trial)
     except (RuntimeError, ValueError, MemoryError):  # XLA's errors are RuntimeErrors
         print(f"{trial.config.name} failed:", file=sys.stderr)
         traceback.print_exc()

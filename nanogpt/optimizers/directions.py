@@ -265,10 +265,49 @@ def cross_fitted(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def soap(settings: SoapConfig, placement: Placement = None) -> optax.GradientTransformation:
-    """SOAP as in the paper or as in result 27."""
-    form = shampoo_jax.presets.record_27() if settings.form == "record27" else {}
+    """SOAP as in the paper, with its bases kept where they will do, or as in result 27."""
+    form: dict[str, Any] = {}
+    if settings.form == "record27":
+        form = shampoo_jax.presets.record_27()
+    elif settings.tolerance is not None:
+        form = {"basis": shampoo_jax.QRBasis(tolerance=settings.tolerance, sort="before")}
     chosen = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "every")}
-    return shampoo_jax.scale_by_soap(**{**form, **chosen}, placement=placement)
+    direction = shampoo_jax.scale_by_soap(**{**form, **chosen}, placement=placement)
+    return direction if settings.tolerance is None else count_refreshes(direction)
+
+
+class RefreshState(NamedTuple):
+    """State of `count_refreshes`."""
+
+    refreshed: jax.Array  # int32[], bases that got other columns so far
+    inner: optax.OptState
+
+
+def count_refreshes(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Counts the eigenbases of a direction of which a step changes more than the order.
+
+    Args:
+        inner: One whose state has fields called `bases`, stacks [N, d, d].
+
+    Returns:
+        The same transformation; the count is in its state, as `refreshed`.
+    """
+    tx = optax.with_extra_args_support(getattr(inner, "inner", inner))  # without its own guard
+
+    def bases(state: optax.OptState) -> list[jax.Array]:
+        return jax.tree.leaves([found for _, found in optax.tree.get_all_with_path(state, "bases")])
+
+    def init(params):
+        return RefreshState(jnp.zeros([], jnp.int32), tx.init(params))
+
+    def update(updates, state, params=None, **extra: Any):
+        updates, new = tx.update(updates, state.inner, params, **extra)
+        pairs = zip(bases(new), bases(state.inner), strict=True)
+        # Sorting columns anew is no other basis.
+        changed = sum((jnp.sort(x) != jnp.sort(y)).any((1, 2)).sum() for x, y in pairs)
+        return updates, RefreshState(state.refreshed + changed, new)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def kl_shampoo(settings: KLConfig, placement: Placement = None) -> optax.GradientTransformation:

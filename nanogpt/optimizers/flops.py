@@ -67,17 +67,26 @@ def cut(shapes: Shapes, block_size: int) -> list[tuple[int, int]]:
     return [(m, n) for a, b in shapes for m in _cut(a, block_size) for n in _cut(b, block_size)]
 
 
-def shampoo_flops(shapes: Shapes, every: int) -> float:
-    """Returns the operations of two-sided Shampoo, roots by eigh, once a step.
+def shampoo_flops(shapes: Shapes, every: int, side: float | str = 0.25) -> float:
+    """Returns the operations of Shampoo, roots by eigh, once a step.
 
-    Both factors' statistics and their application cost 4 m n (m + n) for [m, n]; the roots cost
-    eigh and one product of each size, spread over the steps between refreshes.
+    A factor's statistics and its application cost 4 m n d for [m, n], d its own side; the roots
+    cost eigh and one product of each size, spread over the steps between refreshes.
 
     Args:
         shapes: of the blocks, see `cut`.
         every: steps between refreshes of the roots.
+        side: as `ShampooConfig.exponent`: the name of the one side, or a number for both.
+
+    >>> shampoo_flops([(2, 4)], 1, "right") + shampoo_flops([(2, 4)], 1, "left")
+    984.0
+    >>> shampoo_flops([(2, 4)], 1)
+    984.0
     """
-    return sum(4.0 * m * n * (m + n) + (EIGH + PRODUCT) * (m**3 + n**3) / every for m, n in shapes)
+    chosen = {"left": lambda m, n: [m], "right": lambda m, n: [n], "smaller": lambda *s: [min(s)]}
+    sides = chosen.get(str(side), lambda *s: s)
+    root = (EIGH + PRODUCT) / every
+    return sum(4.0 * m * n * d + root * d**3 for m, n in shapes for d in sides(m, n))
 
 
 def soap_flops(shapes: Shapes, every: int) -> float:
@@ -123,7 +132,8 @@ def step_flops(config: Mapping[str, Any]) -> float:
         case "muon" | "muon_track3":
             own = muon_flops(shapes, matrices["ns_steps"])
         case "shampoo":
-            own = shampoo_flops(cut(shapes, matrices["block_size"]), matrices["every"])
+            blocks, side = cut(shapes, matrices["block_size"]), matrices.get("exponent", 0.25)
+            own = shampoo_flops(blocks, matrices["every"], side)
         case "soap":
             own = soap_flops(shapes, matrices["every"])
         case "soap_muon":

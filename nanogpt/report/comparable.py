@@ -19,9 +19,14 @@ Starts = Mapping[str, Mapping[str, Any]]
 TARGETS = {"t3": TARGET, "t2": MEDIUM_TARGET}
 # What the rules of track 3 fix: settings, and the text as the fingerprint tells it.
 FIXED = {
-    "model": ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "sequence_length"),
+    "model": (
+        *("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "sequence_length"),
+        *("width_multiplier", "depth_multiplier"),
+    ),
     "data": ("mode", "batch_rows", "val_tokens"),
 }
+# Of runs that were written before these settings were there.
+MISSING = {"width_multiplier": 1.0, "depth_multiplier": 1.0}
 BENCHMARK = preset("track3", "muon_track3")
 TEXT = {
     "shards": "fineweb_train_000001.bin and fineweb_val_000000.bin",
@@ -88,7 +93,8 @@ def departure(start: Mapping[str, Any]) -> str | None:
     benchmark: Mapping[str, Any] = dataclasses.asdict(BENCHMARK)
     for part, names in FIXED.items():
         for name in names:
-            found, wanted = config.get(part, {}).get(name), benchmark[part][name]
+            found = config.get(part, {}).get(name, MISSING.get(name))
+            wanted = benchmark[part][name]
             if found != wanted:
                 return f"{part}.{name}={found!r}, the benchmark {wanted!r}"
     if begun := config.get("init_from"):

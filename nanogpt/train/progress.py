@@ -57,6 +57,7 @@ class Report:
         steps, rate = np.arange(config.schedule.steps), config.matrices.learning_rate
         self._rates = rate * np.asarray(eta(steps, matrices_schedule(config), rate))
         device = jax.devices()[0]
+        self._refreshed: int | None = None
         self._at_peak = seconds_at_peak(config, device.device_kind, jax.device_count())
         self._progress = Progress(config.name, config.schedule.steps, resumed or 0, console)
         self._sinks += [self._progress]
@@ -113,6 +114,8 @@ class Report:
             "skipped": self._skipped,
             "eta_s": (steps - step - 1) * seconds,
         }
+        if "refreshed" in metrics:
+            figures["refreshed"] = self._refreshed = int(metrics["refreshed"])
         self._progress.advance(step, figures)
         if step % every == 0 or step + 1 == steps:
             self._write("train", step=step, grad_norm=float(metrics["grad_norm"]), **figures)
@@ -142,6 +145,7 @@ class Report:
             tokens_per_s=median and self._tokens / median,
             compile_s=compile_s,
             peak_memory_bytes=peak_memory_bytes(),
+            **({} if self._refreshed is None else {"refreshed": self._refreshed}),
         )
 
     def _write(self, kind: str, **fields: Any) -> None:

@@ -35,7 +35,7 @@ def abstract_params(config: ModelConfig) -> optax.Params:
     Returns:
         Nested dict of `jax.ShapeDtypeStruct`.
     """
-    return jax.eval_shape(lambda: _init_params(config, 0))
+    return jax.eval_shape(lambda: draw_params(config, 0))
 
 
 def model_structure(config: ModelConfig) -> nnx.GraphDef:
@@ -50,7 +50,8 @@ def model_structure(config: ModelConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
 
 
-def _init_params(config: ModelConfig, seed: int) -> optax.Params:
+def draw_params(config: ModelConfig, seed: Any) -> optax.Params:
+    """Initial weights of a seed, or of its key, which may be traced."""
     return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
 
 
@@ -70,7 +71,7 @@ def init_state(
 
     @jax.jit
     def init() -> TrainState:
-        params = _init_params(config.model, config.seed)
+        params = draw_params(config.model, config.seed)
         params = params if layout is None else layout.pin(params)
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
@@ -121,7 +122,8 @@ def make_train_step(
     Returns:
         Function (state, {"inputs", "targets"} int32 (batch_rows, T)) -> (state, metrics); metrics
         are scalars: "loss", nats per token before the update, "grad_norm", the norm of the gradient
-        of that mean, and of a guarded optimizer "skipped" and "skipped_in_a_row".
+        of that mean, of a guarded optimizer "skipped" and "skipped_in_a_row", and of one that
+        counts them "refreshed", bases so far.
     """
     sums, keep = functools.partial(_sums, graphdef), config.matrices.reads_microbatches
 
@@ -152,6 +154,8 @@ def make_train_step(
         if isinstance(opt_state, optax.ApplyIfFiniteState):
             metrics["skipped"] = opt_state.total_notfinite
             metrics["skipped_in_a_row"] = opt_state.notfinite_count
+        refreshed = optax.tree.get(opt_state, "refreshed")
+        metrics |= {} if refreshed is None else {"refreshed": refreshed}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     if shardings is None:

@@ -8,7 +8,8 @@ within `4 * spread + 1e-6` (float32) or `4 * spread + 1e-11` (float64). Files of
 are compared as `scripts.maintenance.golden_matrix` says, optimizers that follow a width as
 `scripts.maintenance.golden_transfer` does, those with statistics of microbatches, which hold
 several modes, as `scripts.maintenance.golden_microbatches` does, entries of the benchmark's newer
-records as `scripts.maintenance.golden_records` does. Exits 1 on a miss or where a file
+records as `scripts.maintenance.golden_records` does, multipliers in JSON as
+`scripts.maintenance.golden_multipliers` does. Exits 1 on a miss or where a file
 is refused: nothing that a file says is ignored, see `scripts.maintenance.golden_format`.
 """
 
@@ -34,6 +35,7 @@ from scripts.maintenance import (
     golden_adapter,
     golden_matrix,
     golden_microbatches,
+    golden_multipliers,
     golden_records,
     golden_transfer,
 )
@@ -197,7 +199,7 @@ def errors(path: Path, states: Path | None = None) -> dict[str, float]:
     """The worst error over tolerance of a file of any layout, by mode where it has several.
 
     Args:
-      path: npz file, or the json file of schedules.
+      path: npz file, or the json file of schedules or of multipliers.
       states: Folder of archives of the reference's state, to go on from the one of this name.
 
     Raises:
@@ -207,6 +209,8 @@ def errors(path: Path, states: Path | None = None) -> dict[str, float]:
     try:
         if golden_records.holds_records(path):
             return {"": golden_records.error(path)}
+        if path.suffix == ".json":
+            return golden_multipliers.errors(path)
         if golden_matrix.holds_cases(path):
             return {"": golden_matrix.worst_error(*golden_matrix.load(path))}
         if golden_transfer.holds_transfer(path):
@@ -231,7 +235,7 @@ def _versions() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Replays the files named on the command line; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, help="recorded files (.npz)")
+    parser.add_argument("files", nargs="+", type=Path, help="recorded files (.npz, .json)")
     parser.add_argument("--table", type=Path, help="Markdown file to write the errors to as well")
     parser.add_argument(
         "--states", type=Path, help="folder of the reference's states to go on from"

@@ -13,6 +13,7 @@ from shampoo_jax.optimizers.routing import labels_by
 from shampoo_jax.parts.factors import squares_of, zero_factors
 from shampoo_jax.stacks.blocked import Design, blocked
 from shampoo_jax.stacks.guard import Guarded, unguarded, widen
+from shampoo_jax.stacks.missing import fill_missing
 
 
 class MeanOfSquares(NamedTuple):
@@ -20,11 +21,12 @@ class MeanOfSquares(NamedTuple):
 
     Attributes:
       init: Function of parameters giving zero means, to begin each step with.
-      add: Function of means and the gradients of one more microbatch giving new means.
+      add: Function of means and the gradients of one more microbatch giving new means; with the
+        parameters as a third argument gradients may be None, which counts as zeros.
     """
 
     init: Callable[[Any], MeanSquares]
-    add: Callable[[MeanSquares, Any], MeanSquares]
+    add: Callable[..., MeanSquares]
 
 
 def mean_of_squares(tx: Guarded) -> MeanOfSquares:
@@ -40,10 +42,12 @@ def mean_of_squares(tx: Guarded) -> MeanOfSquares:
         whose other parameters are left out; without wrappers of Optax around it.
 
     Returns:
-      `init(params)` and `add(means, gradients)`, for use in and outside of jit, in `lax.scan` say.
+      `init(params)` and `add(means, gradients, params=None)`, for use in and outside of jit, in
+      `lax.scan` say.
 
     Raises:
-      ValueError: An optimizer that has no blocks.
+      ValueError: An optimizer that has no blocks; in `add`, a gradient that is None without the
+        parameters, which tell its shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, shampoo_jax
@@ -86,8 +90,14 @@ def mean_of_squares(tx: Guarded) -> MeanOfSquares:
     def init(params: Any) -> MeanSquares:
         return cut.init(matrices(params)).inner
 
-    def add(means: MeanSquares, gradients: Any) -> MeanSquares:
-        given = widen(matrices(gradients))
+    def add(means: MeanSquares, gradients: Any, params: Any = None) -> MeanSquares:
+        filled, _, _ = fill_missing(gradients, params, lambda _: True)
+        if any(x is None for x in jax.tree.leaves(filled, is_leaf=lambda x: x is None)):
+            raise ValueError(
+                "gradients=None for a parameter, whose shape is not known: give add(means, "
+                "gradients, params), or zeros."
+            )
+        given = widen(matrices(filled))
         return cut.update(given, cut.init(given)._replace(inner=means))[1].inner
 
     return MeanOfSquares(init, add)

@@ -72,6 +72,7 @@ RUN = [
     *(("matrices", n, 1.0, "at least 0 and below 1") for n in ("b1", "b2", "graft_b2")),
     *(("matrices", n, 0, "at least 1") for n in ("every", "block_size")),
     ("matrices", "exponent", 0, "positive and finite"),
+    ("matrices", "exponent", "both", "or one of 'left', 'right', 'smaller'"),
     ("matrices", "weight_decay", -0.1, "at least 0 and finite"),
     ("matrices", "damping", math.inf, "at least 0 and finite"),
     ("matrices", "cutoff", "absolute", "one of 'relative', 'positive', 'shift'"),
@@ -87,6 +88,7 @@ OPTIMIZERS = [
     (MuonConfig, "ns_dtype", "tf32", "one of 'float32', 'bfloat16'"),
     (SoapConfig, "every", 0, "at least 1"),
     (SoapConfig, "form", "meta", "one of 'paper', 'record27'"),
+    (SoapConfig, "tolerance", 1.5, "between 0 and 1"),
     (KLConfig, "tokens", 0, "at least 1"),
     (KLConfig, "max_scale", 0.0, "positive and finite"),
     (KLConfig, "first_weight", 1.5, "between 0 and 1"),
@@ -125,6 +127,8 @@ def test_impossible_values_are_named(settings, name, value, must):
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match=r"weight_decay=0.1 with hyperball=True.*weight_decay=0\."):
         SoapConfig(0.1, weight_decay=0.1, hyperball=True)
+    with pytest.raises(ValueError, match="tolerance=0.1 with form='record27': only form='paper'"):
+        SoapConfig(0.1, 0.1, form="record27", tolerance=0.1)
     with pytest.raises(ValueError, match=r"head_dim=12 does not divide model_dim=\d+: choose"):
         dataclasses.replace(CONFIG.model, head_dim=12)
     with pytest.raises(ValueError, match="head_dim=2 must be a multiple of 4"):

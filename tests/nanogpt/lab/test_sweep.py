@@ -1,5 +1,6 @@
 """The sweep: which trials it makes, what it keeps, what it records."""
 
+import dataclasses
 import signal
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 
 from data_pipeline import write_shard
 from nanogpt.config.presets import preset
-from nanogpt.lab import search, sweep
+from nanogpt.lab import search, shared_programs, sweep
+from nanogpt.lab.shared_programs import run_shared
+from nanogpt.lab.trials import Trial, run_trials
 from nanogpt.train.interrupt import Interrupted
 from nanogpt.train.metrics import read_records
 
@@ -72,6 +75,27 @@ def test_times_of_two_hosts_are_left_out():
     assert "| a | 3.0000 | - |" in sweep.table(records) and "100" not in sweep.table(records)
 
 
+def record_of(loss, *, status="finished", fingerprint=None, end=None, **settings):
+    """As `run_trial` gives it."""
+    start = {"host": "here", "device": {}, "fingerprint": fingerprint}
+    start["optimizer_state_bytes"] = 2_000_000
+    found = {"settings": {"optimizer": "a"} | settings, "loss": loss, "status": status}
+    return found | {"step_time_s": 0.1, "start": start, "end": end or {}}
+
+
+def test_seeds_are_one_row_and_models_are_not_one_ranking():
+    records = [
+        *(record_of(3.0 + s / 10, rate=1, seed=s, end={"refreshed": 10 + s}) for s in (0, 1)),
+        *(record_of(3.0, rate=2, seed=s, status=f) for s, f in enumerate(("diverged", "finished"))),
+        record_of(2.0, rate=1, seed=0, fingerprint={"model": "wider"}),
+    ]
+    small, wide = sweep.table(records).split("different models or texts: not one ranking.")
+    assert "validation loss | n | standard error | step time (ms) | optimizer state (MB)" in small
+    assert "| a | 1 | 3.0500 | 2 | 0.0500 | 100 | 2.00 | 10 |" in small  # of 10 and 11
+    assert "| a | 2 | diverged | 2 | - | 100 | 2.00 | - |" in small
+    assert "| a | 1 | 0 | 2.0000 | 100 | 2.00 |" in wide and "refreshed" not in wide
+
+
 def test_many_axes_have_names_that_fit():
     fields = ["learning_rate", "weight_decay", "b1", "b2", "eps"]
     axes = (
@@ -119,6 +143,17 @@ def test_impossible_searches_are_refused(arguments, message, capsys, monkeypatch
     assert message in f"{stopped.value} {capsys.readouterr().err}"
 
 
+@pytest.mark.parametrize(("flags", "run"), [([], None), (["--shared"], run_shared)])
+def test_programs_are_shared_where_that_is_asked(flags, run, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "prepare_data", lambda config: None)
+    monkeypatch.setattr(sweep, "run_trials", lambda *_, jobs, run: asked.append((jobs, run)))
+    monkeypatch.setattr(sweep, "table", lambda records: "")
+    search.sweep(["--optimizers", "adamw", *GRID, *flags])
+    assert asked == [(1, run)]
+
+
 def test_a_signal_ends_it_with_its_code(monkeypatch, tmp_path, capsys):
     def stopped(*arguments, **keywords):
         raise Interrupted(signal.SIGTERM, 5, "runs/x")
@@ -142,6 +177,19 @@ def tiny_data(tmp_path):
     return folder
 
 
+def _share_a_program(trial, alone, path):
+    """Another seed takes the same program, which has the numbers of the run; both are kept."""
+    shared_programs._program.cache_clear()
+    both = [trial, Trial({}, dataclasses.replace(trial.config, seed=1))]
+    found, other = run_trials(both, path, run=shared_programs.run_shared)
+    assert shared_programs._program.cache_info().misses == 1
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert {found["status"], other["status"]} == {"finished"}
+    assert other["start"] == {name: alone["start"][name] for name in other["start"]}
+    assert abs(other["loss"] - alone["loss"]) > 1e-4
+    assert [x["loss"] for x in run_trials(both, path, run=pytest.fail)][1] == other["loss"]
+
+
 def test_a_real_sweep_is_kept_and_widened(tiny_data, tmp_path, monkeypatch, capsys):
     """A first sweep here; then a rate more, which diverges, in a process of its own."""
     monkeypatch.chdir(tmp_path)
@@ -154,6 +202,7 @@ def test_a_real_sweep_is_kept_and_widened(tiny_data, tmp_path, monkeypatch, caps
     assert rates == [0.002, 0.004]
     assert {record["status"] for record in records} == {"finished"}
     assert not list(tmp_path.rglob("checkpoints"))
+    _share_a_program(trials(*common, *GRID)[1], records[1], tmp_path / "shared.jsonl")
     capsys.readouterr()
     path.write_text(first + '{"kind": "tri')  # a crash cut the next record short
     wider = ["--grid", "matrices.learning_rate=x1,x0.5,0.0040,1e30", "--jobs", "2"]

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from nanogpt.config.presets import preset
-from nanogpt.config.settings import KLConfig, MuonConfig, ShampooConfig
+from nanogpt.config.settings import KLConfig, MuonConfig, ShampooConfig, SoapConfig
 from nanogpt.optimizers.build import build_optimizer
 from nanogpt.optimizers.directions import DIRECTIONS
 from tests.oracles import papers
@@ -64,6 +64,31 @@ def test_exponent_and_size_of_shampoo():
     quarter = dataclasses.replace(third, exponent=0.25, size="adam")
     expected = u @ vt * (24 / 4) ** 0.5  # Adam's first update has entries of size 1
     np.testing.assert_allclose(updates_of(quarter, "shampoo", [g])[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_side_of_shampoo(side):
+    """After one gradient (G G^T)^(-1/2) G and G (G^T G)^(-1/2) are U V^T."""
+    g = GRADIENTS[0][:4]
+    u, _, vt = np.linalg.svd(g)
+    settings = ShampooConfig(0.1, 0.0, b1=0.0, exponent=side, size="rows")
+    tx = DIRECTIONS["shampoo"](settings, None)
+    factor, root = (6, 6) if side == "left" else (4, 4), GRADIENTS[0]
+    shapes = {x.shape[1:] for x in jax.tree.leaves(tx.init({"w": jnp.asarray(root)}))}
+    assert {s for s in shapes if len(s) == 2} == {factor, (6, 4)}
+    np.testing.assert_allclose(updates_of(settings, "shampoo", [g])[0], u @ vt, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tolerance", "counts"), [(0.5, [2, 2, 2]), (0.0, [2, 4, 6])])
+def test_soap_keeps_bases_that_will_do_and_counts_the_others(tolerance, counts):
+    """The first step's are of its gradient, which comes again; columns change their order."""
+    params = {"w": jnp.asarray(np.linalg.qr(GRADIENTS[0][:4])[0] * [1, 2, 3, 4], jnp.float32)}
+    tx = DIRECTIONS["soap"](SoapConfig(0.1, 0.0, every=1, tolerance=tolerance), None)
+    state, update, found = tx.init(params), jax.jit(tx.update), []
+    for factor in ([1, 1, 1, 1], [4, 1, 1, 1], [1, 1, 1, 1]):
+        _, state = update({"w": params["w"] * jnp.array(factor, jnp.float32)}, state, params)
+        found.append(int(optax.tree.get(state, "refreshed")))
+    assert found == counts
 
 
 def test_shampoo_of_microbatches():

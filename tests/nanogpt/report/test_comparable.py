@@ -176,10 +176,18 @@ def test_every_recipe_keeps_the_rules():
         assert departure({"config": dataclasses.asdict(preset("track3", optimizer))}) is None
 
 
+def test_a_run_from_before_there_were_multipliers_keeps_the_rules():
+    config = dataclasses.asdict(preset("track3", "shampoo"))
+    del config["model"]["width_multiplier"], config["model"]["depth_multiplier"]
+    assert departure({"config": config}) is None
+
+
 @pytest.mark.parametrize(
     ("change", "left"),
     [
         ({"data.val_tokens": 8}, "data.val_tokens=8, the benchmark 10485760"),
+        ({"model.width_multiplier": 2.0}, "model.width_multiplier=2.0, the benchmark 1.0"),
+        ({"model.depth_multiplier": 0.5}, "model.depth_multiplier=0.5, the benchmark 1.0"),
         ({"init_from": "runs/x"}, "init_from='runs/x', the benchmark begins with none"),
     ],
 )

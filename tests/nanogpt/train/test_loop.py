@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import signal
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -28,6 +30,8 @@ from nanogpt.config.run import (
     ScheduleConfig,
 )
 from nanogpt.config.settings import AdamWConfig, ShampooConfig
+from nanogpt.optimizers.build import REGISTRY
+from nanogpt.optimizers.directions import adam, count_refreshes
 from nanogpt.train import loop
 from nanogpt.train import progress as report
 from nanogpt.train.interrupt import Interrupted, StopSignal
@@ -497,13 +501,32 @@ def test_too_many_in_a_row_end_the_run(shards, tmp_path, monkeypatch):
     assert (last["kind"], last["step"], last["skipped"]) == ("diverged", 7, 4)
 
 
-def test_a_trace_of_a_few_steps(shards, tmp_path):
+class Turning(NamedTuple):
+    """State of a direction with two bases, of which each step turns one."""
+
+    bases: Any
+
+
+def turning(settings, placement):
+    def update(updates, state, params=None):
+        first, second = state.bases
+        return updates, Turning((first + 1, second))
+
+    init = lambda params: Turning((jnp.zeros((1, 2, 2)), jnp.ones((1, 3, 3))))  # noqa: E731
+    bases = count_refreshes(optax.GradientTransformation(init, update))
+    return optax.chain(adam(settings, placement), bases)
+
+
+def test_a_trace_of_a_few_steps_and_bases_that_are_counted(shards, tmp_path, monkeypatch):
     config = tiny(shards, tmp_path, schedule=ScheduleConfig(6), profile=True)
     fit(config)
     traces = list((RunFolder(config).path / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1 and traces[0].stat().st_size > 0
     short = tiny(shards, tmp_path, "short", schedule=ScheduleConfig(3), profile=True)
-    fit(short)
+    monkeypatch.setitem(REGISTRY, "adamw", turning)
+    assert fit(short)["refreshed"] == 3
+    assert [record["refreshed"] for record in records(short, "train")] == [1, 2, 3]
+    assert not any("refreshed" in record for record in records(config))
     assert list((RunFolder(short).path / "profile").rglob("*.xplane.pb"))
 
 

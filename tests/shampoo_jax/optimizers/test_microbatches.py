@@ -163,6 +163,39 @@ def test_corrected_roots_take_the_size_of_the_graft():
     assert float(jnp.abs(found["plain"]["v"] - found["corrected"]["v"]).max()) > 0.01
 
 
+def test_a_gradient_that_is_none_leaves_its_factors_alone():
+    tx = sj.scale_by_shampoo(statistics=sj.accumulate_factors(microbatches="micro"), graft=None)
+    squares, params = sj.mean_of_squares(tx), {"u": jnp.ones((3, 2)), "v": jnp.ones((4, 4))}
+    given, add = {"u": jnp.eye(3, 2), "v": None}, jax.jit(squares.add)
+    means = add(squares.init(params), given, params)
+    assert_close(means, add(squares.init(params), given | {"v": jnp.zeros((4, 4))}))
+    state = jax.tree.map(jnp.ones_like, tx.init(params))
+    found, new = tx.update(given, state, params, further={"micro": means})
+    assert found["v"] is None
+    moved = {x.shape[1:] for x, y in zip(*map(jax.tree.leaves, (new, state))) if (x != y).any()}  # noqa: B905
+    assert moved == {(), (3, 3), (2, 2), (3, 2)}  # counts, factors, roots and moment of u alone
+    with pytest.raises(ValueError, match="gradients=None .* give add\\(means, gradients, params"):
+        squares.add(means, given)
+
+
+def test_with_gradients_accumulated_over_calls():
+    """MultiSteps hands its extra arguments on; what the last call is given counts."""
+    tx, micro = optimizer(graft=None), micro_of(3)
+    expected = updates_of(tx, micro, kept=True)
+    squares, several = sj.mean_of_squares(tx), optax.MultiSteps(tx, every_k_schedule=3)
+
+    @jax.jit
+    def step(gradients, state, means):
+        means = squares.add(means, gradients)
+        return *several.update(gradients, state, PARAMS, further={"micro": means}), means
+
+    state, means = several.init(PARAMS), squares.init(PARAMS)
+    for j in range(3):
+        found, state, means = step({name: x[j] for name, x in micro.items()}, state, means)
+        assert (float(jnp.abs(found["w"]).max()) > 0) == (j == 2)
+    assert_close(found, expected)
+
+
 def test_what_was_made_for_other_blocks_is_refused():
     tx, other = optimizer(), sj.shampoo(0.1, blocking=sj.Blocking(size=4))
     micro = micro_of(2)

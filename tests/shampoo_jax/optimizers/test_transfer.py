@@ -1,7 +1,9 @@
 """Rules of transfer: the multipliers of the authors' code, properties, and what is refused."""
 
+import itertools
 import json
 import math
+import types
 from pathlib import Path
 
 import jax
@@ -11,69 +13,44 @@ import optax
 import pytest
 
 import shampoo_jax
+from scripts.maintenance import golden_multipliers
+from scripts.maintenance.golden_multipliers import EPS, OPTIMIZERS, rules_of
 from shampoo_jax import Multipliers, transfer_rules
 
-RECORDED = json.loads(
-    (Path(__file__).parents[2] / "golden" / "methods" / "b_mup_multipliers.json").read_text()
-)
+FILE = Path(__file__).parents[2] / "golden" / "methods" / "b_mup_multipliers.json"
+RECORDED = json.loads(FILE.read_text())
 SCENARIOS = RECORDED["scenarios"]
-# The source's optimizers in the words of this package.
-OPTIMIZERS = {
-    "adam": dict(method="adam"),
-    "muon": dict(method="muon"),
-    "muon_adam": dict(method="muon"),
-    "shampoo": dict(method="shampoo", exponent=0.25, graft=None),
-    "shampoo2": dict(method="shampoo", exponent=0.5, graft=None),
-    "grafted_shampoo": dict(method="shampoo", exponent=0.25),
-    "grafted_shampoo2": dict(method="shampoo", exponent=0.5),
-    "grafted_shampoo2_adam": dict(method="shampoo", exponent=0.5),
-    "soap": dict(method="soap", exponent=0.25),
-    "sgd": dict(method="sgd"),
-    "spectral-soap": dict(method="soap", exponent=0.25, normalized=True),
-    "spectral-muon": dict(method="muon", normalized=True),
-}
 
 
-def trees(scenario):
-    parameters = scenario["parameters"]
-    return [
-        {n: jax.ShapeDtypeStruct(p[key], jnp.float32) for n, p in parameters.items()}
-        for key in ("base_shape", "shape")
-    ]
+def test_all_multipliers_are_those_recorded():
+    assert {*itertools.chain(*(s["learning_rate"] for s in SCENARIOS.values()))} == set(OPTIMIZERS)
+    assert {*itertools.chain(*(s["eps"] for s in SCENARIOS.values()))} == set(EPS)
+    assert max(golden_multipliers.errors(FILE).values()) <= 1
 
 
-def in_layers(path, leaf):
-    return path[0].key.startswith("blocks")
+def test_another_multiplier_is_seen(monkeypatch):
+    made = golden_multipliers.transfer_rules
+
+    def wrong(*trees, **options):
+        rules = made(*trees, **options)
+        kind = {n: m._replace(eps=1.01 * m.eps) for n, m in rules.multipliers.items()}
+        return types.SimpleNamespace(multipliers=kind, residual=2 * rules.residual)
+
+    monkeypatch.setattr(golden_multipliers, "transfer_rules", wrong)
+    found = golden_multipliers.errors(FILE)
+    assert {kind for kind, worst in found.items() if worst > 1} == {"eps", "residual branches"}
 
 
-def rules_of(scenario, optimizer, *, cut=True, everywhere=False):
-    """The rules of a recorded optimizer; `everywhere` where hidden layers share theirs with all."""
-    options, setting = dict(OPTIMIZERS[optimizer]), scenario["setting"]
-    exponent = options.pop("exponent", 0.25)
-    limit = setting["max_precond_dim"]
-    return transfer_rules(
-        *trees(scenario),
-        depth=setting["N"] / setting["base_N"],
-        batch=setting["B"] / setting["base_B"],
-        exponents=lambda shape: tuple(exponent * (d <= limit) for d in shape),
-        blocking=shampoo_jax.Blocking(setting["block_size"]) if cut else None,
-        preconditioned=in_layers,
-        others="adam" if optimizer.endswith("_adam") else options["method"],
-        **options,
-    )
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_learning_rates_of_every_optimizer_are_those_recorded(name):
-    scenario = SCENARIOS[name]
-    assert set(scenario["learning_rate"]) == set(OPTIMIZERS)
-    for optimizer, recorded in scenario["learning_rate"].items():
-        found = rules_of(scenario, optimizer).multipliers
-        for parameter, values in recorded.items():
-            expected = pytest.approx(values["lr_main_branch"], rel=1e-6)
-            assert found[parameter].learning_rate == expected, (optimizer, parameter)
-            if optimizer not in ("shampoo", "shampoo2"):  # of which two branches say two things
-                assert values["lr"] == expected
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"records": []}')
+    with pytest.raises(ValueError, match="no scenarios and weight_decay"):
+        golden_multipliers.errors(path)
+    changed = json.loads(FILE.read_text())
+    next(iter(changed["scenarios"].values()))["eps"]["lion"] = {}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="eps of 'lion' is unknown: we have adam"):
+        golden_multipliers.errors(path)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -87,40 +64,16 @@ def test_ungrafted_shampoo_of_the_experiments_branch_is_that_of_whole_matrices(n
         assert found[parameter].learning_rate == pytest.approx(values["lr"], rel=1e-6), parameter
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_eps_and_damping_are_those_recorded(name):
-    scenario = SCENARIOS[name]
-    batch = scenario["setting"]["B"] / scenario["setting"]["base_B"]
-    of = {o: rules_of(scenario, o).multipliers for o in OPTIMIZERS}
-    for key, optimizer, ours in (
-        ("adam", "adam", lambda m: m.eps),
-        ("muon", "muon", lambda m: m.eps),
-        ("soap_adam_eps", "soap", lambda m: m.eps),
-        ("grafted_shampoo_graft_eps", "grafted_shampoo", lambda m: m.graft_eps),
-        ("grafted_shampoo2_graft_eps", "grafted_shampoo2", lambda m: m.graft_eps),
-        ("shampoo_matrix_eps_initial", "shampoo", lambda m: m.damping),
-        ("shampoo_matrix_eps_ridge", "grafted_shampoo", lambda m: m.damping),
-        ("shampoo_matrix_eps_initial_when_relative", "shampoo2", lambda m: m.damping * batch),
-    ):
-        for parameter, recorded in scenario["eps"][key].items():
-            for side in recorded if isinstance(recorded, list) else [recorded]:
-                expected = None if side is None else pytest.approx(side, rel=1e-8)
-                assert side is None or ours(of[optimizer][parameter]) == expected, (key, parameter)
-    # A graft by Adam brings Adam's eps; a basis is shifted like a factor, whatever the batch.
-    assert of["grafted_shampoo"]["embed"].eps == of["adam"]["embed"].eps
-    assert of["soap"]["readout"].damping == of["shampoo"]["readout"].damping * batch
-
-
-def test_residual_branches_and_decay_are_those_recorded():
+def test_what_a_graft_and_a_basis_bring():
+    """A graft by Adam brings Adam's eps; a basis is shifted like a factor, whatever the batch."""
     for scenario in SCENARIOS.values():
-        rules, setting = rules_of(scenario, "adam"), scenario["setting"]
-        assert rules.residual == scenario["residual_branch_multiplier"]
-        assert {m.decay for m in rules.multipliers.values()} == {setting["base_D"] / setting["D"]}
-    for key, value in RECORDED["weight_decay"].items():
-        width, product = key.split(":")
-        kernel = [{"w": jnp.zeros((d, d))} for d in (512, int(width))]
-        decay = transfer_rules(*kernel, "adam").multipliers["w"].decay
-        assert float(f"{float(product) / 512 * decay:.4g}") == value
+        batch = scenario["setting"]["B"] / scenario["setting"]["base_B"]
+        names = ("adam", "grafted_shampoo", "shampoo", "soap")
+        adam, grafted, shampoo, soap = (rules_of(scenario, n).multipliers for n in names)
+        assert grafted["embed"].eps == adam["embed"].eps
+        assert soap["readout"].damping == shampoo["readout"].damping * batch
+        decay = scenario["setting"]["base_D"] / scenario["setting"]["D"]
+        assert {m.decay for m in adam.values()} == {decay}
 
 
 @pytest.mark.parametrize("method", ["adam", "sgd", "muon", "shampoo", "soap"])

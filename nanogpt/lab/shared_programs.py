@@ -1,0 +1,141 @@
+"""Trials that share one compiled program: those that differ in seed and in one factor of all rates.
+
+A run of a second or two costs ten times as much when every learning rate is a program of its own.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nanogpt.config.run import Config
+from nanogpt.lab.trials import Trial
+from nanogpt.optimizers.build import build_optimizer
+from nanogpt.optimizers.transfer import RATES
+from nanogpt.train.batches import open_data
+from nanogpt.train.metrics import Record
+from nanogpt.train.provenance import provenance
+from nanogpt.train.train_step import (
+    TrainState,
+    abstract_params,
+    draw_params,
+    make_eval_step,
+    make_train_step,
+    model_structure,
+)
+
+
+def run_shared(trial: Trial) -> Record:
+    """Trains one trial whole in one call on the device; `nanogpt.lab.trials.run_trials` takes it.
+
+    Numbers are those of `nanogpt train` but for rounding: every update is a rate times what the
+    rate does not enter. No checkpoints and no curve; a trial that was stopped starts again.
+
+    Returns:
+        A record like that of `nanogpt.lab.trials.run_trial`, without curve. Its time of a step
+        holds the one validation, and compiling where the trial is the first of its program.
+
+    Raises:
+        ValueError: updates that are not proportional to the rate.
+    """
+    config, rate = trial.config, trial.config.matrices.learning_rate
+    if config.matrices.hyperball:
+        raise ValueError("matrices.hyperball=True: updates are not proportional to the rate.")
+    program, batches = _program(_at_rate_one(config)), _batches(config)
+    begin = time.perf_counter()
+    told = program(jax.random.key(config.seed), *batches, rate)
+    first, last, skipped = (float(told[name]) for name in ("first", "last", "skipped_in_a_row"))
+    seconds = time.perf_counter() - begin
+    diverged = not last <= first or skipped >= config.nonfinite_limit
+    return {
+        "name": config.name,
+        "settings": trial.settings,
+        "seed": config.seed,
+        "status": "diverged" if diverged else "finished",
+        "loss": last if math.isfinite(last) else None,
+        "step_time_s": seconds / config.schedule.steps,
+        "start": _start(_at_rate_one(config)),
+        "end": {"refreshed": int(told["refreshed"])} if "refreshed" in told else {},
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _start(config: Config) -> dict[str, Any]:
+    """What tables ask of a run's first record."""
+    data = open_data(config)
+    data.training.close()
+    params = abstract_params(config.model)
+    state = jax.eval_shape(build_optimizer(config, params).init, params)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    told = provenance()
+    return {
+        "host": told["host"],
+        "device": told["device"],
+        "fingerprint": data.identity,
+        "optimizer_state_bytes": size,
+    }
+
+
+def _at_rate_one(config: Config) -> Config:
+    """The run with all rates over that of the matrices; what no number depends on is left out."""
+
+    def over(settings: Any) -> Any:
+        names = [name for name in RATES if hasattr(settings, name)]
+        rates = {n: getattr(settings, n) / config.matrices.learning_rate for n in names}
+        return dataclasses.replace(settings, **{n: float(f"{x:.12g}") for n, x in rates.items()})
+
+    return dataclasses.replace(
+        config,
+        name="shared",
+        seed=0,
+        data=dataclasses.replace(config.data, seed=0),
+        matrices=over(config.matrices),
+        auxiliary=over(config.auxiliary),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _program(config: Config) -> Callable[..., dict[str, jax.Array]]:
+    """Function (key, batches, validation batches, factor) -> first and last loss, and metrics."""
+    structure = model_structure(config.model)
+    base = build_optimizer(config, abstract_params(config.model))
+    evaluate = make_eval_step(structure, config)
+
+    @jax.jit
+    def run(key, batches, scored, factor):
+        def update(updates, state, params=None, **extra: Any):
+            updates, state = base.update(updates, state, params, **extra)
+            return optax.tree.scale(factor, updates), state
+
+        tx = optax.GradientTransformationExtraArgs(base.init, update)
+        params = draw_params(config.model, key)
+        state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        state, told = jax.lax.scan(make_train_step(structure, tx, config), state, batches)
+        sums = jax.lax.map(lambda batch: evaluate(state.params, batch), scored)
+        loss = sums.sum() / scored["targets"].size
+        counts = {name: x.max() for name, x in told.items() if name not in ("loss", "grad_norm")}
+        return counts | {"first": told["loss"][0], "last": loss}
+
+    return run
+
+
+@functools.lru_cache(maxsize=4)
+def _read(config: Config) -> tuple[Any, Any]:
+    data = open_data(config)
+    training = [batch for _, batch in zip(range(config.schedule.steps), data.training)]  # noqa: B905
+    data.training.close()
+    stack = lambda found: jax.tree.map(lambda *x: np.stack(x), *found)  # noqa: E731
+    return stack(training), stack(list(data.validation()))
+
+
+def _batches(config: Config) -> tuple[Any, Any]:
+    """All training and all validation batches of a run, stacked."""
+    plain = _at_rate_one(config)
+    return _read(dataclasses.replace(plain, data=config.data))

@@ -1,0 +1,85 @@
+"""Cells of a sweep of rates over widths: what it found, and where their optima are."""
+
+import itertools
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from nanogpt.config.presets import preset
+
+METHODS = ("adamw", "shampoo", "soap", "muon")
+WIDTHS = (32, 64, 128, 256)  # the first is the base
+BELOW, ABOVE = 2, 3  # powers of 2 around the best one of the narrower model, six in all
+Losses = dict[int, list[float]]  # of every power of 2, by seed
+
+
+class Cell(NamedTuple):
+    """One optimum: a method at a width, with the rules or without; at the base they are one."""
+
+    method: str
+    width: int
+    rules: bool
+
+
+def cells(methods: Sequence[str]) -> list[list[Cell]]:
+    """Series of cells of growing width, which begin with the same one with and without rules."""
+    return [
+        [Cell(method, width, rules and width > WIDTHS[0]) for width in WIDTHS]
+        for method in methods
+        for rules in (False, True)
+    ]
+
+
+def read_losses(path: pathlib.Path) -> dict[Cell, Losses]:
+    """Losses of every cell; a run that ended above where it began counts as the loss of chance."""
+    from nanogpt.lab.trials import read_trials
+
+    chance = math.log(preset("board", "adamw").model.vocab_size)
+    found: dict[Cell, dict[int, dict[int, float]]] = {}
+    for record in read_trials(path):
+        settings = record["settings"]
+        cell = Cell(settings["optimizer"], settings["width"], settings["rules"])
+        loss = record["loss"] if record["status"] == "finished" else chance
+        of_power = found.setdefault(cell, {}).setdefault(settings["power"], {})
+        of_power[record["seed"]] = min(loss, chance)
+    return {cell: _whole(powers) for cell, powers in found.items()}
+
+
+def _whole(powers: Mapping[int, Mapping[int, float]]) -> Losses:
+    """As many seeds as leave at least six rates, and the rates that have them all."""
+    for count in range(max(map(len, powers.values())), 0, -1):
+        had = {
+            p: [x[s] for s in range(count)]
+            for p, x in powers.items()
+            if set(range(count)) <= set(x)
+        }
+        if len(had) >= BELOW + ABOVE + 1:
+            return dict(sorted(had.items()))
+    return {}
+
+
+def vertex(losses: Mapping[int, float]) -> float:
+    """Where the parabola through the lowest loss and its two neighbours is lowest; nan at an edge.
+
+    >>> vertex({0: 2.0, 1: 1.0, 2: 1.5})
+    1.1666666666666667
+    """
+    middle = min(losses, key=losses.__getitem__)
+    if not {middle - 1, middle + 1} <= set(losses):
+        return math.nan
+    low, least, high = (losses[middle + step] for step in (-1, 0, 1))
+    curvature = low - 2 * least + high
+    return middle + ((low - high) / (2 * curvature) if curvature else 0.0)
+
+
+def optimum(losses: Losses) -> tuple[float, float, float]:
+    """The vertex of the means over seeds, and the lowest and highest of all resampled seeds."""
+    count = len(next(iter(losses.values())))
+
+    def of(chosen: Sequence[int]) -> float:
+        return vertex({p: math.fsum(x[s] for s in chosen) / count for p, x in losses.items()})
+
+    drawn = [of(chosen) for chosen in itertools.product(range(count), repeat=count)]
+    known = [x for x in drawn if math.isfinite(x)]
+    return of(range(count)), min(known, default=math.nan), max(known, default=math.nan)
