@@ -258,10 +258,10 @@ TOTALS = {
     "shampoo_jax/inspect": 1370,
     "nanogpt/config": 550,
     "nanogpt/model": 225,
-    "nanogpt/optimizers": 690,
-    "nanogpt/train": 2160,
+    "nanogpt/optimizers": 685,
+    "nanogpt/train": 2155,
     "nanogpt/report": 910,
-    "nanogpt/lab": 1435,
+    "nanogpt/lab": 1430,
 }
 
 
