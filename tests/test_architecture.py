@@ -259,7 +259,7 @@ TOTALS = {
     "nanogpt/config": 550,
     "nanogpt/model": 225,
     "nanogpt/optimizers": 685,
-    "nanogpt/train": 2155,
+    "nanogpt/train": 2175,
     "nanogpt/report": 910,
     "nanogpt/lab": 1430,
 }

@@ -31,6 +31,7 @@ class Plan:
     preset: str = "track3"  # complete set of settings
     optimizer: str = "shampoo"  # one of the preset's
     layers: int | None = None  # of so many transformer blocks; None: the preset's
+    largest_microbatch: bool = False  # find the largest that fits, by more compilations
     json: bool = False  # print one line of JSON
 
 
@@ -57,7 +58,7 @@ def main(words: Sequence[str]) -> None:
     from nanogpt.train.plan import plan_run
     from shampoo_jax import target_devices
 
-    record = plan_run(config, target_devices(chosen.target))
+    record = plan_run(config, target_devices(chosen.target), chosen.largest_microbatch)
     print(json.dumps(record) if chosen.json else page(record))
 
 
@@ -106,6 +107,8 @@ def page(record: Mapping[str, Any]) -> str:
         f"{_gib(record['optimizer_state'])} of optimizer state"
         + (f" in {_gib(memory)}" if memory else ""),
     ]
+    if "largest_microbatch_rows" in record:
+        lines.append(f"largest microbatch that fits: {record['largest_microbatch_rows']} rows")
     for name, program in record["programs"].items():
         lines += ["", f"{name}: compiled in {program['compile_s']:.0f} s"]
         if program["short"]:

@@ -1,5 +1,6 @@
 """What a run would be on devices that are not here: its programs, compiled from shapes alone."""
 
+import bisect
 import dataclasses
 import math
 from typing import Any
@@ -64,12 +65,13 @@ def abstract_batch(config: Config, layout: Layout, rows: int) -> Any:
     return {"inputs": tokens, "targets": tokens}
 
 
-def plan_run(config: Config, target: Target) -> dict[str, Any]:
+def plan_run(config: Config, target: Target, largest: bool = False) -> dict[str, Any]:
     """Compiles training step and evaluation of a run for devices that need not be there.
 
     Args:
         config: the run. Without a mesh all devices of the target are its "data" axis.
         target: from `shampoo_jax.target_devices`.
+        largest: whether to find the largest microbatch that fits, which takes more compilations.
 
     Returns:
         A record of JSON types, see docs/hardware.md: bytes and operations are those of one device.
@@ -77,14 +79,17 @@ def plan_run(config: Config, target: Target) -> dict[str, Any]:
     config = dataclasses.replace(config, mesh=config.mesh or "data=-1")
     layout = make_layout(config, target.devices)
     assert layout is not None  # there is a mesh
-    step, state, batch = abstract_step(config, layout)
+    _, state, _ = abstract_step(config, layout)
     evaluation = make_eval_step(model_structure(config.model), config, layout)
     rows = abstract_batch(config, layout, config.data.microbatch_rows)
     programs = {
-        "train": compile_for(target, step, (state, batch)),
+        "train": compile_train(config, layout, target),
         "evaluation": compile_for(target, evaluation, (state.params, rows)),
     }
-    return {
+    found = (
+        {"largest_microbatch_rows": largest_microbatch(config, layout, target)} if largest else {}
+    )
+    return found | {
         "target": target.name,
         "devices": len(target.devices),
         "memory": target.memory,
@@ -97,6 +102,33 @@ def plan_run(config: Config, target: Target) -> dict[str, Any]:
         "jax": jax.__version__,
         "programs": {name: _record(program, target) for name, program in programs.items()},
     }
+
+
+def compile_train(config: Config, layout: Layout, target: Target) -> Compiled:
+    """Compiles the training step of a run."""
+    step, state, batch = abstract_step(config, layout)
+    return compile_for(target, step, (state, batch))
+
+
+def largest_microbatch(config: Config, layout: Layout, target: Target) -> int:
+    """Rows of the largest microbatch with which the training step fits; 0 where none does.
+
+    Args:
+        config: the run, whose batch stays as it is.
+        layout: of the target's devices.
+        target: whose memory counts.
+    """
+    rows = config.data.batch_rows
+    shape = rows, config.model.sequence_length
+    devices = rows // layout.rows.shard_shape(shape)[0]
+    choices = [n for n in range(devices, rows + 1, devices) if rows % n == 0]
+
+    def too_large(n: int) -> bool:
+        data = dataclasses.replace(config.data, microbatch_rows=n)
+        return compile_train(dataclasses.replace(config, data=data), layout, target).short > 0
+
+    fitting = bisect.bisect_left(choices, True, key=too_large)
+    return choices[fitting - 1] if fitting else 0
 
 
 def _held(tree: Any) -> int:

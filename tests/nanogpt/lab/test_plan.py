@@ -31,8 +31,9 @@ RECORD = {
 
 
 def test_the_page_says_whether_it_fits_and_by_how_much():
-    text = plan.page(RECORD)
+    text = plan.page(RECORD | {"largest_microbatch_rows": 256})
     for words in (
+        "largest microbatch that fits: 256 rows",
         "track3-shampoo for h100:8: 8 devices, mesh data=-1, 128 of 512 rows at a time",
         "1.00 GiB of parameters and 2.00 GiB of optimizer state in 80.00 GiB",
         "memory      12.00 GiB at most, 68.00 GiB free",
@@ -63,10 +64,11 @@ def test_the_process_of_a_target_has_its_libraries_where_they_are_looked_for(mon
 def test_settings_reach_the_run_and_json_is_one_line(monkeypatch, capsys):
     asked = []
     monkeypatch.setenv(plan.READY, "1")
-    monkeypatch.setattr(planned, "plan_run", lambda config, target: asked.append(config) or RECORD)
+    monkeypatch.setattr(planned, "plan_run", lambda *given: asked.append(given) or RECORD)
     words = ["--target", "cpu:8", "--preset", "cpu", "--optimizer", "muon", "--layers", "1"]
     plan.main([*words, "--json", "--data.microbatch-rows", "4"])
-    (config,) = asked
+    ((config, _, largest),) = asked
+    assert not largest
     assert (config.optimizer, config.model.num_layers, config.data.microbatch_rows) == (
         "muon",
         1,

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from nanogpt.train import plan
+from nanogpt.train.mesh import make_layout
 from nanogpt.train.rates import Rates
 from shampoo_jax import Compiled, Program, Target, target_devices
 from tests.nanogpt.train.test_loop import tiny
@@ -67,6 +68,23 @@ def test_a_record_has_a_range_and_what_does_not_fit_has_none():
     short = dataclasses.replace(program(), program=None, short=7)
     assert plan._record(short, short.target)["short"] == 7
     assert "best_s" not in plan._record(short, short.target)
+
+
+@pytest.mark.parametrize(("fits", "largest"), [(3, 0), (4, 4), (11, 8), (99, 16)])
+def test_the_largest_microbatch_divides_the_batch_and_fits(fits, largest, monkeypatch):
+    config = tiny("nowhere", "nowhere", optimizer="adamw")
+    data = dataclasses.replace(config.data, batch_rows=16, microbatch_rows=4)
+    config, tried = dataclasses.replace(config, data=data, mesh="data=-1"), []
+
+    def compiled(config, layout, target):
+        rows = config.data.microbatch_rows
+        tried.append(rows)
+        return dataclasses.replace(program(), short=max(rows - fits, 0))
+
+    monkeypatch.setattr(plan, "compile_train", compiled)
+    layout = make_layout(config, TARGET.devices)
+    assert plan.largest_microbatch(config, layout, TARGET) == largest
+    assert set(tried) <= {4, 8, 16} and len(tried) <= 2
 
 
 def test_every_target_but_the_cpu_has_rates():
