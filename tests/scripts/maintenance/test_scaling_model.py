@@ -25,9 +25,10 @@ def test_work_is_divided():
     # Updates of all parameters reach every device, 7/8 of them from others.
     size = sum(x.size for x in shapes(TINY).values()) * 4
     assert eight["communication"] == pytest.approx(size * 7 / 8 / (1e11 * 0.4))
-    # 32 of 16x16, 24 of 64x16: two sides each, `2 d |block|` FLOPs a side.
+    # 32 of 16x16, 24 of 64x16: two sides each, `2 d |block|` FLOPs a side, twice for statistics.
     work = 32 * 2 * 2 * 16**3 + 24 * 2 * 64 * 16 * 80
-    assert one["statistics"] == pytest.approx(work / 0.4e12)
+    assert one["statistics"] == pytest.approx(2 * work / 0.4e12)
+    assert one["apply"] == pytest.approx(work / 0.4e12)
 
 
 def test_rows_of_parameters_cut_what_is_gathered():

@@ -6,7 +6,7 @@ import pytest
 from scripts.maintenance.walk import count, walk
 
 # files, functions, calls, depth; on Python 3.11, where comprehensions are functions.
-LIMITS = {1: (21, 128, 260, 21), 8: (22, 150, 460, 21)}
+LIMITS = {1: (21, 131, 280, 21), 8: (22, 152, 460, 21)}
 
 
 @pytest.mark.parametrize("devices", LIMITS)

@@ -21,7 +21,7 @@ ALIASES = {
 # Options of a direction that its alias leaves to `as_optimizer(scale_by_...)`, for want of room.
 RARE = {
     sj.soap: {"b3", "damping", "exponent", "weighted"},
-    sj.kl_soap: {"first_weight", "eps_hat"},
+    sj.kl_soap: {"first_weight", "first_eigenvalue", "eps_hat"},
 }
 aliases = pytest.mark.parametrize("alias", ALIASES, ids=lambda f: f.__name__)
 rng = np.random.default_rng(0)
