@@ -18,7 +18,7 @@ Factory = Callable[..., optax.GradientTransformation]
 # computed or what a state looks like.
 TRACED = frozenset(
     "learning_rate b1 b2 b3 eps factor_b2 first_weight every weight_decay peak_lr momentum "
-    "dampening decay eval_coeff lr_power".split()
+    "dampening decay eval_coeff lr_power ratio outward inward share".split()
 )
 
 
@@ -27,10 +27,10 @@ def inject_hyperparams(
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """`optax.inject_hyperparams` that knows which options of this package can be traced.
 
-    Numbers and schedules among learning rates, decays, eps, momentum and `every` become entries of
-    `state.hyperparams`, to be changed between steps without compiling again; all other options stay
-    what they are. An option that is left at a default of None or 0 is off and is not traced: name
-    it to change it later.
+    Numbers and schedules among learning rates, decays, eps, momentum, shares and `every` become
+    entries of `state.hyperparams`, to be changed between steps without compiling again; all other
+    options stay what they are. An option that is left at a default of None or 0 is off and is not
+    traced: name it to change it later.
 
     Args:
       factory: `shampoo`, `scale_by_soap`, `invert_roots` or any other function of this package that

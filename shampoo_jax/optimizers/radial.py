@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import NOT_NEGATIVE, check_options
+from shampoo_jax.base.options import NOT_NEGATIVE, check_options, check_transform
 from shampoo_jax.base.paths import KeyPath, name_of
 from shampoo_jax.optimizers.hyperball import of_updates_and_params, wide
 from shampoo_jax.optimizers.weight_decay import ScalarOrSchedule, value_at
@@ -137,7 +137,7 @@ def cautious_decay(
     """
     check_options({"weight_decay": weight_decay, "learning_rate": learning_rate})
     inner = optax.scale_by_learning_rate(learning_rate) if steps is None else steps
-    check_options({"inner": inner})
+    check_transform("steps", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> tuple[Array, Any]:

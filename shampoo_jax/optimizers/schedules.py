@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import NOT_NEGATIVE, POSITIVE, check_options, check_range
+from shampoo_jax.base.options import NOT_NEGATIVE, POSITIVE, check_range
 
 
 def power_cool(
@@ -39,7 +39,7 @@ def power_cool(
     for name, value in (("end", end), ("power", power)):
         POSITIVE.but("steps or an exponent")(name, value)
     NOT_NEGATIVE.but("None means all steps")("cooldown", cooldown)
-    check_options({"floor": final})
+    NOT_NEGATIVE.but("0 is none")("final", final)
 
     def schedule(count):
         left = end - _wide(count)

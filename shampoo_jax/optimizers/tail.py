@@ -94,7 +94,8 @@ def tail_average(
     def init(params: Any) -> TailAverageState:
         def first(path: KeyPath, p: Array) -> Any:
             own = averaged is None or averaged(as_written(path), p)
-            return wide(jnp.zeros_like(p)) if own else optax.MaskedNode()
+            # A copy: state and parameters may both be donated.
+            return jnp.array(wide(jnp.asarray(p)), copy=True) if own else optax.MaskedNode()
 
         mean = jax.tree_util.tree_map_with_path(first, params)
         return TailAverageState(
@@ -106,18 +107,19 @@ def tail_average(
             raise ValueError("tail_average needs the parameters: update(updates, state, params).")
         count = optax.safe_increment(state.count)
         grows = count > start if end is None else (count > start) & (count < end)
-        rate = jnp.where(count == start, 1.0, jnp.where(grows, 1 / tau, 0.0))
+        rate = jnp.where(grows, 1 / tau, 0.0)
 
         def follow(u: Array | None, p: Array, mean: Any) -> Any:
             if u is None or isinstance(mean, optax.MaskedNode):
                 return mean
             new = wide(p) + wide(u)
-            # Exactly the first weights, whatever E was before.
-            return jnp.where(count == start, new, mean + (rate * (new - mean)).astype(mean.dtype))
+            # Exactly the weights up to `start`, also of what has no gradient in that very step.
+            return jnp.where(count <= start, new, mean + (rate * (new - mean)).astype(mean.dtype))
 
         leaves, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
         trees = map(structure.flatten_up_to, (params, state.mean))
         mean = structure.unflatten([follow(*leaf) for leaf in zip(leaves, *trees, strict=True)])
-        return updates, state._replace(count=count, begun=count >= start, mean=mean)
+        kept = jnp.asarray(share, float)
+        return updates, TailAverageState(count, kept, count >= start, mean)
 
     return optax.GradientTransformation(init, update)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shampoo_jax.base.options import UP_TO_ONE, check_choice, check_options
+from shampoo_jax.base.options import UP_TO_ONE, check_choice, check_range, check_transform
 from shampoo_jax.blocks.blocks import Blocks, Part, Stacks, each, make_part, norms
 from shampoo_jax.matrix.orthogonalize import schatten4_norm
 
@@ -34,8 +34,8 @@ def blend(
     """Mixes what a direction makes of each block's update with the update itself, at its size.
 
     With R the update so far, D that of `direction`, scaled to the norm of R, and k the share:
-    `update = (R + k (D - R)) * |R| / |R + k (D - R)|`. Where D is 0, or the direction's
-    preconditioner is not ready, the update stays R.
+    `update = (R + k (D - R)) * |R| / |R + k (D - R)|`. Where D or the mix is 0, or the
+    direction's preconditioner is not ready, the update stays R.
 
     Args:
       direction: Part of `Blocks`, such as `eigenbasis(...)`; a stock Optax transformation is lifted
@@ -100,7 +100,7 @@ def trust_gate(
       >>> uphill.update(g, uphill.init(g))[0].round(4).tolist()  # half of it, at its old norm
       [3.0, -4.0]
     """
-    check_options({"b1": least})
+    check_range("least", least)
     SHARE_OR_SCHEDULE("floor", floor)
     SHARE_OR_SCHEDULE("cap", cap)
 
@@ -117,7 +117,7 @@ def trust_gate(
 
 def _blended(direction: optax.GradientTransformation, share: Share, norm: str) -> Part:
     check_choice("norm", norm, ("frobenius", "schatten4"))
-    check_options({"direction": direction})
+    check_transform("direction", direction)
     tx = optax.with_extra_args_support(direction)
     size = norms if norm == "frobenius" else _schatten4
 
@@ -143,8 +143,8 @@ def _mix(
     k = share(count, b, d).astype(raw.dtype)
     per_block = _per_block(k, raw)
     # All of D is D itself: through the difference its small singular values would be lost.
-    mixed, _ = at_size(jnp.where(per_block == 1, d, raw + per_block * (d - raw)))
-    used = _per_block(made.ready & moves, raw)
+    mixed, left = at_size(jnp.where(per_block == 1, d, raw + per_block * (d - raw)))
+    used = _per_block(made.ready & moves & left, raw)
     update = jnp.where(used, mixed, raw)
     return dataclasses.replace(made, update=update, figures={**made.figures, "gate": k})
 

@@ -228,6 +228,7 @@ def test_blocking_refuses_tracers(name):
 
 def test_every_option_that_is_traced_belongs_to_some_factory():
     factories = [f for f, _, _ in CASES.values()] + [sj.add_scheduled_weight_decay]
+    factories += [sj.floor_update, sj.radial_brake, sj.tail_average]
     assert set().union(*(inspect.signature(f).parameters for f in factories)) >= TRACED
 
 

@@ -92,7 +92,30 @@ def test_missing_without_a_guard():
     state = tx.init(params)
     updates, after = tx.update({"a": None, "b": jnp.ones(2)}, state, params)
     assert updates["a"] is None and (after[1].last["a"] == params["a"]).all()
-    assert (after[0].mean["a"] == 0).all() and (after[0].mean["b"] == 2).all()
+    assert (after[0].mean["a"] == 1).all() and (after[0].mean["b"] == 2).all()
+
+
+@pytest.mark.parametrize("wrap", [sj.guard, lambda tx: tx])
+def test_what_is_missing_in_the_first_step_of_the_average(wrap):
+    """Its weights have not moved: the average begins with them."""
+    tx = wrap(optax.chain(optax.scale(-1.0), sj.tail_average(2, tau=4.0, share=0.5)))
+    params = {"a": jnp.full(2, 8.0)}
+    state = tx.init(params)
+    for gradient, expected in ((1.0, 7.0), (None, 7.0), (4.0, 4.5)):  # to 7 and 3; E is 7, then 6
+        given = None if gradient is None else jnp.full(2, gradient)
+        updates, state = tx.update({"a": given}, state, params)
+        params = params if gradient is None else optax.apply_updates(params, updates)
+        np.testing.assert_allclose(sj.eval_params(state, params)["a"], expected, rtol=1e-6)
+
+
+def test_a_share_may_change():
+    share = optax.linear_schedule(0.0, 1.0, 1)
+    tx = sj.inject_hyperparams(sj.tail_average)(1, tau=2.0, share=share)
+    params, state = jnp.array(0.0), tx.init(jnp.array(0.0))
+    for step in (2.0, 4.0):  # to 2 and 6; E is 2, then 4
+        updates, state = tx.update(jnp.array(step), state, params)
+        params += updates
+    assert float(sj.eval_params(state, params)) == 4.0
 
 
 def test_an_infinite_average_is_a_reference():
@@ -132,6 +155,7 @@ def test_groups_of_parameters_have_averages_of_their_own():
         (lambda: sj.tail_average(5, share=1.5), "share=1.5"),
         (lambda: sj.power_cool(1.0, 0), "end=0 must be positive"),
         (lambda: sj.power_cool(1.0, 9, power=0.0), "power=0.0 must be positive"),
+        (lambda: sj.power_cool(1.0, 9, final=-1.0), "final=-1.0 must not be negative"),
         (lambda: sj.rise_and_fall(0.5, 1.0, warmup=1, cooldown=1, end=3), "high=1.0"),
         (lambda: sj.rise_and_fall(0.5, 0.9, warmup=0, cooldown=1, end=3), "warmup=0"),
     ],

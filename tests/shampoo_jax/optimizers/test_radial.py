@@ -35,6 +35,11 @@ def test_floors(axis, others):
     close(applied(sj.floor_update(0.7, axis=axis), U, W), jax.tree.map(oracle, U, W))
 
 
+def test_steps_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="steps=3 is no Optax transformation"):
+        sj.cautious_decay(0.1, 0.1, steps=3)
+
+
 def test_an_axis_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="axis=2 of an update of shape"):
         applied(sj.floor_update(0.7, axis=2), U, W)

@@ -90,6 +90,8 @@ def test_zero_updates_and_zero_directions():
     for make in (sj.blend, sj.trust_gate):
         np.testing.assert_array_equal(made(make(direction()), update=0 * R).update, 0)
         np.testing.assert_array_equal(made(make(direction(0 * D))).update, R)
+    # Half of each, which cancel.
+    np.testing.assert_array_equal(made(sj.blend(direction(-R), 0.5, norm="frobenius")).update, R)
 
 
 def test_until_a_direction_is_ready_the_update_stays():
@@ -108,7 +110,7 @@ def test_until_a_direction_is_ready_the_update_stays():
     [
         (lambda: sj.blend(direction(), 1.5), "share=1.5 must lie in"),
         (lambda: sj.blend(direction(), norm="spectral"), "norm='spectral': use one of"),
-        (lambda: sj.trust_gate(direction(), 1.0), "must lie in"),
+        (lambda: sj.trust_gate(direction(), 1.0), "least=1.0 must lie in"),
         (lambda: sj.trust_gate(direction(), cap=-1.0), "cap=-1.0 must lie in"),
         (lambda: sj.trust_gate(lambda x: x), "direction=.* is no Optax transformation"),
     ],
