@@ -253,8 +253,9 @@ def stepped(state: Any, params: Tree) -> Tree:
 
 
 def tail_of(state: Any) -> Tree:
-    """Averages of the last weights."""
-    return next((node.mean for node in nodes(state, "begun")), {})
+    """Averages of the last weights, which recordings have at 0 until they begin."""
+    begun = lambda node: jax.tree.map(lambda x: x * node.begun, node.mean)  # noqa: E731
+    return next((begun(node) for node in nodes(state, "begun")), {})
 
 
 def nodes(state: Any, field: str) -> list[Any]:
