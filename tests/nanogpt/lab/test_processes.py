@@ -52,9 +52,12 @@ STOPPED = """
 import os, signal, sys, time
 from nanogpt.lab.processes import in_processes
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+number = int(sys.argv[1])
+# `nohup` and a shell's `&` have some ignored, for all that they start.
+interrupt = number == signal.SIGINT
+signal.signal(number, signal.default_int_handler if interrupt else signal.SIG_DFL)
 for _ in in_processes(time.sleep, [0, 600], jobs=2):
-    os.kill(os.getpid(), int(sys.argv[1]))
+    os.kill(os.getpid(), number)
 """
 
 
