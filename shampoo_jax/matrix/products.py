@@ -65,7 +65,9 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return head.astype(jnp.bfloat16), (x - head).astype(jnp.bfloat16)
 
 
-_of_halves = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+_of_halves = functools.partial(
+    jnp.matmul, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32
+)
 
 
 def by_three(a: jax.Array, b: jax.Array) -> jax.Array:

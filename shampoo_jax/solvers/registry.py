@@ -70,6 +70,10 @@ def make_solver(solver: str | Solver) -> Solver:
 
     Raises:
       ValueError: An unknown name.
+
+    Example:
+      >>> make_solver("eigh")
+      TruncatedEigh(rtol=None, atol=0.0, implementation=None)
     """
     if isinstance(solver, type) or not (isinstance(solver, str) or hasattr(solver, "init_root")):
         refuse("solver", solver, ": give a name or a Solver, such as TruncatedEigh()")

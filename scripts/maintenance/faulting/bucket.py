@@ -115,7 +115,7 @@ class FileSystem(fsspec.AbstractFileSystem):
             return io.BytesIO(self._objects.get(self._key(path))[0])
         if mode == "wb":
             return _Written(self._objects, self._key(path))
-        raise NotImplementedError(f"objects cannot be opened to {mode!r}")
+        raise ValueError(f"mode={mode!r}: objects are read and written whole, use 'rb' or 'wb'")
 
     def cp_file(self, path1: str, path2: str, **options: Any) -> None:
         """Copies an object."""

@@ -65,6 +65,13 @@ def test_all_is_full_where_the_user_wants_that(wanted):
     assert all(str(lines).count("[HIGHEST, HIGHEST]") == 2 for lines in both.values())
 
 
+@pytest.mark.parametrize("wanted", ["bfloat16", "BF16_BF16_F32_X3"])
+def test_what_the_user_wants_of_a_model_does_not_reach_halves(wanted):
+    expected = lowered(products.swift_gram, X)
+    with jax.default_matmul_precision(wanted):
+        assert lowered(products.swift_gram, X) == expected
+
+
 def test_other_dtypes_are_multiplied_in_full():
     with jax.enable_x64(True):
         found = lowered(products.swift_gram, X.astype(np.float64))
