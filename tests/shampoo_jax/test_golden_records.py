@@ -5,14 +5,13 @@ Compiling is what takes time: of every file some parameters are replayed, all of
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from scripts.maintenance import golden_records, replay_golden
+from tests.oracles.recordings import FILES, changed
 
-FILES = Path(__file__).parents[1] / "golden" / "methods"
 PMUON, MUONH, KLSOAP = "a1_pmuon_f64", "a4_muonh_bf16ns", "a4_klsoap_h_cold_f64"
 WHOLE = "a3_cwd_rowfloor_tailema_f64"
 PROJ = "blocks.0.attn.proj.weight"
@@ -33,22 +32,6 @@ def test_replay(name):
 def test_schedules():
     """Rates, momentum, look ahead, gates and results of all entries at every recorded step."""
     assert golden_records.error(FILES / "schedules.json") <= 1
-
-
-def changed(tmp_path, name, arrays=None, **entries):
-    """A copy of a file with other arrays, or entries of its config."""
-    with np.load(FILES / f"{name}.npz") as z:
-        found = dict(z)
-    config = json.loads(str(found["config"]))
-    for key, value in entries.items():
-        *parents, last = key.split("__")
-        entry = config
-        for parent in parents:
-            entry = entry[parent]
-        entry[last] = value
-    found |= (arrays or {}) | {"config": np.array(json.dumps(config))}
-    np.savez(tmp_path / f"{name}.npz", **found)
-    return tmp_path / f"{name}.npz"
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,12 @@ Parameters do not interact but by the norm that gradients are clipped to, and co
 takes time: of every file some parameters are replayed, all of them by `make golden GOLDEN=...`.
 """
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 
 from scripts.maintenance import golden_transfer, replay_golden
 from shampoo_jax.optimizers import transfer
+from tests.oracles.recordings import FILES, changed
 
-FILES = Path(__file__).parents[1] / "golden" / "methods"
 # What each has that others have not: Muon's eps beside Adam; one-sided with an absolute ridge and a
 # graft, blocks that do not divide, ten QR steps, spectral normalization and SOAP's eps.
 MUON, ONE_SIDED = "b1_muon_adam_f32", "b2_shampoo_quarter_graft_onesided_f64"
@@ -58,21 +54,6 @@ def test_the_eps_of_a_graft_is_seen(monkeypatch):
     adam = transfer._adam
     monkeypatch.setattr(transfer, "_adam", lambda g: adam(g)._replace(eps=1.1 * adam(g).eps))
     assert golden_transfer.error(FILES / f"{ONE_SIDED}.npz", SOME[ONE_SIDED]) > 1
-
-
-def changed(tmp_path, name, **entries):
-    """A copy of a file with other arrays, or entries of its config."""
-    with np.load(FILES / f"{name}.npz") as z:
-        arrays = dict(z)
-    config = json.loads(str(arrays["config"]))
-    for key, value in entries.items():
-        *parents, last = key.split("__")
-        entry = config
-        for parent in parents:
-            entry = entry[parent]
-        entry[last] = value
-    np.savez(tmp_path / "changed.npz", **arrays | {"config": np.array(json.dumps(config))})
-    return tmp_path / "changed.npz"
 
 
 @pytest.mark.parametrize(
