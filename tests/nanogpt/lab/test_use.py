@@ -27,7 +27,7 @@ WORDS = "we hold these truths to be self-evident that all people are created equ
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Two runs on real shards; the second one validates averaged weights."""
+    """Two runs on real shards; the second is monitored and validates averaged weights."""
     place = tmp_path_factory.mktemp("use")
     (place / "texts").mkdir()
     random = np.random.default_rng(0)
@@ -60,7 +60,9 @@ def place(tmp_path_factory):
     )
     fit(config)
     tail = TailConfig(start=4, tau=3.0, share=0.9)
-    fit(dataclasses.replace(config, name="averaged", tail=tail))
+    matrices = dataclasses.replace(preset("cpu", "shampoo").matrices, monitor=4)
+    shampoo = {"optimizer": "shampoo", "matrices": matrices}
+    fit(dataclasses.replace(config, name="averaged", tail=tail, **shampoo))
     return place
 
 
@@ -150,3 +152,11 @@ def test_what_cannot_be_is_said_in_a_line(place, monkeypatch, words, complaint):
         path.write_text(path.read_text().replace('"mlp_dim"', '"width"'))
     with pytest.raises(SystemExit, match=f"error: .*{complaint}"):
         cli.main(words)
+
+
+def test_a_monitored_run_can_be_drawn(place, tmp_path, capsys):
+    records = read_records(place / "averaged" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "spectra"] == [0, 3, 7, 11]
+    told = said(capsys, "spectrum", place / "averaged", "--out", tmp_path)
+    assert "| blocks/0/attn/q | inputs | 16 of 16 |" in told
+    assert (tmp_path / "spectrum.png").exists() and (tmp_path / "spectrum_map.png").exists()
