@@ -32,6 +32,8 @@ PAGES = (
     "docs/methods/transfer.md",
     "docs/speedrun.md",
     "docs/running.md",
+    "docs/using.md",
+    "docs/spectra.md",
     "docs/rig.md",
     "docs/methods/bias_correction.md",
     "docs/methods/purifying.md",
