@@ -35,6 +35,7 @@ ALLOWED = {
             "rich",
             "tyro",
             "matplotlib",
+            "safetensors",
             "yaml",
             "tensorboardX",
             "wandb",

@@ -36,7 +36,7 @@ _FIELD_RULES = {
     "at least 0 and finite": ("weight_decay", "eps", "graft_eps", "damping", "mlp_decay", "ns_eps"),
     "at least 0 and below 1": ("b1", "b2", "graft_b2"),
     "between 0 and 1": ("first_weight", "tolerance"),
-    "at least 1": ("ns_steps", "every", "block_size", "tokens"),
+    "at least 1": ("ns_steps", "every", "block_size", "tokens", "monitor"),
     "at least 0": ("b1_warmup", "preconditioner_seed", "probe_seed", "basis_seed"),
 }
 
@@ -218,7 +218,15 @@ class SoapMuonConfig(MatrixConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShampooConfig(MatrixConfig):
+class FactorConfig(MatrixConfig):
+    """What the optimizers with factors have in common."""
+
+    # Steps between records of the factors' spectra, for `nanogpt spectrum`; None: none.
+    monitor: int | None = dataclasses.field(default=None, kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShampooConfig(FactorConfig):
     """Shampoo on the block matrices."""
 
     b1: float = 0.9  # decay of the filtered gradient
@@ -262,7 +270,7 @@ class ShampooConfig(MatrixConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SoapConfig(MatrixConfig):
+class SoapConfig(FactorConfig):
     """SOAP on the block matrices: Adam in the eigenbases of Shampoo's factors."""
 
     b1: float = 0.95  # decay of the first moment
@@ -285,7 +293,7 @@ class SoapConfig(MatrixConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class KLConfig(MatrixConfig):
+class KLConfig(FactorConfig):
     """KL-Shampoo and KL-SOAP on the block matrices.
 
     Both start from eigenvalues 0.1, meant for the mean loss, so they see the summed gradients

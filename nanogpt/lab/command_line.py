@@ -1,6 +1,7 @@
 """The command line of a run: which one, from where its settings come, every setting a flag."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -74,9 +75,12 @@ def split_arguments(words: Sequence[str]) -> tuple[Choice, list[str]]:
     >>> choice, rest = split_arguments(["--optimizer", "muon", "--seed", "1"])
     >>> choice.preset, choice.optimizer, rest
     ('cpu', 'muon', ['--seed', '1'])
+    >>> split_arguments(["--monitor", "10"])[1]
+    ['--matrices.monitor', '10']
     """
     # A flag of tyro's has a value or has none.
     both = {"--resume=previous-good": ("--resume", "--previous-good")}
+    words = [re.sub("^--monitor(?==|$)", "--matrices.monitor", word) for word in words]
     words = [part for word in words for part in both.get(word, (word,))]
 
     def read(default: Choice) -> tuple[Choice, list[str]]:

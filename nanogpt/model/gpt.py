@@ -81,7 +81,7 @@ def _rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles), np.sin(angles)
 
 
-def rotate(x_BxTxNxH: jax.Array) -> jax.Array:
+def rotate(x_BxTxNxH: jax.Array, start: jax.Array | int = 0, length: int = 0) -> jax.Array:
     """Rotary embedding: pair (i, i + H/2) of position t turns by -t * f_i.
 
     y1 = x1 cos + x2 sin, y2 = x2 cos - x1 sin, computed in float32; f_i = (1/1024)^(i / (H/4 - 1))
@@ -90,6 +90,8 @@ def rotate(x_BxTxNxH: jax.Array) -> jax.Array:
 
     Args:
         x_BxTxNxH: Queries or keys.
+        start: Position of the first of them, which may be traced.
+        length: Positions that there are, of which these are a part; 0: as many as are given.
 
     Returns:
         Array of the shape and dtype of the argument.
@@ -99,8 +101,11 @@ def rotate(x_BxTxNxH: jax.Array) -> jax.Array:
         >>> rotate(x)[0, 1, 0].tolist()  # position 1, frequency 1 and 0
         [1.3818, 1.0, -0.3012, 1.0]
     """
-    length, head_dim = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
-    cos, sin = (table[:, None, :] for table in _rotary_tables(length, head_dim))
+    here, head_dim = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
+    tables = _rotary_tables(length or here, head_dim)
+    if length:
+        tables = [jax.lax.dynamic_slice_in_dim(jnp.asarray(t), start, here) for t in tables]
+    cos, sin = (table[:, None, :] for table in tables)
     x1, x2 = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
     return turned.astype(x_BxTxNxH.dtype)
@@ -179,12 +184,15 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, D), dtype of the argument."""
-        heads = (*x_BxTxD.shape[:2], -1, self.head_dim)
-        q_BxTxNxH = rotate(rms_norm(self.q(x_BxTxD).reshape(heads)))
-        k_BxTxNxH = rotate(rms_norm(self.k(x_BxTxD).reshape(heads)))
-        v_BxTxNxH = self.v(x_BxTxD).reshape(heads)
-        out_BxTxNxH = attend(q_BxTxNxH, k_BxTxNxH, v_BxTxNxH, self.attention)
+        out_BxTxNxH = attend(*self.heads(x_BxTxD), self.attention)
         return self.proj(out_BxTxNxH.reshape(x_BxTxD.shape))
+
+    def heads(self, x_BxTxD: jax.Array, *place: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, (B, T, N, H) each; `place` as of `rotate`."""
+        heads = (*x_BxTxD.shape[:2], -1, self.head_dim)
+        q_BxTxNxH = rotate(rms_norm(self.q(x_BxTxD).reshape(heads)), *place)
+        k_BxTxNxH = rotate(rms_norm(self.k(x_BxTxD).reshape(heads)), *place)
+        return q_BxTxNxH, k_BxTxNxH, self.v(x_BxTxD).reshape(heads)
 
 
 def attend(
@@ -248,7 +256,11 @@ class Block(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, D), dtype of the argument."""
-        x_BxTxD = x_BxTxD + self._part(self.attn(self.norm1(x_BxTxD)))
+        return self.follow(x_BxTxD, self.attn(self.norm1(x_BxTxD)))
+
+    def follow(self, x_BxTxD: jax.Array, attended_BxTxD: jax.Array) -> jax.Array:
+        """What the block makes of its input and of what attention makes of that."""
+        x_BxTxD = x_BxTxD + self._part(attended_BxTxD)
         return x_BxTxD + self._part(self.mlp(self.norm2(x_BxTxD)))
 
     def _part(self, x_BxTxD: jax.Array) -> jax.Array:

@@ -234,6 +234,7 @@ def shampoo(settings: ShampooConfig, placement: Placement = None) -> optax.Gradi
         solver=solver,
         every=settings.every,
         graft=None if rows else adam,
+        monitor=settings.monitor,
         placement=placement,
     )
     # The rows of the benchmark's (out, in) matrices are the columns of kernels.
@@ -271,7 +272,7 @@ def soap(settings: SoapConfig, placement: Placement = None) -> optax.GradientTra
         form = shampoo_jax.presets.record_27()
     elif settings.tolerance is not None:
         form = {"basis": shampoo_jax.QRBasis(tolerance=settings.tolerance, sort="before")}
-    chosen = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "every")}
+    chosen = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "every", "monitor")}
     direction = shampoo_jax.scale_by_soap(**{**form, **chosen}, placement=placement)
     return direction if settings.tolerance is None else count_refreshes(direction)
 
@@ -367,7 +368,7 @@ def _cast_tree(updates: optax.Updates, dtype: str) -> optax.Updates:
 
 
 def _kl_options(settings: KLConfig) -> dict[str, Any]:
-    names = ("b1", "b2", "eps", "every", "first_weight")
+    names = ("b1", "b2", "eps", "every", "first_weight", "monitor")
     options = {name: getattr(settings, name) for name in names}
     return {**options, "max_scale": "size" if settings.max_scale is None else settings.max_scale}
 

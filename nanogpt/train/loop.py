@@ -26,6 +26,7 @@ from nanogpt.train.progress import Report
 from nanogpt.train.record_log import source_text
 from nanogpt.train.run_folder import RunFolder
 from nanogpt.train.sinks import check_sinks
+from nanogpt.train.spectra import spectra_reader
 from nanogpt.train.train_step import abstract_params, init_state, make_eval_step, make_train_step
 from shampoo_jax import eval_params
 
@@ -222,6 +223,7 @@ class _Run:
             self.state, metrics = self.train_step(self.state, batch)
             self._settle(report)
             self.in_flight = (step, metrics)
+            self._record_spectra_if_due(step, report)
         self._finish(report)
 
     def close(self) -> None:
@@ -249,6 +251,7 @@ class _Run:
         evaluate = make_eval_step(self.graphdef, self.config, self.layout)
         batch = batch_pattern(sizes.microbatch_rows, self.config, self.layout)
         self.evaluate = _compiled(evaluate, patterns.params, batch)
+        self.read_spectra = spectra_reader(self.layout)
         self.weights = lambda state: state.params
         if self.config.tail or self.config.lookahead:
             average = jax.jit(lambda state: eval_params(state.opt_state, state.params))
@@ -275,6 +278,14 @@ class _Run:
         else:
             self.trace.close()
         self.clock.start()
+
+    def _record_spectra_if_due(self, step: int, report: Report) -> None:
+        """Records the factors' spectra, off the clock, after a step whose figures are kept."""
+        every = getattr(self.config.matrices, "monitor", None)
+        if every and (step == 0 or (step + 1) % every == 0):
+            self._settle(report)
+            report.spectra(step, self.read_spectra(self.state))
+            self.clock.start()
 
     def _validate_if_due(self, step: int, report: Report) -> None:
         """Measures the loss before update `step`, off the clock; gives up when asked to stop."""
