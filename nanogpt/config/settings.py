@@ -221,7 +221,7 @@ class SoapMuonConfig(MatrixConfig):
 class FactorConfig(MatrixConfig):
     """What the optimizers with factors have in common."""
 
-    # Steps between records of the factors' spectra, for `nanogpt spectrum`; None: none.
+    # Or --monitor: steps between records of the factors, for nanogpt spectrum; None: no records.
     monitor: int | None = dataclasses.field(default=None, kw_only=True)
 
 

@@ -128,7 +128,7 @@ def draw_spectra(spectra: Spectra, wanted: Sequence[str], out: pathlib.Path) -> 
 def _title(spectra: Spectra) -> str:
     model, data = spectra.settings["model"], spectra.settings["data"]
     return (
-        f"{spectra.name}: {spectra.settings['optimizer']}, {model['num_layers']} layers of width "
+        f"run {spectra.name} ({spectra.settings['optimizer']}): {model['num_layers']} layers of width "
         f"{model['model_dim']}, {data['batch_rows']} x {model['sequence_length']} tokens a step"
     )
 

@@ -30,15 +30,20 @@ def spectra_reader(layout: Layout | None = None) -> Callable[[TrainState], dict[
     Returns:
         Function of a state giving {"blocks/0/attn/q": {"graft_ratio": ..., "0": {...}, "1": {...}}}
         by matrix, or "blocks/0/attn/q#1" by block where there are several; 0 is the side of the
-        inputs. Of each side `dimension` d, `eigenvalues` of the factor over the largest one at
-        `POINTS` ranks from 0 to d - 1, evenly, and the figures of `shampoo_jax.monitor_spectrum`.
+        inputs (of a matrix that is cut unevenly both ways, perhaps of the outputs). Of each side
+        `dimension` d, `eigenvalues` of the factor over the largest one at `POINTS` ranks from 0 to
+        d - 1, evenly, and the figures of `shampoo_jax.monitor_spectrum`.
     """
     everywhere = None if layout is None else NamedSharding(layout.mesh, P())
     reduce = jax.jit(_reduced, out_shardings=everywhere)
 
     def read(state: TrainState) -> dict[str, Any]:
         tree = shampoo_jax.state_to_tree(reduce(state.opt_state), state.params)["parameters"]
-        found = {name.removesuffix("/kernel"): _blocks(entries) for name, entries in tree.items()}
+        shapes = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
+            for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+        }
+        found = {n.removesuffix("/kernel"): _blocks(x, shapes[n]) for n, x in tree.items()}
         return {
             name if len(blocks) == 1 else f"{name}#{k}": block
             for name, blocks in found.items()
@@ -73,7 +78,7 @@ def _reduced(opt_state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(reduce, opt_state)
 
 
-def _blocks(entries: dict[str, Any]) -> list[dict[str, Any]]:
+def _blocks(entries: dict[str, Any], shape: tuple[int, ...]) -> list[dict[str, Any]]:
     """Records of the blocks of a matrix, stack by stack; none of what has no factors."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for path, values in entries.items():
@@ -81,13 +86,25 @@ def _blocks(entries: dict[str, Any]) -> list[dict[str, Any]]:
         for k in range(len(values) if factor or figure else 0):
             match: Any = factor or figure
             block = found.setdefault((match["stack"], k), {})
-            side = block.setdefault(match["side"], {}) if match["side"] else block
+            number = match["side"] and int(match["side"])
+            number = 1 - number if number is not None and _turned(match["stack"], shape) else number
+            side = block if number is None else block.setdefault(str(number), {})
             if factor:
                 side["dimension"] = int(values[k][0])
                 side["eigenvalues"] = [_short(x) for x in values[k][1:]]
             else:
                 side[match["name"]] = _short(values[k])
     return [found[key] for key in sorted(found)]
+
+
+def _turned(stack: str, shape: tuple[int, ...]) -> bool:
+    """Whether a stack, as 512x128, holds blocks of a matrix the other way round.
+
+    >>> _turned("512x128", (128, 512)), _turned("512x128", (512, 128)), _turned("8x8", (8, 16))
+    (True, False, False)
+    """
+    rows, columns = map(int, stack.split("x"))
+    return rows > columns and not (rows <= shape[0] and columns <= shape[1])
 
 
 def _short(x: Any) -> float | None:

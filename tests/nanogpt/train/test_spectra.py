@@ -49,10 +49,16 @@ def test_eigenvalues_are_those_of_the_factors(optimizer):
         ("attn/q", "attn/k", "attn/v", "attn/proj", "mlp/fc", "mlp/proj"))]  # fmt: skip
     for name, record in found.items():
         for side in "01":
+            size = state.params
+            for part in f"{name}/kernel".split("/"):
+                size = size[int(part) if part.isdigit() and int(part) in size else part]
+            stored = side if size.shape[0] >= size.shape[1] else "10"[int(side)]
             (factor,) = (
-                x[0] for path, x in entries[f"{name}/kernel"].items()
-                if "/factors/" in path and path.endswith(f"/{side}")
-            )  # fmt: skip
+                x[0]
+                for path, x in entries[f"{name}/kernel"].items()
+                if "/factors/" in path and path.endswith(f"/{stored}")
+            )
+            assert len(factor) == size.shape[int(side)]
             values = np.linalg.eigvalsh(np.asarray(factor, np.float64))[::-1]
             told = record[side]
             assert told["dimension"] == len(factor) and len(told["eigenvalues"]) == POINTS
