@@ -127,10 +127,9 @@ def draw_spectra(spectra: Spectra, wanted: Sequence[str], out: pathlib.Path) -> 
 
 def _title(spectra: Spectra) -> str:
     model, data = spectra.settings["model"], spectra.settings["data"]
-    return (
-        f"run {spectra.name} ({spectra.settings['optimizer']}): {model['num_layers']} layers of width "
-        f"{model['model_dim']}, {data['batch_rows']} x {model['sequence_length']} tokens a step"
-    )
+    sizes = f"{model['num_layers']} layers of width {model['model_dim']}"
+    batch = f"{data['batch_rows']} x {model['sequence_length']} tokens a step"
+    return f"run {spectra.name} ({spectra.settings['optimizer']}): {sizes}, {batch}"
 
 
 def _eigenvalues(spectra: Spectra, chosen: Sequence[str]) -> Figure:
