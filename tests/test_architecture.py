@@ -255,13 +255,13 @@ TOTALS = {
     "shampoo_jax/parts": 1345,
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 1160,
-    "shampoo_jax/inspect": 1370,
+    "shampoo_jax/inspect": 1410,
     "nanogpt/config": 550,
     "nanogpt/model": 225,
     "nanogpt/optimizers": 685,
-    "nanogpt/train": 2175,
+    "nanogpt/train": 2235,
     "nanogpt/report": 910,
-    "nanogpt/lab": 1430,
+    "nanogpt/lab": 1445,
 }
 
 

@@ -68,6 +68,11 @@ DEVICES = {
         "clock and bandwidth of openxla/xla's target file; NVLink 1800 GB/s both ways and 400 Gb/s "
         "adapters not confirmed by a page of NVIDIA's",
     ),
+    "TPU v4": tpu(
+        *(275e12, 1200e9, 269e9, 6.25e9, 4096),
+        "docs.cloud.google.com/tpu/docs/v4: 1.1 PB/s of all-reduce in a pod of 4096; beyond a pod "
+        "not found, v5p's",
+    ),
     "TPU v5p": tpu(
         *(459e12, 2765e9, 600e9, 6.25e9, 8960),
         "docs.cloud.google.com/tpu/docs/v5p: 1200 GB/s both ways within a pod, 50 Gb/s beyond",
