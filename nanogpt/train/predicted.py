@@ -55,19 +55,19 @@ def parts(found: Compiled, rates: Rates, devices: int) -> dict[str, float]:
     assert program is not None  # it fits
     touched = found.arguments + found.outputs + 2 * found.temporary
     link = rates.near if devices <= rates.node else rates.far
-    sent = _sent(program.exchanges, devices)
+    all_sent = sent(program.exchanges, devices)
     return {
-        "products": sum(n / _rate(arithmetic, rates) for arithmetic, n in program.flops.items()),
+        "products": sum(n / rate(arithmetic, rates) for arithmetic, n in program.flops.items()),
         "memory": touched / rates.memory,
-        "links": sent / link,
-        "waits": (sent - _sent(program.overlapped, devices)) / link,
+        "links": all_sent / link,
+        "waits": (all_sent - sent(program.overlapped, devices)) / link,
     }
 
 
-def _sent(exchanges: dict[str, tuple[int, int]], devices: int) -> float:
+def sent(exchanges: dict[str, tuple[int, int]], devices: int) -> float:
     """Bytes that leave a device in rings of all, which is more than what comes of some kinds.
 
-    >>> _sent({"all-gather": (1, 80), "reduce-scatter": (1, 10), "all-reduce": (1, 80)}, 8)
+    >>> sent({"all-gather": (1, 80), "reduce-scatter": (1, 10), "all-reduce": (1, 80)}, 8)
     280.0
     """
     others = (devices - 1) / devices
@@ -75,7 +75,7 @@ def _sent(exchanges: dict[str, tuple[int, int]], devices: int) -> float:
     return float(sum(size * times.get(kind, others) for kind, (_, size) in exchanges.items()))
 
 
-def _rate(arithmetic: str, rates: Rates) -> float:
+def rate(arithmetic: str, rates: Rates) -> float:
     """Operations a second of products in an arithmetic, as `shampoo_jax.Program` names it."""
     if arithmetic.startswith("bf16_bf16_f32_x3"):
         return rates.bfloat16 / 3
@@ -83,6 +83,5 @@ def _rate(arithmetic: str, rates: Rates) -> float:
         return rates.bfloat16
     if arithmetic.startswith("tf32"):
         return rates.rest
-    # What is left to the platform is TF32 on a GPU and bfloat16 on a TPU.
     wide = {"highest": rates.full, "high": rates.rest}
-    return wide.get(arithmetic.partition(" ")[2], rates.rest)
+    return wide.get(arithmetic.partition(" ")[2], rates.plain)

@@ -11,6 +11,7 @@ class Rates(NamedTuple):
       first: Of the first products of a root.
       rest: Of the others.
       bfloat16: Of the forward and backward pass.
+      plain: Of float32 products whose precision is left to the platform.
       memory: Bytes per second of the device's memory.
       near: Bytes per second and direction to devices of one node or pod.
       far: Likewise beyond it.
@@ -22,6 +23,7 @@ class Rates(NamedTuple):
     first: float
     rest: float
     bfloat16: float
+    plain: float
     memory: float
     near: float
     far: float
@@ -38,13 +40,14 @@ def gpu(
     far: float,
     source: str,
 ) -> Rates:
-    """Roots begin with three bfloat16 products for one, and go on in TF32."""
-    return Rates(float32, bfloat16 / 3, tf32, bfloat16, memory, near, far, 8, source)
+    """Roots begin with three bfloat16 products for one, and go on in TF32, also the default."""
+    return Rates(float32, bfloat16 / 3, tf32, bfloat16, tf32, memory, near, far, 8, source)
 
 
 def tpu(bfloat16: float, memory: float, near: float, far: float, pod: int, source: str) -> Rates:
-    """Full precision is six bfloat16 products for one; roots go on with three."""
-    return Rates(bfloat16 / 6, bfloat16 / 6, bfloat16 / 3, bfloat16, memory, near, far, pod, source)
+    """Full precision is six bfloat16 products for one; roots go on with three; default is one."""
+    six, three = bfloat16 / 6, bfloat16 / 3
+    return Rates(six, six, three, bfloat16, bfloat16, memory, near, far, pod, source)
 
 
 _HOPPER = (

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-from scripts.maintenance.hardware_page import write_tables
+from scripts.maintenance.hardware_page import read_rows, write_tables
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PRODUCTS = ("--matrices.cutoff", "relative", "--matrices.block-size", "1024", "--matrices.solver")
@@ -107,14 +107,6 @@ def made(row: Row, seconds: int) -> dict[str, Any]:
     return label | {"failed": done.stderr.strip().splitlines()[-1][:300]}
 
 
-def read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Rows by name."""
-    if not path.exists():
-        return {}
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {row["row"]: row for row in rows}
-
-
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -126,12 +118,12 @@ def main() -> None:
     path = args.out / "hardware.jsonl"
     for row in () if args.write else ROWS:
         chosen = not args.rows or any(part in row.name for part in args.rows)
-        if chosen and row.name not in read(path):
+        if chosen and row.name not in read_rows(path):
             line = made(row, args.seconds)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(row.name, line.get("failed", "done"), flush=True)
-    write_tables(args.out / "hardware.md", read(path))
+    write_tables(args.out / "hardware.md", read_rows(path))
 
 
 if __name__ == "__main__":

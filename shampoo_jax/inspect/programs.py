@@ -150,17 +150,27 @@ def _total(
     for line, rest in lines.items():
         own = _own(rest, lines, computations, again)
         total += own
-        if re.search(r"-start\(", rest):
+        chain = _chain(line, rest, computations)
+        ended = _ENDED.search(rest)
+        if line.startswith("async-collective-start") or re.search(r"-start\(", rest):
             sent = {k: n for k, n in own.items() if k.startswith(("number ", "bytes "))}
-            started[line] = collections.Counter(sent), _computed(total)
-        elif (ended := _ENDED.search(rest)) and ended[2] in started:
-            sent, before = started.pop(ended[2])
-            if ended[1] == "update":
-                started[line] = sent, before
+            started[chain or line] = collections.Counter(sent), _computed(total)
+        elif known_start := started.pop(chain or (ended[2] if ended else ""), None):
+            sent, before = known_start
+            if ended and ended[1] == "update":
+                started[line] = known_start
             elif _computed(total) > before:
                 total += collections.Counter({f"overlapped {k}": n for k, n in sent.items()})
     known[name] = total
     return total
+
+
+def _chain(line: str, rest: str, computations: Mapping[str, Mapping[str, str]]) -> str:
+    """Which exchange it is that a fusion starts or ends, as TPUs have them; else nothing."""
+    called = _CALLED.search(rest) if line.startswith("async-collective-") else None
+    pieces = " ".join(computations.get(called[1], {}).values()) if called else ""
+    found = re.search(r'chain_id="\w+"', pieces)
+    return found[0] if found else ""
 
 
 def _own(
@@ -183,6 +193,8 @@ def _own(
         total += again(called[1])
     if _KERNEL.search(rest):
         total["kernels"] += 1
+    if "chain_id=" in rest and not any("AsyncCollectiveStart" in each for each in lines.values()):
+        return total  # a further piece of what was started elsewhere
     for kind, (count, size) in exchanges("= " + rest).items():
         total[f"number {kind}"] += count
         total[f"bytes {kind}"] += size

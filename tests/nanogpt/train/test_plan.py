@@ -48,14 +48,14 @@ def program(flops=(), exchanges=(), overlapped=()):
     return Compiled(target, 1.0, 2.0, 2.0, 300, 100, 50, done)
 
 
-RATES = Rates(full=1.0, first=8.0, rest=4.0, bfloat16=24.0, memory=10.0, near=5.0, far=1.0,
-              node=8, source="")  # fmt: skip
+RATES = Rates(full=1.0, first=8.0, rest=4.0, bfloat16=24.0, plain=2.0, memory=10.0, near=5.0,
+              far=1.0, node=8, source="")  # fmt: skip
 
 
 def test_time_is_counted_at_the_rate_of_each_arithmetic():
     flops = {
         **{"bf16": 24.0, "tf32_tf32_f32": 4.0, "bf16_bf16_f32_x3": 8.0, "f32 highest": 1.0},
-        **{"f32": 4.0, "f32 high": 4.0},
+        **{"f32": 2.0, "f32 high": 4.0},
     }
     # In a ring of 8 a device sends 7/8 of what is gathered, twice that of what is summed.
     found = program(flops, {"all-gather": (2, 40), "all-reduce": (1, 20)}, {"all-gather": (1, 8)})
