@@ -3,7 +3,7 @@
 import collections
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.maintenance.scaling_page import table
@@ -26,12 +26,12 @@ def read_rows(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     return {row["row"]: row for row in rows}
 
 
-def write_tables(path: pathlib.Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def write_tables(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes tables between the marks of the page.
 
     Args:
       path: The page.
-      rows: Of docs/hardware.jsonl by name.
+      rows: Of docs/hardware.jsonl.
     """
     text = path.read_text(encoding="utf-8")
     before, _, rest = text.partition(MARKS[0])
@@ -40,10 +40,10 @@ def write_tables(path: pathlib.Path, rows: Mapping[str, Mapping[str, Any]]) -> N
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
-def tables(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table for each target, size and choice of words, in the order of the rows."""
     groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for row in rows.values():
+    for row in rows:
         group = (row["target"], row["size"], *row["words"])
         groups.setdefault(group, []).append([row["method"], *_cells(row)])
     heads = [f"**{t}**, {size}, `{' '.join(words)}`" for t, size, *words in groups]

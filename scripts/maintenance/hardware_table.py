@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from scripts.maintenance.hardware_page import read_rows, write_tables
 
+COMMAND = [sys.executable, "-m", "nanogpt", "plan", "--json"]
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PRODUCTS = ("--matrices.cutoff", "relative", "--matrices.block-size", "1024", "--matrices.solver")
 # As published for track 3, but for what stands here.
@@ -97,8 +98,7 @@ def made(row: Row, seconds: int) -> dict[str, Any]:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 
-    command = [sys.executable, "-m", "nanogpt", "plan", "--json", *row.plan]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run([*COMMAND, *row.plan], capture_output=True, text=True, preexec_fn=limit)
     label = {"row": row.name, **row._asdict()}
     if done.returncode == 0:
         return label | json.loads(done.stdout.splitlines()[-1])
@@ -123,7 +123,8 @@ def main() -> None:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(row.name, line.get("failed", "done"), flush=True)
-    write_tables(args.out / "hardware.md", read_rows(path))
+    found = read_rows(path)
+    write_tables(args.out / "hardware.md", [found[r.name] for r in ROWS if r.name in found])
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ rates. Nothing here ran on a GPU or TPU.
 
 {predictions}
 
+Where a compiler was asked (below), statistics, roots and communication are its figures; the
+others are the model's.
+
 ## What follows
 
 * Within a node the optimizer takes a few percent of the forward and backward pass of these batches,
@@ -60,6 +63,21 @@ blocks is better. Fewer owners, a group of mesh axes, are the remedy where it ma
 
 A bound above 1 means fewer blocks than owners: only smaller blocks, or a group of owners that is
 replicated over the other devices, helps there.
+
+## Against the compilers of GPUs and TPUs
+
+The update of 124M parameters in track 3's run, compiled without devices (docs/hardware.jsonl, rows
+of polynomial roots with blocks of 1024), of one device: what a step has more than its forward and
+backward pass, or the update alone. Each entry is predicted / compiled.
+
+{compiled}
+
+* Application and a refresh of the roots: the compiler's products also are those of probes, checks
+  and of blocks that fill up a stack. A TPU's program holds what is done where roots fail as well,
+  and of branches the dearest counts, so its roots stay the model's.
+* Bytes leave a device in a ring of all. The model's run gathers float32 updates of parameters that
+  are whole on every device; track 3's also sends blocks of gradients to their owners, and its
+  embedding travels in bfloat16.
 
 ## Against compiled programs
 
@@ -128,6 +146,22 @@ def _validation(record: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
     return table(["part", *(f"{n} devices" if n != "1" else "1 device" for n in record)], rows)
 
 
+def _compiled(pairs: Mapping[tuple[str, int], tuple[Mapping[str, float], ...]]) -> str:
+    def cell(key: str, unit: float, predicted: Mapping[str, float], known: Mapping[str, float]):
+        if key not in known:
+            return ""
+        ratio = f" = {predicted[key] / known[key]:.2f}" if known[key] else ""
+        return f"{predicted[key] / unit:,.4g} / {known[key] / unit:,.4g}{ratio}"
+
+    parts = {"statistics": 1e9, "others": 1e9, "bytes": 1e6}
+    rows = [
+        [device, str(n), *(cell(key, unit, *pair) for key, unit in parts.items())]
+        for (device, n), pair in pairs.items()
+    ]
+    heads = ("statistics, GFLOP", "application and a refresh, GFLOP", "sent, MB")
+    return table(["device", "devices", *heads], rows)
+
+
 def page(
     found: Mapping[str, Found],
     balances: Found,
@@ -135,6 +169,7 @@ def page(
     devices: Mapping[str, Any],
     models: Mapping[str, Any],
     efficiency: float,
+    pairs: Mapping[tuple[str, int], tuple[Mapping[str, float], ...]],
 ) -> str:
     """The page.
 
@@ -145,6 +180,7 @@ def page(
       devices: `Rates` by name.
       models: `Model` by name.
       efficiency: Assumed share of peak.
+      pairs: Predicted and compiled, by device and their number.
     """
     rates = table(
         [
@@ -184,5 +220,6 @@ def page(
         predictions="\n\n".join(f"### {d}\n\n{_predictions(f)}" for d, f in found.items()),
         balances=_balances(balances),
         validation=_validation(record["devices"]),
+        compiled=_compiled(pairs),
         **{k: record[k] for k in ("jax", "layers", "width")},
     )
