@@ -19,11 +19,29 @@ DECOMPOSITIONS = ("cusolver", "Eigh", "Qr", "syevd", "geqrf")
 
 
 def read_rows(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Rows of docs/hardware.jsonl by name."""
+    """Rows of docs/hardware.jsonl by name.
+
+    Forward and backward pass are those of the row of the same group that has them: they do not
+    depend on the optimizer.
+    """
     if not path.exists():
         return {}
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    rows = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    passes = {group(row): row for row in rows if "gradients" in row.get("programs", {})}
+    for row in rows:
+        programs, other = row.get("programs", {}), passes.get(group(row))
+        if "train" in programs and "gradients" not in programs and other:
+            own, shared = programs["train"], other["programs"]["gradients"]
+            more = max(own.get("temporary", 0) - shared["temporary"], 0)
+            row["temporary"] = other["temporary"] | {"optimizer": more}
+            # Compiled once: its seconds are the other row's.
+            programs["gradients"] = shared | {"cpu_s": 0.0}
     return {row["row"]: row for row in rows}
+
+
+def group(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What rows of one table have in common."""
+    return (row["target"], row["size"], *row["words"])
 
 
 def write_tables(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -44,8 +62,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table for each target, size and choice of words, in the order of the rows."""
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
-        group = (row["target"], row["size"], *row["words"])
-        groups.setdefault(group, []).append([row["method"], *_cells(row)])
+        groups.setdefault(group(row), []).append([row["method"], *_cells(row)])
     heads = [f"**{t}**, {size}, `{' '.join(words)}`" for t, size, *words in groups]
     pairs = zip(heads, groups.values(), strict=True)
     return "\n\n".join(f"{head.removesuffix(', ``')}\n\n{table(HEAD, c)}" for head, c in pairs)

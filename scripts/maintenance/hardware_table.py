@@ -16,11 +16,12 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-from scripts.maintenance.hardware_page import read_rows, write_tables
+from scripts.maintenance.hardware_page import group, read_rows, write_tables
 
 COMMAND = [sys.executable, "-m", "nanogpt", "plan", "--json"]
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PRODUCTS = ("--matrices.cutoff", "relative", "--matrices.block-size", "1024", "--matrices.solver")
+WHOLE = "Shampoo, polynomial, whole"
 # As published for track 3, but for what stands here.
 METHODS: dict[str, tuple[str, ...]] = {
     "AdamW": ("adamw",),
@@ -28,6 +29,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "Muon of track 3": ("muon_track3",),
     "Shampoo, eigh": ("shampoo",),
     "Shampoo, polynomial": ("shampoo", *PRODUCTS, "polynomial"),
+    WHOLE: ("shampoo", "--matrices.cutoff", "relative", "--matrices.solver", "polynomial"),
     "Shampoo, clip": ("shampoo", *PRODUCTS, "polynomial_clip"),
     "Shampoo, one-sided": ("shampoo", "--matrices.exponent", "smaller"),
     "SOAP": ("soap",),
@@ -61,17 +63,20 @@ class Row(NamedTuple):
         rows = () if "--data.microbatch-rows" in self.words else (
             "--data.microbatch-rows", str(16 * devices)
         )  # fmt: skip
+        # The others of a table take its first row's, see `read_rows`.
+        step = () if self in FIRST or "--programs" in self.words else ("--programs", "train")
         method = ("--optimizer", *METHODS[self.method])
-        return ["--target", self.target, *method, *SIZES[self.size], *rows, *self.words]
+        return ["--target", self.target, *method, *SIZES[self.size], *rows, *self.words, *step]
 
 
 FSDP = ("--mesh", "fsdp=8", "--data.microbatch-rows", "64")
 LAYERS = ("--layers", "2", "--data.microbatch-rows", "64")
 UPDATE = ("--programs", "update")
+LARGEST = ("--programs", "train", "--largest-microbatch")
 ON_TPUS = ("Shampoo, polynomial", "AdamW", "Muon of track 3")
 ROWS = (
     *(Row("h100:8", method) for method in METHODS),
-    *(Row("h100:1", method) for method in METHODS),
+    *(Row("h100:1", method) for method in METHODS if method != WHOLE),
     *(
         Row("h100:8", method, size, FSDP)
         for size in ("350M", "1.3B")
@@ -79,12 +84,13 @@ ROWS = (
     ),
     *(Row("v5e:2x4", method, "124M", LAYERS) for method in ON_TPUS),
     *(Row("v5e:2x4", method, "124M", UPDATE) for method in ON_TPUS),
-    *(Row("a100:8", method) for method in METHODS),
+    *(Row("a100:8", method) for method in METHODS if method != WHOLE),
     *(Row("v5p:2x2x2", method, "124M", LAYERS) for method in ON_TPUS),
     *(Row("v5p:2x2x2", method, "124M", UPDATE) for method in ON_TPUS),
     *(Row(target, method) for target in ("b200:8", "h200:8") for method in MAIN),
-    *(Row("h100:8", m, "124M", ("--largest-microbatch",)) for m in ("AdamW", "Shampoo, eigh")),
+    *(Row("h100:8", method, "124M", LARGEST) for method in ("AdamW", "Shampoo, eigh")),
 )
+FIRST = tuple({group(row._asdict()): row for row in reversed(ROWS)}.values())
 
 
 def made(row: Row, seconds: int) -> dict[str, Any]:
