@@ -97,12 +97,12 @@ def of_optimizer(row: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Products by arithmetic and bytes of exchanges by kind that the optimizer adds to a step.
 
     Args:
-      row: With the update alone, or with the step and its forward and backward pass.
+      row: With the update alone, or with the step and its forward and backward pass; otherwise
+        there is nothing.
     """
-    programs = row["programs"]
-    if "update" in programs:
-        whole, passes = programs["update"], {"flops": {}, "exchanges": {}}
-    else:
+    programs, nothing = row["programs"], {"flops": {}, "exchanges": {}}
+    whole, passes = programs.get("update", nothing), nothing
+    if "train" in programs and "gradients" in programs:
         whole, passes = programs["train"], programs["gradients"]
     flops = collections.Counter(whole["flops"])
     flops.subtract(passes["flops"])

@@ -33,7 +33,7 @@ def cells(path: pathlib.Path) -> dict[str, dict[int, Cell]]:
         kind = row["target"].partition(":")[0]
         whole = row["words"] in ([], ["--programs", "update"])
         if (row["method"], row["size"]) == (METHOD, SIZE) and whole and kind in names:
-            if "failed" not in row:
+            if "failed" not in row and of_optimizer(row)["flops"]:
                 device = names[kind]
                 found.setdefault(device, {})[row["devices"]] = _cell(row, DEVICES[device])
     return found
