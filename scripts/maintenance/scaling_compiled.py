@@ -24,8 +24,9 @@ def cells(path: pathlib.Path) -> dict[str, dict[int, Cell]]:
     Returns:
       FLOPs of `statistics`, the optimizer's only products of plain bfloat16 numbers, and of the
       `others`, application and one refresh of the roots; seconds of these at published rates;
-      `bytes` that leave the device in rings. Of TPUs no others: their program holds what is done
-      where roots fail, and of branches the dearest counts.
+      `bytes` that leave the device in rings. A program holds what is done where roots fail, and of
+      branches the dearest counts: on GPUs these are the products in full float32, but for thin
+      probes, and do not count here; on TPUs they cannot be told apart, so there are no others.
     """
     found: dict[str, dict[int, Cell]] = {}
     names = {kind: device for device, kind in KINDS.items()}
@@ -41,7 +42,7 @@ def cells(path: pathlib.Path) -> dict[str, dict[int, Cell]]:
 
 def _cell(row: Mapping[str, Any], rates: Rates) -> Cell:
     program = of_optimizer(row)
-    others = {kind: n for kind, n in program["flops"].items() if kind != "bf16"}
+    others = {k: n for k, n in program["flops"].items() if k not in ("bf16", "f32 highest")}
     moved = {kind: (0, int(size)) for kind, size in program["bytes"].items()}
     cell = {
         "statistics": program["flops"].get("bf16", 0.0),

@@ -72,9 +72,9 @@ backward pass, or the update alone. Each entry is predicted / compiled.
 
 {compiled}
 
-* Application and a refresh of the roots: the compiler's products also are those of probes, checks
-  and of blocks that fill up a stack. A TPU's program holds what is done where roots fail as well,
-  and of branches the dearest counts, so its roots stay the model's.
+* Application and a refresh of the roots: the compiler's products are also those of probes, and of
+  blocks that fill up a stack. Programs hold what is done where roots fail as well. On GPUs that is
+  left out; on TPUs it cannot be told apart, so their roots stay the model's.
 * Bytes leave a device in a ring of all. The model's run gathers float32 updates of parameters that
   are whole on every device; track 3's also sends blocks of gradients to their owners, and its
   embedding travels in bfloat16.

@@ -81,7 +81,7 @@ def _end(shapes: str) -> int:
     """Where the first tuple inside of a tuple ends.
 
     >>> _end("((f32[8]{0:T(8)}), f32[4])")
-    17
+    16
     """
     depth = 0
     for place, letter in enumerate(shapes):
