@@ -24,7 +24,9 @@ rates. Nothing here ran on a GPU or TPU.
   smaller models are replicated, so that whole float32 updates are gathered.
 * **Forward and backward** is 6 FLOPs a parameter and token, in bfloat16, at {tokens}.
 * **Memory** is state, float32 parameters and gradients, and a temporary copy; no activations.
-* Overlap, latencies, the reduction of gradients and the fallback by eigh are left out.
+* An **optimizer step** is the sum of its five parts: nothing overlaps. Compilers let little of the
+  communication overlap with products, see [hardware.md](hardware.md#how-to-read-a-plan).
+* Latencies, the reduction of gradients and what is done where roots fail are left out.
 
 ## Models
 
@@ -72,9 +74,10 @@ backward pass, or the update alone. Each entry is predicted / compiled.
 
 {compiled}
 
-* Application and a refresh of the roots: the compiler's products are also those of probes, and of
-  blocks that fill up a stack. Programs hold what is done where roots fail as well. On GPUs that is
-  left out; on TPUs it cannot be told apart, so their roots stay the model's.
+* On 8 devices an owner has stacks of 9 blocks, which go through the optimizer in two chunks of 5: one
+  block is computed twice. The model counts every block once.
+* Programs hold what is done where roots fail as well. On GPUs that is left out; on TPUs it cannot be
+  told apart, so their roots stay the model's.
 * Bytes leave a device in a ring of all. The model's run gathers float32 updates of parameters that
   are whole on every device; track 3's also sends blocks of gradients to their owners, and its
   embedding travels in bfloat16.
@@ -115,12 +118,15 @@ def _predictions(found: Found) -> str:
             if n not in (1, 8, 64, 512, 4096):
                 continue
             times = [f"{1e3 * p[part]:.3g}" for part in parts]
+            step = sum(p[part] for part in parts if part != "model")
+            times += [f"{1e3 * step:.3g}", f"{step / p['model']:.2g}"]
             sizes = [f"{p[k] / 1e9:.3g}" for k in ("state_bytes", "memory")]
             rows.append([model, str(n), *times, *sizes, f"{p['padding']:.0%}"])
     return table(
         [
             *("model", "devices", "statistics, ms", "application, ms", "roots, ms", "state, ms"),
-            *("communication, ms", "forward and backward, ms", "state, GB", "memory, GB"),
+            *("communication, ms", "forward and backward, ms", "optimizer step, ms"),
+            *("of forward and backward", "state, GB", "memory, GB"),
             "roots of zero blocks",
         ],
         rows,
