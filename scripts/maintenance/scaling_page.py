@@ -74,10 +74,10 @@ backward pass, or the update alone. Each entry is predicted / compiled.
 
 {compiled}
 
-* On 8 devices an owner has stacks of 9 blocks, which go through the optimizer in two chunks of 5: one
-  block is computed twice. The model counts every block once.
-* Programs hold what is done where roots fail as well. On GPUs that is left out; on TPUs it cannot be
-  told apart, so their roots stay the model's.
+* On 8 devices an owner has stacks of 9 blocks, which go through the optimizer in two chunks of 5:
+  one block is computed twice. The model counts every block once.
+* Programs hold what is done where roots fail as well. On GPUs that is left out; on TPUs it cannot
+  be told apart, so their roots stay the model's.
 * Bytes leave a device in a ring of all. The model's run gathers float32 updates of parameters that
   are whole on every device; track 3's also sends blocks of gradients to their owners, and its
   embedding travels in bfloat16.
