@@ -256,13 +256,13 @@ TOTALS = {
     "shampoo_jax/parts": 1345,
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 1160,
-    "shampoo_jax/inspect": 1370,
-    "nanogpt/config": 570,
+    "shampoo_jax/inspect": 1420,
+    "nanogpt/config": 575,
     "nanogpt/model": 300,
     "nanogpt/optimizers": 690,
-    "nanogpt/train": 2395,
-    "nanogpt/report": 1085,
-    "nanogpt/lab": 1515,
+    "nanogpt/train": 2460,
+    "nanogpt/report": 1080,
+    "nanogpt/lab": 1535,
 }
 
 

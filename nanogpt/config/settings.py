@@ -233,8 +233,9 @@ class ShampooConfig(FactorConfig):
     b2: float = 0.9  # decay of the factors
     # Keep eigenvalues > n*eps*max, or > 0; "shift" adds damping to all instead.
     cutoff: Literal["relative", "positive", "shift"] = "relative"
-    # Of the inverse roots; polynomial: by products alone, with cutoff "relative".
-    solver: Literal["eigh", "polynomial"] = "eigh"
+    # Of the inverse roots; polynomial: by products alone, with cutoff "relative"; polynomial_clip:
+    # likewise, raising small eigenvalues to the cutoff, for fewer products.
+    solver: Literal["eigh", "polynomial", "polynomial_clip"] = "eigh"
     every: int = 1  # steps between refreshes of the inverse roots
     block_size: int = 1024  # largest edge of a block
     graft_b2: float = 0.9  # decay of the grafted Adam's second moment
@@ -252,10 +253,11 @@ class ShampooConfig(FactorConfig):
     def __post_init__(self):
         super().__post_init__()
         spectral = self.cutoff != "relative" or self.statistics == "corrected"
-        if self.solver == "polynomial" and spectral:
+        if self.solver != "eigh" and spectral:
             raise ValueError(
-                f"solver='polynomial' with cutoff={self.cutoff!r}, statistics={self.statistics!r}: "
-                "it knows no eigenvalues, set cutoff='relative' and other statistics."
+                f"solver={self.solver!r} with cutoff={self.cutoff!r}, "
+                f"statistics={self.statistics!r}: it knows no eigenvalues, set cutoff='relative' "
+                "and other statistics."
             )
         if self.cross_fit and self.statistics == "batch":
             raise ValueError(

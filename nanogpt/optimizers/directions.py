@@ -104,13 +104,21 @@ def muon(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformat
     return optax.chain(scaled, scale_by_aspect())
 
 
-def muon_track3(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
-    """The benchmark's Muon: its own momentum, then Newton-Schulz."""
+def muon_track3(settings: MuonConfig, placement: Placement = None) -> optax.GradientTransformation:
+    """The benchmark's Muon: its own momentum, then Newton-Schulz.
+
+    On a mesh every device orthogonalizes whole matrices of its own. Left to the compiler, each of
+    the products is spread over all devices, and its operands are sent for it.
+    """
     average = nesterov_ema(settings.b1)
     if settings.b1_warmup:
         rise = optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
         average = optax.inject_hyperparams(nesterov_ema)(b1=rise)
-    return optax.chain(average, _newton_schulz(settings, eps=1e-7), scale_by_aspect())
+    polar = _newton_schulz(settings, eps=1e-7)
+    if placement is not None:
+        whole: Any = {"blocking": shampoo_jax.Blocking(size=None), "placement": placement}
+        polar = shampoo_jax.blocked(polar, chunk="auto", **whole).inner
+    return optax.chain(_split(average, placement), polar, scale_by_aspect())
 
 
 def pmuon(settings: PMuonConfig, placement: Placement = None) -> optax.GradientTransformation:

@@ -79,7 +79,7 @@ def init_state(
 
 
 def summed_loss(
-    graphdef: nnx.GraphDef, params: optax.Params, batch: Batch
+    graphdef: nnx.GraphDef, params: optax.Params, batch: Batch, layout: Layout | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the cross entropy over all tokens of a batch, twice.
 
@@ -87,6 +87,7 @@ def summed_loss(
         graphdef: The model's static part.
         params: Its parameters.
         batch: {"inputs", "targets"}, int32 (rows, T).
+        layout: Where the batch lies on a mesh.
 
     Returns:
         The sum to differentiate, and the same sum, pairwise, to report.
@@ -94,7 +95,9 @@ def summed_loss(
     raw_BxTxV = nnx.merge(graphdef, params).raw_logits(batch["inputs"])
     raw_NxV = raw_BxTxV.reshape(-1, raw_BxTxV.shape[-1])
     losses_N = token_losses(raw_NxV, batch["targets"].ravel())
-    return losses_N.sum(), pairwise_sum(losses_N)
+    # Halving what lies on many devices would send a little at every halving.
+    whole_N = losses_N if layout is None else layout.gathered(losses_N)
+    return losses_N.sum(), pairwise_sum(whole_N)
 
 
 def make_train_step(
@@ -125,19 +128,7 @@ def make_train_step(
         of that mean, of a guarded optimizer "skipped" and "skipped_in_a_row", and of one that
         counts them "refreshed", bases so far.
     """
-    sums, keep = functools.partial(_sums, graphdef), config.matrices.reads_microbatches
-
-    def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates, Any]:
-        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        rows, kept = config.data.microbatch_rows, None
-        if layout is not None and layout.scatter_gradients:
-            piece = rows // layout.mesh.size
-            total, grads = layout.summed(lambda p, b: sums(p, b, piece, None)[0], wide, batch)
-        else:
-            (total, grads), kept = sums(wide, batch, rows, layout, keep)
-            grads = grads if layout is None else layout.pin(grads)
-        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), kept
-
+    gradients = make_gradients(graphdef, config, layout)
     update = optax.with_extra_args_support(tx).update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -163,6 +154,35 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def make_gradients(
+    graphdef: nnx.GraphDef, config: Config, layout: Layout | None = None
+) -> Callable[[optax.Params, Batch], tuple[jax.Array, optax.Updates, Any]]:
+    """Builds the forward and backward pass of a step, to be called in a jitted function.
+
+    Args:
+        graphdef: The model's static part, from `init_state`.
+        config: The run; `data.microbatch_rows` rows go through the model at a time.
+        layout: Where parameters and batches lie on a mesh.
+
+    Returns:
+        Function (params, batch) -> (summed loss, gradients, those of each microbatch or None).
+    """
+    sums, keep = functools.partial(_sums, graphdef), config.matrices.reads_microbatches
+
+    def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates, Any]:
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        rows, kept = config.data.microbatch_rows, None
+        if layout is not None and layout.scatter_gradients:
+            piece = rows // layout.mesh.size
+            total, grads = layout.summed(lambda p, b: sums(p, b, piece, None)[0], wide, batch)
+        else:
+            (total, grads), kept = sums(wide, batch, rows, layout, keep)
+            grads = grads if layout is None else layout.pin(grads)
+        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), kept
+
+    return gradients
+
+
 def _sums(
     graphdef: nnx.GraphDef, wide: optax.Params, batch: Batch, rows: int, layout: Layout | None,
     keep: bool = False,
@@ -174,7 +194,7 @@ def _sums(
 
     def accumulate(carry, piece):
         def loss(p: optax.Params):
-            return summed_loss(graphdef, p, piece)
+            return summed_loss(graphdef, p, piece, layout)
 
         (_, total), grads = jax.value_and_grad(loss, has_aux=True)(wide)
         times = jax.tree.map(lambda g: g * count, grads) if keep else None
@@ -231,7 +251,7 @@ def make_eval_step(
 
     def evaluate(params: optax.Params, batch: Batch) -> jax.Array:
         pieces = _microbatches(batch, config.data.microbatch_rows, layout)
-        sums = jax.lax.map(lambda piece: summed_loss(graphdef, params, piece)[1], pieces)
+        sums = jax.lax.map(lambda piece: summed_loss(graphdef, params, piece, layout)[1], pieces)
         return pairwise_sum(sums)
 
     return jax.jit(evaluate)
