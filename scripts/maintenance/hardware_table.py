@@ -99,7 +99,6 @@ def made(row: Row, seconds: int) -> dict[str, Any]:
       row: Which.
       seconds: Processor time it may take.
     """
-
     # By a shell: jax warns of functions that run between fork and exec.
     limited = ["sh", "-c", f'ulimit -t {seconds}; exec "$@"', "sh", *COMMAND, *row.plan]
     done = subprocess.run(limited, capture_output=True, text=True)
