@@ -22,7 +22,7 @@ Axes = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 class Sweep:
     """What a sweep tries."""
 
-    preset: str = "cpu"  # where settings start: track3, cpu or board
+    preset: str = "cpu"  # where settings start, as of `nanogpt train`
     config: str | None = None  # file with settings of all trials, in YAML or JSON
     optimizers: tuple[str, ...] = DEMO  # as in the preset
     grid: Axes = ()  # values of a setting, NAME=A,B,...

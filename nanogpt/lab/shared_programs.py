@@ -118,7 +118,7 @@ def _program(config: Config) -> Callable[..., dict[str, jax.Array]]:
         params = draw_params(config.model, key)
         state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
         state, told = jax.lax.scan(make_train_step(structure, tx, config), state, batches)
-        sums = jax.lax.map(lambda batch: evaluate(state.params, batch), scored)
+        sums = jax.lax.map(lambda batch: evaluate(state.params, batch, state.step), scored)
         loss = sums.sum() / scored["targets"].size
         counts = {name: x.max() for name, x in told.items() if name not in ("loss", "grad_norm")}
         return counts | {"first": told["loss"][0], "last": loss}

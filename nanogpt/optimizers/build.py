@@ -25,9 +25,9 @@ from nanogpt.optimizers.transfer import of_base
 
 ROUTES: tuple[tuple[str, str], ...] = (
     (r"blocks/\d+/(attn|mlp)/\w+/kernel", "matrices"),
-    (r"embed/embedding", "embed"),
+    (r"(embed|value_embeds/\d+)/embedding", "embed"),
     (r"head/kernel", "head"),
-    (r"(.*/)?(bias|scale)", "vectors"),
+    (r"(.*/)?(bias|scale)|scalars", "vectors"),
 )
 
 
@@ -98,7 +98,7 @@ def build_optimizer(
         placement: Splits the state over the devices of a mesh: Shampoo's blocks, AdamW's moments.
 
     Returns:
-        Optax transformation of summed gradients with updates in float32; its state is an
+        Optax transformation of gradients, those of `config.loss`, with updates in float32; its state is an
         `optax.ApplyIfFiniteState`. Its update takes `obj_fn`, the summed loss as a function of all
         parameters; only directions that ask for it need it.
 
@@ -123,7 +123,8 @@ def build_optimizer(
     grouped = optax.partition(transforms, labels)
     if config.clip_norm is not None:
         tokens = config.data.batch_rows * config.model.sequence_length
-        grouped = optax.chain(optax.clip_by_global_norm(config.clip_norm * tokens), grouped)
+        norm = config.clip_norm * (1 if config.loss == "mean" else tokens)
+        grouped = optax.chain(optax.clip_by_global_norm(norm), grouped)
     grouped = optax.chain(grouped, *_around(config, placement)) if _around(config) else grouped
     # The guard widens parameters; moments are stored in the precision of the parameters themselves.
     stored = optax.GradientTransformationExtraArgs(

@@ -108,9 +108,13 @@ def muon_track3(settings: MuonConfig, _: Placement = None) -> optax.GradientTran
     """The benchmark's Muon: its own momentum, then Newton-Schulz."""
     average = nesterov_ema(settings.b1)
     if settings.b1_warmup:
-        rise = optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
-        average = optax.inject_hyperparams(nesterov_ema)(b1=rise)
+        average = optax.inject_hyperparams(nesterov_ema)(b1=momentum_schedule(settings))
     return optax.chain(average, _newton_schulz(settings, eps=1e-7), scale_by_aspect())
+
+
+def momentum_schedule(settings: MuonConfig) -> optax.Schedule:
+    """The decay of the benchmark's Muon at every step, which rises from 0.85."""
+    return optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
 
 
 def pmuon(settings: PMuonConfig, placement: Placement = None) -> optax.GradientTransformation:

@@ -84,7 +84,7 @@ def plan_run(config: Config, target: Target, largest: bool = False) -> dict[str,
     rows = abstract_batch(config, layout, config.data.microbatch_rows)
     programs = {
         "train": compile_train(config, layout, target),
-        "evaluation": compile_for(target, evaluation, (state.params, rows)),
+        "evaluation": compile_for(target, evaluation, (state.params, rows, state.step)),
     }
     found = (
         {"largest_microbatch_rows": largest_microbatch(config, layout, target)} if largest else {}
