@@ -19,6 +19,7 @@ import shampoo_jax
 from nanogpt.config import presets
 from nanogpt.config.run import Config
 from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig, SoapMuonConfig
+from nanogpt.optimizers.decay import decay_by_factor
 from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam, uncorrected_adam
 from nanogpt.optimizers.schedules import learning_rate, lookahead_schedule, matrices_schedule
 from nanogpt.optimizers.transfer import of_base
@@ -195,6 +196,10 @@ def descent(matrices: MatrixConfig, rate: optax.Schedule) -> list[optax.Gradient
     if isinstance(matrices, SoapMuonConfig):
         steps = optax.chain(optax.scale_by_learning_rate(rate), shampoo_jax.keep_radius())
         return [shampoo_jax.cautious_decay(matrices.weight_decay, rate, steps)]
+    if isinstance(matrices, MuonConfig) and matrices.factor_decay:
+        more, own = matrices.mlp_decay * matrices.weight_decay, matrices.weight_decay
+        decay_of = lambda p: jax.tree.map(lambda mlp: more if mlp else own, _in_mlp(p))  # noqa: E731
+        return [optax.scale_by_learning_rate(rate), decay_by_factor(rate, decay_of)]
     parts = [optax.add_decayed_weights(matrices.weight_decay)]
     if isinstance(matrices, MuonConfig) and matrices.mlp_decay != 1:
         more = matrices.weight_decay * (matrices.mlp_decay - 1)
