@@ -152,10 +152,8 @@ def make_train_step(
         else:
             (total, grads), kept = sums(wide, batch, rows, layout, keep)
             grads = grads if layout is None else layout.pin(grads)
-        parts = batch["targets"].size if config.loss == "mean" else 1
-        grads = jax.tree.map(lambda g, p: (g / parts).astype(p.dtype), grads, params)
-        kept = jax.tree.map(lambda g: g / parts, kept)
-        return total, grads, kept
+        grads, kept = jax.tree.map(lambda g: g / _parts(batch, config), (grads, kept))
+        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), kept
 
     update = optax.with_extra_args_support(tx).update
 
@@ -164,14 +162,13 @@ def make_train_step(
         total, grads, kept = gradients(state.params, batch)
         further = {} if kept is None else {"further": {"microbatches": kept}}
         tokens = batch["targets"].size
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(grads) * _parts(batch, config)
         objective = _objective(batch, config, layout)
         updates, opt_state = update(
             grads, state.opt_state, state.params, obj_fn=objective, **further
         )
         params = optax.apply_updates(state.params, updates)
-        norm = norm if config.loss == "mean" else norm / tokens
-        metrics = {"loss": total / tokens, "grad_norm": norm}
+        metrics = {"loss": total / tokens, "grad_norm": norm / tokens}
         if isinstance(opt_state, optax.ApplyIfFiniteState):
             metrics["skipped"] = opt_state.total_notfinite
             metrics["skipped_in_a_row"] = opt_state.notfinite_count
@@ -223,9 +220,14 @@ def _objective(
             return summed_loss(graphdef, params, piece)[0]
 
         total = jax.lax.map(loss, _microbatches(batch, config.data.microbatch_rows, layout)).sum()
-        return total / batch["targets"].size if config.loss == "mean" else total
+        return total / _parts(batch, config)
 
     return objective
+
+
+def _parts(batch: Batch, config: Config) -> int:
+    """What the loss that optimizers see is divided by."""
+    return batch["targets"].size if config.loss == "mean" else 1
 
 
 def _microbatches(batch: Batch, rows: int, layout: Layout | None) -> Batch:

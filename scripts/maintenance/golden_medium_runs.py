@@ -107,7 +107,7 @@ def _configuration(
     )
     return dataclasses.replace(
         base,
-        model=configuration(config),
+        model=configuration(config, attention="auto"),
         data=data,
         schedule=schedule,
         val_every=val_every,
