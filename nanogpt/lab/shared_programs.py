@@ -1,5 +1,4 @@
-"""Trials that share one compiled program: those that differ in seed, and in the matrices' rate or
-in one factor of all others.
+"""Trials that share one compiled program: they differ in seed, matrices' rate, a factor of others.
 
 A run of a second or two costs ten times as much when every learning rate is a program of its own.
 """

@@ -131,7 +131,9 @@ class MediumGPT(nnx.Module):
         """Draws the weights from the `params` stream of `rngs`."""
         config = config.scaled()
         self.embed = Embed(config, rngs)
-        self.value_embeds = nnx.List([Embed(config, rngs) for _ in range(len(set(VALUES.values())))])
+        self.value_embeds = nnx.List(
+            [Embed(config, rngs) for _ in range(len(set(VALUES.values())))]
+        )
         layers = range(config.num_layers)
         self.blocks = nnx.List([MediumBlock(config, rngs, layer) for layer in layers])
         columns = config.head_columns or config.vocab_size

@@ -97,11 +97,11 @@ def attend_banded(
         Array (B, T, N, H) of the dtype of the values.
     """
     count = min(most, q_BxTxNxH.shape[1] // block)
-    heads = [_in_blocks(x, block) for x in (q_BxTxNxH, k_BxTxNxH, v_BxTxNxH)]
+    q, k, v = (_in_blocks(x, block) for x in (q_BxTxNxH, k_BxTxNxH, v_BxTxNxH))
     owners = documents_BxT.reshape(len(documents_BxT), 1, -1, block)
     number = jnp.clip(window, 1, count)
     attend = _by_scan if twice else _by_loop
-    out_BxNxMxCxH = attend(count, scale, *heads, owners, number)
+    out_BxNxMxCxH = attend(count, scale, q, k, v, owners, number)
     return out_BxNxMxCxH.transpose(0, 2, 3, 1, 4).reshape(q_BxTxNxH.shape)
 
 

@@ -99,8 +99,8 @@ def build_optimizer(
         placement: Splits the state over the devices of a mesh: Shampoo's blocks, AdamW's moments.
 
     Returns:
-        Optax transformation of gradients, those of `config.loss`, with updates in float32; its state is an
-        `optax.ApplyIfFiniteState`. Its update takes `obj_fn`, the summed loss as a function of all
+        Optax transformation of gradients of the run's loss, with updates in float32; its state is
+        an `optax.ApplyIfFiniteState`. Its update takes `obj_fn`, that loss as a function of all
         parameters; only directions that ask for it need it.
 
     Raises:

@@ -48,4 +48,6 @@ def decay_by_factor(
         count = optax.safe_increment(state.count)
         return jax.tree.map(decayed, updates, params, decay_of(params)), FactorDecayState(count)
 
-    return optax.GradientTransformation(lambda _: FactorDecayState(jnp.zeros([], jnp.int32)), update)
+    return optax.GradientTransformation(
+        lambda _: FactorDecayState(jnp.zeros([], jnp.int32)), update
+    )

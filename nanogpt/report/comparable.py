@@ -136,7 +136,7 @@ def common_track(published: Sequence[str], starts: Starts) -> str | None:
     for name, left in departures.items():
         if left:
             raise ValueError(
-                f"{name} cannot be compared with {known[0]}: it has {left}. Name runs of the curve's "
-                "track, or leave the curve out."
+                f"{name} cannot be compared with {known[0]}: it has {left}. Name runs of the "
+                "curve's track, or leave the curve out."
             )
     return track

@@ -58,9 +58,9 @@ def abstract_step(config: Config, layout: Layout) -> tuple[Any, TrainState, Any]
     return step, state, abstract_batch(config, layout, config.data.batch_rows)
 
 
-def abstract_batch(config: Config, layout: Layout, rows: int) -> Any:
-    """Shapes of a batch of so many rows, where they lie."""
-    shape = (rows, config.model.sequence_length)
+def abstract_batch(config: Config, layout: Layout, rows: int, length: int | None = None) -> Any:
+    """Shapes of a batch of so many rows, of this length or training's, where they lie."""
+    shape = (rows, length or config.model.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.rows)
     return {"inputs": tokens, "targets": tokens}
 
@@ -81,7 +81,7 @@ def plan_run(config: Config, target: Target, largest: bool = False) -> dict[str,
     assert layout is not None  # there is a mesh
     _, state, _ = abstract_step(config, layout)
     evaluation = make_eval_step(model_structure(config.model), config, layout)
-    rows = abstract_batch(config, layout, config.data.microbatch_rows)
+    rows = abstract_batch(config, layout, config.data.microbatch_rows, config.data.val_length)
     programs = {
         "train": compile_train(config, layout, target),
         "evaluation": compile_for(target, evaluation, (state.params, rows, state.step)),

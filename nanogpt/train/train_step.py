@@ -254,9 +254,7 @@ def make_eval_step(
         step, 0 if left out, decides the window of attention.
     """
 
-    def evaluate(
-        params: optax.Params, batch: Batch, step: jax.typing.ArrayLike = 0
-    ) -> jax.Array:
+    def evaluate(params: optax.Params, batch: Batch, step: jax.typing.ArrayLike = 0) -> jax.Array:
         batch = at_step(batch, config, step)
         pieces = _microbatches(batch, config.data.microbatch_rows, layout)
         sums = jax.lax.map(lambda piece: summed_loss(graphdef, params, piece)[1], pieces)

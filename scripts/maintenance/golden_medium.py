@@ -1,13 +1,13 @@
-"""Replays recordings of the benchmark's medium track: its masks, loader, schedules, model, training.
+"""Replays recordings of the medium track: its masks, loader, schedules, model, optimizers, runs.
 
 Seven layouts, told by what they hold; sizes, token ids, windows, steps and rates are those of the
 file. Parameters are recorded once, in a file of the layout of `model_fp32.npz`; the layouts of
 `model_bf16.npz` and `train_e2e.npz` read the one beside them. Shards of a loader lie in the folder
 `loader_shards` beside it. What a file says of the script that this code fixes (scale, eps, layers)
-must be what is fixed, or the file is refused. Tolerances are those that came with the recordings.
+must be what is fixed, or the file is refused. Tolerances came with the recordings.
 
-Not compared: the hidden matrices of AdamW in bfloat16, losses by rank, whose mean is, and whole runs
-in bfloat16, for which no tolerance was given.
+Not compared: the hidden matrices of AdamW in bfloat16, losses by rank, whose mean is, and whole
+runs in bfloat16, for which no tolerance was given.
 """
 
 import json

@@ -1,14 +1,16 @@
 """Masks, batches and schedules of the medium track against recorded ones; all but rates exact."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import data_pipeline
 from nanogpt.config.presets import preset
@@ -17,29 +19,59 @@ from nanogpt.model import medium, windows
 from nanogpt.optimizers.directions import momentum_schedule
 from nanogpt.optimizers.schedules import eta, window_schedule
 from nanogpt.train.loop import validation_due
-from nanogpt.train.train_step import abstract_params, draw_params
+from nanogpt.train.train_step import abstract_params
 from scripts.maintenance.golden_format import refuse
-from scripts.maintenance.parity.measurement import Measurement
+from scripts.maintenance.parity.measurement import Measurement, largest
 
 Data = Mapping[str, np.ndarray]
 EXACT = 1e-12  # of rates and momenta
+MEANS = 1e-5  # of normal values over keys: one key more among 3456 changes them by 3e-4
 
 
-def masks(_: Path, z: Data) -> Iterator[Measurement]:
-    """First key of every query, which keys are in between, and the script's counts of blocks."""
+def masks(_: Path, z: Data, only: Sequence[str] = ()) -> Iterator[Measurement]:
+    """First key of every query, which keys are in between, and the script's counts of blocks.
+
+    Attention by blocks has no mask to compare: it is given equal scores and random values, whose
+    means over the recorded keys it has to return.
+
+    Args:
+        z: the file.
+        only: sequences; none for all.
+    """
     config = json.loads(str(z["config"]))
     block = config["block"]
-    for name in {key.partition("__")[0]: None for key in z if key.endswith("__first_key")}:
+    found = {key.partition("__")[0]: None for key in z if key.endswith("__first_key")}
+    for name in only or found:
         tokens = jnp.asarray(z[f"{name}__tokens"].astype(np.int32))[None]
         owners = windows.documents(tokens, config["eot"])
         sizes = config["windows" if name in config["sequences"] else "big_windows"]
         keep = jax.jit(lambda owners, size: windows.allowed(owners, size, block)[0])
-        wrong = 0
-        for i, size in enumerate(sizes):
-            for j, short in enumerate((False, True)):
-                ours = np.asarray(keep(owners, size // 2 if short else size))
-                wrong += _wrong(ours, z, name, (i, j), block)
+        values, means = _means(owners, block, max(sizes))
+        wrong, off = 0, 0.0
+        for case in itertools.product(range(len(sizes)), (0, 1)):
+            size = sizes[case[0]] // (1 + case[1])
+            ours = np.asarray(keep(owners, size))
+            wrong += _wrong(ours, z, name, case, block)
+            sums = np.concatenate([np.zeros((1, values.shape[1])), values.cumsum(0)])
+            first, at = z[f"{name}__first_key"][case].astype(int), np.arange(len(values))
+            theirs = (sums[at + 1] - sums[first]) / (at + 1 - first)[:, None]
+            off = max(off, largest(means(size), theirs))
         yield Measurement(f"masks {name}", "entries that differ", float(wrong), 0)
+        yield Measurement(f"masks {name}", "means over keys by blocks", off, MEANS)
+
+
+def _means(
+    owners: jax.Array, block: int, most: int
+) -> tuple[np.ndarray, Callable[[int], jax.Array]]:
+    """Random values, and what attention by blocks makes of them where all scores are equal."""
+    values = np.random.default_rng(0).normal(size=(owners.shape[1], 8))
+    heads = jnp.asarray(values, jnp.float32)[None, :, None]
+    attend = jax.jit(
+        lambda size: windows.attend_banded(
+            0 * heads, 0 * heads, heads, owners, size, block=block, most=most, scale=1.0
+        )[0, :, 0]
+    )
+    return values, attend
 
 
 def _wrong(ours: np.ndarray, z: Data, name: str, case: tuple[int, int], block: int) -> int:
@@ -64,8 +96,11 @@ def loader(path: Path, z: Data) -> Iterator[Measurement]:
     for file in paths:
         if not file.exists():
             raise ValueError(f"{file} is missing: the shards have to lie beside the recording.")
-    order = {"sequence_length": meta["seq"], "batch_rows": world, "mode": "sequential"}
-    places = [{"rank": 0, "world": 1}, *({"rank": r, "world": world} for r in range(world))]
+    order: Any = {"sequence_length": meta["seq"], "batch_rows": world, "mode": "sequential"}
+    places: list[Any] = [
+        {"rank": 0, "world": 1},
+        *({"rank": r, "world": world} for r in range(world)),
+    ]
     for place in places:
         iterator = data_pipeline.train_batches(paths, **order, **place)
         batches = [dict(batch) for batch in iterator]
@@ -80,7 +115,9 @@ def loader(path: Path, z: Data) -> Iterator[Measurement]:
     yield Measurement("loader", "positions that hold other tokens", float(wrong), 0)
     scored = data_pipeline.shard_paths(folder, "val")[0]
     sizes = {"sequence_length": meta["val_seq"], "val_tokens": z["val_inputs"].size, "rows": world}
-    yield from _batches("loader", list(data_pipeline.val_batches(scored, **sizes)), z, "val", slice(None))
+    yield from _batches(
+        "loader", list(data_pipeline.val_batches(scored, **sizes)), z, "val", slice(None)
+    )
 
 
 def _batches(name: str, batches: Any, z: Data, kind: str, ranks: slice) -> Iterator[Measurement]:
@@ -96,23 +133,29 @@ def schedules(table: Mapping[str, Any]) -> Iterator[Measurement]:
     """Rates, momenta, windows, validations by length of the run, and what full size means."""
     run = preset("medium", "muon_mlp_decay")
     for steps, recorded in table["schedules"].items():
-        yield from _schedule(run, int(steps), recorded)
-    yield from _layers(table)
+        yield from schedule(run, int(steps), recorded)
+    yield from layers(table)
     yield from _sizes(run, table)
     yield from _groups(table["groups"])
 
 
-def _schedule(run: Config, steps: int, recorded: Mapping[str, Any]) -> Iterator[Measurement]:
+def schedule(run: Config, steps: int, recorded: Mapping[str, Any]) -> Iterator[Measurement]:
+    """Rates, momenta, windows and validations of one length.
+
+    Args:
+        run: of the preset.
+        steps: the length.
+        recorded: of the file.
+    """
     name = f"schedule {steps}"
     at = np.array(recorded["steps"])
-    schedule = dataclasses.replace(run.schedule, steps=steps)
-    run = dataclasses.replace(run, schedule=schedule)
+    run = dataclasses.replace(run, schedule=dataclasses.replace(run.schedule, steps=steps))
     warm = dataclasses.replace(
-        schedule, warmup_steps=recorded["adamw_warmup_steps"], warmup_from=0.0
+        run.schedule, warmup_steps=recorded["adamw_warmup_steps"], warmup_from=0.0
     )
     with jax.enable_x64(True):
         rates = {
-            "eta": eta(at, schedule),
+            "eta": eta(at, run.schedule),
             "adamw_eta": eta(at, warm),
             "momentum": momentum_schedule(run.matrices)(at),  # type: ignore[arg-type]
         }
@@ -132,7 +175,12 @@ def _schedule(run: Config, steps: int, recorded: Mapping[str, Any]) -> Iterator[
         yield Measurement(name, what, float(ours != theirs), 0)
 
 
-def _layers(table: Mapping[str, Any]) -> Iterator[Measurement]:
+def layers(table: Mapping[str, Any]) -> Iterator[Measurement]:
+    """Which layers have what.
+
+    Args:
+        table: of the file.
+    """
     rule = table["window_rule"]
     pairs = {
         "long_layers": (list(medium.LONG), rule["long_layers"]),
@@ -162,13 +210,11 @@ def _sizes(run: Config, table: Mapping[str, Any]) -> Iterator[Measurement]:
     theirs = {k: v for k, v in table["parameter_counts_full_size"].items() if k != "tensors"}
     yield Measurement("schedule", "numbers of parameters", float(ours != theirs), 0)
     d, init = run.model.model_dim, table["init"]
-    small = dataclasses.replace(
-        run.model, vocab_size=256, head_columns=256, sequence_length=128, mlp_dim=d, head_dim=d
-    )
-    drawn = jax.tree.map(np.asarray, jax.jit(lambda: draw_params(small, 0)["blocks"][0])())
+    small = dataclasses.replace(run.model, mlp_dim=d)
+    drawn: Any = nnx.to_pure_dict(nnx.state(medium.MediumBlock(small, nnx.Rngs(0), 0), nnx.Param))
     expected = init["mlp.fc_w"]
     for kernel in (drawn["attn"]["q"], drawn["mlp"]["fc"]):
-        x = kernel["kernel"]
+        x = np.asarray(kernel["kernel"])
         # A bound of bfloat16 values is rounded to the next of them.
         above = max(0.0, float(np.abs(x).max()) / expected["measured_max"] - 1)
         yield Measurement("schedule", "start beyond its bound, relative", above, 1e-6)

@@ -219,7 +219,8 @@ def _gradients(
         key = "scalars" if n == "scalars" else "norm"
         off = np.abs(probe(own[n]) - probed).max() / (norm or 1)
         worst["probe"] = max(worst["probe"], off)
-        worst[key] = max(worst[key], abs(np.linalg.norm(own[n]) / (norm or 1) - bool(norm)))
+        length = float(np.linalg.norm(own[n]))
+        worst[key] = max(worst[key], abs(length / (norm or 1) - bool(norm)))
         if f"{case}__grad_absmax" in z:
             most = z[f"{case}__grad_absmax"][i]
             off = abs(np.abs(own[n]).max() / (most or 1) - bool(most))
@@ -261,7 +262,7 @@ def _start(
     params = tree(model, start_of(tensors, z["init_scalars"]))
     for case in (case for case in _cases(z) if case.startswith("init_")):
         name, window = f"model_fp32 {case}", jnp.int32(case.partition("_W")[2])
-        (_, told), grads = programs["A"](params, window)
+        (_, told), grads = next(iter(programs.values()))(params, window)
         own = tensors_of(grads)
         head = own.pop("lm_head_w")
         yield Measurement(name, "loss", largest(told["loss"], z[f"{case}__loss"]), WIDE["loss"])
@@ -305,7 +306,10 @@ def _dtypes(z: Data, run: Callable, params: Any) -> Iterator[Measurement]:
     told = {key: told[name].dtype.name for key, name in names.items()}
     theirs = {k: v.removeprefix("torch.") for k, v in json.loads(str(z["dtypes"])).items()}
     yield Measurement("model_bf16", "dtypes that differ", float(told != theirs), 0)
-    stored = {"embed.weight": grads["embed"]["embedding"].dtype.name, "lm_head_w": grads["head"]["kernel"].dtype.name}
+    stored = {
+        "embed.weight": grads["embed"]["embedding"].dtype.name,
+        "lm_head_w": grads["head"]["kernel"].dtype.name,
+    }
     for name, ours in stored.items():
         kind = json.loads(str(z["grad_dtypes"]))[name].removeprefix("torch.")
         yield Measurement("model_bf16", f"dtype of {name}'s gradient", float(ours != kind), 0)

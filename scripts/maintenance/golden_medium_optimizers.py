@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,33 @@ MUON = {"f32ns": (1e-6, 1e-7, 1e-6), "bf16ns": (3e-3, 1e-3, 2e-2)}
 NS = {"f32": (5e-6, 5e-5), "bf16": (0.02, 0.3)}  # the second of what has not full rank
 STEP = {"embed": 3e-6}  # of AdamW's parameters after each step; others:
 OTHERS = 5e-7
-NARROW_SHARE, NARROW_ULPS = 0.01, 2.0  # entries of a bfloat16 embedding that differ, and by how much
+NARROW_SHARE, NARROW_ULPS = (
+    0.01,
+    2.0,
+)  # entries of a bfloat16 embedding that differ, and by how much
 
 
 def muon(_: Path, z: Data) -> Iterator[Measurement]:
     """Weights after every update, in four variants, and the iteration alone."""
     config = json.loads(str(z["config"]))
     for variant in sorted({k.partition("__")[0] for k in z if "__sample__" in k}):
-        yield from _variant(config, z, variant)
-    yield from _iterations(config, z)
+        yield from muon_variant(config, z, variant)
+    for i, case in enumerate(json.loads(str(z["ns_cases"]))):
+        yield from iteration(config, z, i, case)
 
 
-def _variant(config: dict[str, Any], z: Data, variant: str) -> Iterator[Measurement]:
-    """One of {rec8, fp32w} x {f32ns, bf16ns}: the record's decay of the MLPs, or the same for all."""
-    names, name = config["names"], f"muon_medium {variant}"
+def muon_variant(
+    config: Mapping[str, Any], z: Data, variant: str, only: Sequence[str] = ()
+) -> Iterator[Measurement]:
+    """One of {rec8, fp32w} x {f32ns, bf16ns}: the record's decay of the MLPs, or the same for all.
+
+    Args:
+        config: of the file.
+        z: the file.
+        variant: name of it there.
+        only: tensors; none for all.
+    """
+    names, name = list(only or config["names"]), f"muon_medium {variant}"
     entries, norms, probes = MUON[variant.partition("_")[2]]
     run = _muon_run(config, variant, z)
     steps = np.array(config["steps"])
@@ -65,7 +78,9 @@ def _variant(config: dict[str, Any], z: Data, variant: str) -> Iterator[Measurem
             worst["probes"] = max(worst["probes"], off)
         if f"{variant}__last__{n}" in z:
             worst["entries"] = max(worst["entries"], largest(ours[-1], z[f"{variant}__last__{n}"]))
-        worst["momentum"] = max(worst["momentum"], largest(momentum[n][..., ::8, ::8], z[f"momentum_last__{n}"]))
+        worst["momentum"] = max(
+            worst["momentum"], largest(momentum[n][..., ::8, ::8], z[f"momentum_last__{n}"])
+        )
         key = f"{variant}__bf16weight_last_sample__{n}"
         if key in z:
             seen = cut_to(jnp.asarray(z[f"{variant}__sample__{n}"][-1]), jnp.dtype("bfloat16"))
@@ -75,7 +90,7 @@ def _variant(config: dict[str, Any], z: Data, variant: str) -> Iterator[Measurem
 
 
 def _muon_run(config: Mapping[str, Any], variant: str, z: Data) -> Config:
-    base = preset("medium", "muon_mlp_decay")
+    base: Any = preset("medium", "muon_mlp_decay")
     doubled = max(config["wd_mul"].values()) if variant.startswith("rec8") else 1.0
     return dataclasses.replace(
         base,
@@ -100,7 +115,7 @@ def _updates(
     Updates are those of the run's optimizer at the steps that the file names: its counts are set.
     """
     decayed = {n for n, factor in config["wd_mul"].items() if factor != 1}
-    places = {n: _places(n, z[f"init__{n}"].ndim, n in decayed) for n in names}
+    places = {n: _places(n, z[f"init__{n}"].shape, n in decayed) for n in names}
     params = _nested({p: x for n in names for p, x in _split(places[n], z[f"init__{n}"])})
     tx = build_optimizer(run, params)
 
@@ -114,7 +129,9 @@ def _updates(
 
     state, history = tx.init(params), []
     for t, at in enumerate(config["steps"]):
-        gradients = {n: z[f"grad_int8__{n}"][t].astype(np.float32) * z["grad_scale"][t] for n in names}
+        gradients = {
+            n: z[f"grad_int8__{n}"][t].astype(np.float32) * z["grad_scale"][t] for n in names
+        }
         tree = _nested({p: x for n in names for p, x in _split(places[n], gradients[n])})
         params, state = step(params, state, tree, jnp.int32(at))
         history.append({n: _joined(places[n], params) for n in names})
@@ -123,10 +140,10 @@ def _updates(
     return stack, {n: _joined(places[n], momentum) for n in names}
 
 
-def _places(name: str, ndim: int, decayed: bool) -> list[tuple[str, ...]]:
+def _places(name: str, shape: tuple[int, ...], decayed: bool) -> list[tuple[str, ...]]:
     """Paths of a tensor's matrices in the model; those of the MLPs may have another decay."""
     room = ("blocks", "0", "mlp") if decayed else ("blocks", "0", "attn")
-    own = [name] if ndim == 2 else [f"{name}{i}" for i in range(4)]
+    own = [name] if len(shape) == 2 else [f"{name}{i}" for i in range(shape[0])]
     return [(*room, part, "kernel") for part in own]
 
 
@@ -155,50 +172,62 @@ def _nested(arrays: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return tree
 
 
-def _iterations(config: Mapping[str, Any], z: Data) -> Iterator[Measurement]:
+def iteration(config: Mapping[str, Any], z: Data, i: int, case: str) -> Iterator[Measurement]:
+    """Newton-Schulz alone, in both precisions.
+
+    Args:
+        config: of the file.
+        z: the file.
+        i: number of the case.
+        case: its name, which tells whether matrices have full rank.
+    """
     coefficients = tuple(map(tuple, config["ns_coefficients"]))
-    for i, case in enumerate(json.loads(str(z["ns_cases"]))):
-        for dtype, limits in NS.items():
-            tx = orthogonalize(
-                steps=len(coefficients),
-                coefficients=coefficients,
-                eps=config["ns_eps"],
-                dtype={"f32": None, "bf16": "bfloat16"}[dtype],
-            )
-            x = jnp.asarray(z[f"ns{i}_in"])
-            parts = {str(j): part for j, part in enumerate(x if x.ndim == 3 else x[None])}
-            made, _ = tx.update(parts, tx.init(parts))
-            out = np.stack([np.asarray(made[key]) for key in parts]).reshape(x.shape)
-            error = largest(out, z[f"ns{i}_out_{dtype}"])
-            yield Measurement(f"muon_medium Newton-Schulz {case}", dtype, error, limits["rank" in case])
-
-
+    for dtype, limits in NS.items():
+        tx = orthogonalize(
+            steps=len(coefficients),
+            coefficients=coefficients,
+            eps=config["ns_eps"],
+            dtype={"f32": None, "bf16": "bfloat16"}[dtype],
+        )
+        x = jnp.asarray(z[f"ns{i}_in"])
+        parts = {str(j): part for j, part in enumerate(x if x.ndim == 3 else x[None])}
+        made, _ = jax.jit(lambda parts, tx=tx: tx.update(parts, tx.init(parts)))(parts)
+        out = np.stack([np.asarray(made[key]) for key in parts]).reshape(x.shape)
+        error = largest(out, z[f"ns{i}_out_{dtype}"])
+        yield Measurement(f"muon_medium Newton-Schulz {case}", dtype, error, limits["rank" in case])
 
 
 def adam(_: Path, z: Data) -> Iterator[Measurement]:
     """Every group of AdamW in two recipes, and a bfloat16 embedding."""
     config = json.loads(str(z["config"]))
-    for recipe in config["recipes"]:
-        yield from _recipe(config, z, recipe)
+    for key in config["recipes"]:
+        yield from recipe(config, z, key)
 
 
-def _recipe(config: Mapping[str, Any], z: Data, recipe: str) -> Iterator[Measurement]:
-    warm, name = f"{recipe}__hidden" in z, f"adam_medium {recipe}"
-    for group in (n for n in config["shapes"] if f"{recipe}__{n}" in z):
+def recipe(config: Mapping[str, Any], z: Data, key: str) -> Iterator[Measurement]:
+    """One recipe on every group that was recorded with it.
+
+    Args:
+        config: of the file.
+        z: the file.
+        key: name of the recipe.
+    """
+    warm, name = f"{key}__hidden" in z, f"adam_medium {key}"
+    for group in (n for n in config["shapes"] if f"{key}__{n}" in z):
         run = _adam_run(config, group, config["warmup"] if warm else 0)
         with jax.enable_x64(True):
             rates = eta(np.arange(config["steps"]), run.schedule)
-        yield Measurement(name, "eta", largest(rates, z[f"{recipe}__eta"]), EXACT)
+        yield Measurement(name, "eta", largest(rates, z[f"{key}__eta"]), EXACT)
         ours, _ = _replay(run, group, z, jnp.float32)
-        error = largest(ours, z[f"{recipe}__{group}"])
+        error = largest(ours, z[f"{key}__{group}"])
         yield Measurement(name, group, error, STEP.get(group, OTHERS))
-        if f"{recipe}__{group}_bf16" in z and group == "embed":
+        if f"{key}__{group}_bf16" in z and group == "embed":
             ours, state = _replay(run, group, z, jnp.bfloat16)
-            yield from _narrow(name, "embed_bf16", ours, z[f"{recipe}__embed_bf16"])
+            yield from _narrow(name, "embed_bf16", ours, z[f"{key}__embed_bf16"])
             moments = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
-            for key, moment in zip(("m", "v"), moments, strict=True):
-                share, _ = ulps(moment, z[f"{recipe}__embed_bf16_{key}_last"])
-                what = f"embed_bf16 {key}, entries that differ"  # some by all of it, near 0
+            for which, moment in zip(("m", "v"), moments, strict=True):
+                share, _ = ulps(moment, z[f"{key}__embed_bf16_{which}_last"])
+                what = f"embed_bf16 {which}, entries that differ"  # some by all of it, near 0
                 yield Measurement(name, what, share, NARROW_SHARE)
 
 
@@ -225,7 +254,9 @@ def _adam_run(config: Mapping[str, Any], group: str, warmup: int) -> Config:
 
 def _replay(run: Config, group: str, z: Data, dtype: Any) -> tuple[np.ndarray, Any]:
     """A parameter after every update, and the last state."""
-    place = {"embed": ("embed", "embedding"), "scalars": ("scalars",)}.get(group, ("head", "kernel"))
+    place = {"embed": ("embed", "embedding"), "scalars": ("scalars",)}.get(
+        group, ("head", "kernel")
+    )
     place = ("blocks", "0", "attn", "q", "kernel") if group == "hidden" else place
     tree = lambda x: _nested({place: jnp.asarray(x, dtype)})  # noqa: E731
     tx, params = build_optimizer(run, tree(z[f"init__{group}"])), tree(z[f"init__{group}"])
@@ -237,7 +268,7 @@ def _replay(run: Config, group: str, z: Data, dtype: Any) -> tuple[np.ndarray, A
         return (params, state), params
 
     gradients = tree(z[f"grad__{group}"])
-    (_, state), history = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g))(params, gradients)
+    (_, state), history = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g))(
+        params, gradients
+    )
     return np.asarray(jax.tree.leaves(history)[0], np.float32), state
-
-

@@ -97,7 +97,9 @@ def _configuration(
     base: Any = preset("medium", "adamw" if kind == "adamw" else "muon_mlp_decay")
     if kind != "adamw":
         dtype = {"muon_f32ns": "float32", "muon_bf16ns": "bfloat16"}[kind]
-        base = dataclasses.replace(base, matrices=dataclasses.replace(base.matrices, ns_dtype=dtype))
+        base = dataclasses.replace(
+            base, matrices=dataclasses.replace(base.matrices, ns_dtype=dtype)
+        )
     world = config["world_size"]
     data = dataclasses.replace(
         base.data, batch_rows=world, microbatch_rows=1, val_length=config["val_T"]
@@ -143,7 +145,9 @@ def train(
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    held_out = _batch(z["val_tokens"], 0, (len(z["val_tokens"]) - 1) // config["val_T"], config["val_T"])
+    held_out = _batch(
+        z["val_tokens"], 0, (len(z["val_tokens"]) - 1) // config["val_T"], config["val_T"]
+    )
     state, handed_out = jax.jit(tx.init)(params), HAND_OUT.init(params)
     losses, val, norms, gradients = [], [], [], []
     for s in range(steps + 1):
@@ -158,8 +162,7 @@ def train(
         gradients.append(_norms(handed_out[0].trace, names))
         params, state = apply(handed_out[0].trace, state, after.params)
         norms.append(_norms(params, names))
-    arrays = (np.array(x) for x in (losses, val, norms, gradients))
-    return Run(*arrays, tensors_of(params))
+    return Run(*map(np.array, (losses, val, norms, gradients)), final=tensors_of(params))
 
 
 def _programs(run: Config) -> tuple[Callable, Callable]:
@@ -173,7 +176,10 @@ def _norms(values: Any, names: list[str]) -> list[float]:
 
 
 def _compare(z: Data, key: str, run: Config, found: Run, allowed: Allowed) -> Iterator[Measurement]:
-    name, record = f"train_e2e {key}", {k.removeprefix(f"{key}__"): z[k] for k in z if k.startswith(f"{key}__")}
+    name, record = (
+        f"train_e2e {key}",
+        {k.removeprefix(f"{key}__"): z[k] for k in z if k.startswith(f"{key}__")},
+    )
     yield from _schedules(z, key, run)
     if len(found.val) != len(record["val_loss"]):
         raise ValueError(f"{key}: {len(record['val_loss'])} validations, not {len(found.val)}.")
@@ -215,9 +221,7 @@ def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     return largest(ours / np.where(theirs == 0, 1, theirs), np.sign(theirs))
 
 
-def _finals(
-    z: Data, name: str, record: Data, found: Run, allowed: float
-) -> Iterator[Measurement]:
+def _finals(z: Data, name: str, record: Data, found: Run, allowed: float) -> Iterator[Measurement]:
     """Samples of the last parameters, every so many entries, and probes of all of them."""
     samples, names = json.loads(str(z["config"]))["final_samples"], json.loads(str(z["names"]))
     for n, how in samples.items():
@@ -226,7 +230,7 @@ def _finals(
     worst = 0.0
     for n, theirs in zip(names, record["final_probe"], strict=True):
         x = found.final[n]
-        worst = max(worst, largest(probe(x), theirs) / np.linalg.norm(x))
+        worst = max(worst, largest(probe(x), theirs) / float(np.linalg.norm(x)))
     yield Measurement(name, "probes of the last parameters", worst, allowed)
 
 

@@ -97,7 +97,7 @@ def small_board(path: Path) -> dict[str, float]:
 
 
 def draw(entries: Sequence[Entry], small: Mapping[str, float], path: Path) -> None:
-    """A line for each entry from its loss on the small board to the one here, both above AdamW's."""
+    """A line for each entry from its loss on the small board to the one here, minus AdamW's."""
     import matplotlib
 
     matplotlib.use("Agg")

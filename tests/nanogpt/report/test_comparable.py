@@ -167,7 +167,9 @@ def test_the_common_track(published, configs, track):
 
 
 def test_a_run_of_track_3_is_not_of_the_medium_one():
-    with pytest.raises(ValueError, match="a cannot be compared with t2_r03.*: it has model.vocab_size=50304"):
+    with pytest.raises(
+        ValueError, match="a cannot be compared with t2_r03.*: it has model.vocab_size=50304"
+    ):
         common_track([MEDIUM], {"a": FULL})
 
 
