@@ -249,7 +249,7 @@ def sizes(root: Path) -> list[str]:
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
     "shampoo_jax/base": 375,
-    "shampoo_jax/matrix": 1345,
+    "shampoo_jax/matrix": 1365,
     "shampoo_jax/blocks": 435,
     "shampoo_jax/solvers": 440,
     "shampoo_jax/stacks": 1155,

@@ -161,8 +161,7 @@ def make_train_step(
         batch = at_step(batch, config, state.step)
         total, grads, kept = gradients(state.params, batch)
         further = {} if kept is None else {"further": {"microbatches": kept}}
-        tokens = batch["targets"].size
-        norm = optax.tree.norm(grads) * _parts(batch, config)
+        tokens, norm = batch["targets"].size, optax.tree.norm(grads) * _parts(batch, config)
         objective = _objective(batch, config, layout)
         updates, opt_state = update(
             grads, state.opt_state, state.params, obj_fn=objective, **further
