@@ -257,12 +257,12 @@ TOTALS = {
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 1160,
     "shampoo_jax/inspect": 1370,
-    "nanogpt/config": 570,
-    "nanogpt/model": 300,
-    "nanogpt/optimizers": 690,
-    "nanogpt/train": 2395,
-    "nanogpt/report": 1085,
-    "nanogpt/lab": 1515,
+    "nanogpt/config": 623,
+    "nanogpt/model": 545,
+    "nanogpt/optimizers": 728,
+    "nanogpt/train": 2416,
+    "nanogpt/report": 1087,
+    "nanogpt/lab": 1526,
 }
 
 
