@@ -260,7 +260,7 @@ TOTALS = {
     "nanogpt/config": 623,
     "nanogpt/model": 545,
     "nanogpt/optimizers": 728,
-    "nanogpt/train": 2416,
+    "nanogpt/train": 2421,
     "nanogpt/report": 1087,
     "nanogpt/lab": 1526,
 }
