@@ -32,7 +32,8 @@ class Sweep:
     name: str = "sweep"  # folder of the trials under runs/
     jobs: int = 1  # trials side by side, each in a process; CPU only
     # One program for trials that differ in seed, in the matrices' rate and in a factor of all other
-    # rates, a whole run a call: for many short runs. They leave no curve, and one that is stopped starts again.
+    # rates, a whole run a call: for many short runs. They leave no curve, and one that is stopped
+    # starts again.
     shared: bool = False
 
     def __post_init__(self):

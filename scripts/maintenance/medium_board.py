@@ -2,8 +2,8 @@
 
     python -m scripts.maintenance.medium_board runs/medium_board --out docs
 
-The rule for rates is that of `nanogpt board`, with up to 4 runs an entry. Trials that differ in seed and rate of the matrices
-share a compiled program; what is finished is kept in trials.jsonl.
+The rule for rates is that of `nanogpt board`, with up to 4 runs an entry. Trials that differ in seed
+and rate of the matrices share a compiled program; what is finished is kept in trials.jsonl.
 """
 
 import argparse
