@@ -249,7 +249,7 @@ def sizes(root: Path) -> list[str]:
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
     "shampoo_jax/base": 375,
-    "shampoo_jax/matrix": 1345,
+    "shampoo_jax/matrix": 1365,
     "shampoo_jax/blocks": 435,
     "shampoo_jax/solvers": 440,
     "shampoo_jax/stacks": 1155,
@@ -257,12 +257,12 @@ TOTALS = {
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 1160,
     "shampoo_jax/inspect": 1420,
-    "nanogpt/config": 575,
-    "nanogpt/model": 300,
-    "nanogpt/optimizers": 690,
-    "nanogpt/train": 2460,
-    "nanogpt/report": 1080,
-    "nanogpt/lab": 1535,
+    "nanogpt/config": 625,
+    "nanogpt/model": 545,
+    "nanogpt/optimizers": 735,
+    "nanogpt/train": 2490,
+    "nanogpt/report": 1090,
+    "nanogpt/lab": 1540,
 }
 
 

@@ -158,6 +158,8 @@ class MuonConfig(MatrixConfig):
     ns_dtype: Dtype = "float32"  # precision of the Newton-Schulz iterations; muon_track3 only
     b1_warmup: int = 0  # steps over which the momentum rises from 0.85 to b1; muon_track3 only
     mlp_decay: float = 1.0  # factor of weight_decay on the matrices of the MLPs
+    # Whether 1 - rate * decay is rounded as one factor of the matrices, as in the scripts.
+    factor_decay: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Trials that share one compiled program: those that differ in seed and in one factor of all rates.
+"""Trials that share one compiled program: they differ in seed, matrices' rate, a factor of others.
 
 A run of a second or two costs ten times as much when every learning rate is a program of its own.
 """
@@ -17,7 +17,7 @@ import optax
 
 from nanogpt.config.run import Config
 from nanogpt.lab.trials import Trial
-from nanogpt.optimizers.build import build_optimizer
+from nanogpt.optimizers.build import build_optimizer, route
 from nanogpt.optimizers.transfer import RATES
 from nanogpt.train.batches import open_data
 from nanogpt.train.metrics import Record
@@ -45,12 +45,13 @@ def run_shared(trial: Trial) -> Record:
     Raises:
         ValueError: updates that are not proportional to the rate.
     """
-    config, rate = trial.config, trial.config.matrices.learning_rate
+    config = trial.config
+    rates = config.matrices.learning_rate, config.auxiliary.embed_learning_rate
     if config.matrices.hyperball:
         raise ValueError("matrices.hyperball=True: updates are not proportional to the rate.")
     program, batches = _program(_at_rate_one(config)), _batches(config)
     begin = time.perf_counter()
-    told = program(jax.random.key(config.seed), *batches, rate)
+    told = program(jax.random.key(config.seed), *batches, *rates)
     first, last, skipped = (float(told[name]) for name in ("first", "last", "skipped_in_a_row"))
     seconds = time.perf_counter() - begin
     diverged = not last <= first or skipped >= config.nonfinite_limit
@@ -84,11 +85,14 @@ def _start(config: Config) -> dict[str, Any]:
 
 
 def _at_rate_one(config: Config) -> Config:
-    """The run with all rates over that of the matrices; what no number depends on is left out."""
+    """The run with a rate of the matrices of 1, and of the embedding, which the others follow.
 
-    def over(settings: Any) -> Any:
+    What no number depends on is left out.
+    """
+
+    def over(settings: Any, own: str) -> Any:
         names = [name for name in RATES if hasattr(settings, name)]
-        rates = {n: getattr(settings, n) / config.matrices.learning_rate for n in names}
+        rates = {n: getattr(settings, n) / getattr(settings, own) for n in names}
         return dataclasses.replace(settings, **{n: float(f"{x:.12g}") for n, x in rates.items()})
 
     return dataclasses.replace(
@@ -96,29 +100,33 @@ def _at_rate_one(config: Config) -> Config:
         name="shared",
         seed=0,
         data=dataclasses.replace(config.data, seed=0),
-        matrices=over(config.matrices),
-        auxiliary=over(config.auxiliary),
+        matrices=over(config.matrices, "learning_rate"),
+        auxiliary=over(config.auxiliary, "embed_learning_rate"),
     )
 
 
 @functools.lru_cache(maxsize=1)
 def _program(config: Config) -> Callable[..., dict[str, jax.Array]]:
-    """Function (key, batches, validation batches, factor) -> first and last loss, and metrics."""
+    """Function (key, batches, validation batches, rates) -> first and last loss, and metrics.
+
+    Rates are those of the matrices and of the embedding.
+    """
     structure = model_structure(config.model)
     base = build_optimizer(config, abstract_params(config.model))
     evaluate = make_eval_step(structure, config)
 
     @jax.jit
-    def run(key, batches, scored, factor):
+    def run(key, batches, scored, rate, others):
         def update(updates, state, params=None, **extra: Any):
             updates, state = base.update(updates, state, params, **extra)
-            return optax.tree.scale(factor, updates), state
+            factors = jax.tree.map(lambda x: rate if x == "matrices" else others, route(updates))
+            return jax.tree.map(jnp.multiply, factors, updates), state
 
         tx = optax.GradientTransformationExtraArgs(base.init, update)
         params = draw_params(config.model, key)
         state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
         state, told = jax.lax.scan(make_train_step(structure, tx, config), state, batches)
-        sums = jax.lax.map(lambda batch: evaluate(state.params, batch), scored)
+        sums = jax.lax.map(lambda batch: evaluate(state.params, batch, state.step), scored)
         loss = sums.sum() / scored["targets"].size
         counts = {name: x.max() for name, x in told.items() if name not in ("loss", "grad_norm")}
         return counts | {"first": told["loss"][0], "last": loss}

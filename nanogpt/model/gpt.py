@@ -8,7 +8,7 @@ Source of every constant: KellerJordan/modded-nanogpt, records/track_3_optimizat
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -75,10 +75,18 @@ def _rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
 
     The moving frequencies run geometrically from 1 to 1/1024, both included.
     """
-    moving = (1 / 1024) ** np.linspace(0, 1, head_dim // 4, dtype=np.float32)
-    frequencies = np.concatenate([moving, np.zeros(head_dim // 4, np.float32)])
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
+    angles = np.arange(length, dtype=np.float32)[:, None] * rotary_frequencies(head_dim)
     return np.cos(angles), np.sin(angles)
+
+
+def rotary_frequencies(head_dim: int) -> np.ndarray:
+    """Radians that each pair of a head turns by at a position, float32 (head_dim / 2,).
+
+    >>> rotary_frequencies(8).tolist()
+    [1.0, 0.0009765625, 0.0, 0.0]
+    """
+    moving = (1 / 1024) ** np.linspace(0, 1, head_dim // 4, dtype=np.float32)
+    return np.concatenate([moving, np.zeros(head_dim // 4, np.float32)])
 
 
 def rotate(x_BxTxNxH: jax.Array, start: jax.Array | int = 0, length: int = 0) -> jax.Array:
@@ -105,6 +113,16 @@ def rotate(x_BxTxNxH: jax.Array, start: jax.Array | int = 0, length: int = 0) ->
     tables = _rotary_tables(length or here, head_dim)
     if length:
         tables = [jax.lax.dynamic_slice_in_dim(jnp.asarray(t), start, here) for t in tables]
+    return turn(x_BxTxNxH, tables)
+
+
+def turn(x_BxTxNxH: jax.Array, tables: Sequence[jax.Array | np.ndarray]) -> jax.Array:
+    """`rotate` by tables (T, H/2) of cosines and sines, computed in float32.
+
+    Example:
+        >>> turn(jnp.ones((1, 1, 1, 4)), 2 * (jnp.ones((1, 2)),))[0, 0, 0].tolist()
+        [2.0, 2.0, 0.0, 0.0]
+    """
     cos, sin = (table[:, None, :] for table in tables)
     x1, x2 = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
@@ -127,18 +145,42 @@ def soft_cap(logits: jax.Array) -> jax.Array:
     return LOGIT_CAP * logits * jax.lax.rsqrt(logits * logits + LOGIT_CAP**2)
 
 
-class Linear(nnx.Module):
-    """x @ kernel + bias in the precision of x; parameters are float32."""
+def cut_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Casts float32 toward zero; the derivative is that of a cast.
 
-    def __init__(self, kernel: jax.Array, bias: jax.Array):
-        """Takes what `init.linear` gives: (fan_in, fan_out) and (fan_out,)."""
+    Example:
+        >>> float(cut_to(jnp.float32(1.999), jnp.bfloat16)), float(jnp.bfloat16(1.999))
+        (1.9921875, 2.0)
+    """
+    spare = jnp.finfo(x.dtype).nmant - jnp.finfo(dtype).nmant
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.uint32)
+    cut = jax.lax.bitcast_convert_type(bits >> spare << spare, x.dtype)
+    # Both differences are exact, and the sum is what was cut.
+    return (x + (cut - jax.lax.stop_gradient(x))).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias in the precision of x; parameters are float32.
+
+    Attributes:
+        toward_zero: Whether the kernel is cut to that precision, instead of rounded to nearest.
+    """
+
+    toward_zero = False
+
+    def __init__(self, kernel: jax.Array, bias: jax.Array | None):
+        """Takes what `init.linear` gives: (fan_in, fan_out), and (fan_out,) or None."""
         self.kernel = nnx.Param(kernel)
-        self.bias = nnx.Param(bias)
+        self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., fan_in) -> (..., fan_out), dtype of x."""
         rows = x.reshape(-1, x.shape[-1])  # one plain matrix product: 1.2 times as fast on CPU
-        out = rows @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        kernel = self.kernel[...]
+        kernel = cut_to(kernel, x.dtype) if self.toward_zero else kernel.astype(x.dtype)
+        out = rows @ kernel
+        if self.bias is not None:
+            out = out + self.bias[...].astype(x.dtype)
         return out.reshape(*x.shape[:-1], -1)
 
 

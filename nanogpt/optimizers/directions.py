@@ -112,13 +112,17 @@ def muon_track3(settings: MuonConfig, placement: Placement = None) -> optax.Grad
     """
     average = nesterov_ema(settings.b1)
     if settings.b1_warmup:
-        rise = optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
-        average = optax.inject_hyperparams(nesterov_ema)(b1=rise)
+        average = optax.inject_hyperparams(nesterov_ema)(b1=momentum_schedule(settings))
     polar = _newton_schulz(settings, eps=1e-7)
     if placement is not None:
         whole: Any = {"blocking": shampoo_jax.Blocking(size=None), "placement": placement}
         polar = shampoo_jax.blocked(polar, chunk="auto", **whole).inner
     return optax.chain(_split(average, placement), polar, scale_by_aspect())
+
+
+def momentum_schedule(settings: MuonConfig) -> optax.Schedule:
+    """The decay of the benchmark's Muon at every step, which rises from 0.85."""
+    return optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
 
 
 def pmuon(settings: PMuonConfig, placement: Placement = None) -> optax.GradientTransformation:

@@ -249,8 +249,10 @@ class _Run:
         batch = batch_pattern(sizes.batch_rows, self.config, self.layout)
         self.train_step = _compiled(step, patterns, batch)
         evaluate = make_eval_step(self.graphdef, self.config, self.layout)
-        batch = batch_pattern(sizes.microbatch_rows, self.config, self.layout)
-        self.evaluate = _compiled(evaluate, patterns.params, batch)
+        batch = batch_pattern(
+            sizes.microbatch_rows, self.config, self.layout, length=sizes.val_length
+        )
+        self.evaluate = _compiled(evaluate, patterns.params, batch, patterns.step)
         self.read_spectra = spectra_reader(self.layout)
         self.weights = lambda state: state.params
         if self.config.tail or self.config.lookahead:
@@ -296,7 +298,8 @@ class _Run:
         for batch in self.data.validation():
             if self.stopped(step):
                 return
-            total += float(self.evaluate(weights, to_device(batch, self.layout)))
+            batch_there = to_device(batch, self.layout)
+            total += float(self.evaluate(weights, batch_there, self.state.step))
             tokens += batch["targets"].size * jax.process_count()
         self.validated = step, total / tokens
         report.validation(*self.validated, self.clock)

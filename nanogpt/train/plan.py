@@ -18,6 +18,7 @@ from nanogpt.train.predicted import predicted
 from nanogpt.train.train_step import (
     TrainState,
     abstract_params,
+    at_step,
     make_eval_step,
     make_gradients,
     make_train_step,
@@ -62,9 +63,9 @@ def abstract_step(config: Config, layout: Layout) -> tuple[Any, TrainState, Any]
     return step, state, abstract_batch(config, layout, config.data.batch_rows)
 
 
-def abstract_batch(config: Config, layout: Layout, rows: int) -> Any:
-    """Shapes of a batch of so many rows, where they lie."""
-    shape = (rows, config.model.sequence_length)
+def abstract_batch(config: Config, layout: Layout, rows: int, length: int | None = None) -> Any:
+    """Shapes of a batch of so many rows, of this length or training's, where they lie."""
+    shape = (rows, length or config.model.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.rows)
     return {"inputs": tokens, "targets": tokens}
 
@@ -112,18 +113,18 @@ def compile_program(
 ) -> Compiled:
     """Compiles one of `PROGRAMS`."""
     structure, params = model_structure(config.model), state.params
-    batch, piece = (
-        abstract_batch(config, layout, rows)
-        for rows in (config.data.batch_rows, config.data.microbatch_rows)
-    )
+    batch = abstract_batch(config, layout, config.data.batch_rows)
     if name == "train":
         return compile_train(config, layout, target)
     if name == "evaluation":
-        return compile_for(target, make_eval_step(structure, config, layout), (params, piece))
+        piece = abstract_batch(config, layout, config.data.microbatch_rows, config.data.val_length)
+        evaluate = make_eval_step(structure, config, layout)
+        return compile_for(target, evaluate, (params, piece, state.step))
     gradients = make_gradients(structure, config, layout)
     if name == "gradients":
         # What an optimizer keeps of each microbatch is its own affair.
-        return compile_for(target, lambda p, b: gradients(p, b)[:2], (params, batch))
+        both = lambda p, b, s: gradients(p, at_step(b, config, s))[:2]  # noqa: E731
+        return compile_for(target, both, (params, batch, state.step))
     spec = layout.gradient_spec if layout.scatter_gradients else layout.parameter_spec
     grads = jax.tree_util.tree_map_with_path(
         lambda path, x: _struct(x, NamedSharding(layout.mesh, spec(path, x))), params

@@ -11,8 +11,9 @@ import optax
 from flax import nnx
 
 from nanogpt.config.run import Config, ModelConfig
-from nanogpt.model.gpt import GPT
+from nanogpt.model.build import make_model
 from nanogpt.model.loss import pairwise_sum, token_losses
+from nanogpt.optimizers.schedules import window_schedule
 from nanogpt.train.mesh import Layout
 
 Batch = dict[str, jax.Array]
@@ -45,14 +46,14 @@ def model_structure(config: ModelConfig) -> nnx.GraphDef:
         config: The model.
 
     Returns:
-        What `nnx.merge` needs beside a parameter tree to give a `GPT`.
+        What `nnx.merge` needs beside a parameter tree to give the model.
     """
-    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
 
 
 def draw_params(config: ModelConfig, seed: Any) -> optax.Params:
     """Initial weights of a seed, or of its key, which may be traced."""
-    return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(make_model(config, nnx.Rngs(seed)), nnx.Param))
 
 
 def init_state(
@@ -86,18 +87,33 @@ def summed_loss(
     Args:
         graphdef: The model's static part.
         params: Its parameters.
-        batch: {"inputs", "targets"}, int32 (rows, T).
+        batch: {"inputs", "targets"}, int32 (rows, T), and what `at_step` adds.
         layout: Where the batch lies on a mesh.
 
     Returns:
         The sum to differentiate, and the same sum, pairwise, to report.
     """
-    raw_BxTxV = nnx.merge(graphdef, params).raw_logits(batch["inputs"])
+    windows = [batch["window"][0, 0]] if "window" in batch else []
+    raw_BxTxV = nnx.merge(graphdef, params).raw_logits(batch["inputs"], *windows)
     raw_NxV = raw_BxTxV.reshape(-1, raw_BxTxV.shape[-1])
     losses_N = token_losses(raw_NxV, batch["targets"].ravel())
     # Halving what lies on many devices would send a little at every halving.
     whole_N = losses_N if layout is None else layout.gathered(losses_N)
     return losses_N.sum(), pairwise_sum(whole_N)
+
+
+def at_step(batch: Batch, config: Config, step: jax.typing.ArrayLike) -> Batch:
+    """Adds what the model has to know of the step: "window", int32 (rows, 1), the same everywhere.
+
+    Args:
+        batch: {"inputs", "targets"}.
+        config: The run; without a window of `model.kind` "medium" the batch stays as it is.
+        step: Updates done so far.
+    """
+    if config.model.kind != "medium":
+        return batch
+    window = window_schedule(config)(step)
+    return batch | {"window": jnp.broadcast_to(window, (len(batch["inputs"]), 1))}
 
 
 def make_train_step(
@@ -111,9 +127,9 @@ def make_train_step(
 
     A guarded optimizer leaves everything as it was where a gradient is not finite, and counts that.
 
-    Gradients are those of the loss summed over every token of the batch. They are taken with
-    respect to float32 copies of the parameters, accumulated over microbatches in float32, and
-    rounded to the parameters' precision once.
+    Gradients are those of the loss summed over every token of the batch, divided by their number if
+    `config.loss` says so. They are taken with respect to float32 copies of the parameters,
+    accumulated over microbatches in float32, and rounded to the parameters' precision once.
 
     Args:
         graphdef: The model's static part, from `init_state`.
@@ -132,10 +148,10 @@ def make_train_step(
     update = optax.with_extra_args_support(tx).update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = at_step(batch, config, state.step)
         total, grads, kept = gradients(state.params, batch)
         further = {} if kept is None else {"further": {"microbatches": kept}}
-        tokens = batch["targets"].size
-        norm = optax.tree.norm(grads)
+        tokens, norm = batch["targets"].size, optax.tree.norm(grads) * _parts(batch, config)
         objective = _objective(batch, config, layout)
         updates, opt_state = update(
             grads, state.opt_state, state.params, obj_fn=objective, **further
@@ -165,7 +181,8 @@ def make_gradients(
         layout: Where parameters and batches lie on a mesh.
 
     Returns:
-        Function (params, batch) -> (summed loss, gradients, those of each microbatch or None).
+        Function (params, batch with what `at_step` adds) -> (summed loss, gradients of it or of the
+        mean, as `config.loss` says, those of each microbatch or None).
     """
     sums, keep = functools.partial(_sums, graphdef), config.matrices.reads_microbatches
 
@@ -178,6 +195,7 @@ def make_gradients(
         else:
             (total, grads), kept = sums(wide, batch, rows, layout, keep)
             grads = grads if layout is None else layout.pin(grads)
+        grads, kept = jax.tree.map(lambda g: g / _parts(batch, config), (grads, kept))
         return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), kept
 
     return gradients
@@ -208,7 +226,7 @@ def _sums(
 def _objective(
     batch: Batch, config: Config, layout: Layout | None
 ) -> Callable[[optax.Params], jax.Array]:
-    """The summed loss as a function of the parameters, for optimizers that evaluate it again.
+    """The loss as a function of the parameters, for optimizers that evaluate it again.
 
     Differentiating it holds the activations of one microbatch at a time. It may be differentiated
     twice, as Sophia does, so attention is XLA's: cuDNN's has a first derivative only.
@@ -221,9 +239,15 @@ def _objective(
         def loss(piece: Batch) -> jax.Array:
             return summed_loss(graphdef, params, piece)[0]
 
-        return jax.lax.map(loss, _microbatches(batch, config.data.microbatch_rows, layout)).sum()
+        total = jax.lax.map(loss, _microbatches(batch, config.data.microbatch_rows, layout)).sum()
+        return total / _parts(batch, config)
 
     return objective
+
+
+def _parts(batch: Batch, config: Config) -> int:
+    """What the loss that optimizers see is divided by."""
+    return batch["targets"].size if config.loss == "mean" else 1
 
 
 def _microbatches(batch: Batch, rows: int, layout: Layout | None) -> Batch:
@@ -236,7 +260,7 @@ def _microbatches(batch: Batch, rows: int, layout: Layout | None) -> Batch:
 
 def make_eval_step(
     graphdef: nnx.GraphDef, config: Config, layout: Layout | None = None
-) -> Callable[[optax.Params, Batch], jax.Array]:
+) -> Callable[..., jax.Array]:
     """Builds the jitted evaluation.
 
     Args:
@@ -245,11 +269,13 @@ def make_eval_step(
         layout: Where parameters and batches lie on a mesh.
 
     Returns:
-        Function (params, {"inputs", "targets"} int32 (rows, T)) -> sum of the cross entropy over
-        all rows and tokens, float32 nats. `rows` must be a multiple of `microbatch_rows`.
+        Function (params, {"inputs", "targets"} int32 (rows, T), step) -> sum of the cross entropy
+        over all rows and tokens, float32 nats. `rows` must be a multiple of `microbatch_rows`; the
+        step, 0 if left out, decides the window of attention.
     """
 
-    def evaluate(params: optax.Params, batch: Batch) -> jax.Array:
+    def evaluate(params: optax.Params, batch: Batch, step: jax.typing.ArrayLike = 0) -> jax.Array:
+        batch = at_step(batch, config, step)
         pieces = _microbatches(batch, config.data.microbatch_rows, layout)
         sums = jax.lax.map(lambda piece: summed_loss(graphdef, params, piece, layout)[1], pieces)
         return pairwise_sum(sums)

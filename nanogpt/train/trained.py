@@ -44,7 +44,8 @@ def read_trained(run: str, step: int | None = None) -> Trained:
         step: of which checkpoint; None for the newest.
 
     Raises:
-        ValueError: no run, no such checkpoint, one that is damaged, or an unknown form.
+        ValueError: no run, no such checkpoint, one that is damaged, an unknown form, or a model
+            of another kind than track 3's.
     """
     folder, recorded, steps = run_of("run", run)
     if step is not None and step not in steps:
@@ -53,6 +54,11 @@ def read_trained(run: str, step: int | None = None) -> Trained:
     with expecting_form(folder / "metrics.jsonl"):
         config = read_settings(recorded)
         tokenizer = _tokenizer(read_start(folder / "metrics.jsonl"), config)
+    if config.model.kind != "track3":
+        raise ValueError(
+            f"run={run!r} has a model of kind={config.model.kind!r}: nanogpt sample, evaluate and "
+            "export know those of kind='track3' alone."
+        )
     at = max(steps) if step is None else step
     checkpoint = folder / "checkpoints" / str(at)
     refuse_damaged("run", checkpoint)

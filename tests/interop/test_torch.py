@@ -21,9 +21,9 @@ pytestmark = pytest.mark.interop
 
 def logits(folder, tokens):
     """(T,) -> (T, V) by torch's own functions, in float32."""
-    import torch
+    import torch  # type: ignore[missing-import]
     from safetensors.torch import load_file
-    from torch.nn import functional as F
+    from torch.nn import functional as F  # type: ignore[missing-import]
 
     settings = json.loads((folder / "config.json").read_text())
     arrays = {name: x.float() for name, x in load_file(folder / "model.safetensors").items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,8 +61,11 @@ def place(tmp_path_factory):
     )
     fit(config)
     tail = TailConfig(start=4, tau=3.0, share=0.9)
-    matrices = dataclasses.replace(preset("cpu", "shampoo").matrices, monitor=4)
-    shampoo = {"optimizer": "shampoo", "matrices": matrices}
+    settings: Any = preset("cpu", "shampoo").matrices
+    shampoo: Any = {
+        "optimizer": "shampoo",
+        "matrices": dataclasses.replace(settings, monitor=4),
+    }
     fit(dataclasses.replace(config, name="averaged", tail=tail, **shampoo))
     return place
 

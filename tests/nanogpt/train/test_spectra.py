@@ -1,6 +1,7 @@
 """What a run records of its factors."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,12 @@ EPS = np.finfo(np.float32).eps
 
 def tiny(optimizer, **changes):
     config = preset("board", optimizer)
+    matrices: Any = config.matrices
     sizes = {"vocab_size": 32, "num_layers": 1, "model_dim": 16, "head_dim": 8, "mlp_dim": 32}
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, **sizes, sequence_length=8),
-        matrices=dataclasses.replace(config.matrices, monitor=1, **changes),
+        matrices=dataclasses.replace(matrices, monitor=1, **changes),
     )
 
 
