@@ -1,4 +1,6 @@
-"""Trials that share one compiled program: those that differ in seed and in one factor of all rates.
+"""Trials that share one compiled program: those that differ in seed and in rates.
+
+Rates are two numbers: that of the matrices, and a factor of all others.
 
 A run of a second or two costs ten times as much when every learning rate is a program of its own.
 """
@@ -13,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from nanogpt.config.run import Config
 from nanogpt.lab.trials import Trial
@@ -30,27 +31,24 @@ from nanogpt.train.train_step import (
     make_train_step,
     model_structure,
 )
+from shampoo_jax import eval_params
 
 
 def run_shared(trial: Trial) -> Record:
     """Trains one trial whole in one call on the device; `nanogpt.lab.trials.run_trials` takes it.
 
-    Numbers are those of `nanogpt train` but for rounding: every update is a rate times what the
-    rate does not enter. No checkpoints and no curve; a trial that was stopped starts again.
+    Numbers are those of `nanogpt train` but for rounding. No checkpoints and no curve; a trial that
+    was stopped starts again.
 
     Returns:
         A record like that of `nanogpt.lab.trials.run_trial`, without curve. Its time of a step
         holds the one validation, and compiling where the trial is the first of its program.
-
-    Raises:
-        ValueError: updates that are not proportional to the rate.
     """
-    config, rate = trial.config, trial.config.matrices.learning_rate
-    if config.matrices.hyperball:
-        raise ValueError("matrices.hyperball=True: updates are not proportional to the rate.")
+    config = trial.config
+    rates = config.matrices.learning_rate, config.auxiliary.embed_learning_rate
     program, batches = _program(_at_rate_one(config)), _batches(config)
     begin = time.perf_counter()
-    told = program(jax.random.key(config.seed), *batches, rate)
+    told = program(jax.random.key(config.seed), *batches, rates)
     first, last, skipped = (float(told[name]) for name in ("first", "last", "skipped_in_a_row"))
     seconds = time.perf_counter() - begin
     diverged = not last <= first or skipped >= config.nonfinite_limit
@@ -84,11 +82,11 @@ def _start(config: Config) -> dict[str, Any]:
 
 
 def _at_rate_one(config: Config) -> Config:
-    """The run with all rates over that of the matrices; what no number depends on is left out."""
+    """The run with rates over those of `run_shared`; what no number depends on is left out."""
 
     def over(settings: Any) -> Any:
         names = [name for name in RATES if hasattr(settings, name)]
-        rates = {n: getattr(settings, n) / config.matrices.learning_rate for n in names}
+        rates = {n: getattr(settings, n) / getattr(settings, names[0]) for n in names}
         return dataclasses.replace(settings, **{n: float(f"{x:.12g}") for n, x in rates.items()})
 
     return dataclasses.replace(
@@ -103,22 +101,19 @@ def _at_rate_one(config: Config) -> Config:
 
 @functools.lru_cache(maxsize=1)
 def _program(config: Config) -> Callable[..., dict[str, jax.Array]]:
-    """Function (key, batches, validation batches, factor) -> first and last loss, and metrics."""
+    """Function (key, batches, validation batches, rates) -> first and last loss, and metrics."""
     structure = model_structure(config.model)
-    base = build_optimizer(config, abstract_params(config.model))
     evaluate = make_eval_step(structure, config)
 
     @jax.jit
-    def run(key, batches, scored, factor):
-        def update(updates, state, params=None, **extra: Any):
-            updates, state = base.update(updates, state, params, **extra)
-            return optax.tree.scale(factor, updates), state
-
-        tx = optax.GradientTransformationExtraArgs(base.init, update)
+    def run(key, batches, scored, rates):
+        tx = build_optimizer(config, abstract_params(config.model), factors=rates)
         params = draw_params(config.model, key)
         state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
         state, told = jax.lax.scan(make_train_step(structure, tx, config), state, batches)
-        sums = jax.lax.map(lambda batch: evaluate(state.params, batch), scored)
+        averaged = config.tail or config.lookahead
+        weights = eval_params(state.opt_state, state.params) if averaged else state.params
+        sums = jax.lax.map(lambda batch: evaluate(weights, batch), scored)
         loss = sums.sum() / scored["targets"].size
         counts = {name: x.max() for name, x in told.items() if name not in ("loss", "grad_norm")}
         return counts | {"first": told["loss"][0], "last": loss}
