@@ -256,12 +256,12 @@ TOTALS = {
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 1160,
     "shampoo_jax/inspect": 1370,
-    "nanogpt/config": 550,
+    "nanogpt/config": 570,
     "nanogpt/model": 225,
-    "nanogpt/optimizers": 685,
+    "nanogpt/optimizers": 735,
     "nanogpt/train": 2175,
-    "nanogpt/report": 910,
-    "nanogpt/lab": 1430,
+    "nanogpt/report": 930,
+    "nanogpt/lab": 1450,
 }
 
 

@@ -21,7 +21,6 @@ from nanogpt.config.run import Config
 from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig, SoapMuonConfig
 from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam, uncorrected_adam
 from nanogpt.optimizers.schedules import learning_rate, lookahead_schedule, matrices_schedule
-from nanogpt.optimizers.shampoo_next import shampoo_next
 from nanogpt.optimizers.transfer import of_base
 
 ROUTES: tuple[tuple[str, str], ...] = (
@@ -34,7 +33,7 @@ ROUTES: tuple[tuple[str, str], ...] = (
 
 # Of every optimizer its direction: `direction(settings, placement)` gives the update before weight
 # decay and learning rate. The class of the settings is in `SETTINGS`, or that of those in `OWN`.
-REGISTRY: dict[str, Direction] = DIRECTIONS | {"shampoo_next": shampoo_next}
+REGISTRY: dict[str, Direction] = dict(DIRECTIONS)
 _TRIED = 4  # updates of a direction of a user's own, of which the first may be zero
 
 
@@ -64,7 +63,7 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"name={name!r}: must be of letters, digits, '.', '_' and '-'.")
-    if name in SETTINGS or name in presets.PUBLISHED:
+    if name in DIRECTIONS or name in presets.PUBLISHED:
         raise ValueError(f"name={name!r} is taken: choose another one.")
     if not isinstance(settings, MatrixConfig):
         raise ValueError(

@@ -6,7 +6,21 @@ import optax
 
 import shampoo_jax
 from nanogpt.config.settings import ShampooNextConfig
-from nanogpt.optimizers.directions import scale_by_aspect
+
+
+def scale_by_aspect() -> optax.GradientTransformation:
+    """Multiplies an (in, out) kernel's update by sqrt(max(1, out / in)).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = scale_by_aspect()
+        >>> float(tx.update(jnp.ones((1, 4)), tx.init(None))[0][0, 0])
+        2.0
+    """
+    return optax.stateless_with_tree_map(
+        lambda update, _: update * max(1.0, update.shape[1] / update.shape[0]) ** 0.5
+    )
+
 
 SCALES: dict[str, Any] = {
     # The rows of the benchmark's (out, in) matrices are the columns of kernels.

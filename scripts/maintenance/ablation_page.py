@@ -11,8 +11,16 @@ from nanogpt.lab.trials import read_trials
 from nanogpt.report.paired import Difference, paired, visible
 from nanogpt.report.plotting import COLOURS, STYLE
 from nanogpt.report.tables import markdown
-from scripts.maintenance.ablation_points import FAMILIES, Point, Run, make_config
-from scripts.maintenance.ablations import ABLATING, JUDGING, TUNING, loss
+from scripts.maintenance.ablation_points import (
+    ABLATING,
+    FAMILIES,
+    JUDGING,
+    TUNING,
+    Point,
+    Run,
+    loss,
+    make_config,
+)
 
 TEXT = pathlib.Path(__file__).with_name("ablation_page.md")
 Losses = dict[int, float]  # by seed

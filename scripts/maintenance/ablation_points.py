@@ -1,6 +1,7 @@
 """What `scripts.maintenance.ablations` trains: families of optimizers, and one change at a time."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ STUDIES: dict[str, tuple[type[MatrixConfig], Any]] = {
     "soap": (SoapStudy, _soap),
     "kl_shampoo": (KLStudy, _kl_shampoo),
 }
+TUNING, ABLATING, JUDGING = 100, range(200, 208), range(300, 308)  # seeds
 M = "matrices."
 AHEAD = {"lookahead": LookaheadConfig(0.3, 31, 202)}  # of record #44, of 300 steps
 TAIL = {"tail": TailConfig(248, 16.0)}  # of record #46
@@ -175,3 +177,9 @@ def _with(config: Any, name: str, value: Any) -> Any:
     section, _, rest = name.partition(".")
     value = _with(getattr(config, section), rest, value) if rest else value
     return dataclasses.replace(config, **{section: value})
+
+
+def loss(record: dict[str, Any]) -> float:
+    """Of a run that ended above its start that of chance, of 1,024 tokens."""
+    chance = math.log(1024)
+    return min(record["loss"], chance) if record["status"] == "finished" else chance

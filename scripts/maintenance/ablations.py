@@ -14,15 +14,24 @@ import argparse
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nanogpt.lab import compile_cache
-from scripts.maintenance.ablation_points import FAMILIES, Point, Run, make_config, make_points
+from scripts.maintenance.ablation_points import (
+    ABLATING,
+    FAMILIES,
+    JUDGING,
+    TUNING,
+    Point,
+    Run,
+    loss,
+    make_config,
+    make_points,
+)
 from scripts.maintenance.transfer_optima import vertex
 
 FOLDER = pathlib.Path("docs")
 RUNS = FOLDER / "recipe" / "runs.jsonl"
-TUNING, ABLATING, JUDGING = 100, range(200, 208), range(300, 308)
 MOST = 5  # rates that tune one optimizer
 STEP = 8  # chosen powers of 2 are whole multiples of 1 / STEP
 Train = Callable[[Sequence[Run]], Sequence[float]]
@@ -89,12 +98,6 @@ def trainer(points: dict[str, Point]) -> Train:
         return list(map(loss, run_trials(trials, RUNS, run=run_shared)))
 
     return train
-
-
-def loss(record: dict[str, Any]) -> float:
-    """Of a run that ended above its start that of chance, of 1,024 tokens."""
-    chance = math.log(1024)
-    return min(record["loss"], chance) if record["status"] == "finished" else chance
 
 
 def main() -> None:

@@ -6,10 +6,18 @@ import math
 import pytest
 
 from nanogpt.report.paired import paired
-from scripts.maintenance import ablations
 from scripts.maintenance.ablation_page import write
-from scripts.maintenance.ablation_points import FAMILIES, Run, make_config, make_points
-from scripts.maintenance.ablations import ABLATING, JUDGING, TUNING, Chosen, settle, tune
+from scripts.maintenance.ablation_points import (
+    ABLATING,
+    FAMILIES,
+    JUDGING,
+    TUNING,
+    Run,
+    loss,
+    make_config,
+    make_points,
+)
+from scripts.maintenance.ablations import Chosen, settle, tune
 
 POINTS = {point.name: point for point in make_points()}
 
@@ -71,11 +79,11 @@ def test_the_page_tells_differences(tmp_path):
     (tmp_path / "recipe").mkdir()
     runs = tmp_path / "recipe" / "runs.jsonl"
     with runs.open("w") as file:
-        for name, loss in (("muon", 3.5), ("shampoo_next", 3.49), ("rtol 0", 3.6)):
+        for name, value in (("muon", 3.5), ("shampoo_next", 3.49), ("rtol 0", 3.6)):
             for seed in ABLATING[:4]:
                 settings = Run(name, 0.5, 0.0, seed)._asdict()
                 noise = 0.004 * (seed % 2) * (name == "rtol 0")
-                record = {"settings": settings, "status": "finished", "loss": loss + noise}
+                record = {"settings": settings, "status": "finished", "loss": value + noise}
                 file.write(json.dumps(record) + "\n")
     write(tmp_path, runs, POINTS)
     text = (tmp_path / "recipe.md").read_text()
@@ -85,7 +93,7 @@ def test_the_page_tells_differences(tmp_path):
 
 
 def test_a_run_that_climbed_counts_as_chance():
-    assert ablations.loss({"status": "diverged", "loss": None}) == pytest.approx(math.log(1024))
+    assert loss({"status": "diverged", "loss": None}) == pytest.approx(math.log(1024))
 
 
 def test_a_pair_of_one_seed_has_no_error():
