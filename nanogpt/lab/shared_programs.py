@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from nanogpt.config.run import Config
 from nanogpt.lab.trials import Trial
@@ -33,12 +34,18 @@ from nanogpt.train.train_step import (
 )
 from shampoo_jax import eval_params
 
+Build = Callable[..., optax.GradientTransformationExtraArgs]
 
-def run_shared(trial: Trial) -> Record:
+
+def run_shared(trial: Trial, build: Build = build_optimizer) -> Record:
     """Trains one trial whole in one call on the device; `nanogpt.lab.trials.run_trials` takes it.
 
     Numbers are those of `nanogpt train` but for rounding. No checkpoints and no curve; a trial that
     was stopped starts again.
+
+    Args:
+        trial: the run.
+        build: makes the optimizer, as `build_optimizer` does.
 
     Returns:
         A record like that of `nanogpt.lab.trials.run_trial`, without curve. Its time of a step
@@ -46,7 +53,7 @@ def run_shared(trial: Trial) -> Record:
     """
     config = trial.config
     rates = config.matrices.learning_rate, config.auxiliary.embed_learning_rate
-    program, batches = _program(_at_rate_one(config)), _batches(config)
+    program, batches = _program(_at_rate_one(config), build), _batches(config)
     begin = time.perf_counter()
     told = program(jax.random.key(config.seed), *batches, rates)
     first, last, skipped = (float(told[name]) for name in ("first", "last", "skipped_in_a_row"))
@@ -59,18 +66,18 @@ def run_shared(trial: Trial) -> Record:
         "status": "diverged" if diverged else "finished",
         "loss": last if math.isfinite(last) else None,
         "step_time_s": seconds / config.schedule.steps,
-        "start": _start(_at_rate_one(config)),
+        "start": _start(_at_rate_one(config), build),
         "end": {"refreshed": int(told["refreshed"])} if "refreshed" in told else {},
     }
 
 
 @functools.lru_cache(maxsize=1)
-def _start(config: Config) -> dict[str, Any]:
+def _start(config: Config, build: Build) -> dict[str, Any]:
     """What tables ask of a run's first record."""
     data = open_data(config)
     data.training.close()
     params = abstract_params(config.model)
-    state = jax.eval_shape(build_optimizer(config, params).init, params)
+    state = jax.eval_shape(build(config, params).init, params)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     told = provenance()
     return {
@@ -100,14 +107,14 @@ def _at_rate_one(config: Config) -> Config:
 
 
 @functools.lru_cache(maxsize=1)
-def _program(config: Config) -> Callable[..., dict[str, jax.Array]]:
+def _program(config: Config, build: Build) -> Callable[..., dict[str, jax.Array]]:
     """Function (key, batches, validation batches, rates) -> first and last loss, and metrics."""
     structure = model_structure(config.model)
     evaluate = make_eval_step(structure, config)
 
     @jax.jit
     def run(key, batches, scored, rates):
-        tx = build_optimizer(config, abstract_params(config.model), factors=rates)
+        tx = build(config, abstract_params(config.model), factors=rates)
         params = draw_params(config.model, key)
         state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
         state, told = jax.lax.scan(make_train_step(structure, tx, config), state, batches)

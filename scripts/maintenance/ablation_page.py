@@ -1,5 +1,6 @@
 """Page and picture of `scripts.maintenance.ablations`."""
 
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -135,9 +136,12 @@ def _draw(
     with matplotlib.rc_context(STYLE | {"font.size": 9}):
         figure = Figure(figsize=(7.5, 1.2 + 0.24 * len(names)), dpi=110, layout="constrained")
         axes = figure.subplots()
-        families = list(FAMILIES)
+        colours = dict(zip(FAMILIES, itertools.cycle(COLOURS), strict=False))
         for row, name in enumerate(names):
-            d, colour = differences[name], COLOURS[families.index(points[name].family)]
+            d, colour = (
+                differences[name],
+                COLOURS[families.index(points[name].family) % len(COLOURS)],
+            )
             style = {"marker": "o", "capsize": 3, "color": colour}
             axes.errorbar(d.mean, row, xerr=2 * d.error, **style)
         axes.axvline(0, color="0.6", linewidth=1)

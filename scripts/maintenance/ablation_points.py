@@ -1,6 +1,7 @@
 """What `scripts.maintenance.ablations` trains: families of optimizers, and one change at a time."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from nanogpt.config.presets import preset
 from nanogpt.config.run import Config, CooldownConfig, LookaheadConfig, TailConfig
 from nanogpt.config.settings import SETTINGS, KLConfig, MatrixConfig, SoapConfig
 from nanogpt.optimizers.build import REGISTRY
+from nanogpt.optimizers.schedules import learning_rate
 from nanogpt.optimizers.transfer import RATES
 
 
@@ -77,6 +79,27 @@ TAIL = {"tail": TailConfig(248, 16.0)}  # of record #46
 AS_MUON = {M + "exponent": None, M + "orthogonalize": True, M + "size": "aspect"}
 BALL: dict[str, Any] = {M + "weight_decay": 0.0, M + "hyperball": True, M + "learning_rate": 0.02}
 BALL |= {"model.init": "record27", "matrices_cooldown": CooldownConfig(cooldown=1.0)}
+# Complete optimizers of one rate, as users call them, with nothing else set but what is named.
+COMPLETE: dict[str, Any] = {
+    "shampoo()": shampoo_jax.shampoo,
+    "optax muon()": optax.contrib.muon,
+    "optax adamw()": functools.partial(optax.adamw, weight_decay=0.0),
+    "shampoo(b2=.95)": functools.partial(shampoo_jax.shampoo, b2=0.95),
+    "shampoo(b1=.95)": functools.partial(shampoo_jax.shampoo, b1=0.95),
+    "shampoo(exponents=1/3)": functools.partial(shampoo_jax.shampoo, exponents=1 / 3),
+    "shampoo(exponents=1/2)": functools.partial(shampoo_jax.shampoo, exponents=0.5),
+}
+
+
+def build_complete(
+    config: Config, params: Any, placement: Any = None, factors: Any = (1.0, 1.0)
+) -> optax.GradientTransformationExtraArgs:
+    """What `build_optimizer` is for others: one of `COMPLETE`, at the rate of the matrices."""
+    del params, placement
+    rate = learning_rate(config.matrices.learning_rate * factors[0], config.schedule)
+    return shampoo_jax.guard(COMPLETE[config.optimizer](rate))
+
+
 # Of every family its recipe on the board, and how its first point differs from that.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "muon": ("muon", {}),
@@ -86,6 +109,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "muon_track3": ("muon_track3", {}),
     "adamw": ("adamw", {M + "learning_rate": 0.008}),
     "shampoo": ("shampoo", {}),
+    **{name: ("adamw", {"optimizer": name}) for name in COMPLETE},
 }
 
 
@@ -143,6 +167,7 @@ def make_points() -> list[Point]:
         first["muon_track3"],
         first["adamw"],
         first["shampoo"],
+        *(first[name] for name in COMPLETE),
     ]
 
 
@@ -150,6 +175,9 @@ def make_config(point: Point, run: Run) -> Config:
     """A run as `nanogpt train` would train it."""
     entry, own = FAMILIES[point.family]
     config = preset(run.board, entry)
+    if point.family in COMPLETE:
+        rate = 0.02 if "muon" in point.family else 0.008
+        config = dataclasses.replace(config, matrices=MatrixConfig(rate, 0.0))
     if point.family in STUDIES:
         settings, direction = STUDIES[point.family]
         name = f"{point.family}_study"

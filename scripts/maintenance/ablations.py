@@ -1,7 +1,7 @@
 """What each part of the recipe is worth: docs/recipe.md, by paired runs on the scaled-down board.
 
     python -m scripts.maintenance.ablations
-    python -m scripts.maintenance.ablations --points soap kl --seeds 4
+    python -m scripts.maintenance.ablations --points soap 'exponent 0.5' --seeds 4
     python -m scripts.maintenance.ablations --judge board prose reference
 
 Every point is tuned and trained by the rule of docs/recipe.md. What docs/recipe/runs.jsonl holds is
@@ -11,19 +11,23 @@ seeds that nothing was chosen by, on the texts that are named.
 """
 
 import argparse
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nanogpt.lab import compile_cache
+from nanogpt.optimizers.build import build_optimizer
 from scripts.maintenance.ablation_points import (
     ABLATING,
+    COMPLETE,
     FAMILIES,
     JUDGING,
     TUNING,
     Point,
     Run,
+    build_complete,
     loss,
     make_config,
     make_points,
@@ -80,7 +84,7 @@ def tune(point: str, middle: Chosen, auxiliary: bool, train: Train) -> Chosen:
 
 def settle(point: Point, train: Train) -> Chosen:
     """A point's rates: of a family's first one both, of others that of the matrices around its."""
-    first = tune(point.family, Chosen(0.0, 0.0), True, train)
+    first = tune(point.family, Chosen(0.0, 0.0), point.family not in COMPLETE, train)
     if point.name == point.family:
         return first
     own = "matrices.learning_rate" in point.changes
@@ -95,7 +99,9 @@ def trainer(points: dict[str, Point]) -> Train:
 
     def train(runs: Sequence[Run]) -> list[float]:
         trials = [Trial(run._asdict(), make_config(points[run.point], run)) for run in runs]
-        return list(map(loss, run_trials(trials, RUNS, run=run_shared)))
+        build = build_complete if points[runs[0].point].family in COMPLETE else build_optimizer
+        run = functools.partial(run_shared, build=build)
+        return list(map(loss, run_trials(trials, RUNS, run=run)))
 
     return train
 
@@ -103,7 +109,7 @@ def trainer(points: dict[str, Point]) -> Train:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--points", nargs="+", default=[""], help="parts of their names")
+    parser.add_argument("--points", nargs="+", metavar="NAME", help="some, in this order")
     parser.add_argument("--seeds", type=int, default=len(ABLATING))
     parser.add_argument("--judge", nargs="+", default=[], metavar="TEXT", help="folders of data/")
     parser.add_argument("--page", action="store_true", help="write page and picture alone")
@@ -112,7 +118,7 @@ def main() -> None:
     from scripts.maintenance.ablation_page import write
 
     points = {point.name: point for point in make_points()}
-    wanted = [p for p in points.values() if any(part in p.name for part in options.points)]
+    wanted = [points[name] for name in options.points or points]
     train = trainer(points)
     for point in [] if options.page else wanted:
         chosen = settle(point, train)
