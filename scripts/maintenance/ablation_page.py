@@ -138,10 +138,7 @@ def _draw(
         axes = figure.subplots()
         colours = dict(zip(FAMILIES, itertools.cycle(COLOURS), strict=False))
         for row, name in enumerate(names):
-            d, colour = (
-                differences[name],
-                COLOURS[families.index(points[name].family) % len(COLOURS)],
-            )
+            d, colour = differences[name], colours[points[name].family]
             style = {"marker": "o", "capsize": 3, "color": colour}
             axes.errorbar(d.mean, row, xerr=2 * d.error, **style)
         axes.axvline(0, color="0.6", linewidth=1)
