@@ -74,7 +74,9 @@ STUDIES: dict[str, tuple[type[MatrixConfig], Any]] = {
 TUNING, ABLATING, JUDGING = 100, range(200, 208), range(300, 308)  # seeds
 M = "matrices."
 AHEAD = {"lookahead": LookaheadConfig(0.3, 31, 202)}  # of record #44, of 300 steps
-TAIL = {"tail": TailConfig(248, 16.0)}  # of record #46
+# Of record #46; a rate that ends at 0 leaves nothing to average.
+TAIL = {"tail": TailConfig(248, 16.0), "schedule.horizon": 1.0662}
+TRICKS: dict[str, Any] = AHEAD | TAIL | {M + "cautious": True}
 # Muon of track 3 through the code of the recipe, so that it can have all of its tricks.
 AS_MUON = {M + "exponent": None, M + "orthogonalize": True, M + "size": "aspect"}
 BALL: dict[str, Any] = {M + "weight_decay": 0.0, M + "hyperball": True, M + "learning_rate": 0.02}
@@ -109,6 +111,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "muon_track3": ("muon_track3", {}),
     "adamw": ("adamw", {M + "learning_rate": 0.008}),
     "shampoo": ("shampoo", {}),
+    "muon + tricks": ("shampoo_next", {M + "learning_rate": 0.02} | AS_MUON | TRICKS),
+    "shampoo_next + tricks": ("shampoo_next", TRICKS),
     **{name: ("adamw", {"optimizer": name}) for name in COMPLETE},
 }
 
@@ -167,6 +171,8 @@ def make_points() -> list[Point]:
         first["muon_track3"],
         first["adamw"],
         first["shampoo"],
+        first["muon + tricks"],
+        first["shampoo_next + tricks"],
         *(first[name] for name in COMPLETE),
     ]
 
@@ -186,6 +192,7 @@ def make_config(point: Point, run: Run) -> Config:
         config = dataclasses.replace(config, optimizer=name, matrices=own_settings)
     for name, value in (own | point.changes).items():
         config = _with(config, name, value)
+    config = _stretched(config, config.schedule.steps / preset("board", entry).schedule.steps)
 
     def times(settings: Any, power: float) -> Any:
         rates = {n: getattr(settings, n) * 2.0**power for n in RATES if hasattr(settings, n)}
@@ -199,6 +206,17 @@ def make_config(point: Point, run: Run) -> Config:
         matrices=times(config.matrices, run.rate),
         auxiliary=times(config.auxiliary, run.auxiliary),
     )
+
+
+def _stretched(config: Config, times: float) -> Config:
+    """Steps of look ahead and tail, which are told for S, on a board of more steps."""
+    ahead, tail = config.lookahead, config.tail
+    if ahead is not None:
+        ends = {"start": round(ahead.start * times), "end": round(ahead.end * times)}
+        ahead = dataclasses.replace(ahead, **ends)
+    if tail is not None:
+        tail = dataclasses.replace(tail, start=round(tail.start * times), tau=tail.tau * times)
+    return dataclasses.replace(config, lookahead=ahead, tail=tail)
 
 
 def _with(config: Any, name: str, value: Any) -> Any:

@@ -6,8 +6,8 @@
 
 Every point is tuned and trained by the rule of docs/recipe.md. What docs/recipe/runs.jsonl holds is
 kept: stopped and started again, it goes on, and more seeds are added to what there is. Page and
-picture are written after every point, --page writes them alone. --judge trains tuned optimizers on
-seeds that nothing was chosen by, on the texts that are named.
+picture are written after every point, --page writes them alone. --judge trains on seeds that
+nothing was chosen by, on the texts that are named, with --board board_m on M.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from nanogpt.optimizers.build import build_optimizer
 from scripts.maintenance.ablation_points import (
     ABLATING,
     COMPLETE,
-    FAMILIES,
     JUDGING,
     TUNING,
     Point,
@@ -48,48 +47,51 @@ class Chosen(NamedTuple):
     auxiliary: float
 
 
-def tune(point: str, middle: Chosen, auxiliary: bool, train: Train) -> Chosen:
+def tune(run: Run, auxiliary: bool, train: Train, most: int = MOST) -> Chosen:
     """Chooses rates by the rule of docs/recipe.md.
 
     Args:
-        point: name of what is tuned.
-        middle: where to begin.
+        run: what is tuned, at the rates where to begin.
         auxiliary: whether the others' rates are tuned too, after those of the matrices.
         train: gives final losses of runs.
+        most: trials of one kind of rate.
 
     Returns:
         The lowest points of the parabolas.
     """
-    from nanogpt.lab.board import next_powers
-
-    def best(runs: Callable[[float], Chosen]) -> float:
-        losses: dict[int, float] = {}
-        wanted = [-1, 0, 1]
-        while wanted:
-            found = train([Run(point, *runs(power), TUNING) for power in wanted])
-            losses |= zip(wanted, found, strict=True)
-            wanted = next_powers(losses, (), MOST)
-        lowest = vertex(losses)
-        return (
-            round(STEP * lowest) / STEP
-            if math.isfinite(lowest)
-            else min(losses, key=losses.__getitem__)
-        )
-
-    rate = middle.rate + best(lambda p: Chosen(middle.rate + p, middle.auxiliary))
-    if not auxiliary:
-        return Chosen(rate, middle.auxiliary)
-    return Chosen(rate, middle.auxiliary + best(lambda p: Chosen(rate, middle.auxiliary + p)))
+    run = run._replace(rate=_best(run, "rate", train, most))
+    if auxiliary:
+        run = run._replace(auxiliary=_best(run, "auxiliary", train, most))
+    return Chosen(run.rate, run.auxiliary)
 
 
-def settle(point: Point, train: Train) -> Chosen:
-    """A point's rates: of a family's first one both, of others that of the matrices around its."""
-    first = tune(point.family, Chosen(0.0, 0.0), point.family not in COMPLETE, train)
-    if point.name == point.family:
-        return first
-    own = "matrices.learning_rate" in point.changes
-    middle = Chosen(0.0, first.auxiliary) if own else first
-    return tune(point.name, middle, False, train)
+def _best(run: Run, which: str, train: Train, most: int) -> float:
+    """The power of 2 of one rate where a parabola is lowest, or the best one if it is an edge."""
+    from nanogpt.lab.board import best, next_powers
+
+    losses: dict[int, float] = {}
+    wanted, middle = [-1, 0, 1], getattr(run, which)
+    while wanted:
+        tried = [run._replace(seed=TUNING, **{which: middle + power}) for power in wanted]
+        losses |= zip(wanted, train(tried), strict=True)
+        wanted = next_powers(losses, (), most)
+    lowest = vertex(losses)
+    return middle + (round(STEP * lowest) / STEP if math.isfinite(lowest) else best(losses))
+
+
+def settle(point: Point, train: Train, board: str = "board") -> Chosen:
+    """A point's rates: of a family's first one both, of others that of the matrices around its.
+
+    On another board than S that of the matrices again, with three trials.
+    """
+    chosen = tune(Run(point.family, 0.0, 0.0, TUNING), point.family not in COMPLETE, train)
+    if point.name != point.family:
+        own = "matrices.learning_rate" in point.changes
+        begin = Chosen(0.0, chosen.auxiliary) if own else chosen
+        chosen = tune(Run(point.name, *begin, TUNING), False, train)
+    if board == "board":
+        return chosen
+    return tune(Run(point.name, *chosen, TUNING, board=board), False, train, most=3)
 
 
 def trainer(points: dict[str, Point]) -> Train:
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--points", nargs="+", metavar="NAME", help="some, in this order")
     parser.add_argument("--seeds", type=int, default=len(ABLATING))
     parser.add_argument("--judge", nargs="+", default=[], metavar="TEXT", help="folders of data/")
+    parser.add_argument("--board", default="board", choices=("board", "board_m"))
     parser.add_argument("--page", action="store_true", help="write page and picture alone")
     options = parser.parse_args()
     compile_cache.prepare()
@@ -121,12 +124,10 @@ def main() -> None:
     wanted = [points[name] for name in options.points or points]
     train = trainer(points)
     for point in [] if options.page else wanted:
-        chosen = settle(point, train)
-        if not options.judge:
-            train([Run(point.name, *chosen, seed) for seed in ABLATING[: options.seeds]])
-        elif point.name in FAMILIES:
-            seeds = JUDGING[: options.seeds]
-            train([Run(point.name, *chosen, s, text) for text in options.judge for s in seeds])
+        chosen = settle(point, train, options.board)
+        seeds = (JUDGING if options.judge else ABLATING)[: options.seeds]
+        texts = options.judge or ["board"]
+        train([Run(point.name, *chosen, s, t, options.board) for t in texts for s in seeds])
         write(FOLDER, RUNS, points)
     write(FOLDER, RUNS, points)
 

@@ -17,8 +17,9 @@ from scripts.maintenance.ablation_points import (
     make_config,
     make_points,
 )
-from scripts.maintenance.ablations import Chosen, settle, tune
+from scripts.maintenance.ablations import settle, tune
 
+MUON = Run("muon", 0.0, 0.0, 0)
 POINTS = {point.name: point for point in make_points()}
 
 
@@ -37,11 +38,11 @@ def bowl(rate, auxiliary):
 
 def test_tuning_goes_beyond_an_edge_and_ends_at_the_parabolas_lowest_point():
     done, train = bowl(1.3, -0.2)
-    assert tune("muon", Chosen(0.0, 0.0), True, train) == (1.25, -0.25)  # eighths
+    assert tune(MUON, True, train) == (1.25, -0.25)  # eighths
     assert [r.rate for r in done[:4]] == [-1, 0, 1, 2] and len(done) == 7
     assert {r.seed for r in done} == {TUNING}
     done, train = bowl(9.0, 0.0)
-    assert tune("muon", Chosen(0.0, 0.0), False, train) == (3.0, 0.0)  # five, and it is an edge
+    assert tune(MUON, False, train) == (3.0, 0.0)  # five, and it is an edge
     assert len(done) == 5
 
 
@@ -52,6 +53,17 @@ def test_a_change_starts_at_its_family_s_rates_unless_it_has_its_own():
     done, train = bowl(0.5, 0.0)
     settle(POINTS["hyperball"], train)
     assert [r.rate for r in done if r.point == "hyperball"] == [-1, 0, 1]
+
+
+def test_another_board_tunes_one_rate_again_with_three_trials():
+    done, train = bowl(3.0, -0.2)
+    assert settle(POINTS["shampoo()"], train, "board_m") == (3.0, 0.0)
+    assert [r.rate for r in done if r.board == "board_m"] == [2, 3, 4]
+    point = POINTS["muon + tricks"]
+    run = Run(point.name, 0.0, 0.0, 0, board="board_m")
+    config = make_config(point, run)
+    assert (config.lookahead.start, config.lookahead.end) == (62, 404)
+    assert (config.tail.start, config.tail.tau, config.schedule.steps) == (496, 32.0, 600)
 
 
 def test_runs_of_a_seed_share_weights_and_data():
