@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from nanogpt.config.presets import preset
 from nanogpt.lab import compile_cache
 from nanogpt.optimizers.build import build_optimizer
 from scripts.maintenance.ablation_points import (
@@ -118,8 +119,10 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write page and picture alone")
     options = parser.parse_args()
     compile_cache.prepare()
+    from nanogpt.lab.preset_data import prepare_data
     from scripts.maintenance.ablation_page import write
 
+    prepare_data(preset("board", "adamw"))
     points = {point.name: point for point in make_points()}
     wanted = [points[name] for name in options.points or points]
     train = trainer(points)
