@@ -257,12 +257,12 @@ TOTALS = {
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 1160,
     "shampoo_jax/inspect": 1420,
-    "nanogpt/config": 625,
+    "nanogpt/config": 645,
     "nanogpt/model": 545,
-    "nanogpt/optimizers": 735,
+    "nanogpt/optimizers": 780,
     "nanogpt/train": 2490,
-    "nanogpt/report": 1090,
-    "nanogpt/lab": 1540,
+    "nanogpt/report": 1110,
+    "nanogpt/lab": 1555,
 }
 
 

@@ -274,6 +274,37 @@ class ShampooConfig(FactorConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class ShampooNextConfig(MatrixConfig):
+    """Shampoo of a momentum, at a fixed norm: the recipe and what docs/recipe.md varies of it."""
+
+    b1: float = 0.95  # decay of the momentum
+    momentum: Literal["nesterov", "average"] = "nesterov"  # average: corrected, no look ahead
+    b2: float = 0.9  # decay of the factors
+    # Of which they are: the gradient, the momentum, or every microbatch's gradient.
+    squares: Literal["gradient", "momentum", "microbatches"] = "gradient"
+    # e of factor^-e on each of the two sides; the name of one: 1/2 there; None: no factors, Muon.
+    exponent: float | Side | None = 0.3333333333333333
+    rtol: float | None = None  # eigenvalues up to rtol*max are dropped; None: n*eps, 0: up to 0
+    every: int = 1  # steps between refreshes of the inverse roots
+    stagger: bool = False  # whether each step refreshes a share of them
+    block_size: int | None = None  # largest edge of a block; None: matrices are whole
+    orthogonalize: bool = False  # whether Newton-Schulz follows, as Muon's of track 3
+    # Norm of an update: sqrt(outputs), 0.2 an entry, Adam's; aspect: its own, as Muon scales it.
+    size: Literal["rows", "entries", "adam", "aspect"] = "rows"
+    cautious: bool = False  # whether entries alone decay that the update moves towards 0
+    floor: float = 0.0  # least length of an update relative to its matrix, at rate 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least 0 and finite", "rtol", "floor")
+
+    @property
+    def reads_microbatches(self) -> bool:
+        """See `MatrixConfig`."""
+        return self.squares == "microbatches"
+
+
+@dataclasses.dataclass(frozen=True)
 class SoapConfig(FactorConfig):
     """SOAP on the block matrices: Adam in the eigenbases of Shampoo's factors."""
 
@@ -357,6 +388,7 @@ SETTINGS: dict[str, type[MatrixConfig]] = {
     "pmuon": PMuonConfig,
     "soap_muon": SoapMuonConfig,
     "shampoo": ShampooConfig,
+    "shampoo_next": ShampooNextConfig,
     "soap": SoapConfig,
     "kl_shampoo": KLConfig,
     "kl_soap": KLConfig,

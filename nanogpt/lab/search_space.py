@@ -31,9 +31,8 @@ class Sweep:
     search_seed: int = 0  # of the draws
     name: str = "sweep"  # folder of the trials under runs/
     jobs: int = 1  # trials side by side, each in a process; CPU only
-    # One program for trials that differ in seed, in the matrices' rate and in a factor of all other
-    # rates, a whole run a call: for many short runs. They leave no curve, and one that is stopped
-    # starts again.
+    # One program for trials that differ in seed, the matrices' rate and a factor of others, a run a
+    # call: for many short runs. They leave no curve, and one that is stopped starts again.
     shared: bool = False
 
     def __post_init__(self):

@@ -82,7 +82,10 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
 
 
 def build_optimizer(
-    config: Config, params: optax.Params, placement: shampoo_jax.Placement | None = None
+    config: Config,
+    params: optax.Params,
+    placement: shampoo_jax.Placement | None = None,
+    factors: tuple[Any, Any] = (1.0, 1.0),
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the run's optimizer: `config.optimizer` on the block matrices, AdamW on the rest.
 
@@ -97,6 +100,7 @@ def build_optimizer(
         config: The run.
         params: Parameter tree of the model; shapes and dtypes suffice.
         placement: Splits the state over the devices of a mesh: Shampoo's blocks, AdamW's moments.
+        factors: Of the rates of the block matrices and of all others; may be traced.
 
     Returns:
         Optax transformation of gradients of the run's loss, with updates in float32; its state is
@@ -114,13 +118,12 @@ def build_optimizer(
     transforms = {}
     for name in ("embed", "head"):
         own = groups.get(name, config)
-        peak = getattr(own.auxiliary, name + "_learning_rate")
+        peak = getattr(own.auxiliary, name + "_learning_rate") * factors[1]
         transforms[name] = _adamw(own, peak, placement)
-    transforms["vectors"] = _vectors(groups.get("vectors", config), placement)
+    transforms["vectors"] = _vectors(groups.get("vectors", config), placement, factors[1])
     own = groups.get("matrices", config)
-    transforms["matrices"] = optax.chain(
-        _direction(own, placement), *descent(own.matrices, _matrices_rate(own))
-    )
+    rate = learning_rate(own.matrices.learning_rate * factors[0], matrices_schedule(own))
+    transforms["matrices"] = optax.chain(_direction(own, placement), *descent(own.matrices, rate))
     grouped = optax.partition(transforms, labels)
     if config.clip_norm is not None:
         tokens = config.data.batch_rows * config.model.sequence_length
@@ -180,10 +183,6 @@ def _try(config: Config) -> None:
         )
 
 
-def _matrices_rate(config: Config) -> optax.Schedule:
-    return learning_rate(config.matrices.learning_rate, matrices_schedule(config))
-
-
 def descent(matrices: MatrixConfig, rate: optax.Schedule) -> list[optax.GradientTransformation]:
     """Weight decay and learning rate of the block matrices, behind their direction.
 
@@ -200,6 +199,8 @@ def descent(matrices: MatrixConfig, rate: optax.Schedule) -> list[optax.Gradient
         more, own = matrices.mlp_decay * matrices.weight_decay, matrices.weight_decay
         decay_of = lambda p: jax.tree.map(lambda mlp: more if mlp else own, _in_mlp(p))  # noqa: E731
         return [optax.scale_by_learning_rate(rate), decay_by_factor(rate, decay_of)]
+    if getattr(matrices, "cautious", False):
+        return [shampoo_jax.cautious_decay(matrices.weight_decay, rate)]
     parts = [optax.add_decayed_weights(matrices.weight_decay)]
     if isinstance(matrices, MuonConfig) and matrices.mlp_decay != 1:
         more = matrices.weight_decay * (matrices.mlp_decay - 1)
@@ -238,11 +239,11 @@ def _adamw(
 
 
 def _vectors(
-    config: Config, placement: shampoo_jax.Placement | None
+    config: Config, placement: shampoo_jax.Placement | None, factor: Any
 ) -> optax.GradientTransformation:
     """AdamW of biases and gains, by kinds where these have decays of their own."""
     auxiliary = config.auxiliary
-    rate, b2s = auxiliary.vector_learning_rate, auxiliary.vector_b2
+    rate, b2s = auxiliary.vector_learning_rate * factor, auxiliary.vector_b2
     own: dict[str, Any] = {"b1": auxiliary.vector_b1, "eps": auxiliary.vector_eps}
     own = {name: value for name, value in own.items() if value is not None}
     config = dataclasses.replace(config, auxiliary=dataclasses.replace(auxiliary, **own))

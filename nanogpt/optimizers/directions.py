@@ -26,6 +26,7 @@ from nanogpt.config.settings import (
     SophiaConfig,
 )
 from nanogpt.optimizers.psgd import scale_by_psgd
+from nanogpt.optimizers.shampoo_next import scale_by_aspect, shampoo_next
 
 Placement = shampoo_jax.Placement | None
 Direction = Callable[[Any, Placement], optax.GradientTransformation]
@@ -67,20 +68,6 @@ def nesterov_ema(b1: Any) -> optax.GradientTransformation:
         return mix(mu, updates), NesterovState(mu)
 
     return optax.GradientTransformation(init, update)
-
-
-def scale_by_aspect() -> optax.GradientTransformation:
-    """Multiplies an (in, out) kernel's update by sqrt(max(1, out / in)).
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> tx = scale_by_aspect()
-        >>> float(tx.update(jnp.ones((1, 4)), tx.init(None))[0][0, 0])
-        2.0
-    """
-    return optax.stateless_with_tree_map(
-        lambda update, _: update * max(1.0, update.shape[1] / update.shape[0]) ** 0.5
-    )
 
 
 def adam(settings: Any, placement: Placement = None) -> optax.GradientTransformation:
@@ -391,6 +378,7 @@ _REST: Any = (
     pmuon,
     soap_muon,
     shampoo,
+    shampoo_next,
     soap,
     kl_shampoo,
     kl_soap,
