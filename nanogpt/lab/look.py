@@ -111,3 +111,27 @@ def spectrum(
     print(table(found))
     for path in draw_spectra(found, matrices, Path(out)):
         print(f"picture: {path}")
+
+
+@command()
+@flags
+def report(
+    runs: tyro.conf.Positional[tuple[str, ...]],
+    out: str = "runs/report.html",
+    unchecked: bool = False,
+    target: float | None = None,
+) -> None:
+    """Writes one HTML file about one run or several, with all that it shows in it.
+
+    Results, curves, spectra of runs trained with --monitor, settings and environment.
+
+    Args:
+        runs: folders that hold a metrics.jsonl, here or in gs://
+        out: the file
+        unchecked: take runs without a fingerprint, too
+        target: loss to reach, nats per token; None: AdamW's final one
+    """
+    from nanogpt.report.document import write_report
+
+    check_folders(out=out)
+    print(f"report: {write_report(runs, Path(out), unchecked=unchecked, target=target)}")

@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 
 from nanogpt.report.curves import Curve, common_steps, steps_to_reach
 from nanogpt.report.dots import ROW, Row, draw_dots, room
-from nanogpt.report.figures import steps_note, steps_row
+from nanogpt.report.figures import STEPS_NOTE, steps_row
 from nanogpt.report.groups import Group
 from nanogpt.report.plotting import (
-    BOTH,
     DASHES,
     GREY,
     WIDTH,
@@ -25,13 +24,14 @@ from nanogpt.report.plotting import (
     save,
     trace,
 )
-from nanogpt.report.tables import shown, table
+from nanogpt.report.tables import shorten, shown, table
 
-BASELINE, STRONG, *_ = BOTH
-CURVES, NAMES, DOTS = 3.6, 1.5, 0.9  # inches: of curves, of the rows' names, of dots at least
+BASELINE, STRONG = "C0", "C1"  # colours
+CURVES, NAMES, DOTS = 3.4, 1.4, 0.9  # inches: of curves, of the rows' names, of dots at least
 # Of the steps: before the first part differences are those of the first fall, before the second
 # losses say little about the end.
 SETTLED, LATE = 0.2, 0.5
+NAMED = 8  # emphasised curves that have their names at their ends
 FINE = 0.05  # nats between the best and the worst, below which four digits are written
 LONGEST = 1.8  # of the median length, where curves are cut lest one slow one squeeze the others
 
@@ -113,8 +113,8 @@ def board_figure(
     Args:
         groups: at least one, in the order of the rows.
         target: loss; a column has the steps to it.
-        baseline: label of a group; curves are drawn less its curve, losses have the difference
-            beside them. Empty: curves as they are.
+        baseline: label of a group; curves are drawn less its curve, beside losses stands what they
+            are less its loss. Empty: as they are.
         heading: what the picture is about, and the lines below that.
         machine: named where times are drawn. Groups that are not `timed` have none.
     """
@@ -133,7 +133,9 @@ def board_figure(
         draw_dots(figure.add_subplot(places[k]), rows, label, widths[k], named=k == 0)
     low = figure.add_subplot(bottom)
     _curves(low, groups, target, baseline)
-    headed(figure, *heading)
+    several = any(len(group.runs) > 1 for group in groups)
+    note = f"\nlosses: ± std between runs\n{STEPS_NOTE}" * several
+    headed(figure, heading[0], heading[1] + note)
     return figure
 
 
@@ -152,7 +154,7 @@ def _columns(
     groups: Sequence[Group], target: float | None, baseline: str, machine: str
 ) -> dict[str, list[Row]]:
     """{label of the axis: rows}."""
-    base = next((g.result.mean for g in groups if g.label == baseline), math.nan)
+    base = next((group.result for group in groups if group.label == baseline), None)
     styles, losses, steps, times = _emphasis(groups, baseline), [], [], []
     means = [group.result.mean for group in groups if math.isfinite(group.result.mean)]
     digits = 4 if means and max(means) - min(means) < FINE else 3
@@ -160,8 +162,8 @@ def _columns(
         result = group.result
         ends = [run.losses[run.steps.index(result.step)] for run in group.survivors]
         text = f"{result.mean:.{digits}f}"
-        if math.isfinite(base) and group.label != baseline:
-            text += f"  {result.mean - base:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+        if base and result.step == base.step and group.label != baseline:
+            text = f"{result.mean - base.mean:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
         if len(ends) < len(group.runs):
             text = f"{len(group.runs) - len(ends)} of {len(group.runs)} diverged"
         losses.append(Row(group.label, colour, ends, result.mean, result.std, text, strong))
@@ -170,11 +172,11 @@ def _columns(
         seconds = group.shown.seconds[-1] if group.timed else math.nan
         text = shown(seconds, ".0f" if seconds > 10 else ".1f")
         times.append(Row(group.label, colour, (), seconds, math.nan, text, strong))
-    compared = f", less {baseline}'s" * math.isfinite(base)
+    compared = f", less {baseline}'s" if base else ""
     where = f",\n{machine}" if machine else ""
     return {
-        f"final loss ± std{compared}": losses,
-        "" if target is None else f"steps to {target:.3f}{steps_note(steps)}": steps,
+        f"final loss{compared}": losses,
+        "" if target is None else f"steps to {target:.3f}": steps,
         f"training time (s){where}": times,
     }
 
@@ -182,8 +184,9 @@ def _columns(
 def _curves(axes: Axes, groups: Sequence[Group], target: float | None, baseline: str) -> None:
     base = next((g for g in groups if g.label == baseline and g.survivors), None)
     styles, labels, count = _emphasis(groups, baseline), [], 0
-    others = [g for g, (colour, _) in zip(groups, styles, strict=True) if colour == GREY]
-    best = min(others, key=lambda group: _rank(group, target), default=None)
+    ranked = sorted(zip(groups, styles, strict=True), key=lambda pair: _rank(pair[0], target))
+    named = [group for group, (_, strong) in ranked if strong][:NAMED]
+    named += [g for g, (colour, _) in ranked if colour == GREY][:1] + ([base] if base else [])
     drawn = [_less(group.shown, base) for group in groups]
     for group, curve, (colour, strong) in zip(groups, drawn, styles, strict=True):
         style = {"color": colour, "linewidth": 2.0, "zorder": 4}
@@ -194,8 +197,8 @@ def _curves(axes: Axes, groups: Sequence[Group], target: float | None, baseline:
             style |= {"linewidth": 1.0, "zorder": 2, "alpha": 0.9}
         runs = [_less(run, base) for run in group.survivors] if colour != GREY else ()
         end = trace(axes, curve, runs, "steps", **style)
-        if colour != GREY or group is best:
-            labels.append(Label(group.label, *end, colour))
+        if any(group is one for one in named):
+            labels.append(Label(shorten(group.label), *end, colour))
     if base is None:
         axes.set_ylim(*_between(drawn, LATE))
         mark(axes, [] if target is None else [target])

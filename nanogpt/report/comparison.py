@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from nanogpt.report.board import board_figure
 from nanogpt.report.comparable import check_comparable, common_track, same_clock
 from nanogpt.report.curves import published_file, read_reference, steps_to_reach
-from nanogpt.report.figures import BAND, comparison_figure
+from nanogpt.report.figures import BAND, STEPS_NOTE, comparison_figure
 from nanogpt.report.groups import Group, pooled
 from nanogpt.report.plotting import save
 from nanogpt.report.runs import Run, labels, read_run, subject
@@ -23,6 +23,7 @@ from nanogpt.report.tables import shorten, shown, table
 from nanogpt.train.paths import Path, path_of
 from nanogpt.train.stored import expecting_form
 
+LONGEST_HEAD = 32  # letters of names in the first line of a picture
 MOST = 8  # curves that one panel can show; more are a board
 TARGET = "adamw"
 
@@ -77,17 +78,16 @@ def figure_of(runs: Sequence[Run], *, target: float | None = None, **options: An
         **options: references and note, as of `nanogpt.report.figures.comparison_figure`.
     """
     groups, timed = pooled(runs), same_clock([run.start for run in runs])
-    names = [shorten(group.label) for group in groups]
-    head = f"Validation loss of {', '.join(names) if len(names) <= 3 else f'{len(names)} settings'}"
-    lines = subject([run.start for run in runs])
-    if any(len(group.survivors) > 1 for group in groups):
-        lines += f"\n{BAND}"
-    final = reference_loss(groups)
+    names = ", ".join(group.label for group in groups)
+    names = names if len(names) <= LONGEST_HEAD else f"{len(groups)} settings"
+    lines, seeds = subject([run.start for run in runs]), any(len(g.runs) > 1 for g in groups)
+    head, final = f"Validation loss of {shorten(names, LONGEST_HEAD)}", reference_loss(groups)
     goal = ("the target", target) if target is not None else ("AdamW's final loss", final)
     if len(groups) > MOST:
         base = next((g.label for g in groups if g.start["config"]["optimizer"] == TARGET), "")
         clocked = [dataclasses.replace(group, timed=timed) for group in groups]
         return board_figure(clocked, target=goal[1], baseline=base, heading=(head, lines))
+    lines += f"\n{BAND}\n{STEPS_NOTE}" * seeds
     return comparison_figure(
         groups, levels=baselines(runs), target=None if goal[1] is None else (goal[0], goal[1]),
         heading=(head, lines), timed=timed, **options,
@@ -125,9 +125,7 @@ def baselines(runs: Sequence[Run]) -> dict[str, float]:
     return {name: found[0][name] for name in agreed if name in found[0]}
 
 
-def columns(
-    runs: Sequence[Run], target: float | None = None
-) -> dict[str, Callable[[Run], str]]:
+def columns(runs: Sequence[Run], target: float | None = None) -> dict[str, Callable[[Run], str]]:
     """The table of runs, {title: function from a run to its cell}."""
     reach = "AdamW's final loss" if target is None else f"{target:g}"
     goal = reference_loss(pooled(runs)) if target is None else target

@@ -16,7 +16,7 @@ from nanogpt.report.tables import shorten
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 NORMAL95 = 1.96
 LETTER = 0.62 * SMALL / 72  # inches, of a figure's
-ROW = 0.29  # inches
+ROW, TICK = 0.29, 0.6  # inches between rows, and between figures on the axis at least
 
 
 class Row(NamedTuple):
@@ -56,7 +56,7 @@ def interval(values: Sequence[float]) -> float:
 
 def room(rows: Sequence[Row]) -> float:
     """Inches that the figures of rows take."""
-    return LETTER * (1 + max((len(row.text) for row in rows), default=0))
+    return LETTER * (1.5 + max((len(row.text) for row in rows), default=0))
 
 
 def draw_dots(
@@ -93,7 +93,8 @@ def draw_dots(
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
-    ticks = MaxNLocator(nbins=3, steps=[1, 2, 5, 10]).tick_values(left, right)
+    few = max(1, int((1 - part) * width / TICK))
+    ticks = MaxNLocator(nbins=few, steps=[1, 2, 5, 10]).tick_values(left, right)
     axes.set_xticks([tick for tick in ticks if left <= tick <= right])
     axes.tick_params(axis="x", labelsize=SMALL)
     axes.set_xlabel(label, fontsize=SMALL, parse_math=False)

@@ -26,8 +26,10 @@ from nanogpt.report.plotting import (
     mark,
     trace,
 )
+from nanogpt.report.tables import shorten
 
 PANEL = 2.9  # inches
+STEPS_NOTE = "steps: ± 95 % of the mean over seeds; k of n: so many reach it"
 BAND = "bands: from the lowest seed to the highest"
 
 
@@ -88,13 +90,12 @@ def _panel(
         own = {"marker": "X" if lost else "o", "color": colour, "linestyle": dashes}
         x, y = trace(axes, line, group.survivors, column, **own)
         told = f"{y:.3f}" if column == "steps" else f"{x:.0f} s"
-        # What diverged has its label at the top, where it has gone.
-        text = line.label if lost else f"{line.label} {told}"
-        labels.append(Label(text, x, math.inf if lost else y, colour))
+        name = shorten(line.label)
+        labels.append(Label(name if lost else f"{name} {told}", x, y, colour))
     for line, dashes in zip(references, itertools.cycle(DASHES), strict=False):
         style: dict[str, Any] = {"color": GREY, "linestyle": dashes, "zorder": 2}
         end = trace(axes, line, (), column, linewidth=1.4, **style)
-        labels.append(Label(f"{line.label} {end[1]:.3f}", *end, GREY))
+        labels.append(Label(f"{shorten(line.label)} {end[1]:.3f}", *end, GREY))
     found = [x for line in [*lines, *references] for x in getattr(line, column)]
     axes.set_xlim(0, 1.02 * max(filter(math.isfinite, found), default=0) or 1)
     axes.set_ylim(low, high)
@@ -114,13 +115,7 @@ def _steps(axes: Axes, groups: Sequence[Group], name: str, target: float) -> Non
         for group, (colour, _) in zip(groups, itertools.cycle(STYLES), strict=False)
     ]
     rows.sort(key=lambda row: (math.isnan(row.centre), row.centre))
-    draw_dots(axes, rows, f"steps to {target:.3f}, {name}{steps_note(rows)}", 0.8 * WIDTH)
-
-
-def steps_note(rows: Sequence[Row]) -> str:
-    """What the figures of `steps_row` mean, a line each where there are some."""
-    notes = ["\n± 95 % of the mean over seeds"] * any(math.isfinite(row.reach) for row in rows)
-    return "".join(notes + ["\n(k of n): so many runs reach it"] * any("(" in r.text for r in rows))
+    draw_dots(axes, rows, f"steps to {target:.3f}, {name}", 0.7 * WIDTH)
 
 
 def steps_row(group: Group, target: float, *, colour: str, strong: bool = False) -> Row:
@@ -160,7 +155,9 @@ def training_figure(
         axes.plot(steps, values, color=GREY if name == "loss" else STYLES[0][0], linewidth=1.3)
         axes.set_ylabel({"loss": "loss (nats per token)"}.get(name, name.replace("_", " ")))
     end = trace(panels[0], curve, (), "steps", color=STYLES[1][0])
-    told = Label("validation" if diverged(curve) else f"validation {end[1]:.3f}", *end, STYLES[1][0])
+    told = Label(
+        "validation" if diverged(curve) else f"validation {end[1]:.3f}", *end, STYLES[1][0]
+    )
     trained = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     last = Label("training", *trained[-1], GREY) if trained else None
     losses = [loss for _, loss in trained]

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanogpt.report.comparable import check_comparable
-from nanogpt.report.runs import Run, labels, read_run
 from nanogpt.report.curves import (
     COLUMN,
     Curve,
@@ -18,6 +17,7 @@ from nanogpt.report.curves import (
     read_curves,
     step_time,
 )
+from nanogpt.report.runs import Run, labels, read_run
 from nanogpt.report.verdicts import Result, last_result
 from nanogpt.train.stored import expecting_form
 
@@ -169,7 +169,11 @@ def _own(sets: list[list[Run]]) -> list[Group]:
     groups = []
     for label, runs in zip(labels([runs[0] for runs in sets]), sets, strict=True):
         start, states = runs[0].start, [run.status for run in runs]
-        told = [f"{states.count(s)} {s}" for s in ("unfinished", "diverged") if s in states]
+        told = [
+            f"{states.count(s)} {s}" if len(runs) > 1 else s
+            for s in ("unfinished", "diverged")
+            if s in states
+        ]
         label += f" ({', '.join(told)})" * bool(told)
         machine = f"{start['device']['count']} x {start['device']['kind']}"
         curves = [run.curve for run in runs]

@@ -1,6 +1,6 @@
 """What pictures are made of: styles of light and dark pages, curves with bands, labels, dots.
 
-A picture is seven inches wide, so that its words can be read on a telephone, where that is all the
+A picture is six inches wide, so that its words can be read on a telephone, where that is all the
 width there is.
 """
 
@@ -12,18 +12,15 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 from nanogpt.report.curves import Curve, common_steps, diverged
-from nanogpt.report.tables import LONGEST, shorten
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Of these the ones that stand out of white and of black: a contrast of 3 and more on both.
-BOTH = COLOURS[:4]
 GREY = "#7d7d7d"  # between both
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2)))
-STYLES = [(colour, dash) for dash in ("-", *DASHES) for colour in BOTH]
-WIDTH = 7.0  # inches
+WIDTH = 6.0  # inches
 SMALL = 9.5  # points
 STYLE = {
     "font.size": 11,
@@ -38,13 +35,30 @@ INKS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick
 PAPERS = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
 
 
-def paper(ink: str, page: str, grid: str) -> dict[str, Any]:
-    """The style with its neutral colours."""
-    return STYLE | dict.fromkeys(INKS, ink) | dict.fromkeys(PAPERS, page) | {"grid.color": grid}
+class Paper(NamedTuple):
+    """Colours of a page; those of curves stand out of it by a contrast of 3 and more."""
+
+    ink: str
+    page: str
+    grid: str
+    curves: tuple[str, ...]
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Settings of matplotlib; there curves are "C0", "C1" and so on."""
+        neutral = dict.fromkeys(INKS, self.ink) | dict.fromkeys(PAPERS, self.page)
+        cycle = {"axes.prop_cycle": cycler(color=self.curves)}
+        return STYLE | neutral | cycle | {"grid.color": self.grid}
 
 
-LIGHT = ("#1f2328", "#ffffff", "#e6e6e6")  # ink, page, grid
-DARK = ("#e6edf3", "#0d1117", "#30363d")
+# Their curves are Okabe and Ito's, in the same order of hues.
+LIGHT = Paper(
+    "#1f2328", "#ffffff", "#e6e6e6", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+)
+DARK = Paper(
+    "#e6edf3", "#0d1117", "#30363d", ("#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442")
+)
+STYLES = [(f"C{k}", dash) for dash in ("-", *DASHES) for k in range(len(LIGHT.curves))]
 
 
 def save(path: pathlib.Path, make: Callable[[], Figure]) -> pathlib.Path:
@@ -55,8 +69,8 @@ def save(path: pathlib.Path, make: Callable[[], Figure]) -> pathlib.Path:
         make: makes the figure, in the colours of matplotlib's settings.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for colours, name in ((LIGHT, path.name), (DARK, f"{path.stem}-dark{path.suffix}")):
-        with matplotlib.rc_context(paper(*colours)):
+    for page, name in ((LIGHT, path.name), (DARK, f"{path.stem}-dark{path.suffix}")):
+        with matplotlib.rc_context(page.style):
             make().savefig(path.with_name(name))
     return path
 
@@ -75,8 +89,9 @@ def limits(lines: Sequence[Curve], levels: Iterable[float] = ()) -> tuple[float,
         for step, loss in zip(curve.steps, curve.losses, strict=True)
         if np.isfinite(loss)
     ]
-    # A run that diverged in its first tenth has nothing but its beginning.
-    late = [loss for loss, is_late in measured if is_late] or [loss for loss, _ in measured]
+    late = [loss for loss, is_late in measured if is_late]
+    # A run that diverged in its first tenth, or was hardly validated, has nothing but its beginning.
+    late = late if len(late) > len(lines) else [loss for loss, _ in measured]
     highest = max(late, default=max(levels := list(levels), default=1.0))
     lowest = min([loss for loss, _ in measured] + [x for x in levels if x <= highest], default=0.0)
     margin = 0.05 * (highest - lowest) or 0.05
@@ -161,7 +176,7 @@ def label_ends(axes: Axes, labels: Sequence[Label], height: float) -> None:
     for label, end, place in zip(labels, ends, places, strict=True):
         line = {"arrowstyle": "-", "color": label.colour, "alpha": 0.5, "shrinkA": 1, "shrinkB": 4}
         axes.annotate(
-            shorten(label.text, LONGEST + 12), (float(np.clip(label.x, *across)), end), (1.02, place),
+            label.text, (float(np.clip(label.x, *across)), end), (1.02, place),
             textcoords=("axes fraction", "data"), color=label.colour,
             arrowprops=line | {"linewidth": 0.8, "relpos": (0, 0.5)}, **style,
         )  # fmt: skip

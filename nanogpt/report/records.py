@@ -73,7 +73,7 @@ def write_records(
         target=TARGET,
         heading=(
             "Track 3: published results" + (" and runs of this project" if own else ""),
-            "FineWeb, GPT of 124M parameters; small dots: single runs",
+            "FineWeb, GPT of 124M parameters",
         ),
         machine=COMMON,
         name="track3",

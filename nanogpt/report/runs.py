@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
 
 
 def subject(starts: Sequence[Mapping[str, Any]], seeds: str = "") -> str:
-    """Names data, model and seeds in two lines, as far as runs tell and agree.
+    r"""Names data, model and seeds in two lines, as far as runs tell and agree.
 
     Args:
         starts: their first records.
@@ -95,9 +95,9 @@ def subject(starts: Sequence[Mapping[str, Any]], seeds: str = "") -> str:
 
     setting = lambda form: agreed(lambda start: form.format(**start["config"]))  # noqa: E731
     found = dict.fromkeys(str(start["config"].get("seed", "unknown")) for start in starts)
-    told = ("seed " if len(found) == 1 else "seeds ") + shorten(", ".join(found), 40)
+    told = ("seed " if len(found) == 1 else "seeds ") + shorten(", ".join(found), 24)
     data = [
-        *(shorten(name, 40) for name in setting("{data[directory]}")),
+        *(shorten(name, 24) for name in setting("{data[directory]}")),
         *setting("GPT of {model[num_layers]} layers, {model[model_dim]} wide"),
         *agreed(lambda start: f"{start['parameters'] / 1e6:.1f}M parameters"),
     ]

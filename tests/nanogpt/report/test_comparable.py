@@ -139,10 +139,10 @@ def test_what_is_not_finished_is_marked(tmp_path, capsys):
     good = write_run(tmp_path / "good", "adamw", fingerprint=ALIKE)
     look.verdict([cut, bad, good, "--target", "2.5"])
     printed = capsys.readouterr().out
-    assert "| Muon (1 unfinished) | 1 | 10 | 3.00000 |" in printed
-    assert "| lion (1 diverged) | 1 | 20 | nan | - | nan | not accepted | none |" in printed
+    assert "| Muon (unfinished) | 1 | 10 | 3.00000 |" in printed
+    assert "| lion (diverged) | 1 | 20 | nan | - | nan | not accepted | none |" in printed
     assert "| AdamW | 1 | 10 | 3.00000 |" in printed
-    assert "| lion (1 diverged) | AdamW | nan | not proven |" in printed
+    assert "| lion (diverged) | AdamW | nan | not proven |" in printed
     assert "| lion | 20 | diverged |" in compared(tmp_path, capsys, bad, good)
 
 
