@@ -4,8 +4,8 @@ import math
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -120,7 +120,7 @@ def board_figure(
     """
     columns = {
         label: rows
-        for label, rows in _columns(groups, target, baseline, machine).items()
+        for label, rows in _columns(groups, target, baseline).items()
         if any(math.isfinite(row.centre) or row.values for row in rows)
     }
     heights = [ROW * len(groups) + 0.7, CURVES]
@@ -134,8 +134,9 @@ def board_figure(
     low = figure.add_subplot(bottom)
     _curves(low, groups, target, baseline)
     several = any(len(group.runs) > 1 for group in groups)
-    note = f"\nlosses: ± std between runs\n{STEPS_NOTE}" * several
-    headed(figure, heading[0], heading[1] + note)
+    notes = [f"times: {shorten(machine, 60)}"] * bool(machine)
+    notes += ["losses: ± std between runs", STEPS_NOTE] * several
+    headed(figure, heading[0], "\n".join([heading[1], *notes]))
     return figure
 
 
@@ -150,9 +151,7 @@ def _emphasis(groups: Sequence[Group], baseline: str) -> list[tuple[str, bool]]:
     return found
 
 
-def _columns(
-    groups: Sequence[Group], target: float | None, baseline: str, machine: str
-) -> dict[str, list[Row]]:
+def _columns(groups: Sequence[Group], target: float | None, baseline: str) -> dict[str, list[Row]]:
     """{label of the axis: rows}."""
     base = next((group.result for group in groups if group.label == baseline), None)
     styles, losses, steps, times = _emphasis(groups, baseline), [], [], []
@@ -165,7 +164,8 @@ def _columns(
         if base and result.step == base.step and group.label != baseline:
             text = f"{result.mean - base.mean:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
         if len(ends) < len(group.runs):
-            text = f"{len(group.runs) - len(ends)} of {len(group.runs)} diverged"
+            lost = f"{len(group.runs) - len(ends)} of {len(group.runs)} "
+            text = lost * bool(ends) + "diverged"
         losses.append(Row(group.label, colour, ends, result.mean, result.std, text, strong))
         if target is not None:
             steps.append(steps_row(group, target, colour=colour, strong=strong))
@@ -173,11 +173,10 @@ def _columns(
         text = shown(seconds, ".0f" if seconds > 10 else ".1f")
         times.append(Row(group.label, colour, (), seconds, math.nan, text, strong))
     compared = f", less {baseline}'s" if base else ""
-    where = f",\n{machine}" if machine else ""
     return {
         f"final loss{compared}": losses,
         "" if target is None else f"steps to {target:.3f}": steps,
-        f"training time (s){where}": times,
+        "time (s)": times,
     }
 
 
@@ -189,7 +188,7 @@ def _curves(axes: Axes, groups: Sequence[Group], target: float | None, baseline:
     named += [g for g, (colour, _) in ranked if colour == GREY][:1] + ([base] if base else [])
     drawn = [_less(group.shown, base) for group in groups]
     for group, curve, (colour, strong) in zip(groups, drawn, styles, strict=True):
-        style = {"color": colour, "linewidth": 2.0, "zorder": 4}
+        style: dict[str, Any] = {"color": colour, "linewidth": 2.0, "zorder": 4}
         if strong:
             style["linestyle"] = ("-", *DASHES)[count % (1 + len(DASHES))]
             count += 1
@@ -225,9 +224,10 @@ def _less(curve: Curve, base: Group | None) -> Curve:
     if base is None:
         return curve
     steps = common_steps([curve, base.shown])
-    of = [[c.losses[c.steps.index(step)] for step in steps] for c in (curve, base.shown)]
-    seconds = [curve.seconds[curve.steps.index(step)] for step in steps]
-    return Curve(curve.label, steps, np.subtract(*of).tolist(), seconds)
+    its, own = ([c.steps.index(step) for step in steps] for c in (base.shown, curve))
+    pairs = zip(its, own, strict=True)
+    losses = [curve.losses[k] - base.shown.losses[i] for i, k in pairs]
+    return Curve(curve.label, steps, losses, [curve.seconds[k] for k in own])
 
 
 def _between(curves: Sequence[Curve], begin: float) -> tuple[float, float]:

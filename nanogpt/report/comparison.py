@@ -8,24 +8,23 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from nanogpt.report.board import board_figure
 from nanogpt.report.comparable import check_comparable, common_track, same_clock
-from nanogpt.report.curves import published_file, read_reference, steps_to_reach
+from nanogpt.report.curves import Curve, published_file, read_reference, steps_to_reach
 from nanogpt.report.figures import BAND, STEPS_NOTE, comparison_figure
 from nanogpt.report.groups import Group, pooled
 from nanogpt.report.plotting import save
 from nanogpt.report.runs import Run, labels, read_run, subject
-from nanogpt.report.tables import shorten, shown, table
+from nanogpt.report.tables import shown, table
 from nanogpt.train.paths import Path, path_of
 from nanogpt.train.stored import expecting_form
 
 LONGEST_HEAD = 32  # letters of names in the first line of a picture
 MOST = 8  # curves that one panel can show; more are a board
-TARGET = "adamw"
+TARGET, TARGET_NAME = "adamw", "AdamW's final loss"
 
 
 def compare(
@@ -69,28 +68,37 @@ def compare(
     return picture
 
 
-def figure_of(runs: Sequence[Run], *, target: float | None = None, **options: Any) -> Figure:
+def figure_of(
+    runs: Sequence[Run],
+    *,
+    references: Sequence[Curve] = (),
+    note: str = "",
+    target: float | None = None,
+) -> Figure:
     """Draws runs, those of one setting as one curve; many settings as a board.
 
     Args:
         runs: see `read_runs`.
+        references: published curves.
+        note: a line below the picture.
         target: as of `compare`.
-        **options: references and note, as of `nanogpt.report.figures.comparison_figure`.
     """
     groups, timed = pooled(runs), same_clock([run.start for run in runs])
     names = ", ".join(group.label for group in groups)
     names = names if len(names) <= LONGEST_HEAD else f"{len(groups)} settings"
-    lines, seeds = subject([run.start for run in runs]), any(len(g.runs) > 1 for g in groups)
-    head, final = f"Validation loss of {shorten(names, LONGEST_HEAD)}", reference_loss(groups)
-    goal = ("the target", target) if target is not None else ("AdamW's final loss", final)
+    head, lines = f"Validation loss of {names}", subject([run.start for run in runs])
+    name, goal = ("the target", target) if target else (TARGET_NAME, reference_loss(groups))
     if len(groups) > MOST:
         base = next((g.label for g in groups if g.start["config"]["optimizer"] == TARGET), "")
-        clocked = [dataclasses.replace(group, timed=timed) for group in groups]
-        return board_figure(clocked, target=goal[1], baseline=base, heading=(head, lines))
-    lines += f"\n{BAND}\n{STEPS_NOTE}" * seeds
+        groups = [dataclasses.replace(group, timed=timed) for group in groups]
+        groups += [Group(c.label, [c], timed=False, reference=True) for c in references]
+        heading = (head, f"{lines}\n{note}" if note else lines)
+        return board_figure(groups, target=goal, baseline=base, heading=heading)
+    if any(len(group.runs) > 1 for group in groups):
+        lines += f"\n{BAND}\n{STEPS_NOTE}"
     return comparison_figure(
-        groups, levels=baselines(runs), target=None if goal[1] is None else (goal[0], goal[1]),
-        heading=(head, lines), timed=timed, **options,
+        groups, references=references, levels=baselines(runs), heading=(head, lines), note=note,
+        target=None if goal is None else (name, goal), timed=timed,
     )  # fmt: skip
 
 
@@ -127,7 +135,7 @@ def baselines(runs: Sequence[Run]) -> dict[str, float]:
 
 def columns(runs: Sequence[Run], target: float | None = None) -> dict[str, Callable[[Run], str]]:
     """The table of runs, {title: function from a run to its cell}."""
-    reach = "AdamW's final loss" if target is None else f"{target:g}"
+    reach = TARGET_NAME if target is None else f"{target:g}"
     goal = reference_loss(pooled(runs)) if target is None else target
     timed = same_clock([run.start for run in runs])
     return {
@@ -191,15 +199,17 @@ def _reached(run: Run, target: float | None) -> float | None:
 
 def _machines(runs: Sequence[Run]) -> list[str]:
     """One paragraph for each machine and set of versions among the runs."""
-    texts = []
+    texts: dict[str, list[str]] = {}
     for run in runs:
         device, versions = run.start["device"], run.start["versions"]
         commit = (run.start["git_commit"] or "unknown")[:12]
         dirty = " with local changes" if run.start["git_dirty"] else ""
         listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-        texts.append(
+        text = (
             f"Machine: {device['kind']} ({device['platform']}, devices: {device['count']}). "
             f"Commit {commit}{dirty}. Versions: {listed}. "
-            f"Parameters: {run.start['parameters']:,}. Seed: {run.start['config']['seed']}."
+            f"Parameters: {run.start['parameters']:,}."
         )
-    return list(dict.fromkeys(texts))
+        texts.setdefault(text, []).append(str(run.start["config"]["seed"]))
+    seeds = {text: list(dict.fromkeys(found)) for text, found in texts.items()}
+    return [f"{text} Seed{'s' * (len(of) > 1)}: {', '.join(of)}." for text, of in seeds.items()]

@@ -11,6 +11,7 @@ import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from nanogpt.report import comparison
 from nanogpt.report.comparable import PARTS, check_comparable
 from nanogpt.report.figures import training_figure
+from nanogpt.report.groups import pooled
 from nanogpt.report.plotting import DARK, LIGHT
 from nanogpt.report.runs import Run, subject
 from nanogpt.report.spectra import eigenvalues_figure, last_figures, maps_figure, read_spectra
@@ -68,7 +70,7 @@ def write_report(
     runs = comparison.read_runs(folders)
     check_comparable({run.folder: run.start for run in runs}, unchecked=unchecked)
     named = comparison.named(runs)
-    head = ", ".join(run.curve.label for run in named)
+    head = ", ".join(group.label for group in pooled(runs))
     if len(runs) == 1:
         head = f"{head}: {runs[0].start['config']['name']}"
     title = shorten(head, 90)
@@ -79,7 +81,7 @@ def write_report(
         element("p", subject([run.start for run in runs]).replace("\n", ", "), class_="about"),
         *_results(named, target),
         element("h2", "Loss"),
-        picture(lambda: comparison.figure_of(runs, target=target), "Validation losses"),
+        picture(partial(comparison.figure_of, runs, target=target), "Validation losses"),
         *_trainings(named),
         *_spectra(named),
         *_tables(named),
@@ -101,7 +103,7 @@ def picture(make: Callable[[], Figure], caption: str, *, wide: bool = False) -> 
     """
     written = io.StringIO()
     # Words stay words; what has a number of its own in the file gets it from the caption.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": caption}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": printable(caption)}
     with matplotlib.rc_context(LIGHT.style | settings):
         make().savefig(written, format="svg", metadata={"Date": None})
     svg = written.getvalue()
@@ -142,6 +144,7 @@ def _results(runs: Sequence[Run], target: float | None) -> list[Markup]:
     first = next(iter(columns))
     rows = {k: [cell(run) for run in runs] for k, cell in columns.items() if k != first}
     notes = [element("p", note) for note in comparison.notes(runs)]
+    rows = {k: cells for k, cells in rows.items() if set(cells) != {"-"}}
     return [element("h2", "Results"), grid(rows, [run.curve.label for run in runs]), *notes]
 
 
@@ -154,7 +157,9 @@ def _trainings(runs: Sequence[Run]) -> list[Markup]:
             if records:
                 heading = (shorten(run.curve.label, 60), "")
                 caption = f"Training of {run.curve.label}"
-                parts.append(picture(lambda: training_figure(records, run.curve, heading), caption))
+                parts.append(
+                    picture(partial(training_figure, records, run.curve, heading), caption)
+                )
     return parts
 
 
@@ -169,11 +174,11 @@ def _spectra(runs: Sequence[Run]) -> list[Markup]:
         with expecting_form(folder / "metrics.jsonl", ValueError):
             heads, rows = last_figures(spectra)
             eigenvalues = picture(
-                lambda: eigenvalues_figure(spectra, spectra.choose(())),
+                partial(eigenvalues_figure, spectra, spectra.choose(())),
                 f"Eigenvalues of factors, {label}: red is the cutoff",
                 wide=True,
             )
-            maps = picture(lambda: maps_figure(spectra), f"All factors, {label}", wide=True)
+            maps = picture(partial(maps_figure, spectra), f"All factors, {label}", wide=True)
             cells = {" ".join(row[:2]): row[2:] for row in rows}
             last = element("details", element("summary", "Last figures"), grid(cells, heads[2:]))
             parts += [element("h2", f"Spectra, {label}"), eigenvalues, maps, last]

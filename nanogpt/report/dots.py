@@ -95,7 +95,8 @@ def draw_dots(
     axes.tick_params(axis="y", length=0)
     few = max(1, int((1 - part) * width / TICK))
     ticks = MaxNLocator(nbins=few, steps=[1, 2, 5, 10]).tick_values(left, right)
-    axes.set_xticks([tick for tick in ticks if left <= tick <= right])
+    ticks = [tick for tick in ticks if left <= tick <= right]
+    axes.set_xticks(ticks[:: math.ceil(len(ticks) / few) or 1])
     axes.tick_params(axis="x", labelsize=SMALL)
     axes.set_xlabel(label, fontsize=SMALL, parse_math=False)
     if named:

@@ -85,8 +85,8 @@ def _panel(
     goal = [] if target is None else [target[1]]
     low, high = limits([*lines, *references], [*levels.values(), *goal])
     labels = []
-    for group, line, style in zip(groups, lines, itertools.cycle(STYLES), strict=False):
-        (colour, dashes), lost = style, diverged(line)
+    for group, line, look in zip(groups, lines, itertools.cycle(STYLES), strict=False):
+        (colour, dashes), lost = look, diverged(line)
         own = {"marker": "X" if lost else "o", "color": colour, "linestyle": dashes}
         x, y = trace(axes, line, group.survivors, column, **own)
         told = f"{y:.3f}" if column == "steps" else f"{x:.0f} s"
@@ -96,8 +96,8 @@ def _panel(
         style: dict[str, Any] = {"color": GREY, "linestyle": dashes, "zorder": 2}
         end = trace(axes, line, (), column, linewidth=1.4, **style)
         labels.append(Label(f"{shorten(line.label)} {end[1]:.3f}", *end, GREY))
-    found = [x for line in [*lines, *references] for x in getattr(line, column)]
-    axes.set_xlim(0, 1.02 * max(filter(math.isfinite, found), default=0) or 1)
+    ends = [float(x) for line in [*lines, *references] for x in getattr(line, column)]
+    axes.set_xlim(0, 1.02 * max([0.0, *filter(math.isfinite, ends)]) or 1)
     axes.set_ylim(low, high)
     mark(axes, [*levels.values(), *goal])
     for name, loss in levels.items():

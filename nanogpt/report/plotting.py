@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
 from nanogpt.report.curves import Curve, common_steps, diverged
+from nanogpt.report.tables import printable
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -51,9 +52,10 @@ class Paper(NamedTuple):
         return STYLE | neutral | cycle | {"grid.color": self.grid}
 
 
-# Their curves are Okabe and Ito's, in the same order of hues.
+# Their curves are Okabe and Ito's, in the same order of hues; of black SVG says nothing, which a
+# dark page could replace, so it is almost black.
 LIGHT = Paper(
-    "#1f2328", "#ffffff", "#e6e6e6", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+    "#1f2328", "#ffffff", "#e6e6e6", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#111111")
 )
 DARK = Paper(
     "#e6edf3", "#0d1117", "#30363d", ("#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442")
@@ -90,7 +92,7 @@ def limits(lines: Sequence[Curve], levels: Iterable[float] = ()) -> tuple[float,
         if np.isfinite(loss)
     ]
     late = [loss for loss, is_late in measured if is_late]
-    # A run that diverged in its first tenth, or was hardly validated, has nothing but its beginning.
+    # A run that diverged at once, or was hardly validated, has nothing but its beginning.
     late = late if len(late) > len(lines) else [loss for loss, _ in measured]
     highest = max(late, default=max(levels := list(levels), default=1.0))
     lowest = min([loss for loss, _ in measured] + [x for x in levels if x <= highest], default=0.0)
@@ -111,14 +113,17 @@ def spread(
     [1.0, 2.0, 5.0]
     """
     order = np.argsort(positions, kind="stable")
-    places = np.clip(np.asarray(positions, float)[order], low, high)
-    gap = min(gap, (high - low) / max(len(places) - 1, 1))
-    for _ in range(1000):
-        missing = np.maximum(gap - np.diff(places), 0) / 2
-        places[:-1] -= missing
-        places[1:] += missing
-        places = np.clip(places, low, high)
-    return [round(place, 9) for place in places[np.argsort(order)].tolist()]
+    gap = min(gap, (high - low) / max(len(order) - 1, 1))
+    steps = gap * np.arange(len(order))
+    # Less these steps, places may not fall: where positions do, all of them go to their mean.
+    pools: list[list[float]] = []
+    for position in np.asarray(positions, float)[order] - steps:
+        pools.append([float(position)])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    levels = np.concatenate([np.full(len(pool), np.mean(pool)) for pool in pools or [[]]])
+    places = np.clip(levels, low, high - gap * max(len(order) - 1, 0)) + steps
+    return places[np.argsort(order)].tolist()
 
 
 def trace(
@@ -130,8 +135,8 @@ def trace(
         Where it ends: its last point of which the loss is finite.
     """
     x, losses = np.array(getattr(curve, column), float), np.array(curve.losses, float)
-    style = {"linewidth": 2.2, "zorder": 3} | style
-    axes.plot(x, losses, **style)
+    drawn: dict[str, Any] = {"linewidth": 2.2, "zorder": 3} | style
+    axes.plot(x, losses, **drawn)
     if len(runs) > 1 and list(curve.steps) == common_steps(runs):
         found = [[run.losses[run.steps.index(step)] for step in curve.steps] for run in runs]
         colours = {"color": style["color"], "alpha": 0.18, "linewidth": 0, "zorder": 2}
@@ -191,7 +196,8 @@ def headed(figure: Figure, head: str, lines: str) -> None:
     """Writes above a picture what it is about, and the rest smaller below that."""
     style: dict[str, Any] = {"ha": "left", "parse_math": False}
     # Empty lines make the layout leave room.
-    room = head + "\n" * (lines.count("\n") + 1 if lines else 0)
+    room = printable(head) + "\n" * (lines.count("\n") + 1 if lines else 0)
     figure.suptitle(room, x=0.01, fontsize=12, fontweight="bold", **style)
     below = 1 - 24 / 72 / figure.get_figheight()
+    lines = "\n".join(map(printable, lines.split("\n")))
     figure.text(0.01, below, lines, fontsize=SMALL, color=GREY, va="top", **style)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from nanogpt.report.comparable import check_comparable, departure
 from nanogpt.report.curves import Curve, diverged, recorded_curve
-from nanogpt.report.tables import shorten
+from nanogpt.report.tables import printable, shorten
 from nanogpt.train.metrics import read_records
 from nanogpt.train.paths import Path
 from nanogpt.train.stored import expecting_form
@@ -113,7 +113,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     """Calls runs by optimizer; several of one optimizer also by name, those of one by folder."""
     choices = [
         [
-            f"{run.curve.label} {more}".strip()
+            printable(f"{run.curve.label} {more}".strip())
             for more in ("", run.start["config"]["name"], run.folder)
         ]
         for run in runs

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-LONGEST = 22  # letters of a name in a picture
+LONGEST = 24  # letters of a name in a picture
 PAGES = pathlib.Path(__file__).parent / "pages"
 
 
@@ -38,8 +38,8 @@ def shown(value: float | None, form: str, scale: float = 1.0) -> str:
 def printable(text: str) -> str:
     r"""The text with a mark in the place of each letter that cannot be printed.
 
-    >>> printable("a\\tb")
-    'a\N{REPLACEMENT CHARACTER}b'
+    >>> printable("a\tb")
+    'a�b'
     """
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
