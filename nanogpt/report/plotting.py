@@ -30,7 +30,7 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "axes.axisbelow": True,
-    "savefig.dpi": 200,
+    "savefig.dpi": 160,
 }
 INKS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 PAPERS = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")

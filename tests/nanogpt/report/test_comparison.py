@@ -110,7 +110,7 @@ def test_diverged_run_is_drawn_and_listed(tmp_path, folders):
     assert cells((out / "comparison.md").read_text())[-1][2] == "diverged"
     for path in (picture, out / "comparison-dark.png"):
         height, width, _ = matplotlib.image.imread(path).shape
-        assert width == 1200 and height > 1200
+        assert width == 960 and height > 1000
 
 
 def test_a_diverged_adamw_is_no_target_for_the_others(tmp_path, folders):
