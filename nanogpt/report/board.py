@@ -14,8 +14,10 @@ from nanogpt.report.dots import ROW, Row, draw_dots, room
 from nanogpt.report.figures import STEPS_NOTE, steps_row
 from nanogpt.report.groups import Group
 from nanogpt.report.plotting import (
+    BASELINE,
     DASHES,
     GREY,
+    STRONG,
     WIDTH,
     Label,
     headed,
@@ -26,7 +28,6 @@ from nanogpt.report.plotting import (
 )
 from nanogpt.report.tables import shorten, shown, table
 
-BASELINE, STRONG = "C0", "C1"  # colours
 CURVES, NAMES, DOTS = 3.4, 1.4, 0.9  # inches: of curves, of the rows' names, of dots at least
 # Of the steps: before the first part differences are those of the first fall, before the second
 # losses say little about the end.
@@ -126,7 +127,7 @@ def board_figure(
     heights = [ROW * len(groups) + 0.7, CURVES]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.9), layout="constrained")
     top, bottom = figure.add_gridspec(2, 1, height_ratios=heights)
-    wanted = [DOTS + room(rows) for rows in columns.values()] or [1.0]
+    wanted = [DOTS + room(row.text for row in rows) for rows in columns.values()] or [1.0]
     widths = [(WIDTH - NAMES) * part / sum(wanted) for part in wanted]
     places = top.subgridspec(1, len(wanted), width_ratios=widths)
     for k, (label, rows) in enumerate(columns.items()):

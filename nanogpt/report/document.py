@@ -70,10 +70,11 @@ def write_report(
     runs = comparison.read_runs(folders)
     check_comparable({run.folder: run.start for run in runs}, unchecked=unchecked)
     named = comparison.named(runs)
-    head = ", ".join(group.label for group in pooled(runs))
+    groups = pooled(runs)
+    head = ", ".join(group.label for group in groups)
     if len(runs) == 1:
         head = f"{head}: {runs[0].start['config']['name']}"
-    title = shorten(head, 90)
+    title = shorten(head, 60) if len(groups) == 1 or len(head) <= 60 else f"{len(groups)} settings"
     style = (PAGES / "report.css").read_text(encoding="utf-8")
     body = element(
         "main",
@@ -139,13 +140,17 @@ def grid(
     return element("div", element("table", *lines), class_="table")
 
 
+def _heads(runs: Sequence[Run]) -> list[str]:
+    return [shorten(run.curve.label, 32) for run in runs]
+
+
 def _results(runs: Sequence[Run], target: float | None) -> list[Markup]:
     columns = comparison.columns(runs, target)
     first = next(iter(columns))
     rows = {k: [cell(run) for run in runs] for k, cell in columns.items() if k != first}
     notes = [element("p", note) for note in comparison.notes(runs)]
     rows = {k: cells for k, cells in rows.items() if set(cells) != {"-"}}
-    return [element("h2", "Results"), grid(rows, [run.curve.label for run in runs]), *notes]
+    return [element("h2", "Results"), grid(rows, _heads(runs)), *notes]
 
 
 def _trainings(runs: Sequence[Run]) -> list[Markup]:
@@ -186,7 +191,7 @@ def _spectra(runs: Sequence[Run]) -> list[Markup]:
 
 
 def _tables(runs: Sequence[Run]) -> list[Markup]:
-    heads = [run.curve.label for run in runs]
+    heads = _heads(runs)
     settings = [flat(run.start["config"]) for run in runs]
     names = dict.fromkeys(name for of in settings for name in of)
     rows = {name: [of.get(name, "-") for of in settings] for name in names}

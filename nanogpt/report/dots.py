@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -16,7 +16,7 @@ from nanogpt.report.tables import shorten
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 NORMAL95 = 1.96
 LETTER = 0.62 * SMALL / 72  # inches, of a figure's
-ROW, TICK = 0.29, 0.6  # inches between rows, and between figures on the axis at least
+ROW, TICK = 0.29, 0.5  # inches between rows, and between figures on the axis at least
 
 
 class Row(NamedTuple):
@@ -54,9 +54,9 @@ def interval(values: Sequence[float]) -> float:
     return factor * statistics.stdev(values) / math.sqrt(n)
 
 
-def room(rows: Sequence[Row]) -> float:
-    """Inches that the figures of rows take."""
-    return LETTER * (1.5 + max((len(row.text) for row in rows), default=0))
+def room(words: Iterable[str]) -> float:
+    """Inches that the longest of some words takes."""
+    return LETTER * (1.5 + max(map(len, words), default=0))
 
 
 def draw_dots(
@@ -84,7 +84,7 @@ def draw_dots(
     wide = max(found) - min(found) or 0.1 * abs(found[0]) or 1.0
     reach = min(max((r.reach for r in rows if math.isfinite(r.reach)), default=0.0), wide)
     left, right = min(found) - max(reach, 0.06 * wide), max(found) + max(reach, 0.06 * wide)
-    part = min(room(rows) / width, 0.7)
+    part = min(room(row.text for row in rows) / width, 0.7)
     axes.set_xlim(left, left + (right - left) / (1 - part))
     for place, row in enumerate(rows):
         weight = "bold" if row.strong else "normal"
@@ -93,7 +93,7 @@ def draw_dots(
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
-    few = max(1, int((1 - part) * width / TICK))
+    few = max(2, int((1 - part) * width / TICK))
     ticks = MaxNLocator(nbins=few, steps=[1, 2, 5, 10]).tick_values(left, right)
     ticks = [tick for tick in ticks if left <= tick <= right]
     axes.set_xticks(ticks[:: math.ceil(len(ticks) / few) or 1])

@@ -11,24 +11,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nanogpt.report.curves import Curve, diverged, steps_to_reach
-from nanogpt.report.dots import ROW, Row, draw_dots, interval
+from nanogpt.report.dots import ROW, Row, draw_dots, interval, room
 from nanogpt.report.groups import Group
 from nanogpt.report.plotting import (
+    BASELINE,
     DASHES,
     GREY,
     SMALL,
-    STYLES,
+    STRONG,
     WIDTH,
     Label,
     headed,
     label_ends,
     limits,
+    looks,
     mark,
     trace,
 )
 from nanogpt.report.tables import shorten
 
 PANEL = 2.9  # inches
+NAME = 20  # letters at a curve's end
 STEPS_NOTE = "steps: ± 95 % of the mean over seeds; k of n: so many reach it"
 BAND = "bands: from the lowest seed to the highest"
 
@@ -59,14 +62,16 @@ def comparison_figure(
     levels, columns = levels or {}, ["steps"]
     if timed and any(math.isfinite(x) and x for g in groups for x in g.shown.seconds):
         columns.append("seconds")
-    heights = [PANEL] * len(columns) + [ROW * len(groups) + 0.55] * (target is not None)
+    heights = [PANEL * len(columns)] + [ROW * len(groups) + 0.55] * (target is not None)
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.75), layout="constrained")
-    panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for axes, column in zip(panels, columns, strict=False):
-        shown = references if column == "steps" else ()
-        _panel(axes, groups, shown, column, levels, target)
+    # Parts of their own: names of rows must not make the panels above them narrow.
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, column in zip(
+        parts[0].subplots(len(columns), squeeze=False)[:, 0], columns, strict=True
+    ):
+        _panel(axes, groups, references if column == "steps" else (), column, levels, target)
     if target is not None:
-        _steps(panels[-1], groups, *target)
+        _steps(parts[-1].subplots(), groups, *target)
     headed(figure, *heading)
     if note:
         figure.supxlabel(note, color=GREY, fontsize=SMALL, parse_math=False)
@@ -85,17 +90,17 @@ def _panel(
     goal = [] if target is None else [target[1]]
     low, high = limits([*lines, *references], [*levels.values(), *goal])
     labels = []
-    for group, line, look in zip(groups, lines, itertools.cycle(STYLES), strict=False):
+    for group, line, look in zip(groups, lines, looks([g.label for g in groups]), strict=True):
         (colour, dashes), lost = look, diverged(line)
         own = {"marker": "X" if lost else "o", "color": colour, "linestyle": dashes}
         x, y = trace(axes, line, group.survivors, column, **own)
         told = f"{y:.3f}" if column == "steps" else f"{x:.0f} s"
-        name = shorten(line.label)
+        name = shorten(line.label, NAME)
         labels.append(Label(name if lost else f"{name} {told}", x, y, colour))
     for line, dashes in zip(references, itertools.cycle(DASHES), strict=False):
         style: dict[str, Any] = {"color": GREY, "linestyle": dashes, "zorder": 2}
         end = trace(axes, line, (), column, linewidth=1.4, **style)
-        labels.append(Label(f"{shorten(line.label)} {end[1]:.3f}", *end, GREY))
+        labels.append(Label(f"{shorten(line.label, NAME)} {end[1]:.3f}", *end, GREY))
     ends = [float(x) for line in [*lines, *references] for x in getattr(line, column)]
     axes.set_xlim(0, 1.02 * max([0.0, *filter(math.isfinite, ends)]) or 1)
     axes.set_ylim(low, high)
@@ -112,10 +117,11 @@ def _panel(
 def _steps(axes: Axes, groups: Sequence[Group], name: str, target: float) -> None:
     rows = [
         steps_row(group, target, colour=colour)
-        for group, (colour, _) in zip(groups, itertools.cycle(STYLES), strict=False)
+        for group, (colour, _) in zip(groups, looks([g.label for g in groups]), strict=True)
     ]
     rows.sort(key=lambda row: (math.isnan(row.centre), row.centre))
-    draw_dots(axes, rows, f"steps to {target:.3f}, {name}", 0.7 * WIDTH)
+    names = room(shorten(group.label) for group in groups)
+    draw_dots(axes, rows, f"steps to {target:.3f}, {name}", WIDTH - names)
 
 
 def steps_row(group: Group, target: float, *, colour: str, strong: bool = False) -> Row:
@@ -152,12 +158,10 @@ def training_figure(
     for axes, name in zip(panels, ("loss", "learning_rate", "grad_norm"), strict=True):
         values = [record.get(name) for record in records]
         values = np.array([math.nan if x is None else x for x in values], float)
-        axes.plot(steps, values, color=GREY if name == "loss" else STYLES[0][0], linewidth=1.3)
+        axes.plot(steps, values, color=GREY if name == "loss" else BASELINE, linewidth=1.3)
         axes.set_ylabel({"loss": "loss (nats per token)"}.get(name, name.replace("_", " ")))
-    end = trace(panels[0], curve, (), "steps", color=STYLES[1][0])
-    told = Label(
-        "validation" if diverged(curve) else f"validation {end[1]:.3f}", *end, STYLES[1][0]
-    )
+    end = trace(panels[0], curve, (), "steps", color=STRONG)
+    told = Label("validation" if diverged(curve) else f"validation {end[1]:.3f}", *end, STRONG)
     trained = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     last = Label("training", *trained[-1], GREY) if trained else None
     losses = [loss for _, loss in trained]

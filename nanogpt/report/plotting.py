@@ -60,7 +60,23 @@ LIGHT = Paper(
 DARK = Paper(
     "#e6edf3", "#0d1117", "#30363d", ("#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442")
 )
+BASELINE, STRONG = "C0", "C1"  # AdamW's, Shampoo's
+OTHERS = {f"C{k}" for k in range(2, len(LIGHT.curves))}
 STYLES = [(f"C{k}", dash) for dash in ("-", *DASHES) for k in range(len(LIGHT.curves))]
+
+
+def looks(labels: Sequence[str]) -> list[tuple[str, Any]]:
+    """Colour and dashes of curves; AdamW and Shampoo have a colour that no other one has.
+
+    >>> looks(["Muon", "AdamW", "Shampoo", "shampoo_third"])[:3]
+    [('C2', '-'), ('C0', '-'), ('C1', '-')]
+    """
+    left, found = list(STYLES), []
+    for label in map(str.lower, labels):
+        own = {BASELINE} if "adamw" in label else {STRONG} if "shampoo" in label else OTHERS
+        found.append(next((look for look in left if look[0] in own), left[0]))
+        left.remove(found[-1])
+    return found
 
 
 def save(path: pathlib.Path, make: Callable[[], Figure]) -> pathlib.Path:

@@ -99,7 +99,7 @@ def test_a_page_stands_alone_and_follows_the_scheme(tmp_path, light):
     svg = text[text.index("<svg") : text.index("</svg>")].lower()
     for paper in (LIGHT, DARK):
         assert f"--page:{paper.page}" in text and f"--curve0:{paper.curves[0]}" in text
-    assert "var(--ink)" in svg and "var(--curve0)" in svg
+    assert "var(--ink)" in svg and "var(--curve2)" in svg
     assert not [colour for colour in (*LIGHT[:3], *LIGHT.curves) if f": {colour.lower()}" in svg]
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
