@@ -110,8 +110,9 @@ def limits(lines: Sequence[Curve], levels: Iterable[float] = ()) -> tuple[float,
     late = [loss for loss, is_late in measured if is_late]
     # A run that diverged at once, or was hardly validated, has nothing but its beginning.
     late = late if len(late) > len(lines) else [loss for loss, _ in measured]
-    highest = max(late, default=max(levels := list(levels), default=1.0))
-    lowest = min([loss for loss, _ in measured] + [x for x in levels if x <= highest], default=0.0)
+    levels = list(levels)
+    highest = max(late, default=max(levels, default=1.0))
+    lowest = min([*(loss for loss, _ in measured), *levels], default=0.0)
     margin = 0.05 * (highest - lowest) or 0.05
     return float(lowest - margin), float(highest + margin)
 

@@ -129,6 +129,12 @@ def test_runs_of_one_optimizer_are_told_apart(tmp_path, folders):
     assert labels == ["AdamW", "Muon muon", "Shampoo", "Muon seed1"]
 
 
+def test_names_that_cannot_be_written_are(tmp_path, folders):
+    odd = write_run(tmp_path / "odd", "muon", CURVES["muon"], name="a\ud800\n| b")
+    told = report(named([read_run(folder) for folder in [*folders, odd]]))
+    assert "| Muon a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}| b |" in told
+
+
 def test_baselines_need_agreement(tmp_path, folders):
     runs = [read_run(folder) for folder in folders]
     assert baselines(runs) == {"unigram": 5.5, "bigram": 4.25}

@@ -27,9 +27,9 @@ def test_figures_stand_clear_of_dots_and_intervals():
         Row("a name that is far too long for this", "C1", (), math.nan, math.nan, "-"),
         Row("$x$", "C1", (300.0,), 300.0, math.nan, "300"),
     ]
-    figure = Figure(figsize=(6, 2), layout="constrained")
+    figure = Figure(figsize=(4, 2), layout="constrained")
     axes = figure.add_subplot()
-    draw_dots(axes, rows, "steps", 4.5)
+    draw_dots(axes, rows, "steps", 2.6)
     figure.draw_without_rendering()
     left = min(text.get_window_extent().x0 for text in axes.texts)
     right = max(line.get_window_extent().x1 for line in axes.lines)
