@@ -18,6 +18,7 @@ COMMANDS = {
     },
     "Look": {
         "compare": ("look:compare", "draw any runs and published curves"),
+        "report": ("look:report", "one HTML file about one run or several"),
         "spectrum": ("look:spectrum", "factors of a run trained with --monitor"),
         "verdict": ("look:verdict", "what sets of runs prove"),
         "records": ("look:records", "the board of track 3 as published"),

@@ -19,8 +19,8 @@ import rich.console
 
 from nanogpt.config.run import Config
 from nanogpt.lab.processes import in_processes
-from nanogpt.report.comparison import Run, read_run
 from nanogpt.report.curves import recorded_curve
+from nanogpt.report.runs import Run, read_run
 from nanogpt.train.batches import open_data
 from nanogpt.train.checkpoint import plain
 from nanogpt.train.compatible import FREE_SETTINGS

@@ -52,7 +52,7 @@ def read_results() -> list[dict[str, str]]:
 def write_records(
     runs: Sequence[pathlib.Path], curves: pathlib.Path, out: pathlib.Path
 ) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes track3.md and track3.png.
+    """Writes track3.md, track3.png and track3-dark.png.
 
     Args:
         runs: folders of full-size runs, drawn beside the published results.
@@ -72,7 +72,10 @@ def write_records(
         groups,
         out,
         target=TARGET,
-        title="Track 3: published results" + (" and runs of this project" if own else ""),
+        heading=(
+            "Track 3: published results" + (" and runs of this project" if own else ""),
+            "FineWeb, GPT of 124M parameters",
+        ),
         machine=COMMON,
         name="track3",
     )
@@ -104,7 +107,7 @@ def published_group(entry: Mapping[str, str], curves: pathlib.Path) -> Group:
     """Reads a published result.
 
     Args:
-        entry: a row of results.csv: label, family, file of the runs, value as the benchmark's table
+        entry: a row of results.csv: label, file of the runs, value as the benchmark's table
             prints it, machine, own_flops (a key of `FLOPS`), column of losses if another one, and
             the file that is drawn where the first one holds final losses alone.
         curves: folder of the files.
@@ -127,7 +130,6 @@ def published_group(entry: Mapping[str, str], curves: pathlib.Path) -> Group:
         drawn=read_curves(curves / f"{entry['drawn']}.csv")[0] if entry["drawn"] else None,
         reference=True,
         machine=entry["machine"],
-        family=entry["family"],
     )
 
 

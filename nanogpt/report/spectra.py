@@ -14,6 +14,7 @@ from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
 
 from nanogpt.report.plotting import GREY, STYLE
+from nanogpt.report.tables import markdown, printable
 from nanogpt.train.metrics import read_records, read_start
 from nanogpt.train.paths import Path
 from nanogpt.train.stored import expecting_form
@@ -120,30 +121,30 @@ def draw_spectra(spectra: Spectra, wanted: Sequence[str], out: pathlib.Path) -> 
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / "spectrum.png", out / "spectrum_map.png"]
     with matplotlib.rc_context(STYLE | {"font.size": 11}):
-        _eigenvalues(spectra, chosen).savefig(paths[0])
-        _maps(spectra).savefig(paths[1])
+        eigenvalues_figure(spectra, chosen).savefig(paths[0])
+        maps_figure(spectra).savefig(paths[1])
     return paths
 
 
 def _title(spectra: Spectra) -> str:
     model, data = spectra.settings["model"], spectra.settings["data"]
-    sizes = f"{model['num_layers']} layers of width {model['model_dim']}"
-    batch = f"{data['batch_rows']} x {model['sequence_length']} tokens a step"
-    return f"run {spectra.name} ({spectra.settings['optimizer']}): {sizes}, {batch}"
+    size = f"{model['num_layers']} layers of width {model['model_dim']}"
+    tokens = f"{data['batch_rows']} x {model['sequence_length']} tokens a step"
+    return f"run {printable(spectra.name)} ({spectra.settings['optimizer']}): {size}, {tokens}"
 
 
-def _eigenvalues(spectra: Spectra, chosen: Sequence[str]) -> Figure:
+def eigenvalues_figure(spectra: Spectra, chosen: Sequence[str]) -> Figure:
     """A row a matrix, a column a side: eigenvalues by step, from the largest to the smallest."""
     figure = Figure(figsize=(9, 1.2 + 2.1 * len(chosen)), dpi=110, layout="constrained")
     panels = figure.subplots(len(chosen), 2, sharex=True, sharey=True, squeeze=False)
     for matrix, row in zip(chosen, panels, strict=True):
         for (side, told), axes in zip(SIDES.items(), row, strict=True):
             _panel(axes, spectra, matrix, side)
-            axes.set_title(f"{matrix}, {told}", fontsize=10, loc="left")
+            axes.set_title(f"{matrix}, {told}", fontsize=10, loc="left", parse_math=False)
     for axes in panels[-1]:
         axes.set_xlabel("optimizer step")
     figure.supylabel("eigenvalue / largest one")
-    figure.suptitle(_title(spectra), fontsize=11)
+    figure.suptitle(_title(spectra), fontsize=11, parse_math=False)
     return figure
 
 
@@ -163,7 +164,8 @@ def _panel(axes: Axes, spectra: Spectra, matrix: str, side: str) -> None:
     cutoff = spectra.cutoff(last["dimension"])
     if cutoff is not None:
         axes.axhline(cutoff, color="#D55E00", linestyle=(0, (5, 2)), linewidth=1.4)
-    halo = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+    page = matplotlib.rcParams["axes.facecolor"]
+    halo = {"facecolor": page, "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
     axes.text(0.98, 0.04, told, transform=axes.transAxes, ha="right", fontsize=9, bbox=halo)
 
 
@@ -172,7 +174,7 @@ def _shades(count: int) -> list[Any]:
     return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0, 0.9, count)]
 
 
-def _maps(spectra: Spectra) -> Figure:
+def maps_figure(spectra: Spectra) -> Figure:
     """A panel a figure: matrices from top to bottom, steps from left to right, colour the value."""
     kept: Callable[[str], Any] = lambda side: lambda m: spectra.kept(m, side)  # noqa: E731
     of: Callable[[str, str | None], Any]
@@ -193,7 +195,7 @@ def _maps(spectra: Spectra) -> Figure:
         axes.set_title(title, fontsize=10, loc="left")
     for axes in grid[-1]:
         axes.set_xlabel("optimizer step")
-    figure.suptitle(_title(spectra), fontsize=11)
+    figure.suptitle(_title(spectra), fontsize=11, parse_math=False)
     return figure
 
 
@@ -204,7 +206,7 @@ def _map(
     names = list(spectra.matrices)
     colours: Colormap = matplotlib.colormaps["cividis"].with_extremes(bad="#d9d9d9")
     shown = np.where(values > 0, values, np.nan) if logarithmic else values
-    style: dict[str, Any] = {"cmap": colours, "shading": "nearest"}
+    style: dict[str, Any] = {"cmap": colours, "shading": "nearest", "rasterized": True}
     found = shown[np.isfinite(shown)]
     if limits is None:
         limits = (found.min(), found.max()) if found.size else (1.0, 1.0)
@@ -213,7 +215,7 @@ def _map(
     else:
         style |= {"vmin": limits[0], "vmax": limits[1] or 1.0}
     picture = axes.pcolormesh(spectra.steps, range(len(names)), shown, **style)
-    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False)
     if found.size:
@@ -224,10 +226,13 @@ def _map(
 
 def table(spectra: Spectra) -> str:
     """The last record of every matrix and side, as a table of Markdown."""
-    lines = [
-        "| matrix | side | kept | effective rank | energy dropped | residual | graft ratio |",
-        "|-|-|-:|-:|-:|-:|-:|",
-    ]
+    return markdown(*last_figures(spectra), texts=2)
+
+
+def last_figures(spectra: Spectra) -> tuple[list[str], list[list[str]]]:
+    """The last record of every matrix and side: titles of columns, and rows."""
+    heads = ["kept", "effective rank", "energy dropped", "residual", "graft ratio"]
+    rows = []
     for matrix in spectra.matrices:
         last = spectra.matrices[matrix][max(spectra.matrices[matrix])]
         for side, told in SIDES.items():
@@ -239,5 +244,5 @@ def table(spectra: Spectra) -> str:
                     f"{record['root_residual']:.1e}",
                     f"{last['graft_ratio']:.3g}",
                 )
-                lines.append(" | ".join((f"| {matrix}", told, *figures)) + " |")
-    return "\n".join(lines)
+                rows.append([matrix, told, *figures])
+    return ["matrix", "side", *heads], rows
