@@ -260,9 +260,9 @@ TOTALS = {
     "nanogpt/config": 645,
     "nanogpt/model": 545,
     "nanogpt/optimizers": 780,
-    "nanogpt/train": 2490,
-    "nanogpt/report": 1110,
-    "nanogpt/lab": 1555,
+    "nanogpt/train": 2505,
+    "nanogpt/report": 1120,
+    "nanogpt/lab": 1570,
 }
 
 
