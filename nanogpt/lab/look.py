@@ -105,11 +105,14 @@ def spectrum(
     """
     from nanogpt.report.spectra import draw_spectra, read_spectra, table
     from nanogpt.train.paths import path_of
+    from nanogpt.train.stored import expecting_form
 
     check_folders(out=out)
     found = read_spectra(path_of(run))
-    print(table(found))
-    for path in draw_spectra(found, matrices, Path(out)):
+    with expecting_form(path_of(run) / "metrics.jsonl"):
+        told, pictures = table(found), draw_spectra(found, matrices, Path(out))
+    print(told)
+    for path in pictures:
         print(f"picture: {path}")
 
 

@@ -37,6 +37,12 @@ def sample(
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: at least 1.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: at least 0 and below 2**63.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt={prompt!r}: is no UTF-8 ({error}).") from error
     from nanogpt.model.decode import generate
     from nanogpt.train.train_step import model_structure
     from nanogpt.train.trained import read_trained
@@ -78,6 +84,8 @@ def evaluate(
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens={tokens}: at least 1.")
+    for place in data:
+        check_folders(data=place)
     from nanogpt.train.evaluation import evaluate as score
     from nanogpt.train.evaluation import shards_of
     from nanogpt.train.trained import read_trained

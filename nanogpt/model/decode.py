@@ -73,12 +73,15 @@ def extend(
 
 def draw(logits_V: jax.Array, key: jax.Array, temperature: float, top_k: int | None) -> jax.Array:
     """One token of softmax(logits / temperature), of the `top_k` likeliest; 0: the likeliest."""
-    if temperature == 0:
+    info = jnp.finfo(logits_V.dtype)
+    if temperature < float(info.tiny):
         return jnp.argmax(logits_V)
+    # Quotients that overflow would all be as likely: of differences from the largest none is +inf.
+    scaled_V = (logits_V - logits_V.max()) / min(temperature, float(info.max))
     if top_k is not None:
         least = jax.lax.top_k(logits_V, min(top_k, len(logits_V)))[0][-1]
-        logits_V = jnp.where(logits_V < least, -jnp.inf, logits_V)
-    return jax.random.categorical(key, logits_V / temperature)
+        scaled_V = jnp.where(logits_V < least, -jnp.inf, scaled_V)
+    return jax.random.categorical(key, scaled_V)
 
 
 def generate(
@@ -94,7 +97,7 @@ def generate(
         graphdef: the model without its parameters, see `nanogpt.train.train_step.model_structure`.
         params: its parameters.
         prompt: ids, at least one.
-        length: positions that the model was trained on, at least 2.
+        length: positions that the model was trained on.
         vocab_size: ids from there on are never drawn.
         temperature: 0 for the likeliest token, 1 for the model's distribution.
         top_k: how many of the likeliest tokens may be drawn; None for all.
@@ -112,7 +115,7 @@ def generate(
     known = 0  # positions in the cache
     while True:
         if len(context) > length:
-            context, known = context[-(length // 2) :], 0
+            context, known = context[-max(length // 2, 1) :], 0
         new = context[known:]
         # A whole context in one program, whatever its length; what is behind it is not read.
         read = new if len(new) == 1 else new + [0] * (length - len(context))

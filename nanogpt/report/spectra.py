@@ -159,8 +159,9 @@ def _panel(axes: Axes, spectra: Spectra, matrix: str, side: str) -> None:
     values = np.array([r["eigenvalues"] for r in records.values()], float)
     values[~(values > 0)] = np.nan  # what rounding made negative has no place on the axis
     for k, colour in enumerate(_shades(values.shape[1])):
-        axes.plot(list(records), values[:, k], color=colour, linewidth=0.9)
-    told = f"{last['kept_rank']:.0f} of {last['dimension']} kept at the end"
+        marker = "." if len(records) == 1 else None
+        axes.plot(list(records), values[:, k], color=colour, linewidth=0.9, marker=marker)
+    told = f"{_told(last['kept_rank'], '.0f')} of {last['dimension']} kept at the end"
     cutoff = spectra.cutoff(last["dimension"])
     if cutoff is not None:
         axes.axhline(cutoff, color="#D55E00", linestyle=(0, (5, 2)), linewidth=1.4)
@@ -214,7 +215,10 @@ def _map(
         style["norm"] = LogNorm(*limits)
     else:
         style |= {"vmin": limits[0], "vmax": limits[1] or 1.0}
-    picture = axes.pcolormesh(spectra.steps, range(len(names)), shown, **style)
+    steps = spectra.steps
+    if len(steps) == 1:  # a column has the width of its distance from the next
+        steps, shown = (steps[0], steps[0] + 1), np.repeat(shown, 2, axis=1)
+    picture = axes.pcolormesh(steps, range(len(names)), shown, **style)
     axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False)
@@ -238,11 +242,16 @@ def last_figures(spectra: Spectra) -> tuple[list[str], list[list[str]]]:
         for side, told in SIDES.items():
             if record := last.get(side):
                 figures = (
-                    f"{record['kept_rank']:.0f} of {record['dimension']}",
-                    f"{record['effective_rank']:.1f}",
-                    f"{record['dropped_energy']:.1e}",
-                    f"{record['root_residual']:.1e}",
-                    f"{last['graft_ratio']:.3g}",
+                    f"{_told(record['kept_rank'], '.0f')} of {record['dimension']}",
+                    _told(record["effective_rank"], ".1f"),
+                    _told(record["dropped_energy"], ".1e"),
+                    _told(record["root_residual"], ".1e"),
+                    _told(last["graft_ratio"], ".3g"),
                 )
                 rows.append([matrix, told, *figures])
     return ["matrix", "side", *heads], rows
+
+
+def _told(value: float | None, form: str) -> str:
+    """A figure; what was no number is recorded as None."""
+    return "no number" if value is None else format(value, form)

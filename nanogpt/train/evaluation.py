@@ -81,7 +81,7 @@ def _summary(sums: np.ndarray, length: int, seen: int) -> Evaluation:
     count = len(sums) * length
     loss = sums.sum() / count
     error = sums.std(ddof=1) / length / math.sqrt(len(sums)) if len(sums) > 1 else math.nan
-    bits = count / (math.log(2) * seen)
+    bits = count / (math.log(2) * seen) if seen else math.nan  # ends of texts have no bytes
     return Evaluation(count, float(loss), float(error), float(loss * bits), float(error * bits))
 
 

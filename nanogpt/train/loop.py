@@ -135,6 +135,7 @@ class _Run:
         self.saved: int | None = None
         self.damaged: list[str] = []
         self.validated: tuple[int, float] | None = None  # step and loss
+        self.skipped = 0  # steps up to the last one that was settled
         self.common: int | None = None  # step of another run's checkpoint to go on from
         self.clock = StepClock(0.0)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
@@ -210,6 +211,7 @@ class _Run:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""
         self.checkpoints.open(self.state)
         report.start(self.state, self.compile_s, self.damaged)
+        self.skipped = int(self.state.opt_state.total_notfinite)
         self.last_save = _seconds()
         self.clock.start()
         for step in range(self.saved or 0, self.config.schedule.steps):
@@ -267,6 +269,7 @@ class _Run:
             jax.block_until_ready(metrics)
             self.clock.lap()
             report.step(step, metrics, self.clock)
+            self.skipped = int(metrics["skipped"])
             check_row(step, int(metrics["skipped_in_a_row"]), self.config.nonfinite_limit)
 
     def _trace_if_due(self, step: int, report: Report) -> None:
@@ -282,10 +285,16 @@ class _Run:
         self.clock.start()
 
     def _record_spectra_if_due(self, step: int, report: Report) -> None:
-        """Records the factors' spectra, off the clock, after a step whose figures are kept."""
-        every = getattr(self.config.matrices, "monitor", None)
-        if every and (step == 0 or (step + 1) % every == 0):
+        """Records the factors' spectra, off the clock, after a step whose figures are kept.
+
+        These are the first update and every N-th: a step that was skipped is none.
+        """
+        every, before = getattr(self.config.matrices, "monitor", None), self.skipped
+        update = step + 1 - before
+        if every and (update == 1 or update % every == 0):
             self._settle(report)
+            if self.skipped != before:
+                return
             report.spectra(step, self.read_spectra(self.state))
             self.clock.start()
 

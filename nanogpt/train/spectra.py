@@ -63,7 +63,7 @@ def ranks(dimension: int) -> np.ndarray:
 
 
 def _reduced(opt_state: Any) -> Any:
-    """The state with eigenvalues in the place of factors, and almost nothing of other arrays."""
+    """The state with eigenvalues in the place of factors, and nothing of other stacks."""
 
     def reduce(path: Any, x: jax.Array) -> jax.Array:
         name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")

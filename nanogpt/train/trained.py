@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 
 from data_pipeline import Tokenizer, gpt2
+from data_pipeline.tokenizer import GPT2_VOCAB_SIZE
 from nanogpt.config.recorded import read_settings
 from nanogpt.config.run import Config
 from nanogpt.optimizers.build import build_optimizer
@@ -79,4 +80,9 @@ def _weights(checkpoint: Path, config: Config) -> Any:
 def _tokenizer(start: dict[str, Any], config: Config) -> Tokenizer:
     """That of the shards' manifest; shards without one are FineWeb's, of all GPT-2's tokens."""
     told = start["fingerprint"].get("tokenizer")
+    if not told and config.model.vocab_size < GPT2_VOCAB_SIZE:
+        raise ValueError(
+            f"run {config.name}: its shards had no manifest.json, so nobody knows its tokenizer of "
+            f"at most {config.model.vocab_size} ids: train on a folder that `nanogpt data` made."
+        )
     return gpt2(int(told.split()[1])) if told else gpt2()

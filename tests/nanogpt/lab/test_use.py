@@ -106,6 +106,7 @@ def test_standard_error_and_bits():
     assert found.standard_error == pytest.approx(means.std(ddof=1) / 2)
     assert found.bits_per_byte == pytest.approx(20 / np.log(2) / 16)
     assert found.bits_standard_error / found.standard_error == pytest.approx(0.5 / np.log(2))
+    assert np.isnan(_summary(np.array([3.0]), 2, 0).bits_per_byte)  # ends of texts alone
 
 
 def test_text_goes_on_from_a_prompt(place, capsys):
@@ -137,6 +138,10 @@ def test_exported_weights_give_the_same_logits_elsewhere(place, tmp_path, capsys
     [
         (["sample", "plain", "--temperature", "-1"], "temperature=-1.0: at least 1, and at least"),
         (["sample", "plain", "--top-k", "0"], "top_k=0: at least 1"),
+        (["sample", "plain", "--seed", "-1"], "seed=-1: at least 0"),
+        (["sample", "plain", "--prompt", "\udcff"], r"prompt='\\udcff': is no UTF-8"),
+        (["evaluate", "plain", "--data", "gs://b/c"], "data='gs://b/c': must be a folder of this"),
+        (["sample", "nameless"], "no manifest.json, so nobody knows its tokenizer"),
         (["evaluate", "plain", "--tokens", "8"], "less than a row of 32 tokens"),
         (["evaluate", "plain", "--step", "3"], "step=3: .* has checkpoints of the steps 8, 12"),
         (["evaluate", "plain", "--data", "nowhere.bin"], "nowhere.bin"),
@@ -150,10 +155,11 @@ def test_what_cannot_be_is_said_in_a_line(place, monkeypatch, words, complaint):
     monkeypatch.chdir(place)
     if "other" in words:
         prepare(folder("texts"), "other", gpt2(400), val_tokens=100)
-    if "changed" in words:
-        shutil.copytree("plain", "changed")
-        path = place / "changed" / "metrics.jsonl"
-        path.write_text(path.read_text().replace('"mlp_dim"', '"width"'))
+    changes = {"changed": ('"mlp_dim"', '"width"'), "nameless": ('"tokenizer"', '"other"')}
+    for name in changes.keys() & set(words):
+        shutil.copytree("plain", name)
+        path = place / name / "metrics.jsonl"
+        path.write_text(path.read_text().replace(*changes[name]))
     with pytest.raises(SystemExit, match=f"error: .*{complaint}"):
         cli.main(words)
 

@@ -39,16 +39,16 @@ def test_pieces_have_the_logits_of_the_whole(model):
     np.testing.assert_allclose(np.concatenate(found, 1), whole, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("prompt", [1, 12, 17])
-def test_the_likeliest_tokens_are_those_of_whole_contexts(model, prompt):
+@pytest.mark.parametrize(("prompt", "length"), [(1, 12), (12, 12), (17, 12), (2, 1)])
+def test_the_likeliest_tokens_are_those_of_whole_contexts(model, prompt, length):
     """Beyond the positions that there are, the second half of them begins anew."""
     graphdef, params = nnx.split(model)
     context = TOKENS.ravel()[:prompt].tolist()
-    drawn = generate(graphdef, params, context, length=12, vocab_size=40, temperature=0)
+    drawn = generate(graphdef, params, context, length=length, vocab_size=40, temperature=0)
     found = list(itertools.islice(drawn, 20))
     forward, expected = nnx.jit(lambda model, x: model(x)), []
     for _ in range(20):
-        context = context[-6:] if len(context) > 12 else context
+        context = context[-max(length // 2, 1) :] if len(context) > length else context
         padded = np.array([context + [0] * (12 - len(context))])
         expected.append(int(forward(model, padded)[0, len(context) - 1, :40].argmax()))
         context = [*context, expected[-1]]
@@ -68,6 +68,10 @@ def test_draws_have_the_chances_of_the_model():
     np.testing.assert_allclose(shares(0.5), np.array([1, 4, 9, 16]) / 30, atol=0.03)
     assert shares(0.0)[3] == shares(1.0, 1)[3] == 1
     np.testing.assert_allclose(shares(1.0, 9), [0.1, 0.2, 0.3, 0.4], atol=0.03)
+    # Also where quotients, or the temperature itself, are beyond float32.
+    logits = logits + 10
+    assert shares(1e-38)[3] == shares(1e-60)[3] == 1
+    np.testing.assert_allclose(shares(1e300, 2), [0, 0, 0.5, 0.5], atol=0.03)
 
 
 def test_a_seed_is_a_text(model):

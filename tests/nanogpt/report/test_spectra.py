@@ -5,9 +5,10 @@ import json
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from nanogpt import cli
-from nanogpt.report.spectra import EPS, draw_spectra, read_spectra, table
+from nanogpt.report.spectra import EPS, _map, _panel, draw_spectra, read_spectra, table
 
 CONFIG = {
     "name": "run",
@@ -49,6 +50,9 @@ def test_what_is_read(run):
     with pytest.raises(ValueError, match="matrices='q': matches none of blocks/9"):
         found.choose(["q"])
     assert "| blocks/10/attn/q | inputs | 8 of 16 | 2.5 | 1.0e-04 | 1.0e-03 | 3 |" in table(found)
+    last = found.matrices["blocks/10/attn/q"][8]
+    last["0"] |= {"kept_rank": None, "root_residual": None}
+    assert "| no number of 16 | 2.5 | 1.0e-04 | no number | 3 |" in table(found)
 
 
 def test_pictures_have_what_was_recorded(run, tmp_path):
@@ -60,6 +64,26 @@ def test_pictures_have_what_was_recorded(run, tmp_path):
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(text.replace(json.dumps(CONFIG), json.dumps(CONFIG_NONE)))
     assert read_spectra(run).cutoff(16) is None
+
+
+def test_one_record_has_a_picture(run):
+    """A run that has just begun: a point a line, a column in the map."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    found, figure = read_spectra(run), Figure()
+    left, right = figure.subplots(1, 2)
+    _panel(left, found, "blocks/10/attn/q", "0")
+    assert all(line.get_marker() == "." for line in left.lines[:4])
+    _map(figure, right, found, np.full((3, 1), 0.5), (0, 1), False)
+    corners = right.collections[0].get_coordinates()
+    assert np.ptp(corners[..., 0]) > 0
+
+
+def test_changed_records_are_refused(run, tmp_path):
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"root_residual"', '"residual"'))
+    with pytest.raises(SystemExit, match="error: .*metrics.jsonl is not as this version writes it"):
+        cli.main(["spectrum", str(run), "--out", str(tmp_path / "out")])
 
 
 def test_runs_without_spectra_are_told_how_to_have_some(run, tmp_path):

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -472,6 +473,22 @@ def test_skipped_steps_are_counted_and_shown(shards, tmp_path, monkeypatch):
             fit(config)
     end = fit(config, resume=True)
     assert end["kind"] == "end" and end["skipped"] == 2
+
+
+def test_spectra_are_of_steps_whose_figures_are_kept():
+    """The monitor counts updates: records stay beside it where steps are skipped."""
+    bad, found = (0, 5, 8), []  # the others are the updates 1 to 8
+    run = SimpleNamespace(
+        config=SimpleNamespace(matrices=SimpleNamespace(monitor=3)),
+        skipped=0, state=None, read_spectra=lambda state: {}, clock=SimpleNamespace(start=int),
+    )  # fmt: skip
+    report = SimpleNamespace(spectra=lambda step, matrices: found.append(step))
+    for step in range(11):
+        skipped = sum(b <= step for b in bad)
+        run._settle = lambda report, now=skipped: vars(run).update(skipped=now)
+        loop._Run._record_spectra_if_due(run, step, report)
+        run.skipped = skipped  # settled behind the next step
+    assert found == [1, 3, 7]
 
 
 def test_too_many_in_a_row_end_the_run(shards, tmp_path, monkeypatch):
