@@ -92,7 +92,7 @@ def small_board(path: Path) -> dict[str, float]:
     for line in path.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) > 3 and cells[0] in PRESETS["board"] and cells[0] not in found:
-            found[cells[0]] = float(cells[1])
+            found[cells[0]] = float(cells[3])  # after the numbers of runs and steps
     return found
 
 
