@@ -81,3 +81,28 @@ def records(
     check_folders(out=out)
     page, picture = write_records(runs, curves, Path(out))
     print(f"{page}\n{picture}")
+
+
+@command()
+@flags
+def spectrum(
+    run: tyro.conf.Positional[str], matrices: tuple[str, ...] = (), out: str = "runs"
+) -> None:
+    """Draws the factors of a run that was trained with --monitor, and prints their last figures.
+
+    Writes spectrum.png, eigenvalues of a few matrices over training with the cutoff, and
+    spectrum_map.png, figures of all matrices by step. docs/spectra.md says how to read them.
+
+    Args:
+        run: folder that has metrics.jsonl, here or in gs://
+        matrices: names or patterns, as in blocks/0/*; none: a few from the first layer to the last
+        out: folder of the two pictures
+    """
+    from nanogpt.report.spectra import draw_spectra, read_spectra, table
+    from nanogpt.train.paths import path_of
+
+    check_folders(out=out)
+    found = read_spectra(path_of(run))
+    print(table(found))
+    for path in draw_spectra(found, matrices, Path(out)):
+        print(f"picture: {path}")

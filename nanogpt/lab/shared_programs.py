@@ -1,6 +1,4 @@
-"""Trials that share one compiled program: those that differ in seed and in rates.
-
-Rates are two numbers: that of the matrices, and a factor of all others.
+"""Trials that share one compiled program: they differ in seed, matrices' rate, a factor of others.
 
 A run of a second or two costs ten times as much when every learning rate is a program of its own.
 """
@@ -89,11 +87,14 @@ def _start(config: Config, build: Build) -> dict[str, Any]:
 
 
 def _at_rate_one(config: Config) -> Config:
-    """The run with rates over those of `run_shared`; what no number depends on is left out."""
+    """The run with a rate of the matrices of 1, and of the embedding, which the others follow.
 
-    def over(settings: Any) -> Any:
+    What no number depends on is left out.
+    """
+
+    def over(settings: Any, own: str) -> Any:
         names = [name for name in RATES if hasattr(settings, name)]
-        rates = {n: getattr(settings, n) / getattr(settings, names[0]) for n in names}
+        rates = {n: getattr(settings, n) / getattr(settings, own) for n in names}
         return dataclasses.replace(settings, **{n: float(f"{x:.12g}") for n, x in rates.items()})
 
     return dataclasses.replace(
@@ -101,8 +102,8 @@ def _at_rate_one(config: Config) -> Config:
         name="shared",
         seed=0,
         data=dataclasses.replace(config.data, seed=0),
-        matrices=over(config.matrices),
-        auxiliary=over(config.auxiliary),
+        matrices=over(config.matrices, "learning_rate"),
+        auxiliary=over(config.auxiliary, "embed_learning_rate"),
     )
 
 
@@ -120,7 +121,7 @@ def _program(config: Config, build: Build) -> Callable[..., dict[str, jax.Array]
         state, told = jax.lax.scan(make_train_step(structure, tx, config), state, batches)
         averaged = config.tail or config.lookahead
         weights = eval_params(state.opt_state, state.params) if averaged else state.params
-        sums = jax.lax.map(lambda batch: evaluate(weights, batch), scored)
+        sums = jax.lax.map(lambda batch: evaluate(weights, batch, state.step), scored)
         loss = sums.sum() / scored["targets"].size
         counts = {name: x.max() for name, x in told.items() if name not in ("loss", "grad_norm")}
         return counts | {"first": told["loss"][0], "last": loss}

@@ -19,15 +19,16 @@ import shampoo_jax
 from nanogpt.config import presets
 from nanogpt.config.run import Config
 from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig, SoapMuonConfig
+from nanogpt.optimizers.decay import decay_by_factor
 from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam, uncorrected_adam
 from nanogpt.optimizers.schedules import learning_rate, lookahead_schedule, matrices_schedule
 from nanogpt.optimizers.transfer import of_base
 
 ROUTES: tuple[tuple[str, str], ...] = (
     (r"blocks/\d+/(attn|mlp)/\w+/kernel", "matrices"),
-    (r"embed/embedding", "embed"),
+    (r"(embed|value_embeds/\d+)/embedding", "embed"),
     (r"head/kernel", "head"),
-    (r"(.*/)?(bias|scale)", "vectors"),
+    (r"(.*/)?(bias|scale)|scalars", "vectors"),
 )
 
 
@@ -102,8 +103,8 @@ def build_optimizer(
         factors: Of the rates of the block matrices and of all others; may be traced.
 
     Returns:
-        Optax transformation of summed gradients with updates in float32; its state is an
-        `optax.ApplyIfFiniteState`. Its update takes `obj_fn`, the summed loss as a function of all
+        Optax transformation of gradients of the run's loss, with updates in float32; its state is
+        an `optax.ApplyIfFiniteState`. Its update takes `obj_fn`, that loss as a function of all
         parameters; only directions that ask for it need it.
 
     Raises:
@@ -126,7 +127,8 @@ def build_optimizer(
     grouped = optax.partition(transforms, labels)
     if config.clip_norm is not None:
         tokens = config.data.batch_rows * config.model.sequence_length
-        grouped = optax.chain(optax.clip_by_global_norm(config.clip_norm * tokens), grouped)
+        norm = config.clip_norm * (1 if config.loss == "mean" else tokens)
+        grouped = optax.chain(optax.clip_by_global_norm(norm), grouped)
     grouped = optax.chain(grouped, *_around(config, placement)) if _around(config) else grouped
     # The guard widens parameters; moments are stored in the precision of the parameters themselves.
     stored = optax.GradientTransformationExtraArgs(
@@ -195,6 +197,10 @@ def descent(matrices: MatrixConfig, rate: optax.Schedule) -> list[optax.Gradient
         return [shampoo_jax.cautious_decay(matrices.weight_decay, rate, steps)]
     if getattr(matrices, "cautious", False):
         return [shampoo_jax.cautious_decay(matrices.weight_decay, rate)]
+    if isinstance(matrices, MuonConfig) and matrices.factor_decay:
+        more, own = matrices.mlp_decay * matrices.weight_decay, matrices.weight_decay
+        decay_of = lambda p: jax.tree.map(lambda mlp: more if mlp else own, _in_mlp(p))  # noqa: E731
+        return [optax.scale_by_learning_rate(rate), decay_by_factor(rate, decay_of)]
     parts = [optax.add_decayed_weights(matrices.weight_decay)]
     if isinstance(matrices, MuonConfig) and matrices.mlp_decay != 1:
         more = matrices.weight_decay * (matrices.mlp_decay - 1)

@@ -91,13 +91,25 @@ def muon(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformat
     return optax.chain(scaled, scale_by_aspect())
 
 
-def muon_track3(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
-    """The benchmark's Muon: its own momentum, then Newton-Schulz."""
+def muon_track3(settings: MuonConfig, placement: Placement = None) -> optax.GradientTransformation:
+    """The benchmark's Muon: its own momentum, then Newton-Schulz.
+
+    On a mesh every device orthogonalizes whole matrices of its own. Left to the compiler, each of
+    the products is spread over all devices, and its operands are sent for it.
+    """
     average = nesterov_ema(settings.b1)
     if settings.b1_warmup:
-        rise = optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
-        average = optax.inject_hyperparams(nesterov_ema)(b1=rise)
-    return optax.chain(average, _newton_schulz(settings, eps=1e-7), scale_by_aspect())
+        average = optax.inject_hyperparams(nesterov_ema)(b1=momentum_schedule(settings))
+    polar = _newton_schulz(settings, eps=1e-7)
+    if placement is not None:
+        whole: Any = {"blocking": shampoo_jax.Blocking(size=None), "placement": placement}
+        polar = shampoo_jax.blocked(polar, chunk="auto", **whole).inner
+    return optax.chain(_split(average, placement), polar, scale_by_aspect())
+
+
+def momentum_schedule(settings: MuonConfig) -> optax.Schedule:
+    """The decay of the benchmark's Muon at every step, which rises from 0.85."""
+    return optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
 
 
 def pmuon(settings: PMuonConfig, placement: Placement = None) -> optax.GradientTransformation:
@@ -221,6 +233,7 @@ def shampoo(settings: ShampooConfig, placement: Placement = None) -> optax.Gradi
         solver=solver,
         every=settings.every,
         graft=None if rows else adam,
+        monitor=settings.monitor,
         placement=placement,
     )
     # The rows of the benchmark's (out, in) matrices are the columns of kernels.
@@ -258,7 +271,7 @@ def soap(settings: SoapConfig, placement: Placement = None) -> optax.GradientTra
         form = shampoo_jax.presets.record_27()
     elif settings.tolerance is not None:
         form = {"basis": shampoo_jax.QRBasis(tolerance=settings.tolerance, sort="before")}
-    chosen = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "every")}
+    chosen = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "every", "monitor")}
     direction = shampoo_jax.scale_by_soap(**{**form, **chosen}, placement=placement)
     return direction if settings.tolerance is None else count_refreshes(direction)
 
@@ -354,7 +367,7 @@ def _cast_tree(updates: optax.Updates, dtype: str) -> optax.Updates:
 
 
 def _kl_options(settings: KLConfig) -> dict[str, Any]:
-    names = ("b1", "b2", "eps", "every", "first_weight")
+    names = ("b1", "b2", "eps", "every", "first_weight", "monitor")
     options = {name: getattr(settings, name) for name in names}
     return {**options, "max_scale": "size" if settings.max_scale is None else settings.max_scale}
 

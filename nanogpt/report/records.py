@@ -15,7 +15,7 @@ from nanogpt.optimizers.flops import (
     step_flops,
 )
 from nanogpt.report.board import board_table, draw_board
-from nanogpt.report.comparable import BENCHMARK, common_track
+from nanogpt.report.comparable import BENCHMARKS, common_track
 from nanogpt.report.curves import COLUMN, PUBLISHED_CURVES, read_curves
 from nanogpt.report.groups import Group, read_groups
 from nanogpt.report.tables import markdown, page, shown
@@ -25,6 +25,7 @@ from nanogpt.report.verdicts import TARGET
 COMMON = "8 x H100"  # machine of the results whose times are drawn
 BASELINE = "#36 Muon, tuned"
 NO_RUNS = "No full-size run of this project is among them yet."
+BENCHMARK = BENCHMARKS["t3"]
 SHAPES = block_shapes(BENCHMARK.model)
 MODEL = model_flops(BENCHMARK.model, BENCHMARK.data.batch_rows * BENCHMARK.model.sequence_length)
 MUON = muon_flops(SHAPES, 12)  # the first results may have iterated less often

@@ -26,6 +26,7 @@ from nanogpt.train.progress import Report
 from nanogpt.train.record_log import source_text
 from nanogpt.train.run_folder import RunFolder
 from nanogpt.train.sinks import check_sinks
+from nanogpt.train.spectra import spectra_reader
 from nanogpt.train.train_step import abstract_params, init_state, make_eval_step, make_train_step
 from shampoo_jax import eval_params
 
@@ -222,6 +223,7 @@ class _Run:
             self.state, metrics = self.train_step(self.state, batch)
             self._settle(report)
             self.in_flight = (step, metrics)
+            self._record_spectra_if_due(step, report)
         self._finish(report)
 
     def close(self) -> None:
@@ -247,8 +249,11 @@ class _Run:
         batch = batch_pattern(sizes.batch_rows, self.config, self.layout)
         self.train_step = _compiled(step, patterns, batch)
         evaluate = make_eval_step(self.graphdef, self.config, self.layout)
-        batch = batch_pattern(sizes.microbatch_rows, self.config, self.layout)
-        self.evaluate = _compiled(evaluate, patterns.params, batch)
+        batch = batch_pattern(
+            sizes.microbatch_rows, self.config, self.layout, length=sizes.val_length
+        )
+        self.evaluate = _compiled(evaluate, patterns.params, batch, patterns.step)
+        self.read_spectra = spectra_reader(self.layout)
         self.weights = lambda state: state.params
         if self.config.tail or self.config.lookahead:
             average = jax.jit(lambda state: eval_params(state.opt_state, state.params))
@@ -276,6 +281,14 @@ class _Run:
             self.trace.close()
         self.clock.start()
 
+    def _record_spectra_if_due(self, step: int, report: Report) -> None:
+        """Records the factors' spectra, off the clock, after a step whose figures are kept."""
+        every = getattr(self.config.matrices, "monitor", None)
+        if every and (step == 0 or (step + 1) % every == 0):
+            self._settle(report)
+            report.spectra(step, self.read_spectra(self.state))
+            self.clock.start()
+
     def _validate_if_due(self, step: int, report: Report) -> None:
         """Measures the loss before update `step`, off the clock; gives up when asked to stop."""
         if not validation_due(step, self.config):
@@ -285,7 +298,8 @@ class _Run:
         for batch in self.data.validation():
             if self.stopped(step):
                 return
-            total += float(self.evaluate(weights, to_device(batch, self.layout)))
+            batch_there = to_device(batch, self.layout)
+            total += float(self.evaluate(weights, batch_there, self.state.step))
             tokens += batch["targets"].size * jax.process_count()
         self.validated = step, total / tokens
         report.validation(*self.validated, self.clock)

@@ -172,19 +172,10 @@ def tiny_preset(tmp_path, monkeypatch):
         data = dataclasses.replace(config.data, directory=str(tmp_path), val_tokens=64)
         return dataclasses.replace(config, model=model, data=data)
 
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
     monkeypatch.setattr(leaderboard, "preset", tiny)
     monkeypatch.setattr(leaderboard, "prepare_data", lambda config: None)
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return tmp_path
 
 
 def test_a_stopped_board_goes_on(tiny_preset, capsys):
@@ -210,7 +201,6 @@ def test_an_optimizer_of_ones_own_has_a_row(tiny_preset, monkeypatch, capsys):
     monkeypatch.setattr(optimizers, "REGISTRY", dict(optimizers.REGISTRY))
     monkeypatch.setattr(presets, "OWN", {})
     register("own", lambda settings, _: optax.scale_by_sign(), MatrixConfig(0.002, 0.1))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tiny_preset / "compiled"))
     monkeypatch.setenv("JAX_PLATFORMS", "")
     monkeypatch.delenv("JAX_PLATFORMS")
     before = jax.config.jax_platforms

@@ -149,6 +149,7 @@ def test_what_is_not_finished_is_marked(tmp_path, capsys):
 FULL = {"config": dataclasses.asdict(preset("track3", "shampoo"))}
 SMALL = {"config": dataclasses.asdict(preset("cpu", "shampoo"))}
 MUON, MEDIUM = "t3_36_muon_tuned_3250", "t2_r03_weightdecay"
+LARGE = {"config": dataclasses.asdict(preset("medium", "shampoo"))}
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,9 @@ MUON, MEDIUM = "t3_36_muon_tuned_3250", "t2_r03_weightdecay"
         ([], {"a": FULL}, "t3"),
         ([], {"a": FULL, "b": SMALL}, None),
         (["mine"], {"a": SMALL}, None),
+        ([MEDIUM], {"a": LARGE}, "t2"),
+        ([], {"a": LARGE}, "t2"),
+        ([], {"a": LARGE, "b": FULL}, None),
     ],
 )
 def test_the_common_track(published, configs, track):
@@ -167,8 +171,12 @@ def test_the_common_track(published, configs, track):
 
 
 def test_a_run_of_track_3_is_not_of_the_medium_one():
-    with pytest.raises(ValueError, match="a cannot be compared with t2_r03.*: it is of track 3"):
+    with pytest.raises(
+        ValueError, match="a cannot be compared with t2_r03.*: it has model.vocab_size=50304"
+    ):
         common_track([MEDIUM], {"a": FULL})
+    with pytest.raises(ValueError, match=f"a cannot be compared with {MUON}"):
+        common_track([MUON], {"a": LARGE})
 
 
 def test_every_recipe_keeps_the_rules():

@@ -18,7 +18,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import rich.console
-from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipeline import ShardError, write_shard
 from nanogpt.config.run import (
@@ -41,23 +40,6 @@ from nanogpt.train.nonfinite import DivergedError
 from nanogpt.train.run_folder import RunFolder
 
 VOCAB, STEPS = 32, 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs share their compiled steps; compiling them again would be most of this file's time."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # jax decides once whether there is one
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
