@@ -42,7 +42,7 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
         tuning=TUNING,
         ablating=f"{ABLATING[0]} to {ABLATING[-1]}",
         judging=f"{JUDGING[0]} to {JUDGING[-1]}",
-        visible=_visible(differences),
+        visible=_visible([*differences.values(), *_of_families(found)]),
         families=_families(found, trained, points),
         ablations=_ablations(found, differences, points) or EMPTY,
         judged=_judged(trained) or EMPTY,
@@ -60,8 +60,14 @@ def _by_point(trained: Mapping[Run, float], seeds: Sequence[int], corpus: str = 
     return found
 
 
-def _visible(differences: Mapping[str, Difference]) -> str:
-    seen = visible(differences.values(), len(ABLATING))
+def _of_families(found: Found) -> list[Difference]:
+    muon = _better_muon(found)
+    others = [name for name in FAMILIES if name in found and name != muon]
+    return [paired(found[name], found[muon]) for name in others] if muon else []
+
+
+def _visible(differences: Sequence[Difference]) -> str:
+    seen = visible(differences, len(ABLATING))
     if math.isnan(seen):
         return "not measured yet"
     return f"{seen:.4f}, by the pooled variance of {len(differences)} differences"
