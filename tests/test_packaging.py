@@ -201,10 +201,8 @@ def test_from_text_to_a_picture_with_the_installed_command(installed):
         (folder / "texts" / f"{name}.txt").write_text("We the people of these States. " * 200)
     words = ("--directory", "mine", "--vocab-size", "300", "--val-tokens", "64")
     assert "bigram" in installed("data", "folder", "texts", *words)
-    for optimizer in ("adamw", "shampoo"):
-        installed("train", "--optimizer", optimizer, *TINY)
-    runs = [f"runs/cpu/{name}" for name in ("adamw", "shampoo")]
-    assert "| Shampoo | 3 |" in installed("compare", *runs)
+    installed("train", "--optimizer", "shampoo", *TINY)
+    assert "| Shampoo | 3 |" in installed("compare", "runs/cpu/shampoo")
     assert (folder / "runs" / "comparison.png").exists()
     # The curve is the package's own.
     assert "accepted" in installed("verdict", "t3_36_muon_tuned_3250.csv")

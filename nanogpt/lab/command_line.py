@@ -26,14 +26,12 @@ NAMES: dict[str, Any] = {"prog": "nanogpt train", "description": DESCRIPTION}
 class Choice:
     """Which run, and how it is started."""
 
-    preset: Literal["track3", "medium", "cpu", "board", "medium_board"] = (
-        "cpu"  # complete set of settings
-    )
+    # Complete set of settings.
+    preset: Literal["track3", "medium", "cpu", "board", "board_m", "medium_board"] = "cpu"
     optimizer: str | None = None  # train this one alone; demo without it: its three, one by one
     seeds: int | None = None  # train it so many times, from seeds 0, 1, ..., and judge them all
-    target: float | None = (
-        None  # loss that the runs are to prove (nats; of track3: 3.28, of medium: 2.92)
-    )
+    # Loss that the runs are to prove (nats; of track3: 3.28, of medium: 2.92)
+    target: float | None = None
     config: str | None = None  # file with settings in YAML or JSON
     print_config: bool = False  # print all settings in YAML, train nothing
     resume: bool = False  # go on from the newest checkpoints, bit for bit
