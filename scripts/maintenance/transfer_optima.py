@@ -15,20 +15,33 @@ Losses = dict[int, list[float]]  # of every power of 2, by seed
 
 
 class Cell(NamedTuple):
-    """One optimum: a method at a width, with the rules or without; at the base they are one."""
+    """One optimum: a method at a width, with the rules or without; at the base they are one.
+
+    Of a cell that is `alone` the rate of the matrices is another one, and all other rates are those
+    that were best at the base.
+    """
 
     method: str
     width: int
     rules: bool
+    alone: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the tables call it."""
+        with_rules = "with, matrices alone" if self.alone else "with"
+        return with_rules if self.rules else "without"
 
 
 def cells(methods: Sequence[str]) -> list[list[Cell]]:
     """Series of cells of growing width, which begin with the same one with and without rules."""
-    return [
+    common = [
         [Cell(method, width, rules and width > WIDTHS[0]) for width in WIDTHS]
         for method in methods
         for rules in (False, True)
     ]
+    alone = [[Cell(method, width, True, True) for width in WIDTHS] for method in methods]
+    return common + alone
 
 
 def read_losses(path: pathlib.Path) -> dict[Cell, Losses]:
@@ -39,7 +52,7 @@ def read_losses(path: pathlib.Path) -> dict[Cell, Losses]:
     found: dict[Cell, dict[int, dict[int, float]]] = {}
     for record in read_trials(path):
         settings = record["settings"]
-        cell = Cell(settings["optimizer"], settings["width"], settings["rules"])
+        cell = Cell(*(settings[n] for n in ("optimizer", "width", "rules")), "alone" in settings)
         loss = record["loss"] if record["status"] == "finished" else chance
         of_power = found.setdefault(cell, {}).setdefault(settings["power"], {})
         of_power[record["seed"]] = min(loss, chance)
