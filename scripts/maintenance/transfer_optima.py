@@ -52,7 +52,8 @@ def read_losses(path: pathlib.Path) -> dict[Cell, Losses]:
     found: dict[Cell, dict[int, dict[int, float]]] = {}
     for record in read_trials(path):
         settings = record["settings"]
-        cell = Cell(*(settings[n] for n in ("optimizer", "width", "rules")), "alone" in settings)
+        known = (settings[name] for name in ("optimizer", "width", "rules"))
+        cell = Cell(*known)._replace(alone="alone" in settings)
         loss = record["loss"] if record["status"] == "finished" else chance
         of_power = found.setdefault(cell, {}).setdefault(settings["power"], {})
         of_power[record["seed"]] = min(loss, chance)
