@@ -12,7 +12,6 @@ page and the picture are written of what there is, --page writes them alone.
 
 import argparse
 import dataclasses
-import itertools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -60,8 +59,7 @@ def make_config(cell: Cell, power: int, seed: int, others: int | None = None) ->
     rows = {"batch_rows": ROWS, "microbatch_rows": ROWS}
     return dataclasses.replace(
         config,
-        name=f"transfer/{cell.method}-{cell.width}{'-rules' * cell.rules}{'-alone' * cell.alone}"
-        f"/{power}-{seed}",
+        name=f"transfer/{cell.method}-{cell.width}{'-rules' * cell.rules}/{power}-{others}-{seed}",
         seed=seed,
         model=dataclasses.replace(config.model, **MODEL, **sizes, transfer=cell.rules),
         data=dataclasses.replace(config.data, **rows, seed=seed),
@@ -79,29 +77,43 @@ def tune(series: Sequence[Cell], seeds: int, path: pathlib.Path) -> None:
         seeds: runs of every rate.
         path: of the records.
     """
-    from nanogpt.lab.board import best, loss_of, next_powers
+    from nanogpt.lab.board import best, next_powers
+
+    middle, settings = 0, {}
+    if series[0].alone:
+        base = read_losses(path)[series[0]._replace(rules=False, alone=False)]
+        middle = best({power: math.fsum(x) for power, x in base.items()})
+        settings = {"matrices": middle, "others": middle}
+        means: dict[int, float] = {}
+        while powers := next_powers(means, range(middle - 1, middle + 5), MOST):
+            told = [{"power": middle, **settings, "others": p} for p in powers]
+            means |= zip(powers, train(series[0], told, seeds, path), strict=True)
+        settings["others"] = best(means)
+    for cell in series:
+        means = {}
+        start = range(middle - BELOW, middle + ABOVE + 1)
+        while powers := next_powers(means, start, MOST):
+            told = [{"power": p, **settings} for p in powers]
+            means |= zip(powers, train(cell, told, seeds, path), strict=True)
+        middle = best(means)
+
+
+def train(
+    cell: Cell, wanted: Sequence[dict[str, int]], seeds: int, path: pathlib.Path
+) -> list[float]:
+    """Sums over seeds of the losses of a cell's runs, each told by its powers of 2."""
+    from nanogpt.lab.board import loss_of
     from nanogpt.lab.shared_programs import run_shared
     from nanogpt.lab.trials import Trial, run_trials
 
-    middle, others = 0, None
-    if series[0].alone:
-        base = read_losses(path)[series[0]._replace(rules=False, alone=False)]
-        middle = others = best({power: math.fsum(x) for power, x in base.items()})
-    for cell in series:
-        means: dict[int, float] = {}
-        start = range(middle - BELOW, middle + ABOVE + 1)
-        while powers := next_powers(means, start, MOST):
-            pairs = list(itertools.product(powers, range(seeds)))
-            settings: dict[str, Any] = dict(
-                zip(("optimizer", "width", "rules"), cell, strict=False)
-            )
-            settings |= {"alone": True} if cell.alone else {}
-            trials = [
-                Trial(settings | {"power": p}, make_config(cell, p, s, others)) for p, s in pairs
-            ]
-            found = iter(run_trials(trials, path, run=run_shared))
-            means |= {p: math.fsum(loss_of(next(found)) for _ in range(seeds)) for p in powers}
-        middle = best(means)
+    about = dict(zip(("optimizer", "width", "rules"), cell, strict=False))
+    trials = [
+        Trial(about | told, make_config(cell, told["power"], seed, told.get("others")))
+        for told in wanted
+        for seed in range(seeds)
+    ]
+    found = iter(run_trials(trials, path, run=run_shared))
+    return [math.fsum(loss_of(next(found)) for _ in range(seeds)) for _ in wanted]
 
 
 def main() -> None:
