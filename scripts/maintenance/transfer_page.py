@@ -22,8 +22,8 @@ tokens, the preset's schedules and ratios of rates, with Shampoo and SOAP refres
 step and Shampoo in blocks of 128. All rates of a run are multiplied by one factor, as in the paper;
 the tables name that of the matrices. In the rows "matrices alone" it is the matrices' rate that is
 another one; the others stay at what was best at the base, in a search of their own. Rates are a
-factor 2 apart, six or more, until the best mean is not at an edge; losses in nats per token on 16,384
-validation tokens, a run that ended above its start counts as chance.
+factor 2 apart, six or more, until the best mean is not at an edge; losses in nats per token on
+16,384 validation tokens, a run that ended above its start counts as chance.
 
 The optimum is the vertex of the parabola, in the logarithm of the rate, through the lowest mean
 over n seeds and its two neighbours. In brackets the lowest and highest vertex of all ways to draw n
