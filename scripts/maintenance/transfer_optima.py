@@ -62,6 +62,14 @@ def read_losses(path: pathlib.Path) -> dict[Cell, Losses]:
         loss = record["loss"] if record["status"] == "finished" else chance
         of_power = found.setdefault(cell, {}).setdefault(settings["power"], {})
         of_power[record["seed"]] = min(loss, chance)
+    for cell in [cell for cell in found if cell.alone]:
+        # Where all rates have one power, the run is that of the common factor.
+        common, power = (
+            cell._replace(alone=False, rules=cell.width > WIDTHS[0]),
+            chosen[cell.method],
+        )
+        if power is not None and power in found.get(common, {}):
+            found[cell].setdefault(power, found[common][power])
     return {cell: _whole(powers) for cell, powers in found.items()}
 
 
