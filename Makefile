@@ -17,7 +17,7 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers lint format types golden faults soak rehearsal rehearse-device clean
+.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers test-interop lint format types golden faults soak rehearsal rehearse-device clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,15 @@ $(COMPILERS)/done:
 
 test-compilers: compilers  ## Compile a few programs for GPUs and TPUs that are not here
 	@$(COMPILERS)/bin/python -m pytest -q -m compilers tests/compilers $(PYTEST_ARGS)
+
+# Linux gets torch with CUDA, 2 GB, unless pip is told of torch's own index of CPU builds:
+# PIP_EXTRA_INDEX_URL, and TORCH='torch==2.13.0+cpu'.
+TORCH ?= torch
+INTEROP := build/interop
+
+test-interop:  ## Load exported models in torch, in an environment of its own
+	@$(MAKE) --no-print-directory VENV=$(INTEROP) PACKAGES="--editable '.[test]' $(TORCH)" venv
+	@$(INTEROP)/bin/python -m pytest -q -s -m interop tests/interop $(PYTEST_ARGS)
 
 lint: venv  ## Check style
 	@$(BIN)/ruff check .

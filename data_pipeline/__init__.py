@@ -12,6 +12,7 @@ from data_pipeline.loader import (
 )
 from data_pipeline.manifest import Manifest, Source, describe, read_manifest
 from data_pipeline.ngrams import Baselines, baselines
+from data_pipeline.packages import prose, reference
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import (
     ShardError,
@@ -43,8 +44,10 @@ __all__ = [
     "needed_shards",
     "open_tokens",
     "prepare",
+    "prose",
     "read_header",
     "read_manifest",
+    "reference",
     "shard_paths",
     "shards_needed",
     "sotu",

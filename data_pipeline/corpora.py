@@ -80,7 +80,7 @@ def sotu() -> Corpus:
         )
 
     def documents() -> Iterator[Document]:
-        for name in sorted(speeches, key=_hash):
+        for name in sorted(speeches, key=hash_name):
             year = int(name.split("-")[0])
             held_out = year % _HELD_OUT_PERIOD == _HELD_OUT_PHASE
             text = speeches[name].read_text(encoding="utf-8")
@@ -128,7 +128,7 @@ def folder(path: str | os.PathLike[str]) -> Corpus:
     digest, sizes = hashlib.sha256(), {}
     for name, text in _pieces(root):
         digest.update(f"{name}\0{text}\0".encode())
-        sizes[_hash(name)] = len(text)
+        sizes[hash_name(name)] = len(text)
     if len(sizes) < 2:
         raise CorpusError(
             f"{root}: {len(sizes)} piece(s) of text in .txt and .jsonl files, but training and "
@@ -139,7 +139,7 @@ def folder(path: str | os.PathLike[str]) -> Corpus:
 
     def documents() -> Iterator[Document]:
         for name, text in _pieces(root):
-            yield Document(name, text, "val" if _hash(name) <= threshold else "train")
+            yield Document(name, text, "val" if hash_name(name) <= threshold else "train")
 
     return Corpus(
         name="".join(c if c.isalnum() else "-" for c in root.resolve().name) or "text",
@@ -165,7 +165,8 @@ def _last_held_out(sizes: dict[str, int]) -> str:
     return order[-2]
 
 
-def _hash(name: str) -> str:
+def hash_name(name: str) -> str:
+    """Returns the number, in hexadecimal digits, by which documents are ordered and held out."""
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 

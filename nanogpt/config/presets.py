@@ -59,7 +59,15 @@ def _read_table(name: str) -> dict[str, Any]:
     return plain(tomllib.loads((pathlib.Path(__file__).parent / name).read_text(encoding="utf-8")))
 
 
-_SHARED, _TABLES = _read_table("presets.toml"), _read_table("optimizers.toml")
+def _read_recipes() -> dict[str, Any]:
+    """Tables of all optimizers; those of the medium track have a file of their own."""
+    tables = _read_table("optimizers.toml")
+    for name, more in _read_table("medium.toml").items():
+        tables[name] |= more
+    return tables
+
+
+_SHARED, _TABLES = _read_table("presets.toml"), _read_recipes()
 _AUXILIARY = _TABLES.pop("auxiliary")
 # Of each preset the names of its recipes.
 PRESETS = {name: tuple(o for o, table in _TABLES.items() if name in table) for name in _SHARED}
@@ -76,8 +84,9 @@ def preset(name: str, optimizer: str) -> Config:
     """Looks up a complete run.
 
     Args:
-        name: "track3" (162M parameters, FineWeb, a GPU), "cpu" (1.3M parameters, minutes: the
-            demo) or "board" (the scaled-down board of all optimizers).
+        name: "track3" (162M parameters, FineWeb, a GPU), "medium" (454M, eight GPUs), "cpu" (1.3M
+            parameters, minutes: the demo), "board" (the scaled-down board of all optimizers) or
+            "medium_board" (that of the medium track's model).
         optimizer: A recipe of the preset, as "adamw", "muon", "muon_track3", "shampoo"; the others
             are listed by `PRESETS[name]`, those of track3 explained by `PUBLISHED`. Or an optimizer
             added by `nanogpt.optimizers.build.register`, for which the rest is AdamW's.
@@ -103,11 +112,12 @@ def preset(name: str, optimizer: str) -> Config:
     table, shared = _TABLES[optimizer if known else "adamw"], dict(_SHARED[name])
     direction = table.get("direction", optimizer) if known else optimizer
     recipe, rest = table[name], table[name]["auxiliary"]
+    own_model = {key: recipe[key] for key in ("init", "kernel_rounding") if key in recipe}
     own, ahead, tail = map(recipe.get, ("matrices_cooldown", "lookahead", "tail"))
     return Config(
         f"{name}-{optimizer}",
         seed=0,
-        model=ModelConfig(**shared.pop("model"), init=recipe.get("init", "benchmark")),
+        model=ModelConfig(**shared.pop("model") | own_model),
         data=DataConfig(**shared.pop("data")),
         output=OutputConfig(**shared.pop("output", {})),
         schedule=ScheduleConfig(**recipe["schedule"]),
@@ -119,6 +129,18 @@ def preset(name: str, optimizer: str) -> Config:
         tail=None if tail is None else TailConfig(**tail),
         **shared,
     )
+
+
+def published(name: str, optimizer: str) -> Published | None:
+    """What is known of a recipe of a track, None for presets that are none.
+
+    >>> published("medium", "muon_mlp_decay").expected_loss
+    2.91975
+    """
+    if name == "track3":
+        return PUBLISHED.get(optimizer)
+    known = _TABLES.get(optimizer, {}).get(name, {}).get("published")
+    return Published(**known) if known else None
 
 
 def is_own(name: str) -> bool:

@@ -14,7 +14,10 @@ import tyro
 
 from nanogpt.config.settings import Dtype, MatrixConfig, check, check_types
 
-Init = Literal["benchmark", "record2", "record27", "record33", "record37", "record44"]
+Init = Literal["benchmark", "record2", "record27", "record33", "record37", "record44", "medium"]
+
+
+MEDIUM_LAYERS = 16  # of the model of kind medium
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -53,13 +56,21 @@ class ModelConfig:
     sequence_length: int  # tokens in a row
     dtype: Dtype = "bfloat16"  # residual stream and matrix products
     embed_dtype: Dtype = "bfloat16"  # stored embedding and its optimizer state
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cudnn flash attention on GPU
+    # auto: cudnn flash attention on GPU; of kind medium block by block, dense all pairs at once.
+    attention: Literal["auto", "xla", "cudnn", "dense"] = "auto"
     init: Init = "benchmark"  # initial weights, see nanogpt.model.init.linear
     remat: bool = False  # compute activations of a block again for its gradient: less memory
     width_multiplier: float = 1.0  # of model_dim and mlp_dim: a wider model of the same family
     depth_multiplier: float = 1.0  # of num_layers
     # The run's hyperparameters are those of multipliers 1, see shampoo_jax.transfer_rules.
     transfer: bool = False
+    kind: Literal["track3", "medium"] = "track3"  # which benchmark's model
+    head_columns: int | None = None  # of the output head, if more than vocab_size
+    end_of_text: int = 50256  # token that begins a document, which attention does not leave; medium
+    mask_block: int = 128  # positions of a block of attention's window; medium
+    window: int = 3456  # tokens of it at the end of the run, a multiple of mask_block; medium
+    # How kernels of blocks become bfloat16; medium.
+    kernel_rounding: Literal["nearest", "toward_zero"] = "nearest"
 
     def __post_init__(self):
         check_types(self)
@@ -77,6 +88,39 @@ class ModelConfig:
             )
         if (self.width_multiplier, self.depth_multiplier) != (1, 1):
             self.scaled()
+        check(self, "at least 1", "head_columns", "mask_block", "window")
+        check(self, "at least 0", "end_of_text")
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        """Refuses what the two models do not have in common."""
+        if (self.head_columns or self.vocab_size) < self.vocab_size:
+            raise ValueError(
+                f"head_columns={self.head_columns}: must be at least vocab_size={self.vocab_size}."
+            )
+        if self.kind == "track3":
+            if self.attention == "dense" or self.init == "medium":
+                raise ValueError(
+                    f"kind='track3' with attention={self.attention!r}, init={self.init!r}: 'dense' "
+                    "and 'medium' are of kind='medium'; choose others."
+                )
+            return
+        if self.attention == "cudnn" or self.init != "medium":
+            raise ValueError(
+                f"kind='medium' with attention={self.attention!r}, init={self.init!r}: cuDNN knows "
+                "no documents, and there is one start; set attention='auto', init='medium'."
+            )
+        if self.num_layers * self.depth_multiplier != MEDIUM_LAYERS:
+            raise ValueError(
+                f"kind='medium' with num_layers={self.num_layers}: its layers differ from each "
+                f"other, set num_layers={MEDIUM_LAYERS}."
+            )
+        for name in ("sequence_length", "window"):
+            if getattr(self, name) % self.mask_block:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: must be a multiple of mask_block="
+                    f"{self.mask_block}."
+                )
 
     def scaled(self) -> "ModelConfig":
         """The sizes themselves, with multipliers 1.
@@ -135,11 +179,12 @@ class DataConfig:
     microbatch_rows: int  # rows in one forward-backward pass; must divide batch_rows
     val_tokens: int  # tokens of the validation shard that are scored
     seed: int = 0  # order of the rows in mode shuffled
+    val_length: int | None = None  # tokens in a row of validation; None: as in training
 
     def __post_init__(self):
         check_types(self)
         check_folders(directory=self.directory)
-        check(self, "at least 1", "batch_rows", "microbatch_rows", "val_tokens")
+        check(self, "at least 1", "batch_rows", "microbatch_rows", "val_tokens", "val_length")
         check(self, "at least 0", "seed")
         if self.batch_rows % self.microbatch_rows:
             raise ValueError(
@@ -289,6 +334,8 @@ class Config:
     matrices_cooldown: CooldownConfig | None = None
     lookahead: LookaheadConfig | None = None
     tail: TailConfig | None = None  # None: the weights themselves are validated
+    # Whose gradients optimizers get: every eps is on their scale.
+    loss: Literal["sum", "mean"] = "sum"
     val_every: int = 125  # steps between validations while s < 0.9 * steps
     val_every_final: int = 25  # steps between validations afterwards
     clip_norm: float | None = None  # largest norm of the mean loss's gradient; longer is scaled

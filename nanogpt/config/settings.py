@@ -36,7 +36,7 @@ _FIELD_RULES = {
     "at least 0 and finite": ("weight_decay", "eps", "graft_eps", "damping", "mlp_decay", "ns_eps"),
     "at least 0 and below 1": ("b1", "b2", "graft_b2"),
     "between 0 and 1": ("first_weight", "tolerance"),
-    "at least 1": ("ns_steps", "every", "block_size", "tokens"),
+    "at least 1": ("ns_steps", "every", "block_size", "tokens", "monitor"),
     "at least 0": ("b1_warmup", "preconditioner_seed", "probe_seed", "basis_seed"),
 }
 
@@ -158,6 +158,8 @@ class MuonConfig(MatrixConfig):
     ns_dtype: Dtype = "float32"  # precision of the Newton-Schulz iterations; muon_track3 only
     b1_warmup: int = 0  # steps over which the momentum rises from 0.85 to b1; muon_track3 only
     mlp_decay: float = 1.0  # factor of weight_decay on the matrices of the MLPs
+    # Whether 1 - rate * decay is rounded as one factor of the matrices, as in the scripts.
+    factor_decay: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,15 +220,24 @@ class SoapMuonConfig(MatrixConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShampooConfig(MatrixConfig):
+class FactorConfig(MatrixConfig):
+    """What the optimizers with factors have in common."""
+
+    # Or --monitor: steps between records of the factors, for nanogpt spectrum; None: no records.
+    monitor: int | None = dataclasses.field(default=None, kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShampooConfig(FactorConfig):
     """Shampoo on the block matrices."""
 
     b1: float = 0.9  # decay of the filtered gradient
     b2: float = 0.9  # decay of the factors
     # Keep eigenvalues > n*eps*max, or > 0; "shift" adds damping to all instead.
     cutoff: Literal["relative", "positive", "shift"] = "relative"
-    # Of the inverse roots; polynomial: by products alone, with cutoff "relative".
-    solver: Literal["eigh", "polynomial"] = "eigh"
+    # Of the inverse roots; polynomial: by products alone, with cutoff "relative"; polynomial_clip:
+    # likewise, raising small eigenvalues to the cutoff, for fewer products.
+    solver: Literal["eigh", "polynomial", "polynomial_clip"] = "eigh"
     every: int = 1  # steps between refreshes of the inverse roots
     block_size: int = 1024  # largest edge of a block
     graft_b2: float = 0.9  # decay of the grafted Adam's second moment
@@ -244,10 +255,11 @@ class ShampooConfig(MatrixConfig):
     def __post_init__(self):
         super().__post_init__()
         spectral = self.cutoff != "relative" or self.statistics == "corrected"
-        if self.solver == "polynomial" and spectral:
+        if self.solver != "eigh" and spectral:
             raise ValueError(
-                f"solver='polynomial' with cutoff={self.cutoff!r}, statistics={self.statistics!r}: "
-                "it knows no eigenvalues, set cutoff='relative' and other statistics."
+                f"solver={self.solver!r} with cutoff={self.cutoff!r}, "
+                f"statistics={self.statistics!r}: it knows no eigenvalues, set cutoff='relative' "
+                "and other statistics."
             )
         if self.cross_fit and self.statistics == "batch":
             raise ValueError(
@@ -262,7 +274,38 @@ class ShampooConfig(MatrixConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SoapConfig(MatrixConfig):
+class ShampooNextConfig(MatrixConfig):
+    """Shampoo of a momentum, at a fixed norm: the recipe and what docs/recipe.md varies of it."""
+
+    b1: float = 0.95  # decay of the momentum
+    momentum: Literal["nesterov", "average"] = "nesterov"  # average: corrected, no look ahead
+    b2: float = 0.9  # decay of the factors
+    # Of which they are: the gradient, the momentum, or every microbatch's gradient.
+    squares: Literal["gradient", "momentum", "microbatches"] = "gradient"
+    # e of factor^-e on each of the two sides; the name of one: 1/2 there; None: no factors, Muon.
+    exponent: float | Side | None = 0.3333333333333333
+    rtol: float | None = None  # eigenvalues up to rtol*max are dropped; None: n*eps, 0: up to 0
+    every: int = 1  # steps between refreshes of the inverse roots
+    stagger: bool = False  # whether each step refreshes a share of them
+    block_size: int | None = None  # largest edge of a block; None: matrices are whole
+    orthogonalize: bool = False  # whether Newton-Schulz follows, as Muon's of track 3
+    # Norm of an update: sqrt(outputs), 0.2 an entry, Adam's; aspect: its own, as Muon scales it.
+    size: Literal["rows", "entries", "adam", "aspect"] = "rows"
+    cautious: bool = False  # whether entries alone decay that the update moves towards 0
+    floor: float = 0.0  # least length of an update relative to its matrix, at rate 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least 0 and finite", "rtol", "floor")
+
+    @property
+    def reads_microbatches(self) -> bool:
+        """See `MatrixConfig`."""
+        return self.squares == "microbatches"
+
+
+@dataclasses.dataclass(frozen=True)
+class SoapConfig(FactorConfig):
     """SOAP on the block matrices: Adam in the eigenbases of Shampoo's factors."""
 
     b1: float = 0.95  # decay of the first moment
@@ -285,7 +328,7 @@ class SoapConfig(MatrixConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class KLConfig(MatrixConfig):
+class KLConfig(FactorConfig):
     """KL-Shampoo and KL-SOAP on the block matrices.
 
     Both start from eigenvalues 0.1, meant for the mean loss, so they see the summed gradients
@@ -345,6 +388,7 @@ SETTINGS: dict[str, type[MatrixConfig]] = {
     "pmuon": PMuonConfig,
     "soap_muon": SoapMuonConfig,
     "shampoo": ShampooConfig,
+    "shampoo_next": ShampooNextConfig,
     "soap": SoapConfig,
     "kl_shampoo": KLConfig,
     "kl_soap": KLConfig,

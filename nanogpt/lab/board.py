@@ -13,9 +13,11 @@ from nanogpt.optimizers.flops import step_flops
 from nanogpt.report.board import board_table, draw_board
 from nanogpt.report.comparable import same_clock
 from nanogpt.report.groups import Group
+from nanogpt.report.runs import subject
 from nanogpt.report.tables import markdown, page
 from nanogpt.train.metrics import Record
 
+BASELINE = "adamw"
 RATE = "matrices.learning_rate"
 TUNING_SEED = 100
 UNCOUNTED = ("kl_shampoo", "kl_soap", "psgd", "sophia")  # `nanogpt.optimizers.flops` has no formula
@@ -166,7 +168,6 @@ def make_groups(
             if optimizer in UNCOUNTED or is_own(name)
             else step_flops(start["config"]),
             start=start,
-            family="other" if optimizer in ("psgd", "sophia") else optimizer.split("_")[0],
         )
         groups.append(group)
     return sorted(groups, key=lambda group: (math.isnan(group.result.mean), group.result.mean))
@@ -178,7 +179,7 @@ def write_board(
     tuned: Mapping[str, Mapping[int, float]],
     timed_steps: int,
 ) -> str:
-    """Writes board.md and board.png.
+    """Writes board.md, board.png and board-dark.png.
 
     Args:
         folder: where.
@@ -189,10 +190,7 @@ def write_board(
     Returns:
         The text of board.md.
     """
-    means = (group.result.mean for group in groups if group.label == "adamw")
-    target = next(filter(math.isfinite, means), None)
-    start = groups[0].start
-    draw_board(groups, folder, target=target, machine=start["device"]["kind"], name="board")
+    target, start = draw(folder, groups), groups[0].start
     rate = {"rate": lambda group: f"{group.start['config']['matrices']['learning_rate']:.4g}"}
     bigram, searched = start["baselines"].get("bigram"), any(tuned.values())
     written = page(
@@ -208,6 +206,20 @@ def write_board(
     )
     (folder / "board.md").write_text(written, encoding="utf-8")
     return written
+
+
+def draw(folder: pathlib.Path, groups: Sequence[Group]) -> float | None:
+    """Draws the board beside AdamW; returns AdamW's loss, None where it is not finite."""
+    means = (group.result.mean for group in groups if group.label == BASELINE)
+    target = next(filter(math.isfinite, means), None)
+    starts, n = [group.start for group in groups], len(groups[0].runs)
+    lines = subject(starts, f"{n} seeds each" if n > 1 else "")
+    draw_board(
+        groups, folder, target=target, baseline=BASELINE, name="board",
+        heading=(f"{len(groups)} optimizers at a small size", lines),
+        machine=starts[0]["device"]["kind"],
+    )  # fmt: skip
+    return target
 
 
 def noise(groups: Sequence[Group]) -> str:

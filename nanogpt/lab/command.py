@@ -45,6 +45,10 @@ def command(*errors: type[Exception], stopped: str = "stopped") -> Callable[[Mai
                 raise
             except (ValueError, OSError, *errors) as error:
                 sys.exit(f"error: {_told(error)}")
+            except ImportError as error:  # fsspec's, where a folder in gs:// is read
+                if "gcsfs" not in str(error):
+                    raise
+                sys.exit(f"error: {error}: run `pip install gcsfs google-cloud-storage`.")
             except (Interrupted, StopSignal, KeyboardInterrupt) as signalled:
                 print(stopped, file=sys.stderr)
                 sys.exit(128 + getattr(signalled, "signum", signal.SIGINT))

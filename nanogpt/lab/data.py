@@ -1,8 +1,9 @@
-"""Makes a folder of token shards: nanogpt data {sotu,folder,fineweb} --help."""
+"""Makes a folder of token shards: nanogpt data {sotu,prose,reference,folder,fineweb} --help."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -12,6 +13,7 @@ from nanogpt.lab.command import command
 
 # `data_pipeline` loads data by Grain, which imports jax: no help should wait for that.
 DEMO = preset("cpu", "adamw")
+BOARD = preset("board", "adamw").model
 
 
 def sotu(
@@ -33,6 +35,46 @@ def sotu(
     if Path(directory) == Path(DEMO.data.directory):
         keep_vocabulary(directory, vocab_size, DEMO.model.vocab_size)
     prepare(sotu(), directory, gpt2(vocab_size), val_tokens=val_tokens)
+    tell(directory)
+
+
+def prose(
+    directory: str = "data/prose", vocab_size: int = BOARD.vocab_size, val_tokens: int = 65536
+) -> None:
+    """Encyclopedia and older prose, 8 million GPT-2 tokens, of packages of PyPI and Debian.
+
+    Args:
+        directory: folder to write
+        vocab_size: ids of the tokenizer; the default is that of preset board
+        val_tokens: validation tokens that the count models score
+    """
+    from data_pipeline import prose
+
+    _of_packages(prose, directory, vocab_size, val_tokens)
+
+
+def reference(
+    directory: str = "data/reference", vocab_size: int = BOARD.vocab_size, val_tokens: int = 65536
+) -> None:
+    """Reference documentation of web services, 5 million GPT-2 tokens, of one package of PyPI.
+
+    Args:
+        directory: folder to write
+        vocab_size: ids of the tokenizer; the default is that of preset board
+        val_tokens: validation tokens that the count models score
+    """
+    from data_pipeline import reference
+
+    _of_packages(reference, directory, vocab_size, val_tokens)
+
+
+def _of_packages(
+    corpus: Callable[[], Any], directory: str, vocab_size: int, val_tokens: int
+) -> None:
+    from data_pipeline import gpt2, prepare
+
+    check_folders(directory=directory)
+    prepare(corpus(), directory, gpt2(vocab_size), val_tokens=val_tokens)
     tell(directory)
 
 
@@ -110,7 +152,8 @@ def tell(directory: str) -> None:
 @command(stopped="stopped; the same command goes on or starts again")
 def main(words: Sequence[str]) -> None:
     """Runs the command line."""
-    corpora = {"sotu": sotu, "folder": folder, "fineweb": fineweb}
+    known = (sotu, prose, reference, folder, fineweb)
+    corpora = {corpus.__name__: corpus for corpus in known}
     tyro.extras.subcommand_cli_from_dict(
         corpora, prog="nanogpt data", description=__doc__, args=words
     )

@@ -18,19 +18,24 @@ def compare(
     out: str = "runs",
     unchecked: bool = False,
     reference: Paths = (),
+    target: float | None = None,
 ) -> None:
-    """Draws any set of runs: comparison.png and comparison.md.
+    """Draws any set of runs: comparison.png, comparison-dark.png for dark pages, comparison.md.
+
+    Runs that differ in seed and name alone are one curve, with a band. More than eight settings
+    are drawn as a board: a row of dots each.
 
     Args:
         runs: folders that hold a metrics.jsonl, here or in gs://
-        out: folder of comparison.png and comparison.md
+        out: folder of the pictures and comparison.md
         unchecked: draw runs without a fingerprint, too; the picture says which
         reference: CSV files of published curves, or their names
+        target: loss to reach, nats per token; None: AdamW's final one
     """
     from nanogpt.report.comparison import compare as draw
 
     check_folders(out=out)
-    picture = draw(runs, Path(out), reference, unchecked=unchecked)
+    picture = draw(runs, Path(out), reference, unchecked=unchecked, target=target)
     print((Path(out) / "comparison.md").read_text(encoding="utf-8"))
     print(f"picture: {picture}")
 
@@ -81,3 +86,55 @@ def records(
     check_folders(out=out)
     page, picture = write_records(runs, curves, Path(out))
     print(f"{page}\n{picture}")
+
+
+@command()
+@flags
+def spectrum(
+    run: tyro.conf.Positional[str], matrices: tuple[str, ...] = (), out: str = "runs"
+) -> None:
+    """Draws the factors of a run that was trained with --monitor, and prints their last figures.
+
+    Writes spectrum.png, eigenvalues of a few matrices over training with the cutoff, and
+    spectrum_map.png, figures of all matrices by step. docs/spectra.md says how to read them.
+
+    Args:
+        run: folder that has metrics.jsonl, here or in gs://
+        matrices: names or patterns, as in blocks/0/*; none: a few from the first layer to the last
+        out: folder of the two pictures
+    """
+    from nanogpt.report.spectra import draw_spectra, read_spectra, table
+    from nanogpt.train.paths import path_of
+    from nanogpt.train.stored import expecting_form
+
+    check_folders(out=out)
+    found = read_spectra(path_of(run))
+    with expecting_form(path_of(run) / "metrics.jsonl"):
+        told, pictures = table(found), draw_spectra(found, matrices, Path(out))
+    print(told)
+    for path in pictures:
+        print(f"picture: {path}")
+
+
+@command()
+@flags
+def report(
+    runs: tyro.conf.Positional[tuple[str, ...]],
+    out: str = "runs/report.html",
+    unchecked: bool = False,
+    target: float | None = None,
+) -> None:
+    """Writes one HTML file about one run or several, with all that it shows in it.
+
+    Results, curves, spectra of runs trained with --monitor, settings and environment.
+
+    Args:
+        runs: folders that hold a metrics.jsonl, here or in gs://
+        out: the file
+        unchecked: take runs without a fingerprint, too
+        target: loss to reach, nats per token; None: AdamW's final one
+    """
+    from nanogpt.report.document import write_report
+
+    check_folders(out=out)
+    print(f"report: {write_report(runs, Path(out), unchecked=unchecked, target=target)}")

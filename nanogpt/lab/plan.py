@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -31,6 +31,9 @@ class Plan:
     preset: str = "track3"  # complete set of settings
     optimizer: str = "shampoo"  # one of the preset's
     layers: int | None = None  # of so many transformer blocks; None: the preset's
+    programs: tuple[Literal["train", "gradients", "update", "evaluation"], ...] = (
+        *("train", "gradients", "evaluation"),  # gradients: train without optimizer; update: it
+    )
     largest_microbatch: bool = False  # find the largest that fits, by more compilations
     json: bool = False  # print one line of JSON
 
@@ -58,7 +61,9 @@ def main(words: Sequence[str]) -> None:
     from nanogpt.train.plan import plan_run
     from shampoo_jax import target_devices
 
-    record = plan_run(config, target_devices(chosen.target), chosen.largest_microbatch)
+    record = plan_run(
+        config, target_devices(chosen.target), chosen.programs, chosen.largest_microbatch
+    )
     print(json.dumps(record) if chosen.json else page(record))
 
 
@@ -103,21 +108,29 @@ def page(record: Mapping[str, Any]) -> str:
     lines = [
         f"{record['run']} for {record['target']}: {record['devices']} devices, mesh "
         f"{record['mesh']}, {record['microbatch_rows']} of {record['batch_rows']} rows at a time",
-        f"each holds {_gib(record['parameters'])} of parameters and "
-        f"{_gib(record['optimizer_state'])} of optimizer state"
-        + (f" in {_gib(memory)}" if memory else ""),
+        f"each holds {_bytes(record['parameters'])} of parameters and "
+        f"{_bytes(record['optimizer_state'])} of optimizer state"
+        + (f" in {_bytes(memory)}" if memory else ""),
     ]
     if "largest_microbatch_rows" in record:
         lines.append(f"largest microbatch that fits: {record['largest_microbatch_rows']} rows")
     for name, program in record["programs"].items():
         lines += ["", f"{name}: compiled in {program['compile_s']:.0f} s"]
         if program["short"]:
-            lines.append(f"  does NOT fit: {_gib(program['short'])} missing")
+            lines.append(f"  does NOT fit: {_bytes(program['short'])} missing")
         if "peak" not in program:
             continue
-        room = f", {_gib(memory - program['peak'])} free" if memory and not program["short"] else ""
-        lines.append(f"  memory      {_gib(program['peak'])} at most{room}")
-        lines.append(f"  temporary   {_gib(program['temporary'])}")
+        fits = memory and not program["short"]
+        room = f", {_bytes(memory - program['peak'])} free" if fits else ""
+        lines.append(f"  memory      {_bytes(program['peak'])} at most{room}")
+        lines.append(f"  temporary   {_bytes(program['temporary'])}")
+        split = record["temporary"]
+        if name == "train" and "optimizer" in split:
+            lines.append(
+                f"              {_bytes(split['activations'])} activations, "
+                f"{_bytes(split['gradient_sums'])} sums of gradients, "
+                f"{_bytes(split['optimizer'])} more for the optimizer"
+            )
         lines += _counts(program)
     return "\n".join(lines)
 
@@ -126,19 +139,25 @@ def _counts(program: Mapping[str, Any]) -> list[str]:
     lines = [
         f"  products    {n / 1e9:,.1f} GFLOP {kind}" for kind, n in sorted(program["flops"].items())
     ]
-    lines += [
-        f"  exchanges   {count} {kind}, {size / 1e6:,.1f} MB"
-        for kind, (count, size) in program["exchanges"].items()
-    ]
+    beside = program["overlapped"]
+    for kind, (count, size) in program["exchanges"].items():
+        number, part = beside.get(kind, (0, 0))
+        also = f", beside products {number} of them, {part / 1e6:,.1f} MB" if number else ""
+        lines.append(f"  exchanges   {count} {kind}, {size / 1e6:,.1f} MB{also}")
     lines += [f"  calls       {n} {name}" for name, n in sorted(program["calls"].items())]
     if "seconds" in program:
         each = ", ".join(f"{k} {1e3 * s:,.1f}" for k, s in program["seconds"].items())
         lines.append(
             f"  predicted   {1e3 * program['best_s']:,.1f} to {1e3 * program['worst_s']:,.1f} ms: "
-            f"at published rates {each} ms; all at once, or one after the other at 40 % of them"
+            f"at published rates {each} ms; what can be at once, or one after the other at 40 %"
         )
     return lines
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _bytes(size: int) -> str:
+    """With a unit.
+
+    >>> _bytes(3 << 29), _bytes(3 << 19)
+    ('1.50 GiB', '1.50 MiB')
+    """
+    return f"{size / 2**30:.2f} GiB" if size >> 30 else f"{size / 2**20:.2f} MiB"

@@ -16,7 +16,7 @@ def prepare_data(config: Config) -> None:
         ValueError: the run has another vocabulary than the folder, which other runs read.
     """
     directory = config.data.directory
-    if directory == preset("track3", "adamw").data.directory:
+    if directory == preset("track3", "adamw").data.directory:  # and of medium
         download(config)
     for own in (preset(name, "adamw") for name in ("cpu", "board")):
         if directory == own.data.directory:

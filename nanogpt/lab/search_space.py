@@ -22,7 +22,7 @@ Axes = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 class Sweep:
     """What a sweep tries."""
 
-    preset: str = "cpu"  # where settings start: track3, cpu or board
+    preset: str = "cpu"  # where settings start, as of `nanogpt train`
     config: str | None = None  # file with settings of all trials, in YAML or JSON
     optimizers: tuple[str, ...] = DEMO  # as in the preset
     grid: Axes = ()  # values of a setting, NAME=A,B,...
@@ -31,8 +31,8 @@ class Sweep:
     search_seed: int = 0  # of the draws
     name: str = "sweep"  # folder of the trials under runs/
     jobs: int = 1  # trials side by side, each in a process; CPU only
-    # One program for trials that differ in seed and in one factor of all rates, a whole run a call:
-    # for many short runs. They leave no curve, and one that is stopped starts again.
+    # One program for trials that differ in seed, the matrices' rate and a factor of others, a run a
+    # call: for many short runs. They leave no curve, and one that is stopped starts again.
     shared: bool = False
 
     def __post_init__(self):

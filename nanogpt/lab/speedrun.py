@@ -6,13 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nanogpt.config.presets import PRESETS, PUBLISHED, is_own
+from nanogpt.config.presets import PRESETS, is_own, published
 from nanogpt.config.run import Config, check_folders
 from nanogpt.lab import compile_cache, run_file
 from nanogpt.lab.command import command
 from nanogpt.lab.command_line import DEMO, Choice, all_words, read_config, split_arguments
 from nanogpt.lab.processes import in_processes
-from nanogpt.report.comparable import TARGETS, common_track
+from nanogpt.report.comparable import TARGETS, TRACKS, common_track
 from nanogpt.report.verdicts import summary, verdict_line
 from nanogpt.train.interrupt import Interrupted, StopSignal
 from nanogpt.train.metrics import read_records
@@ -186,7 +186,7 @@ def results(choice: Choice, configs: Sequence[Config]) -> str:
         lines.append(f"{config.name}: final loss {losses[-1]:.5f}, log {folder.record}")
     track = common_track([], starts)
     target = choice.target or (TARGETS[track] if track else None)
-    known = PUBLISHED.get(choice.optimizer or "") if choice.preset == "track3" else None
+    known = published(choice.preset, choice.optimizer or "")
     if known and known.same_model and known.expected_loss:
         lines.append(
             f"published: {known.expected_loss:.5f} after {known.expected_steps} steps, "
@@ -204,9 +204,9 @@ def warn_without_accelerator(name: str) -> None:
     """Says so if a preset that is made for an accelerator is about to run on the CPU."""
     import jax
 
-    if name == "track3" and jax.default_backend() == "cpu":
+    if name in TRACKS.values() and jax.default_backend() == "cpu":
         print(
-            "warning: jax sees only a CPU, on which preset track3 takes weeks; for an NVIDIA GPU "
+            f"warning: jax sees only a CPU, on which preset {name} takes weeks; for an NVIDIA GPU "
             "run `make venv EXTRAS=cuda12` first",
             file=sys.stderr,
         )

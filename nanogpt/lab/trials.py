@@ -19,8 +19,8 @@ import rich.console
 
 from nanogpt.config.run import Config
 from nanogpt.lab.processes import in_processes
-from nanogpt.report.comparison import Run, read_run
 from nanogpt.report.curves import recorded_curve
+from nanogpt.report.runs import Run, read_run
 from nanogpt.train.batches import open_data
 from nanogpt.train.checkpoint import plain
 from nanogpt.train.compatible import FREE_SETTINGS
@@ -200,7 +200,10 @@ def _run_or_tell(run: Callable[[Trial], Record], trial: Trial) -> Record | None:
 
 
 def _identities(trials: Sequence[Trial]) -> list[str]:
-    """Digests of all that decides each trial's numbers: settings and data."""
+    """Digests of all that decides each trial's numbers: settings and data.
+
+    What is off does not count, so that trials outlive a new setting that is off where they are.
+    """
     fingerprints: dict[Any, str] = {}
     found = []
     for _, config in trials:
@@ -213,9 +216,20 @@ def _identities(trials: Sequence[Trial]) -> list[str]:
         for name in FREE_SETTINGS:
             section, _, field = name.rpartition(".")
             (settings[section] if section else settings).pop(field)
-        text = json.dumps([fingerprints[reads], settings], sort_keys=True)
+        text = json.dumps([fingerprints[reads], _switched_on(settings)], sort_keys=True)
         found.append(hashlib.sha256(text.encode()).hexdigest())
     return found
+
+
+def _switched_on(settings: Any) -> Any:
+    """Settings without those that are None or False, in all sections.
+
+    >>> _switched_on({"seed": 0, "tail": None, "matrices": {"hyperball": False, "b1": 0.9}})
+    {'seed': 0, 'matrices': {'b1': 0.9}}
+    """
+    if not isinstance(settings, dict):
+        return settings
+    return {k: _switched_on(v) for k, v in settings.items() if v is not None and v is not False}
 
 
 def _finite(value: float) -> float | None:

@@ -8,7 +8,7 @@ Source of every constant: KellerJordan/modded-nanogpt, records/track_3_optimizat
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -75,13 +75,21 @@ def _rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
 
     The moving frequencies run geometrically from 1 to 1/1024, both included.
     """
-    moving = (1 / 1024) ** np.linspace(0, 1, head_dim // 4, dtype=np.float32)
-    frequencies = np.concatenate([moving, np.zeros(head_dim // 4, np.float32)])
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
+    angles = np.arange(length, dtype=np.float32)[:, None] * rotary_frequencies(head_dim)
     return np.cos(angles), np.sin(angles)
 
 
-def rotate(x_BxTxNxH: jax.Array) -> jax.Array:
+def rotary_frequencies(head_dim: int) -> np.ndarray:
+    """Radians that each pair of a head turns by at a position, float32 (head_dim / 2,).
+
+    >>> rotary_frequencies(8).tolist()
+    [1.0, 0.0009765625, 0.0, 0.0]
+    """
+    moving = (1 / 1024) ** np.linspace(0, 1, head_dim // 4, dtype=np.float32)
+    return np.concatenate([moving, np.zeros(head_dim // 4, np.float32)])
+
+
+def rotate(x_BxTxNxH: jax.Array, start: jax.Array | int = 0, length: int = 0) -> jax.Array:
     """Rotary embedding: pair (i, i + H/2) of position t turns by -t * f_i.
 
     y1 = x1 cos + x2 sin, y2 = x2 cos - x1 sin, computed in float32; f_i = (1/1024)^(i / (H/4 - 1))
@@ -90,6 +98,8 @@ def rotate(x_BxTxNxH: jax.Array) -> jax.Array:
 
     Args:
         x_BxTxNxH: Queries or keys.
+        start: Position of the first of them, which may be traced.
+        length: Positions that there are, of which these are a part; 0: as many as are given.
 
     Returns:
         Array of the shape and dtype of the argument.
@@ -99,8 +109,21 @@ def rotate(x_BxTxNxH: jax.Array) -> jax.Array:
         >>> rotate(x)[0, 1, 0].tolist()  # position 1, frequency 1 and 0
         [1.3818, 1.0, -0.3012, 1.0]
     """
-    length, head_dim = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
-    cos, sin = (table[:, None, :] for table in _rotary_tables(length, head_dim))
+    here, head_dim = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
+    tables = _rotary_tables(length or here, head_dim)
+    if length:
+        tables = [jax.lax.dynamic_slice_in_dim(jnp.asarray(t), start, here) for t in tables]
+    return turn(x_BxTxNxH, tables)
+
+
+def turn(x_BxTxNxH: jax.Array, tables: Sequence[jax.Array | np.ndarray]) -> jax.Array:
+    """`rotate` by tables (T, H/2) of cosines and sines, computed in float32.
+
+    Example:
+        >>> turn(jnp.ones((1, 1, 1, 4)), 2 * (jnp.ones((1, 2)),))[0, 0, 0].tolist()
+        [2.0, 2.0, 0.0, 0.0]
+    """
+    cos, sin = (table[:, None, :] for table in tables)
     x1, x2 = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
     return turned.astype(x_BxTxNxH.dtype)
@@ -122,18 +145,42 @@ def soft_cap(logits: jax.Array) -> jax.Array:
     return LOGIT_CAP * logits * jax.lax.rsqrt(logits * logits + LOGIT_CAP**2)
 
 
-class Linear(nnx.Module):
-    """x @ kernel + bias in the precision of x; parameters are float32."""
+def cut_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Casts float32 toward zero; the derivative is that of a cast.
 
-    def __init__(self, kernel: jax.Array, bias: jax.Array):
-        """Takes what `init.linear` gives: (fan_in, fan_out) and (fan_out,)."""
+    Example:
+        >>> float(cut_to(jnp.float32(1.999), jnp.bfloat16)), float(jnp.bfloat16(1.999))
+        (1.9921875, 2.0)
+    """
+    spare = jnp.finfo(x.dtype).nmant - jnp.finfo(dtype).nmant
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.uint32)
+    cut = jax.lax.bitcast_convert_type(bits >> spare << spare, x.dtype)
+    # Both differences are exact, and the sum is what was cut.
+    return (x + (cut - jax.lax.stop_gradient(x))).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias in the precision of x; parameters are float32.
+
+    Attributes:
+        toward_zero: Whether the kernel is cut to that precision, instead of rounded to nearest.
+    """
+
+    toward_zero = False
+
+    def __init__(self, kernel: jax.Array, bias: jax.Array | None):
+        """Takes what `init.linear` gives: (fan_in, fan_out), and (fan_out,) or None."""
         self.kernel = nnx.Param(kernel)
-        self.bias = nnx.Param(bias)
+        self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., fan_in) -> (..., fan_out), dtype of x."""
         rows = x.reshape(-1, x.shape[-1])  # one plain matrix product: 1.2 times as fast on CPU
-        out = rows @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        kernel = self.kernel[...]
+        kernel = cut_to(kernel, x.dtype) if self.toward_zero else kernel.astype(x.dtype)
+        out = rows @ kernel
+        if self.bias is not None:
+            out = out + self.bias[...].astype(x.dtype)
         return out.reshape(*x.shape[:-1], -1)
 
 
@@ -179,12 +226,15 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, D), dtype of the argument."""
-        heads = (*x_BxTxD.shape[:2], -1, self.head_dim)
-        q_BxTxNxH = rotate(rms_norm(self.q(x_BxTxD).reshape(heads)))
-        k_BxTxNxH = rotate(rms_norm(self.k(x_BxTxD).reshape(heads)))
-        v_BxTxNxH = self.v(x_BxTxD).reshape(heads)
-        out_BxTxNxH = attend(q_BxTxNxH, k_BxTxNxH, v_BxTxNxH, self.attention)
+        out_BxTxNxH = attend(*self.heads(x_BxTxD), self.attention)
         return self.proj(out_BxTxNxH.reshape(x_BxTxD.shape))
+
+    def heads(self, x_BxTxD: jax.Array, *place: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, (B, T, N, H) each; `place` as of `rotate`."""
+        heads = (*x_BxTxD.shape[:2], -1, self.head_dim)
+        q_BxTxNxH = rotate(rms_norm(self.q(x_BxTxD).reshape(heads)), *place)
+        k_BxTxNxH = rotate(rms_norm(self.k(x_BxTxD).reshape(heads)), *place)
+        return q_BxTxNxH, k_BxTxNxH, self.v(x_BxTxD).reshape(heads)
 
 
 def attend(
@@ -248,7 +298,11 @@ class Block(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, D), dtype of the argument."""
-        x_BxTxD = x_BxTxD + self._part(self.attn(self.norm1(x_BxTxD)))
+        return self.follow(x_BxTxD, self.attn(self.norm1(x_BxTxD)))
+
+    def follow(self, x_BxTxD: jax.Array, attended_BxTxD: jax.Array) -> jax.Array:
+        """What the block makes of its input and of what attention makes of that."""
+        x_BxTxD = x_BxTxD + self._part(attended_BxTxD)
         return x_BxTxD + self._part(self.mlp(self.norm2(x_BxTxD)))
 
     def _part(self, x_BxTxD: jax.Array) -> jax.Array:

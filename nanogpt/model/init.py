@@ -19,7 +19,7 @@ GAIN, FC_FALL = 0.125, 0.30
 
 def linear(
     init: Init, role: Role, fan_in: int, fan_out: int, next_key: Callable[[], jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """Draws kernel and bias of one Linear.
 
     "benchmark": `linear_normal`; projections back into the stream, the head and all biases are 0.
@@ -27,6 +27,9 @@ def linear(
     head are 0 with their biases. "record27": the same, but projections are drawn and kernels times
     `GROWN`. "record33": kernels N(0, 1 / (3 fan_in)) times `GROWN`; torch's defaults for the head
     and all biases.
+
+    "medium": kernels uniform with standard deviation 0.5 / sqrt(fan_in); projections and the head
+    are 0; there are no biases.
 
     "record37": `linear_normal` times `GROWN`, the head included; all biases are 0. "record44": as
     "record2"; `depth_factor` and `gain_signs` are the rest of it.
@@ -39,9 +42,10 @@ def linear(
         next_key: Gives a fresh random key at each call.
 
     Returns:
-        float32 arrays (fan_in, fan_out) and (fan_out,).
+        float32 arrays (fan_in, fan_out) and (fan_out,), or None.
 
-    Source: modded-nanogpt track 3, `train_gpt_simple.py` and results 2, 27, 33, 37, 44.
+    Source: modded-nanogpt track 3, `train_gpt_simple.py` and results 2, 27, 33, 37, 44; its medium
+    track's record of 2025-04-22.
 
     Example:
         >>> kernel, bias = linear("record27", "head", 8, 4, lambda: jax.random.key(0))
@@ -55,6 +59,8 @@ def linear(
     zero_kernel = jnp.zeros((fan_in, fan_out), jnp.float32)
     zero_bias = jnp.zeros((fan_out,), jnp.float32)
     inner = role in ("qkv", "fc")
+    if init == "medium":
+        return (uniform(fan_in, fan_out) * 0.75**0.5 if inner else zero_kernel), None
     if init == "benchmark":
         return (linear_normal(next_key(), fan_in, fan_out) if inner else zero_kernel), zero_bias
     if init == "record37":

@@ -19,15 +19,16 @@ import shampoo_jax
 from nanogpt.config import presets
 from nanogpt.config.run import Config
 from nanogpt.config.settings import SETTINGS, MatrixConfig, MuonConfig, SoapMuonConfig
+from nanogpt.optimizers.decay import decay_by_factor
 from nanogpt.optimizers.directions import DIRECTIONS, Direction, adam, uncorrected_adam
 from nanogpt.optimizers.schedules import learning_rate, lookahead_schedule, matrices_schedule
 from nanogpt.optimizers.transfer import of_base
 
 ROUTES: tuple[tuple[str, str], ...] = (
     (r"blocks/\d+/(attn|mlp)/\w+/kernel", "matrices"),
-    (r"embed/embedding", "embed"),
+    (r"(embed|value_embeds/\d+)/embedding", "embed"),
     (r"head/kernel", "head"),
-    (r"(.*/)?(bias|scale)", "vectors"),
+    (r"(.*/)?(bias|scale)|scalars", "vectors"),
 )
 
 
@@ -81,7 +82,10 @@ def register(name: str, direction: Direction, settings: MatrixConfig) -> None:
 
 
 def build_optimizer(
-    config: Config, params: optax.Params, placement: shampoo_jax.Placement | None = None
+    config: Config,
+    params: optax.Params,
+    placement: shampoo_jax.Placement | None = None,
+    factors: tuple[Any, Any] = (1.0, 1.0),
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the run's optimizer: `config.optimizer` on the block matrices, AdamW on the rest.
 
@@ -96,10 +100,11 @@ def build_optimizer(
         config: The run.
         params: Parameter tree of the model; shapes and dtypes suffice.
         placement: Splits the state over the devices of a mesh: Shampoo's blocks, AdamW's moments.
+        factors: Of the rates of the block matrices and of all others; may be traced.
 
     Returns:
-        Optax transformation of summed gradients with updates in float32; its state is an
-        `optax.ApplyIfFiniteState`. Its update takes `obj_fn`, the summed loss as a function of all
+        Optax transformation of gradients of the run's loss, with updates in float32; its state is
+        an `optax.ApplyIfFiniteState`. Its update takes `obj_fn`, that loss as a function of all
         parameters; only directions that ask for it need it.
 
     Raises:
@@ -113,17 +118,17 @@ def build_optimizer(
     transforms = {}
     for name in ("embed", "head"):
         own = groups.get(name, config)
-        peak = getattr(own.auxiliary, name + "_learning_rate")
+        peak = getattr(own.auxiliary, name + "_learning_rate") * factors[1]
         transforms[name] = _adamw(own, peak, placement)
-    transforms["vectors"] = _vectors(groups.get("vectors", config), placement)
+    transforms["vectors"] = _vectors(groups.get("vectors", config), placement, factors[1])
     own = groups.get("matrices", config)
-    transforms["matrices"] = optax.chain(
-        _direction(own, placement), *descent(own.matrices, _matrices_rate(own))
-    )
+    rate = learning_rate(own.matrices.learning_rate * factors[0], matrices_schedule(own))
+    transforms["matrices"] = optax.chain(_direction(own, placement), *descent(own.matrices, rate))
     grouped = optax.partition(transforms, labels)
     if config.clip_norm is not None:
         tokens = config.data.batch_rows * config.model.sequence_length
-        grouped = optax.chain(optax.clip_by_global_norm(config.clip_norm * tokens), grouped)
+        norm = config.clip_norm * (1 if config.loss == "mean" else tokens)
+        grouped = optax.chain(optax.clip_by_global_norm(norm), grouped)
     grouped = optax.chain(grouped, *_around(config, placement)) if _around(config) else grouped
     # The guard widens parameters; moments are stored in the precision of the parameters themselves.
     stored = optax.GradientTransformationExtraArgs(
@@ -178,10 +183,6 @@ def _try(config: Config) -> None:
         )
 
 
-def _matrices_rate(config: Config) -> optax.Schedule:
-    return learning_rate(config.matrices.learning_rate, matrices_schedule(config))
-
-
 def descent(matrices: MatrixConfig, rate: optax.Schedule) -> list[optax.GradientTransformation]:
     """Weight decay and learning rate of the block matrices, behind their direction.
 
@@ -194,6 +195,12 @@ def descent(matrices: MatrixConfig, rate: optax.Schedule) -> list[optax.Gradient
     if isinstance(matrices, SoapMuonConfig):
         steps = optax.chain(optax.scale_by_learning_rate(rate), shampoo_jax.keep_radius())
         return [shampoo_jax.cautious_decay(matrices.weight_decay, rate, steps)]
+    if isinstance(matrices, MuonConfig) and matrices.factor_decay:
+        more, own = matrices.mlp_decay * matrices.weight_decay, matrices.weight_decay
+        decay_of = lambda p: jax.tree.map(lambda mlp: more if mlp else own, _in_mlp(p))  # noqa: E731
+        return [optax.scale_by_learning_rate(rate), decay_by_factor(rate, decay_of)]
+    if getattr(matrices, "cautious", False):
+        return [shampoo_jax.cautious_decay(matrices.weight_decay, rate)]
     parts = [optax.add_decayed_weights(matrices.weight_decay)]
     if isinstance(matrices, MuonConfig) and matrices.mlp_decay != 1:
         more = matrices.weight_decay * (matrices.mlp_decay - 1)
@@ -232,11 +239,11 @@ def _adamw(
 
 
 def _vectors(
-    config: Config, placement: shampoo_jax.Placement | None
+    config: Config, placement: shampoo_jax.Placement | None, factor: Any
 ) -> optax.GradientTransformation:
     """AdamW of biases and gains, by kinds where these have decays of their own."""
     auxiliary = config.auxiliary
-    rate, b2s = auxiliary.vector_learning_rate, auxiliary.vector_b2
+    rate, b2s = auxiliary.vector_learning_rate * factor, auxiliary.vector_b2
     own: dict[str, Any] = {"b1": auxiliary.vector_b1, "eps": auxiliary.vector_eps}
     own = {name: value for name, value in own.items() if value is not None}
     config = dataclasses.replace(config, auxiliary=dataclasses.replace(auxiliary, **own))

@@ -26,6 +26,7 @@ from nanogpt.config.settings import (
     SophiaConfig,
 )
 from nanogpt.optimizers.psgd import scale_by_psgd
+from nanogpt.optimizers.shampoo_next import scale_by_aspect, shampoo_next
 
 Placement = shampoo_jax.Placement | None
 Direction = Callable[[Any, Placement], optax.GradientTransformation]
@@ -69,20 +70,6 @@ def nesterov_ema(b1: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_aspect() -> optax.GradientTransformation:
-    """Multiplies an (in, out) kernel's update by sqrt(max(1, out / in)).
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> tx = scale_by_aspect()
-        >>> float(tx.update(jnp.ones((1, 4)), tx.init(None))[0][0, 0])
-        2.0
-    """
-    return optax.stateless_with_tree_map(
-        lambda update, _: update * max(1.0, update.shape[1] / update.shape[0]) ** 0.5
-    )
-
-
 def adam(settings: Any, placement: Placement = None) -> optax.GradientTransformation:
     """Adam, of any settings with b1, b2 and eps."""
     return _split(optax.scale_by_adam(settings.b1, settings.b2, settings.eps), placement)
@@ -104,13 +91,25 @@ def muon(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformat
     return optax.chain(scaled, scale_by_aspect())
 
 
-def muon_track3(settings: MuonConfig, _: Placement = None) -> optax.GradientTransformation:
-    """The benchmark's Muon: its own momentum, then Newton-Schulz."""
+def muon_track3(settings: MuonConfig, placement: Placement = None) -> optax.GradientTransformation:
+    """The benchmark's Muon: its own momentum, then Newton-Schulz.
+
+    On a mesh every device orthogonalizes whole matrices of its own. Left to the compiler, each of
+    the products is spread over all devices, and its operands are sent for it.
+    """
     average = nesterov_ema(settings.b1)
     if settings.b1_warmup:
-        rise = optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
-        average = optax.inject_hyperparams(nesterov_ema)(b1=rise)
-    return optax.chain(average, _newton_schulz(settings, eps=1e-7), scale_by_aspect())
+        average = optax.inject_hyperparams(nesterov_ema)(b1=momentum_schedule(settings))
+    polar = _newton_schulz(settings, eps=1e-7)
+    if placement is not None:
+        whole: Any = {"blocking": shampoo_jax.Blocking(size=None), "placement": placement}
+        polar = shampoo_jax.blocked(polar, chunk="auto", **whole).inner
+    return optax.chain(_split(average, placement), polar, scale_by_aspect())
+
+
+def momentum_schedule(settings: MuonConfig) -> optax.Schedule:
+    """The decay of the benchmark's Muon at every step, which rises from 0.85."""
+    return optax.linear_schedule(0.85, settings.b1, settings.b1_warmup)
 
 
 def pmuon(settings: PMuonConfig, placement: Placement = None) -> optax.GradientTransformation:
@@ -234,6 +233,7 @@ def shampoo(settings: ShampooConfig, placement: Placement = None) -> optax.Gradi
         solver=solver,
         every=settings.every,
         graft=None if rows else adam,
+        monitor=settings.monitor,
         placement=placement,
     )
     # The rows of the benchmark's (out, in) matrices are the columns of kernels.
@@ -271,7 +271,7 @@ def soap(settings: SoapConfig, placement: Placement = None) -> optax.GradientTra
         form = shampoo_jax.presets.record_27()
     elif settings.tolerance is not None:
         form = {"basis": shampoo_jax.QRBasis(tolerance=settings.tolerance, sort="before")}
-    chosen = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "every")}
+    chosen = {name: getattr(settings, name) for name in ("b1", "b2", "eps", "every", "monitor")}
     direction = shampoo_jax.scale_by_soap(**{**form, **chosen}, placement=placement)
     return direction if settings.tolerance is None else count_refreshes(direction)
 
@@ -367,7 +367,7 @@ def _cast_tree(updates: optax.Updates, dtype: str) -> optax.Updates:
 
 
 def _kl_options(settings: KLConfig) -> dict[str, Any]:
-    names = ("b1", "b2", "eps", "every", "first_weight")
+    names = ("b1", "b2", "eps", "every", "first_weight", "monitor")
     options = {name: getattr(settings, name) for name in names}
     return {**options, "max_scale": "size" if settings.max_scale is None else settings.max_scale}
 
@@ -378,6 +378,7 @@ _REST: Any = (
     pmuon,
     soap_muon,
     shampoo,
+    shampoo_next,
     soap,
     kl_shampoo,
     kl_soap,

@@ -5,7 +5,8 @@ Forward and backward (the backward pass costs twice the forward pass):
     3 * tokens * (2 * matrix parameters + 2 * layers * sequence_length * model_dim)
 
 The matrix parameters are those of the blocks and the head: the embedding is looked up. The second
-term is causal attention's two products, of which the lower half is needed. Norms, activations and
+term is causal attention's two products, of which the lower half is needed; of kind medium it is
+that of the window at the end of the run. Norms, activations and
 the softmax are left out.
 
 An optimizer's own work counts its matrix products and decompositions and leaves out what it does
@@ -33,7 +34,9 @@ def block_shapes(model: ModelConfig) -> list[tuple[int, int]]:
     """Returns the shapes of all block matrices: queries, keys, values, projection and the MLP's."""
     model = model.scaled()
     d, hidden = model.model_dim, model.mlp_dim
-    return model.num_layers * [(d, d), (d, d), (d, d), (d, d), (d, hidden), (hidden, d)]
+    without = model.kind == "medium"  # one layer has no attention
+    attention = 4 * (model.num_layers - without) * [(d, d)]
+    return attention + model.num_layers * [(d, hidden), (hidden, d)]
 
 
 def model_flops(model: ModelConfig, tokens: int) -> float:
@@ -44,8 +47,11 @@ def model_flops(model: ModelConfig, tokens: int) -> float:
         tokens: of all rows of a step.
     """
     model = model.scaled()
-    matrices = sum(m * n for m, n in block_shapes(model)) + model.model_dim * model.vocab_size
+    columns = model.head_columns or model.vocab_size
+    matrices = sum(m * n for m, n in block_shapes(model)) + model.model_dim * columns
     attention = 2 * model.num_layers * model.sequence_length * model.model_dim
+    if model.kind == "medium":  # four layers of the whole window, eleven of half of it
+        attention = 4 * (4 + 11 / 2) * min(model.window, model.sequence_length) * model.model_dim
     return 3.0 * tokens * (2 * matrices + attention)
 
 

@@ -96,6 +96,30 @@ def lookahead_schedule(config: Config) -> optax.Schedule:
     return schedule
 
 
+def window_schedule(config: Config) -> optax.Schedule:
+    """Builds the schedule of attention's window in blocks, of the model of kind medium.
+
+    At x = s / K of the run the window has (4 x^3 - 6 x^2 + 3 x) times `model.window` tokens,
+    rounded up to whole blocks, at least one. Steps at which it grows are found in float64.
+
+    Args:
+        config: The run; K is `schedule.steps`.
+
+    Source: modded-nanogpt, records/track_2_medium, 2025-04-22_Record8.
+
+    Example:
+        >>> from nanogpt.config.presets import preset
+        >>> [int(window_schedule(preset("medium", "muon_mlp_decay"))(s)) for s in (0, 2000, 5960)]
+        [1, 14, 27]
+    """
+    block, x = config.model.mask_block, np.arange(config.schedule.steps + 1) / config.schedule.steps
+    tokens = config.model.window * (4 * x**3 - 6 * x**2 + 3 * x)
+    blocks = np.maximum(np.ceil(tokens / block), 1).astype(np.int32)
+    grows = np.flatnonzero(np.diff(blocks)) + 1
+    sizes = jnp.asarray(blocks[[0, *grows]])
+    return lambda step: sizes[jnp.searchsorted(grows, step, side="right")]
+
+
 def matrices_schedule(config: Config) -> ScheduleConfig:
     """Returns the schedule of a run's block matrices, which may be one of their own."""
     own = config.matrices_cooldown

@@ -10,7 +10,7 @@ from flax import nnx
 import shampoo_jax
 from nanogpt.config.run import AuxiliaryConfig, Config
 from nanogpt.config.settings import MatrixConfig, ShampooConfig
-from nanogpt.model.gpt import GPT
+from nanogpt.model.build import make_model
 
 # Of every optimizer whose rule is known.
 METHODS: dict[str, Any] = {
@@ -61,7 +61,7 @@ def of_base(config: Config, params: optax.Params, labels: Any) -> dict[str, Conf
 def _narrow(config: Config) -> optax.Params:
     """Parameters of the model as deep at the base width."""
     model = dataclasses.replace(config.model, width_multiplier=1.0)
-    draw = lambda: nnx.to_pure_dict(nnx.state(GPT(model, nnx.Rngs(0)), nnx.Param))  # noqa: E731
+    draw = lambda: nnx.to_pure_dict(nnx.state(make_model(model, nnx.Rngs(0)), nnx.Param))  # noqa: E731
     return jax.eval_shape(draw)
 
 

@@ -1,4 +1,4 @@
-"""A leaderboard: its table, and its picture by step, by time and by operations."""
+"""A leaderboard: its table, and its picture: dots for what came out, curves for the way there."""
 
 import math
 import pathlib
@@ -6,21 +6,35 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nanogpt.report.curves import Curve, steps_to_reach
+from nanogpt.report.curves import Curve, common_steps, steps_to_reach
+from nanogpt.report.dots import ROW, Row, draw_dots, room
+from nanogpt.report.figures import STEPS_NOTE, steps_row
 from nanogpt.report.groups import Group
-from nanogpt.report.plotting import COLOURS, STYLE, limits, mark, trace
-from nanogpt.report.tables import shown, table
+from nanogpt.report.plotting import (
+    BASELINE,
+    DASHES,
+    GREY,
+    STRONG,
+    WIDTH,
+    Label,
+    headed,
+    label_ends,
+    mark,
+    save,
+    trace,
+)
+from nanogpt.report.tables import shorten, shown, table
 
-# Of a family's curves one after the other; after as many families as there are colours, too.
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (10, 2)))
-# What the final stretch shows of each curve.
-FINAL_STRETCH = 0.1
-# It ends at this multiple of the median length, lest one slow curve squeeze the others together.
-LONGEST = 1.3
+CURVES, NAMES, DOTS = 3.4, 1.4, 0.9  # inches: of curves, of the rows' names, of dots at least
+# Of the steps: before the first part differences are those of the first fall, before the second
+# losses say little about the end.
+SETTLED, LATE = 0.2, 0.5
+NAMED = 8  # emphasised curves that have their names at their ends
+FINE = 0.05  # nats between the best and the worst, below which four digits are written
+LONGEST = 1.8  # of the median length, where curves are cut lest one slow one squeeze the others
 
 Columns = Mapping[str, Callable[[Group], str]]
 
@@ -62,118 +76,168 @@ def draw_board(
     out_dir: pathlib.Path | str,
     *,
     target: float | None = None,
-    title: str = "",
+    baseline: str = "",
+    heading: tuple[str, str] = ("", ""),
     machine: str = "",
     name: str = "leaderboard",
 ) -> pathlib.Path:
-    """Draws the groups by step, by training time and by operations, and the end enlarged.
-
-    Args:
-        groups: at least one. Those that are not `timed`, or whose `flops_per_step` is None, are
-            left out of the panel that needs it; a panel without curves is left out.
-        out_dir: folder of the picture; created if missing.
-        target: loss drawn as a horizontal line.
-        title: above the picture.
-        machine: named where times are drawn.
-        name: of the picture, name.png.
+    """Draws the groups: name.png, and name-dark.png for dark pages; see `board_figure`.
 
     Returns:
-        Path of the picture.
+        Path of the first one.
 
     Raises:
         ValueError: no groups, or one without a step that all its runs have.
     """
     if not groups:
         raise ValueError("no groups to draw: a leaderboard needs at least one.")
-    curves = [group.curve for group in groups if group.result]
-    low, high = limits(curves, _levels(target))
-    panels = {
-        label: placed
-        for label, place in _panels(machine).items()
-        if any(placed := [place(*pair) for pair in zip(groups, curves, strict=True)])
-    }
+    for group in groups:
+        group.result  # noqa: B018 (raises before anything is written)
     path = pathlib.Path(out_dir) / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        rows = math.ceil((len(panels) + 1) / 2)
-        figure = Figure(figsize=(15, 5.2 * rows + 0.6), dpi=90, layout="constrained")
-        axes = figure.subplots(rows, 2, squeeze=False).flatten()
-        for place, (label, placed) in zip(axes, panels.items(), strict=False):
-            _draw(place, groups, curves, placed, target)
-            place.set(xlabel=label, ylim=(low, high), xlim=(0, None))
-        _draw_final_stretch(axes[len(panels)], groups, curves, target)
-        for place in axes[len(panels) + 1 :]:
-            place.remove()
-        for place in axes[: len(panels) + 1 : 2]:
-            place.set_ylabel("validation loss (nats per token)")
-        handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
-        figure.suptitle(title)
-        figure.savefig(path)
-    return path
+    options = {"target": target, "baseline": baseline, "heading": heading, "machine": machine}
+    return save(path, lambda: board_figure(groups, **options))
 
 
-Position = Sequence[float]  # of a curve's points on a panel's horizontal axis; empty: not drawn
+def board_figure(
+    groups: Sequence[Group],
+    *,
+    target: float | None = None,
+    baseline: str = "",
+    heading: tuple[str, str] = ("", ""),
+    machine: str = "",
+) -> Figure:
+    """Draws a row a group, and below their curves by step.
+
+    Groups of Shampoo are emphasised, and beside published results those that are not. The others'
+    curves are grey, the best one of them has its name.
+
+    Args:
+        groups: at least one, in the order of the rows.
+        target: loss; a column has the steps to it.
+        baseline: label of a group; curves are drawn less its curve, beside losses stands what they
+            are less its loss. Empty: as they are.
+        heading: what the picture is about, and the lines below that.
+        machine: named where times are drawn. Groups that are not `timed` have none.
+    """
+    columns = {
+        label: rows
+        for label, rows in _columns(groups, target, baseline).items()
+        if any(math.isfinite(row.centre) or row.values for row in rows)
+    }
+    heights = [ROW * len(groups) + 0.7, CURVES]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.9), layout="constrained")
+    top, bottom = figure.add_gridspec(2, 1, height_ratios=heights)
+    wanted = [DOTS + room(row.text for row in rows) for rows in columns.values()] or [1.0]
+    widths = [(WIDTH - NAMES) * part / sum(wanted) for part in wanted]
+    places = top.subgridspec(1, len(wanted), width_ratios=widths)
+    for k, (label, rows) in enumerate(columns.items()):
+        draw_dots(figure.add_subplot(places[k]), rows, label, widths[k], named=k == 0)
+    low = figure.add_subplot(bottom)
+    _curves(low, groups, target, baseline)
+    several = any(len(group.runs) > 1 for group in groups)
+    notes = [f"times: {shorten(machine, 60)}"] * bool(machine)
+    notes += ["losses: ± std between runs", STEPS_NOTE] * several
+    headed(figure, heading[0], "\n".join([heading[1], *notes]))
+    return figure
 
 
-def _panels(machine: str) -> dict[str, Callable[[Group, Curve], Position]]:
-    """What each panel's horizontal axis is, and where a curve lies on it."""
+def _emphasis(groups: Sequence[Group], baseline: str) -> list[tuple[str, bool]]:
+    """Colour of every group, and whether it is emphasised."""
+    published = any(group.reference for group in groups)
+    found = []
+    for group in groups:
+        strong = "shampoo" in group.label.lower() or (published and not group.reference)
+        colour = BASELINE if group.label == baseline else STRONG if strong else GREY
+        found.append((colour, strong))
+    return found
+
+
+def _columns(groups: Sequence[Group], target: float | None, baseline: str) -> dict[str, list[Row]]:
+    """{label of the axis: rows}."""
+    base = next((group.result for group in groups if group.label == baseline), None)
+    styles, losses, steps, times = _emphasis(groups, baseline), [], [], []
+    means = [group.result.mean for group in groups if math.isfinite(group.result.mean)]
+    digits = 4 if means and max(means) - min(means) < FINE else 3
+    for group, (colour, strong) in zip(groups, styles, strict=True):
+        result = group.result
+        ends = [run.losses[run.steps.index(result.step)] for run in group.survivors]
+        text = f"{result.mean:.{digits}f}"
+        if base and result.step == base.step and group.label != baseline:
+            text = f"{result.mean - base.mean:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+        if len(ends) < len(group.runs):
+            lost = f"{len(group.runs) - len(ends)} of {len(group.runs)} "
+            text = lost * bool(ends) + "diverged"
+        losses.append(Row(group.label, colour, ends, result.mean, result.std, text, strong))
+        if target is not None:
+            steps.append(steps_row(group, target, colour=colour, strong=strong))
+        seconds = group.shown.seconds[-1] if group.timed else math.nan
+        text = shown(seconds, ".0f" if seconds > 10 else ".1f")
+        times.append(Row(group.label, colour, (), seconds, math.nan, text, strong))
+    compared = f", less {baseline}'s" if base else ""
     return {
-        "optimizer step": lambda group, curve: curve.steps,
-        f"training time{machine and f' on {machine}'} (seconds)": lambda group, curve: (
-            curve.seconds if group.timed and math.isfinite(curve.seconds[-1]) else ()
-        ),
-        "operations (FLOP)": lambda group, curve: (
-            [step * group.flops_per_step for step in curve.steps] if group.flops_per_step else ()
-        ),
+        f"final loss{compared}": losses,
+        "" if target is None else f"steps to {target:.3f}": steps,
+        "time (s)": times,
     }
 
 
-def _draw(
-    axes: Axes,
-    groups: Sequence[Group],
-    curves: Sequence[Curve],
-    placed: Sequence[Position],
-    target: float | None,
-) -> None:
-    for group, curve, x, style in zip(groups, curves, placed, _styles(groups), strict=True):
-        if len(x):
-            trace(axes, x, curve.losses, label=group.label, **style)
-    mark(axes, _levels(target))
+def _curves(axes: Axes, groups: Sequence[Group], target: float | None, baseline: str) -> None:
+    base = next((g for g in groups if g.label == baseline and g.survivors), None)
+    styles, labels, count = _emphasis(groups, baseline), [], 0
+    ranked = sorted(zip(groups, styles, strict=True), key=lambda pair: _rank(pair[0], target))
+    named = [group for group, (_, strong) in ranked if strong][:NAMED]
+    named += [g for g, (colour, _) in ranked if colour == GREY][:1] + ([base] if base else [])
+    drawn = [_less(group.shown, base) for group in groups]
+    for group, curve, (colour, strong) in zip(groups, drawn, styles, strict=True):
+        style: dict[str, Any] = {"color": colour, "linewidth": 2.0, "zorder": 4}
+        if strong:
+            style["linestyle"] = ("-", *DASHES)[count % (1 + len(DASHES))]
+            count += 1
+        elif colour == GREY:
+            style |= {"linewidth": 1.0, "zorder": 2, "alpha": 0.9}
+        runs = [_less(run, base) for run in group.survivors] if colour != GREY else ()
+        end = trace(axes, curve, runs, "steps", **style)
+        if any(group is one for one in named):
+            labels.append(Label(shorten(group.label), *end, colour))
+    if base is None:
+        axes.set_ylim(*_between(drawn, LATE))
+        mark(axes, [] if target is None else [target])
+        axes.set_ylabel("validation loss\n(nats per token)")
+    else:
+        axes.set_ylim(*_between(drawn, SETTLED))
+        axes.set_ylabel(f"validation loss less {baseline}'s\n(nats per token)")
+    ends = [curve.steps[-1] for curve in drawn if len(curve.steps)] or [1]
+    middle = statistics.median(ends)
+    axes.set_xlim(SETTLED * middle, min(1.02 * max(ends), LONGEST * middle) or 1)
+    axes.set_xlabel("optimizer step")
+    label_ends(axes, labels, 0.8 * CURVES)
 
 
-def _draw_final_stretch(
-    axes: Axes, groups: Sequence[Group], curves: Sequence[Curve], target: float | None
-) -> None:
-    """By step again, from where the first curve begins its last tenth to where most have ended."""
-    _draw(axes, groups, curves, [curve.steps for curve in curves], target)
+def _rank(group: Group, target: float | None) -> float:
+    """What is best is first at the target, or lowest where nothing reaches it."""
+    reached = None if target is None else steps_to_reach(group.shown, target)
+    loss = group.shown.losses[-1]
+    return reached if reached is not None else 1e9 + (loss if math.isfinite(loss) else 1e9)
+
+
+def _less(curve: Curve, base: Group | None) -> Curve:
+    """A curve less that of the baseline, at the steps that both have."""
+    if base is None:
+        return curve
+    steps = common_steps([curve, base.shown])
+    its, own = ([c.steps.index(step) for step in steps] for c in (base.shown, curve))
+    pairs = zip(its, own, strict=True)
+    losses = [curve.losses[k] - base.shown.losses[i] for i, k in pairs]
+    return Curve(curve.label, steps, losses, [curve.seconds[k] for k in own])
+
+
+def _between(curves: Sequence[Curve], begin: float) -> tuple[float, float]:
+    """Lowest and highest loss after a part of each curve, with a margin."""
     late = [
-        (step, loss)
+        loss
         for curve in curves
         for step, loss in zip(curve.steps, curve.losses, strict=True)
-        if step >= (1 - FINAL_STRETCH) * curve.steps[-1] and math.isfinite(loss)
-    ]
-    if late:
-        steps, losses = zip(*late, strict=True)
-        levels = [*losses, *_levels(target)]
-        margin = 0.05 * (max(levels) - min(levels)) or 0.05
-        ends = [curve.steps[-1] for curve in curves]
-        right = min(1.02 * max(ends), LONGEST * statistics.median(ends))
-        axes.set(xlim=(min(steps), right), ylim=(min(levels) - margin, max(levels) + margin))
-    axes.set(xlabel="optimizer step, the end enlarged")
-
-
-def _styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Colour, dashes and width of every group."""
-    families = [group.family or group.label for group in groups]
-    order, styles = list(dict.fromkeys(families)), []
-    for index, (family, group) in enumerate(zip(families, groups, strict=True)):
-        turn, colour = divmod(order.index(family), len(COLOURS))
-        dashes = DASHES[(turn + families[:index].count(family)) % len(DASHES)]
-        width = 1.4 if group.reference else 2.2
-        styles.append({"color": COLOURS[colour], "linestyle": dashes, "linewidth": width})
-    return styles
-
-
-def _levels(target: float | None) -> list[float]:
-    return [] if target is None else [target]
+        if step >= begin * curve.steps[-1] and math.isfinite(loss)
+    ] or [0.0]
+    margin = 0.05 * (max(late) - min(late)) or 0.05
+    return min(late) - margin, max(late) + margin

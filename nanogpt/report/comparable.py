@@ -17,17 +17,23 @@ PARTS = ("data", "tokenizer", "model", "validation")
 Starts = Mapping[str, Mapping[str, Any]]
 # Of each track the loss to reach; published curves name theirs in their file's name.
 TARGETS = {"t3": TARGET, "t2": MEDIUM_TARGET}
-# What the rules of track 3 fix: settings, and the text as the fingerprint tells it.
+# The preset that is a track's benchmark, by the track's mark in names of published curves.
+TRACKS = {"t3": "track3", "t2": "medium"}
+# What the rules of a track fix: settings, and the text as the fingerprint tells it.
 FIXED = {
     "model": (
         *("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "sequence_length"),
         *("width_multiplier", "depth_multiplier"),
+        *("kind", "head_columns", "end_of_text", "mask_block", "window"),
     ),
-    "data": ("mode", "batch_rows", "val_tokens"),
+    "data": ("mode", "batch_rows", "val_tokens", "val_length"),
 }
 # Of runs that were written before these settings were there.
-MISSING = {"width_multiplier": 1.0, "depth_multiplier": 1.0}
-BENCHMARK = preset("track3", "muon_track3")
+MISSING = {
+    **{"width_multiplier": 1.0, "depth_multiplier": 1.0, "kind": "track3"},
+    **{"end_of_text": 50256, "mask_block": 128, "window": 3456},
+}
+BENCHMARKS = {track: preset(name, "muon_track3") for track, name in TRACKS.items()}
 TEXT = {
     "shards": "fineweb_train_000001.bin and fineweb_val_000000.bin",
     "tokenizer": "gpt2 50257 1ce1664773c5",
@@ -79,10 +85,11 @@ def same_clock(starts: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
-def departure(start: Mapping[str, Any]) -> str | None:
-    """Returns where a run leaves the rules of track 3, None where it keeps them.
+def departure(start: Mapping[str, Any], track: str = "t3") -> str | None:
+    """Returns where a run leaves the rules of a track, None where it keeps them.
 
     Args:
+        track: key of `TRACKS`.
         start: first record of its metrics. What its fingerprint does not tell is not held against
             it: shards without a manifest are of an unknown tokenizer.
 
@@ -90,7 +97,7 @@ def departure(start: Mapping[str, Any]) -> str | None:
     'model.vocab_size=300, the benchmark 50304'
     """
     config, told = start["config"], start.get("fingerprint") or {}
-    benchmark: Mapping[str, Any] = dataclasses.asdict(BENCHMARK)
+    benchmark: Mapping[str, Any] = dataclasses.asdict(BENCHMARKS[track])
     for part, names in FIXED.items():
         for name in names:
             found = config.get(part, {}).get(name, MISSING.get(name))
@@ -116,20 +123,20 @@ def common_track(published: Sequence[str], starts: Starts) -> str | None:
         ValueError: curves of two tracks, or a run beside a curve of which it has not the rules.
     """
     known = [name for name in published if name.partition("_")[0] in TARGETS]
-    departures = {name: departure(start) for name, start in starts.items()}
     if not known:
-        return "t3" if starts and not any(departures.values()) else None
+        kept = (t for t in TRACKS if not any(departure(start, t) for start in starts.values()))
+        return next(kept, None) if starts else None
     track = known[0].partition("_")[0]
+    departures = {name: departure(start, track) for name, start in starts.items()}
     for name in known:
         if not name.startswith(f"{track}_"):
             raise ValueError(
                 f"{known[0]} and {name} are of two tracks with two models: name curves of one."
             )
     for name, left in departures.items():
-        if track != "t3" or left:
-            had = f"it has {left}" if left else "it is of track 3"
+        if left:
             raise ValueError(
-                f"{name} cannot be compared with {known[0]}: {had}. Name runs of the curve's "
-                "track, or leave the curve out."
+                f"{name} cannot be compared with {known[0]}: it has {left}. Name runs of the "
+                "curve's track, or leave the curve out."
             )
     return track

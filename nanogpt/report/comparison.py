@@ -3,59 +3,28 @@
 Reads finished or unfinished runs and published curves; imports no jax, so that drawing is quick.
 """
 
+import dataclasses
 import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
-from nanogpt.report.comparable import check_comparable, common_track, departure, same_clock
-from nanogpt.report.curves import (
-    Curve,
-    published_file,
-    read_reference,
-    recorded_curve,
-    steps_to_reach,
-)
-from nanogpt.report.plotting import draw
+from matplotlib.figure import Figure
+
+from nanogpt.report.board import board_figure
+from nanogpt.report.comparable import check_comparable, common_track, same_clock
+from nanogpt.report.curves import Curve, published_file, read_reference, steps_to_reach
+from nanogpt.report.figures import BAND, STEPS_NOTE, comparison_figure
+from nanogpt.report.groups import Group, pooled
+from nanogpt.report.plotting import save
+from nanogpt.report.runs import Run, labels, read_run, subject
 from nanogpt.report.tables import shown, table
-from nanogpt.train.metrics import read_records
 from nanogpt.train.paths import Path, path_of
 from nanogpt.train.stored import expecting_form
 
-# Names of the field; a run of an unlisted optimizer is called by its registry name.
-TITLES = {"adamw": "AdamW", "muon": "Muon", "muon_track3": "Muon (track 3)", "shampoo": "Shampoo"}
-TARGET = "adamw"
-COLUMNS = ("step", "loss", "train_time_s")  # of a validation's record
-
-
-class Run(NamedTuple):
-    """A run as its metrics file tells it.
-
-    Attributes:
-        folder: where it lies.
-        start: first record: config, versions, device, sizes, baselines.
-        end: last record if the run has ended, by itself or because it diverged; else empty.
-        curve: its validations, called by the optimizer; nan where a loss was not finite, and in the
-            place of the last one of a run that ended before it because it diverged.
-    """
-
-    folder: str
-    start: dict[str, Any]
-    end: dict[str, Any]
-    curve: Curve
-
-    @property
-    def optimizer(self) -> str:
-        """Registry name of the optimizer of the block matrices."""
-        return self.start["config"]["optimizer"]
-
-    @property
-    def status(self) -> str:
-        """One of "finished", "unfinished", and "diverged": ended no better than it began."""
-        if not self.end:
-            return "unfinished"
-        return "finished" if self.curve.losses[-1] <= self.curve.losses[0] else "diverged"
+LONGEST_HEAD = 32  # letters of names in the first line of a picture
+MOST = 8  # curves that one panel can show; more are a board
+TARGET, TARGET_NAME = "adamw", "AdamW's final loss"
 
 
 def compare(
@@ -64,14 +33,16 @@ def compare(
     references: Sequence[pathlib.Path | str] = (),
     *,
     unchecked: bool = False,
+    target: float | None = None,
 ) -> pathlib.Path:
-    """Writes comparison.png and comparison.md.
+    """Writes comparison.png, comparison-dark.png for dark pages, and comparison.md.
 
     Args:
         run_dirs: folders that hold a metrics.jsonl.
-        out_dir: where both files go; created if missing.
+        out_dir: where the files go; created if missing.
         references: CSV files of published curves, see `nanogpt.report.curves`.
         unchecked: draw runs without a fingerprint, too; the picture says which.
+        target: loss to reach; None: the final one of AdamW, if it is among the runs.
 
     Returns:
         Path of the picture.
@@ -85,20 +56,56 @@ def compare(
         raise ValueError("no runs to compare: name at least one folder of a run.")
     out = pathlib.Path(out_dir)
     runs = read_runs(run_dirs)
-    lines = [run.curve._replace(label=label) for run, label in zip(runs, labels(runs), strict=True)]
-    runs = [run._replace(curve=curve) for run, curve in zip(runs, lines, strict=True)]
     starts = {run.folder: run.start for run in runs}
     unknown = check_comparable(starts, unchecked=unchecked)
     common_track([pathlib.Path(path).name for path in references], starts)
     curves = [read_reference(published_file(pathlib.Path(path))) for path in references]
-    out.mkdir(parents=True, exist_ok=True)
+    names = ", ".join(run.curve.label for run in named(runs) if run.folder in unknown)
+    note = f"not checked to be comparable: {names}" if names else ""
     picture = out / "comparison.png"
-    names = [run.curve.label for run in runs if run.folder in unknown]
-    note = f"not checked to be comparable: {', '.join(names)}" if names else ""
-    timed = same_clock([run.start for run in runs])
-    draw(picture, lines, curves, baselines(runs), note=note, timed=timed)
-    (out / "comparison.md").write_text(report(runs), encoding="utf-8")
+    save(picture, lambda: figure_of(runs, references=curves, note=note, target=target))
+    (out / "comparison.md").write_text(report(named(runs), target), encoding="utf-8")
     return picture
+
+
+def figure_of(
+    runs: Sequence[Run],
+    *,
+    references: Sequence[Curve] = (),
+    note: str = "",
+    target: float | None = None,
+) -> Figure:
+    """Draws runs, those of one setting as one curve; many settings as a board.
+
+    Args:
+        runs: see `read_runs`.
+        references: published curves.
+        note: a line below the picture.
+        target: as of `compare`.
+    """
+    groups, timed = pooled(runs), same_clock([run.start for run in runs])
+    names = ", ".join(group.label for group in groups)
+    names = names if len(names) <= LONGEST_HEAD else f"{len(groups)} settings"
+    head, lines = f"Validation loss of {names}", subject([run.start for run in runs])
+    name, goal = ("the target", target) if target else (TARGET_NAME, reference_loss(groups))
+    if len(groups) > MOST:
+        base = next((g.label for g in groups if g.start["config"]["optimizer"] == TARGET), "")
+        groups = [dataclasses.replace(group, timed=timed) for group in groups]
+        groups += [Group(c.label, [c], timed=False, reference=True) for c in references]
+        heading = (head, f"{lines}\n{note}" if note else lines)
+        return board_figure(groups, target=goal, baseline=base, heading=heading)
+    if any(len(group.runs) > 1 for group in groups):
+        lines += f"\n{BAND}\n{STEPS_NOTE}"
+    return comparison_figure(
+        groups, references=references, levels=baselines(runs), heading=(head, lines), note=note,
+        target=None if goal is None else (name, goal), timed=timed,
+    )  # fmt: skip
+
+
+def reference_loss(groups: Sequence[Group]) -> float | None:
+    """Final loss of AdamW, the lowest of several; None where none has one that is finite."""
+    ends = [g.shown.losses[-1] for g in groups if g.start["config"]["optimizer"] == TARGET]
+    return min(filter(math.isfinite, ends), default=None)
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:
@@ -110,32 +117,10 @@ def read_runs(folders: Sequence[Path | str]) -> list[Run]:
     return runs
 
 
-def read_run(folder: Path) -> Run:
-    """Reads folder/metrics.jsonl.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it does not begin with a "start" record, holds no validation, or one without
-            its figures.
-    """
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: {folder} is not the folder of a run.")
-    records = read_records(path)
-    validations = [record for record in records if record.get("kind") == "val"]
-    if not validations or records[0].get("kind") != "start":
-        raise ValueError(f"{path} holds no validation yet: train the run first.")
-    start, last = records[0], records[-1]
-    with expecting_form(path, ValueError):
-        if last.get("kind") == "diverged":
-            end = {"step": start["config"]["schedule"]["steps"], "loss": None}
-            validations.append(end | {"train_time_s": math.nan})
-        columns = [[record[name] for record in validations] for name in COLUMNS]
-        optimizer = start["config"]["optimizer"]
-        curve = recorded_curve(TITLES.get(optimizer, optimizer), *columns)
-        departure(start)
-        check_comparable({str(folder): start}, unchecked=True)
-    return Run(str(folder), start, last if last.get("kind") in ("end", "diverged") else {}, curve)
+def named(runs: Sequence[Run]) -> list[Run]:
+    """The runs, each by a name of its own."""
+    pairs = zip(runs, labels(runs), strict=True)
+    return [run._replace(curve=run.curve._replace(label=label)) for run, label in pairs]
 
 
 def baselines(runs: Sequence[Run]) -> dict[str, float]:
@@ -148,20 +133,19 @@ def baselines(runs: Sequence[Run]) -> dict[str, float]:
     return {name: found[0][name] for name in agreed if name in found[0]}
 
 
-def report(runs: Sequence[Run]) -> str:
-    """Returns the text of comparison.md."""
-    # Nothing reaches a loss that is not finite.
-    last = [run.curve.losses[-1] for run in runs if run.optimizer == TARGET]
-    target = min(filter(math.isfinite, last), default=None)
+def columns(runs: Sequence[Run], target: float | None = None) -> dict[str, Callable[[Run], str]]:
+    """The table of runs, {title: function from a run to its cell}."""
+    reach = TARGET_NAME if target is None else f"{target:g}"
+    goal = reference_loss(pooled(runs)) if target is None else target
     timed = same_clock([run.start for run in runs])
-    columns: dict[str, Callable[[Run], str]] = {
+    return {
         "optimizer": lambda run: run.curve.label,
         "steps": _steps,
         "final loss (nats/token)": lambda run: (
             "diverged" if run.status == "diverged" else f"{run.curve.losses[-1]:.4f}"
         ),
         "bits/byte": lambda run: shown(run.end.get("bits_per_byte"), ".4f"),
-        "steps to AdamW's final loss": lambda run: shown(_reached(run, target), ".0f"),
+        f"steps to {reach}": lambda run: shown(_reached(run, goal), ".0f"),
         "training time (s)": lambda run: shown(run.curve.seconds[-1] if timed else None, ".1f"),
         "step time (ms, median)": _end("median_step_time_s", ".1f", 1e3, shows=timed),
         "tokens/s": _end("tokens_per_s", ",.0f", shows=timed),
@@ -169,12 +153,23 @@ def report(runs: Sequence[Run]) -> str:
         "optimizer state (MB)": lambda run: shown(run.start["optimizer_state_bytes"], ",.1f", 1e-6),
         "compile (s)": _end("compile_s", ".1f", shows=timed),
     }
+
+
+def report(runs: Sequence[Run], target: float | None = None) -> str:
+    """Returns the text of comparison.md."""
     parts = [
         "# Comparison of optimizers",
-        table(columns, runs),
+        table(columns(runs, target), runs),
         "![validation loss](comparison.png)",
+        *notes(runs),
     ]
-    if not timed:
+    return "\n\n".join(parts) + "\n"
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What stands below the table: times left out, n-gram models, machines."""
+    parts = []
+    if not same_clock([run.start for run in runs]):
         parts.append("The runs are from different hosts or devices, so their times are left out.")
     lines = [f"{name} {loss:.4f}" for name, loss in baselines(runs).items()]
     if lines:
@@ -182,7 +177,7 @@ def report(runs: Sequence[Run]) -> str:
             "n-gram models on the same validation text, nats/token: "
             f"{', '.join(lines)}. (The bigram is interpolated: .7 bigram, .3 unigram.)"
         )
-    return "\n\n".join(parts + _machines(runs)) + "\n"
+    return parts + _machines(runs)
 
 
 def _end(name: str, form: str, scale: float = 1.0, *, shows: bool = True) -> Callable[[Run], str]:
@@ -204,28 +199,17 @@ def _reached(run: Run, target: float | None) -> float | None:
 
 def _machines(runs: Sequence[Run]) -> list[str]:
     """One paragraph for each machine and set of versions among the runs."""
-    texts = []
+    texts: dict[str, list[str]] = {}
     for run in runs:
         device, versions = run.start["device"], run.start["versions"]
         commit = (run.start["git_commit"] or "unknown")[:12]
         dirty = " with local changes" if run.start["git_dirty"] else ""
         listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-        texts.append(
+        text = (
             f"Machine: {device['kind']} ({device['platform']}, devices: {device['count']}). "
             f"Commit {commit}{dirty}. Versions: {listed}. "
-            f"Parameters: {run.start['parameters']:,}. Seed: {run.start['config']['seed']}."
+            f"Parameters: {run.start['parameters']:,}."
         )
-    return list(dict.fromkeys(texts))
-
-
-def labels(runs: Sequence[Run]) -> list[str]:
-    """Calls runs by optimizer; several of one optimizer also by name, those of one by folder."""
-    choices = [
-        [
-            f"{run.curve.label} {more}".strip()
-            for more in ("", run.start["config"]["name"], run.folder)
-        ]
-        for run in runs
-    ]
-    taken = [label for own in choices for label in own]
-    return [next((c for c in own if taken.count(c) == 1), own[-1]) for own in choices]
+        texts.setdefault(text, []).append(str(run.start["config"]["seed"]))
+    seeds = {text: list(dict.fromkeys(found)) for text, found in texts.items()}
+    return [f"{text} Seed{'s' * (len(of) > 1)}: {', '.join(of)}." for text, of in seeds.items()]

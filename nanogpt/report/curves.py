@@ -85,6 +85,15 @@ def read_reference(path: pathlib.Path) -> Curve:
     return mean_curve(_curves(path, _rows(path, COLUMN), COLUMN), _name(path))
 
 
+def diverged(curve: Curve) -> bool:
+    """Tells whether a run ended no better than it began: worse, or not finite.
+
+    >>> diverged(Curve("a", [0, 1], [6.0, 7.0], [0.0, 1.0]))
+    True
+    """
+    return not curve.losses[-1] <= curve.losses[0]
+
+
 def common_steps(curves: Sequence[Curve]) -> list[int]:
     """Returns, in order, the steps at which every curve has a loss.
 

@@ -1,5 +1,6 @@
 """Sets of runs that belong together: one setting, several seeds."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -7,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanogpt.report.comparable import check_comparable
-from nanogpt.report.comparison import Run, labels, read_run
 from nanogpt.report.curves import (
     COLUMN,
     Curve,
+    diverged,
     mean_curve,
     published_file,
     read_curves,
     step_time,
 )
+from nanogpt.report.runs import Run, labels, read_run
 from nanogpt.report.verdicts import Result, last_result
 from nanogpt.train.stored import expecting_form
 
@@ -38,7 +40,6 @@ class Group:
         reference: whether it is a published result, which pictures draw thinner.
         start: the first run's record "start", of a run of ours.
         machine: where it ran.
-        family: groups of one family share a colour and differ in dashes; empty: a family alone.
     """
 
     label: str
@@ -51,12 +52,21 @@ class Group:
     reference: bool = False
     start: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     machine: str = ""
-    family: str = ""
 
     @property
     def curve(self) -> Curve:
-        """What pictures show, called by the group's label."""
+        """The mean of its runs, or what is drawn in its place, called by the group's label."""
         return (self.drawn or mean_curve(self.runs, self.label))._replace(label=self.label)
+
+    @property
+    def survivors(self) -> list[Curve]:
+        """Its runs that did not diverge."""
+        return [run for run in self.runs if not diverged(run)]
+
+    @property
+    def shown(self) -> Curve:
+        """What pictures show: `curve`, of the survivors if there are some."""
+        return dataclasses.replace(self, runs=self.survivors or self.runs).curve
 
     @property
     def result(self) -> Result:
@@ -112,6 +122,17 @@ def read_groups(
     return _own(own) + published
 
 
+def pooled(runs: Sequence[Run]) -> list[Group]:
+    """Puts runs of one setting into one set; a seed that is there already begins another one."""
+    sets: dict[tuple[str, int], list[Run]] = {}
+    turns: collections.Counter[tuple[str, Any]] = collections.Counter()
+    for run in runs:
+        setting, seed = _setting(run), run.start["config"].get("seed")
+        sets.setdefault((setting, turns[setting, seed]), []).append(run)
+        turns[setting, seed] += 1
+    return _own(list(sets.values()))
+
+
 def run_folders(path: pathlib.Path) -> list[pathlib.Path]:
     """Returns the folders of runs at or below a path, in order of their names.
 
@@ -148,7 +169,11 @@ def _own(sets: list[list[Run]]) -> list[Group]:
     groups = []
     for label, runs in zip(labels([runs[0] for runs in sets]), sets, strict=True):
         start, states = runs[0].start, [run.status for run in runs]
-        told = [f"{states.count(s)} {s}" for s in ("unfinished", "diverged") if s in states]
+        told = [
+            f"{states.count(s)} {s}" if len(runs) > 1 else s
+            for s in ("unfinished", "diverged")
+            if s in states
+        ]
         label += f" ({', '.join(told)})" * bool(told)
         machine = f"{start['device']['count']} x {start['device']['kind']}"
         curves = [run.curve for run in runs]

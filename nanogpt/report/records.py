@@ -15,7 +15,7 @@ from nanogpt.optimizers.flops import (
     step_flops,
 )
 from nanogpt.report.board import board_table, draw_board
-from nanogpt.report.comparable import BENCHMARK, common_track
+from nanogpt.report.comparable import BENCHMARKS, common_track
 from nanogpt.report.curves import COLUMN, PUBLISHED_CURVES, read_curves
 from nanogpt.report.groups import Group, read_groups
 from nanogpt.report.tables import markdown, page, shown
@@ -25,6 +25,7 @@ from nanogpt.report.verdicts import TARGET
 COMMON = "8 x H100"  # machine of the results whose times are drawn
 BASELINE = "#36 Muon, tuned"
 NO_RUNS = "No full-size run of this project is among them yet."
+BENCHMARK = BENCHMARKS["t3"]
 SHAPES = block_shapes(BENCHMARK.model)
 MODEL = model_flops(BENCHMARK.model, BENCHMARK.data.batch_rows * BENCHMARK.model.sequence_length)
 MUON = muon_flops(SHAPES, 12)  # the first results may have iterated less often
@@ -51,7 +52,7 @@ def read_results() -> list[dict[str, str]]:
 def write_records(
     runs: Sequence[pathlib.Path], curves: pathlib.Path, out: pathlib.Path
 ) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes track3.md and track3.png.
+    """Writes track3.md, track3.png and track3-dark.png.
 
     Args:
         runs: folders of full-size runs, drawn beside the published results.
@@ -71,7 +72,10 @@ def write_records(
         groups,
         out,
         target=TARGET,
-        title="Track 3: published results" + (" and runs of this project" if own else ""),
+        heading=(
+            "Track 3: published results" + (" and runs of this project" if own else ""),
+            "FineWeb, GPT of 124M parameters",
+        ),
         machine=COMMON,
         name="track3",
     )
@@ -103,7 +107,7 @@ def published_group(entry: Mapping[str, str], curves: pathlib.Path) -> Group:
     """Reads a published result.
 
     Args:
-        entry: a row of results.csv: label, family, file of the runs, value as the benchmark's table
+        entry: a row of results.csv: label, file of the runs, value as the benchmark's table
             prints it, machine, own_flops (a key of `FLOPS`), column of losses if another one, and
             the file that is drawn where the first one holds final losses alone.
         curves: folder of the files.
@@ -126,7 +130,6 @@ def published_group(entry: Mapping[str, str], curves: pathlib.Path) -> Group:
         drawn=read_curves(curves / f"{entry['drawn']}.csv")[0] if entry["drawn"] else None,
         reference=True,
         machine=entry["machine"],
-        family=entry["family"],
     )
 
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+LONGEST = 24  # letters of a name in a picture
 PAGES = pathlib.Path(__file__).parent / "pages"
 
 
@@ -32,6 +33,27 @@ def shown(value: float | None, form: str, scale: float = 1.0) -> str:
     ('152', '-')
     """
     return "-" if value is None or not math.isfinite(value) else format(value * scale, form)
+
+
+def printable(text: str) -> str:
+    r"""The text with a mark in the place of each letter that cannot be printed.
+
+    >>> printable("a\tb")
+    'a�b'
+    """
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def shorten(text: str, longest: int = LONGEST) -> str:
+    """Takes out of the middle what is too long, and what cannot be printed.
+
+    >>> shorten("Muon runs/long/name/seed-1", 16)
+    'Muon run…/seed-1'
+    """
+    text = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[1 - longest // 2 :]}"
 
 
 def page(name: str, **values: Any) -> str:

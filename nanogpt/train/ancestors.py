@@ -35,7 +35,7 @@ def read_params(config: Config, params: Any) -> tuple[Any, str]:
     Raises:
         ValueError: no such run, no checkpoint, or a model of other sizes.
     """
-    folder, saved, steps = _read("init_from", config.init_from)
+    folder, saved, steps = run_of("init_from", config.init_from)
     with expecting_form(folder / "metrics.jsonl"):
         sizes = {name: saved["model"][name] for name in _SIZES}
         sizes |= {name: saved["model"].get(name, 1.0) for name in _MULTIPLIERS}
@@ -46,19 +46,32 @@ def read_params(config: Config, params: Any) -> tuple[Any, str]:
                 f"init_from={config.init_from!r}: that run has model.{name}={before}, this one "
                 f"{now}: set --model.{name.replace('_', '-')} {before}."
             )
+    path = folder / "checkpoints" / str(max(steps))
+    refuse_damaged("init_from", path)
+    found = params_of(path, params)
+    whole = jax.tree.leaves(multihost_utils.process_allgather(found, tiled=True))
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in whole))
+    return found, digest.hexdigest()[:16]
+
+
+def params_of(checkpoint: Path, params: Any) -> Any:
+    """Loads the parameters of a checkpoint, and nothing else of it.
+
+    Args:
+        checkpoint: its folder.
+        params: tree of arrays, or of their shapes with shardings, the pattern.
+
+    Raises:
+        DamagedError: arrays cannot be read.
+    """
     pattern = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
     args = ocp.args.PyTreeRestore(
         item=pattern,
         restore_args=ocp.checkpoint_utils.construct_restore_args(pattern),
         partial_restore=True,
     )
-    path = folder / "checkpoints" / str(max(steps))
-    _refuse_damaged("init_from", path)
-    with ocp.PyTreeCheckpointer() as reader, reading(path / "state"):
-        found = reader.restore(absolute(path / "state"), args=args)["params"]
-    whole = jax.tree.leaves(multihost_utils.process_allgather(found, tiled=True))
-    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in whole))
-    return found, digest.hexdigest()[:16]
+    with ocp.PyTreeCheckpointer() as reader, reading(checkpoint / "state"):
+        return reader.restore(absolute(checkpoint / "state"), args=args)["params"]
 
 
 def common_checkpoint(config: Config) -> int:
@@ -67,7 +80,7 @@ def common_checkpoint(config: Config) -> int:
     Raises:
         ValueError: no such run, or no such checkpoint; names the step.
     """
-    folder, saved, steps = _read("go_on_from", config.go_on_from)
+    folder, saved, steps = run_of("go_on_from", config.go_on_from)
     with expecting_form(folder / "metrics.jsonl", ValueError):
         common = common_steps(saved, plain(config))
     usable = [step for step in steps if step <= common]
@@ -78,7 +91,7 @@ def common_checkpoint(config: Config) -> int:
             f"{', '.join(map(str, steps))}. Train that run anew with --output.checkpoint-every and "
             "--output.keep-checkpoints, or begin with its parameters alone by --init-from."
         )
-    _refuse_damaged("go_on_from", path_of(config.go_on_from) / "checkpoints" / str(max(usable)))
+    refuse_damaged("go_on_from", path_of(config.go_on_from) / "checkpoints" / str(max(usable)))
     return max(usable)
 
 
@@ -90,13 +103,22 @@ def copy_run(config: Config, step: int) -> None:
     copy(source / "checkpoints" / str(step), target.checkpoints / str(step))
 
 
-def _refuse_damaged(name: str, folder: Path) -> None:
+def refuse_damaged(name: str, folder: Path) -> None:
+    """Refuses a checkpoint whose files are not what was saved."""
     if fault := damage(folder):
         raise DamagedError(f"{name}: {fault} Delete it there to take the one before.")
 
 
-def _read(name: str, folder: str) -> tuple[Path, dict[str, Any], list[int]]:
-    """A run's folder, settings, and the steps of its checkpoints."""
+def run_of(name: str, folder: str) -> tuple[Path, dict[str, Any], list[int]]:
+    """A run's folder, settings, and the steps of its checkpoints.
+
+    Args:
+        name: of the setting that names it.
+        folder: here or in gs://.
+
+    Raises:
+        ValueError: it holds no run, or one without checkpoints.
+    """
     path = path_of(folder)
     metrics = path / "metrics.jsonl"
     steps = saved_steps(path / "checkpoints")

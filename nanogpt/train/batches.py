@@ -70,7 +70,8 @@ def open_data(config: Config) -> RunData:
 
     def validation() -> Iterator[data_pipeline.Batch]:
         rows = data.microbatch_rows
-        sizes = {"sequence_length": length, "val_tokens": data.val_tokens, "rows": rows}
+        each = data.val_length or length
+        sizes = {"sequence_length": each, "val_tokens": data.val_tokens, "rows": rows}
         return data_pipeline.val_batches(held_out, **sizes, **place)
 
     validation()  # raises if val_tokens does not suit the shard
@@ -132,10 +133,17 @@ def to_device(batch: data_pipeline.Batch, layout: Layout | None = None) -> Batch
 
 
 def batch_pattern(
-    rows: int, config: Config, layout: Layout | None = None
+    rows: int, config: Config, layout: Layout | None = None, length: int | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, dtypes and layout of a batch of so many rows, to compile for."""
-    shape, sharding = (rows, config.model.sequence_length), layout and layout.rows
+    """Returns shapes, dtypes and layout of a batch of so many rows, to compile for.
+
+    Args:
+        rows: of all processes.
+        config: the run.
+        layout: of several devices.
+        length: of a row; None for that of training.
+    """
+    shape, sharding = (rows, length or config.model.sequence_length), layout and layout.rows
     tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     return {"inputs": tokens, "targets": tokens}
 
@@ -150,12 +158,17 @@ def _identity(
         source = manifest.source
         tokenizer = f"{source.tokenizer} {source.vocab_size} {source.merges_sha256[:12]}"
     sizes = (model.num_layers, model.model_dim, model.head_dim, model.mlp_dim)
+    kind, place = "GPT", ""
+    if model.kind == "medium":
+        kind = "medium GPT"
+        place = f", windows of {model.window} by {model.mask_block}, documents at "
+        place += f"{model.end_of_text}, validation in rows of {config.data.val_length}"
     return {
         "shards": f"{first.name} and {scored.name}",
         "data": data_pipeline.fingerprint([first])[:16],
         "tokenizer": tokenizer,
-        "model": f"GPT {'x'.join(map(str, sizes))}, {model.vocab_size} ids, "
-        f"rows of {model.sequence_length}",
+        "model": f"{kind} {'x'.join(map(str, sizes))}, {model.vocab_size} ids, "
+        f"rows of {model.sequence_length}{place}",
         "validation": f"{config.data.val_tokens} tokens of "
         f"{data_pipeline.fingerprint([scored], **scored_tokens)[:16]}",
     }

@@ -26,6 +26,7 @@ from nanogpt.train.progress import Report
 from nanogpt.train.record_log import source_text
 from nanogpt.train.run_folder import RunFolder
 from nanogpt.train.sinks import check_sinks
+from nanogpt.train.spectra import spectra_reader
 from nanogpt.train.train_step import abstract_params, init_state, make_eval_step, make_train_step
 from shampoo_jax import eval_params
 
@@ -134,6 +135,7 @@ class _Run:
         self.saved: int | None = None
         self.damaged: list[str] = []
         self.validated: tuple[int, float] | None = None  # step and loss
+        self.skipped = 0  # steps up to the last one that was settled
         self.common: int | None = None  # step of another run's checkpoint to go on from
         self.clock = StepClock(0.0)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
@@ -209,6 +211,7 @@ class _Run:
         """Takes all steps that are left, one always in flight behind the bookkeeping."""
         self.checkpoints.open(self.state)
         report.start(self.state, self.compile_s, self.damaged)
+        self.skipped = int(self.state.opt_state.total_notfinite)
         self.last_save = _seconds()
         self.clock.start()
         for step in range(self.saved or 0, self.config.schedule.steps):
@@ -222,6 +225,7 @@ class _Run:
             self.state, metrics = self.train_step(self.state, batch)
             self._settle(report)
             self.in_flight = (step, metrics)
+            self._record_spectra_if_due(step, report)
         self._finish(report)
 
     def close(self) -> None:
@@ -247,8 +251,11 @@ class _Run:
         batch = batch_pattern(sizes.batch_rows, self.config, self.layout)
         self.train_step = _compiled(step, patterns, batch)
         evaluate = make_eval_step(self.graphdef, self.config, self.layout)
-        batch = batch_pattern(sizes.microbatch_rows, self.config, self.layout)
-        self.evaluate = _compiled(evaluate, patterns.params, batch)
+        batch = batch_pattern(
+            sizes.microbatch_rows, self.config, self.layout, length=sizes.val_length
+        )
+        self.evaluate = _compiled(evaluate, patterns.params, batch, patterns.step)
+        self.read_spectra = spectra_reader(self.layout)
         self.weights = lambda state: state.params
         if self.config.tail or self.config.lookahead:
             average = jax.jit(lambda state: eval_params(state.opt_state, state.params))
@@ -262,6 +269,7 @@ class _Run:
             jax.block_until_ready(metrics)
             self.clock.lap()
             report.step(step, metrics, self.clock)
+            self.skipped = int(metrics["skipped"])
             check_row(step, int(metrics["skipped_in_a_row"]), self.config.nonfinite_limit)
 
     def _trace_if_due(self, step: int, report: Report) -> None:
@@ -276,6 +284,20 @@ class _Run:
             self.trace.close()
         self.clock.start()
 
+    def _record_spectra_if_due(self, step: int, report: Report) -> None:
+        """Records the factors' spectra, off the clock, after a step whose figures are kept.
+
+        These are the first update and every N-th: a step that was skipped is none.
+        """
+        every, before = getattr(self.config.matrices, "monitor", None), self.skipped
+        update = step + 1 - before
+        if every and (update == 1 or update % every == 0):
+            self._settle(report)
+            if self.skipped != before:
+                return
+            report.spectra(step, self.read_spectra(self.state))
+            self.clock.start()
+
     def _validate_if_due(self, step: int, report: Report) -> None:
         """Measures the loss before update `step`, off the clock; gives up when asked to stop."""
         if not validation_due(step, self.config):
@@ -285,7 +307,8 @@ class _Run:
         for batch in self.data.validation():
             if self.stopped(step):
                 return
-            total += float(self.evaluate(weights, to_device(batch, self.layout)))
+            batch_there = to_device(batch, self.layout)
+            total += float(self.evaluate(weights, batch_there, self.state.step))
             tokens += batch["targets"].size * jax.process_count()
         self.validated = step, total / tokens
         report.validation(*self.validated, self.clock)

@@ -100,6 +100,10 @@ class Layout:
         """Of batches (microbatches, rows, T)."""
         return NamedSharding(self.mesh, P(None, AXES))
 
+    def gathered(self, x: jax.Array) -> jax.Array:
+        """An array, whole on every device; under jit."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
+
     def pin(self, params: Any) -> Any:
         """A tree of parameters or gradients, each in its layout; under jit."""
         return jax.tree_util.tree_map_with_path(

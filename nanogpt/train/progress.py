@@ -122,6 +122,10 @@ class Report:
         if int(metrics["skipped_in_a_row"]) >= self._config.nonfinite_limit:
             self._write("diverged", step=step, skipped=self._skipped)
 
+    def spectra(self, step: int, matrices: dict[str, Any]) -> None:
+        """Writes what `nanogpt.train.spectra` read after update `step`."""
+        self._write("spectra", step=step, matrices=matrices)
+
     def validation(self, step: int, loss: float, clock: StepClock) -> None:
         """Writes the validation loss (nats per token) before update `step`."""
         self._val_loss = loss

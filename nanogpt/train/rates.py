@@ -11,6 +11,7 @@ class Rates(NamedTuple):
       first: Of the first products of a root.
       rest: Of the others.
       bfloat16: Of the forward and backward pass.
+      plain: Of float32 products whose precision is left to the platform.
       memory: Bytes per second of the device's memory.
       near: Bytes per second and direction to devices of one node or pod.
       far: Likewise beyond it.
@@ -22,6 +23,7 @@ class Rates(NamedTuple):
     first: float
     rest: float
     bfloat16: float
+    plain: float
     memory: float
     near: float
     far: float
@@ -38,13 +40,14 @@ def gpu(
     far: float,
     source: str,
 ) -> Rates:
-    """Roots begin with three bfloat16 products for one, and go on in TF32."""
-    return Rates(float32, bfloat16 / 3, tf32, bfloat16, memory, near, far, 8, source)
+    """Roots begin with three bfloat16 products for one, and go on in TF32, also the default."""
+    return Rates(float32, bfloat16 / 3, tf32, bfloat16, tf32, memory, near, far, 8, source)
 
 
 def tpu(bfloat16: float, memory: float, near: float, far: float, pod: int, source: str) -> Rates:
-    """Full precision is six bfloat16 products for one; roots go on with three."""
-    return Rates(bfloat16 / 6, bfloat16 / 6, bfloat16 / 3, bfloat16, memory, near, far, pod, source)
+    """Full precision is six bfloat16 products for one; roots go on with three; default is one."""
+    six, three = bfloat16 / 6, bfloat16 / 3
+    return Rates(six, six, three, bfloat16, bfloat16, memory, near, far, pod, source)
 
 
 _HOPPER = (
@@ -67,6 +70,11 @@ DEVICES = {
         "bfloat16: NVIDIA's data sheet 3384703, TF32 half of it; float32 and memory: cores, units, "
         "clock and bandwidth of openxla/xla's target file; NVLink 1800 GB/s both ways and 400 Gb/s "
         "adapters not confirmed by a page of NVIDIA's",
+    ),
+    "TPU v4": tpu(
+        *(275e12, 1200e9, 269e9, 6.25e9, 4096),
+        "docs.cloud.google.com/tpu/docs/v4: 1.1 PB/s of all-reduce in a pod of 4096; beyond a pod "
+        "not found, v5p's",
     ),
     "TPU v5p": tpu(
         *(459e12, 2765e9, 600e9, 6.25e9, 8960),

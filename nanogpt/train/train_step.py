@@ -11,8 +11,9 @@ import optax
 from flax import nnx
 
 from nanogpt.config.run import Config, ModelConfig
-from nanogpt.model.gpt import GPT
+from nanogpt.model.build import make_model
 from nanogpt.model.loss import pairwise_sum, token_losses
+from nanogpt.optimizers.schedules import window_schedule
 from nanogpt.train.mesh import Layout
 
 Batch = dict[str, jax.Array]
@@ -45,14 +46,14 @@ def model_structure(config: ModelConfig) -> nnx.GraphDef:
         config: The model.
 
     Returns:
-        What `nnx.merge` needs beside a parameter tree to give a `GPT`.
+        What `nnx.merge` needs beside a parameter tree to give the model.
     """
-    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
 
 
 def draw_params(config: ModelConfig, seed: Any) -> optax.Params:
     """Initial weights of a seed, or of its key, which may be traced."""
-    return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(make_model(config, nnx.Rngs(seed)), nnx.Param))
 
 
 def init_state(
@@ -79,22 +80,40 @@ def init_state(
 
 
 def summed_loss(
-    graphdef: nnx.GraphDef, params: optax.Params, batch: Batch
+    graphdef: nnx.GraphDef, params: optax.Params, batch: Batch, layout: Layout | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the cross entropy over all tokens of a batch, twice.
 
     Args:
         graphdef: The model's static part.
         params: Its parameters.
-        batch: {"inputs", "targets"}, int32 (rows, T).
+        batch: {"inputs", "targets"}, int32 (rows, T), and what `at_step` adds.
+        layout: Where the batch lies on a mesh.
 
     Returns:
         The sum to differentiate, and the same sum, pairwise, to report.
     """
-    raw_BxTxV = nnx.merge(graphdef, params).raw_logits(batch["inputs"])
+    windows = [batch["window"][0, 0]] if "window" in batch else []
+    raw_BxTxV = nnx.merge(graphdef, params).raw_logits(batch["inputs"], *windows)
     raw_NxV = raw_BxTxV.reshape(-1, raw_BxTxV.shape[-1])
     losses_N = token_losses(raw_NxV, batch["targets"].ravel())
-    return losses_N.sum(), pairwise_sum(losses_N)
+    # Halving what lies on many devices would send a little at every halving.
+    whole_N = losses_N if layout is None else layout.gathered(losses_N)
+    return losses_N.sum(), pairwise_sum(whole_N)
+
+
+def at_step(batch: Batch, config: Config, step: jax.typing.ArrayLike) -> Batch:
+    """Adds what the model has to know of the step: "window", int32 (rows, 1), the same everywhere.
+
+    Args:
+        batch: {"inputs", "targets"}.
+        config: The run; without a window of `model.kind` "medium" the batch stays as it is.
+        step: Updates done so far.
+    """
+    if config.model.kind != "medium":
+        return batch
+    window = window_schedule(config)(step)
+    return batch | {"window": jnp.broadcast_to(window, (len(batch["inputs"]), 1))}
 
 
 def make_train_step(
@@ -108,9 +127,9 @@ def make_train_step(
 
     A guarded optimizer leaves everything as it was where a gradient is not finite, and counts that.
 
-    Gradients are those of the loss summed over every token of the batch. They are taken with
-    respect to float32 copies of the parameters, accumulated over microbatches in float32, and
-    rounded to the parameters' precision once.
+    Gradients are those of the loss summed over every token of the batch, divided by their number if
+    `config.loss` says so. They are taken with respect to float32 copies of the parameters,
+    accumulated over microbatches in float32, and rounded to the parameters' precision once.
 
     Args:
         graphdef: The model's static part, from `init_state`.
@@ -125,26 +144,14 @@ def make_train_step(
         of that mean, of a guarded optimizer "skipped" and "skipped_in_a_row", and of one that
         counts them "refreshed", bases so far.
     """
-    sums, keep = functools.partial(_sums, graphdef), config.matrices.reads_microbatches
-
-    def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates, Any]:
-        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        rows, kept = config.data.microbatch_rows, None
-        if layout is not None and layout.scatter_gradients:
-            piece = rows // layout.mesh.size
-            total, grads = layout.summed(lambda p, b: sums(p, b, piece, None)[0], wide, batch)
-        else:
-            (total, grads), kept = sums(wide, batch, rows, layout, keep)
-            grads = grads if layout is None else layout.pin(grads)
-        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), kept
-
+    gradients = make_gradients(graphdef, config, layout)
     update = optax.with_extra_args_support(tx).update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = at_step(batch, config, state.step)
         total, grads, kept = gradients(state.params, batch)
         further = {} if kept is None else {"further": {"microbatches": kept}}
-        tokens = batch["targets"].size
-        norm = optax.tree.norm(grads)
+        tokens, norm = batch["targets"].size, optax.tree.norm(grads) * _parts(batch, config)
         objective = _objective(batch, config, layout)
         updates, opt_state = update(
             grads, state.opt_state, state.params, obj_fn=objective, **further
@@ -163,6 +170,37 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def make_gradients(
+    graphdef: nnx.GraphDef, config: Config, layout: Layout | None = None
+) -> Callable[[optax.Params, Batch], tuple[jax.Array, optax.Updates, Any]]:
+    """Builds the forward and backward pass of a step, to be called in a jitted function.
+
+    Args:
+        graphdef: The model's static part, from `init_state`.
+        config: The run; `data.microbatch_rows` rows go through the model at a time.
+        layout: Where parameters and batches lie on a mesh.
+
+    Returns:
+        Function (params, batch with what `at_step` adds) -> (summed loss, gradients of it or of the
+        mean, as `config.loss` says, those of each microbatch or None).
+    """
+    sums, keep = functools.partial(_sums, graphdef), config.matrices.reads_microbatches
+
+    def gradients(params: optax.Params, batch: Batch) -> tuple[jax.Array, optax.Updates, Any]:
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        rows, kept = config.data.microbatch_rows, None
+        if layout is not None and layout.scatter_gradients:
+            piece = rows // layout.mesh.size
+            total, grads = layout.summed(lambda p, b: sums(p, b, piece, None)[0], wide, batch)
+        else:
+            (total, grads), kept = sums(wide, batch, rows, layout, keep)
+            grads = grads if layout is None else layout.pin(grads)
+        grads, kept = jax.tree.map(lambda g: g / _parts(batch, config), (grads, kept))
+        return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), kept
+
+    return gradients
+
+
 def _sums(
     graphdef: nnx.GraphDef, wide: optax.Params, batch: Batch, rows: int, layout: Layout | None,
     keep: bool = False,
@@ -174,7 +212,7 @@ def _sums(
 
     def accumulate(carry, piece):
         def loss(p: optax.Params):
-            return summed_loss(graphdef, p, piece)
+            return summed_loss(graphdef, p, piece, layout)
 
         (_, total), grads = jax.value_and_grad(loss, has_aux=True)(wide)
         times = jax.tree.map(lambda g: g * count, grads) if keep else None
@@ -188,7 +226,7 @@ def _sums(
 def _objective(
     batch: Batch, config: Config, layout: Layout | None
 ) -> Callable[[optax.Params], jax.Array]:
-    """The summed loss as a function of the parameters, for optimizers that evaluate it again.
+    """The loss as a function of the parameters, for optimizers that evaluate it again.
 
     Differentiating it holds the activations of one microbatch at a time. It may be differentiated
     twice, as Sophia does, so attention is XLA's: cuDNN's has a first derivative only.
@@ -201,9 +239,15 @@ def _objective(
         def loss(piece: Batch) -> jax.Array:
             return summed_loss(graphdef, params, piece)[0]
 
-        return jax.lax.map(loss, _microbatches(batch, config.data.microbatch_rows, layout)).sum()
+        total = jax.lax.map(loss, _microbatches(batch, config.data.microbatch_rows, layout)).sum()
+        return total / _parts(batch, config)
 
     return objective
+
+
+def _parts(batch: Batch, config: Config) -> int:
+    """What the loss that optimizers see is divided by."""
+    return batch["targets"].size if config.loss == "mean" else 1
 
 
 def _microbatches(batch: Batch, rows: int, layout: Layout | None) -> Batch:
@@ -216,7 +260,7 @@ def _microbatches(batch: Batch, rows: int, layout: Layout | None) -> Batch:
 
 def make_eval_step(
     graphdef: nnx.GraphDef, config: Config, layout: Layout | None = None
-) -> Callable[[optax.Params, Batch], jax.Array]:
+) -> Callable[..., jax.Array]:
     """Builds the jitted evaluation.
 
     Args:
@@ -225,13 +269,15 @@ def make_eval_step(
         layout: Where parameters and batches lie on a mesh.
 
     Returns:
-        Function (params, {"inputs", "targets"} int32 (rows, T)) -> sum of the cross entropy over
-        all rows and tokens, float32 nats. `rows` must be a multiple of `microbatch_rows`.
+        Function (params, {"inputs", "targets"} int32 (rows, T), step) -> sum of the cross entropy
+        over all rows and tokens, float32 nats. `rows` must be a multiple of `microbatch_rows`; the
+        step, 0 if left out, decides the window of attention.
     """
 
-    def evaluate(params: optax.Params, batch: Batch) -> jax.Array:
+    def evaluate(params: optax.Params, batch: Batch, step: jax.typing.ArrayLike = 0) -> jax.Array:
+        batch = at_step(batch, config, step)
         pieces = _microbatches(batch, config.data.microbatch_rows, layout)
-        sums = jax.lax.map(lambda piece: summed_loss(graphdef, params, piece)[1], pieces)
+        sums = jax.lax.map(lambda piece: summed_loss(graphdef, params, piece, layout)[1], pieces)
         return pairwise_sum(sums)
 
     return jax.jit(evaluate)

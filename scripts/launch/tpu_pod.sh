@@ -2,6 +2,7 @@
 # A TPU slice of several hosts, one process a host. From a machine with gcloud:
 #   TPU=my-slice ZONE=us-east5-a DATA=/mnt/data OUTPUT=/mnt/runs \
 #     scripts/launch/tpu_pod.sh --preset track3 --optimizer shampoo
+# A row of the medium track, on 8 chips of a v5p: the same with --preset medium.
 # Every host needs a clone in ~/shampoo-jax (REPOSITORY is cloned where there is none) and sees the
 # same DATA (shards made before) and OUTPUT, in a mounted bucket say: all hosts write checkpoints into
 # one folder. Ctrl-C does not reach the hosts. A signal to one of them stops all, with a checkpoint:

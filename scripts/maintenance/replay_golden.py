@@ -9,7 +9,8 @@ are compared as `scripts.maintenance.golden_matrix` says, optimizers that follow
 `scripts.maintenance.golden_transfer` does, those with statistics of microbatches, which hold
 several modes, as `scripts.maintenance.golden_microbatches` does, entries of the benchmark's newer
 records as `scripts.maintenance.golden_records` does, multipliers in JSON as
-`scripts.maintenance.golden_multipliers` does. Exits 1 on a miss or where a file
+`scripts.maintenance.golden_multipliers` does, the medium track's model, data and runs as
+`scripts.maintenance.golden_medium` does. Exits 1 on a miss or where a file
 is refused: nothing that a file says is ignored, see `scripts.maintenance.golden_format`.
 """
 
@@ -34,6 +35,7 @@ import shampoo_jax
 from scripts.maintenance import (
     golden_adapter,
     golden_matrix,
+    golden_medium,
     golden_microbatches,
     golden_multipliers,
     golden_records,
@@ -209,6 +211,8 @@ def errors(path: Path, states: Path | None = None) -> dict[str, float]:
     try:
         if golden_records.holds_records(path):
             return {"": golden_records.error(path)}
+        if golden_medium.holds_medium(path):
+            return {"": golden_medium.error(path)}
         if path.suffix == ".json":
             return golden_multipliers.errors(path)
         if golden_matrix.holds_cases(path):

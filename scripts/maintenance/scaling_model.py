@@ -32,7 +32,8 @@ from matplotlib.figure import Figure
 
 from nanogpt.report.plotting import COLOURS, DASHES, GREY, STYLE
 from nanogpt.train.rates import DEVICES, Rates
-from scripts.maintenance import scaling_page
+from scripts.maintenance import scaling_compiled, scaling_page
+from scripts.maintenance.scaling_compiled import Cell
 from scripts.maintenance.scaling_validation import block_flops, bytes_per_flop, validate
 from shampoo_jax import Blocking, Report, batch_axes, explain, shampoo
 
@@ -129,13 +130,17 @@ def report(model: Model, devices: int) -> Report:
     )
 
 
-def predict(model: Model, devices: int, rates: Rates) -> dict[str, float]:
+def predict(
+    model: Model, devices: int, rates: Rates, compiled: Cell | None = None
+) -> dict[str, float]:
     """Seconds per step and bytes of one device.
 
     Args:
       model: Whose parameters.
       devices: How many, all of them owners.
       rates: Of one device.
+      compiled: What the compiler found, of `scaling_compiled.cells`, where it has: its statistics,
+        roots and communication are then those of the result.
 
     Returns:
       In seconds `statistics`, `apply`, `roots` (averaged over steps; zero blocks included; products
@@ -162,10 +167,27 @@ def predict(model: Model, devices: int, rates: Rates) -> dict[str, float]:
         "communication": (there.sent_in + there.sent_out) / near,
         "model": 6 * trained * model.tokens / devices / rates.bfloat16,
     }
+    if compiled:
+        seconds["statistics"] = compiled["statistics"] / rates.bfloat16
+        seconds["communication"] = compiled["bytes"] / near
+        if "seconds" in compiled:  # of application and one refresh
+            seconds["roots"] = (compiled["seconds"] - seconds["apply"]) / EVERY
     return {part: value / EFFICIENCY for part, value in seconds.items()} | {
         "state_bytes": there.state_bytes,
         "memory": there.state_bytes + 3 * local,
         "padding": there.padding,
+    }
+
+
+def planned(model: Model, devices: int) -> dict[str, float]:
+    """What `scaling_compiled.cells` has, as the model counts it."""
+    there = report(model, devices).on_mesh
+    assert there is not None
+    work = block_flops(there.blocks)
+    return {
+        "statistics": 2 * work,
+        "others": work + there.refresh_flops,
+        "bytes": there.sent_in + there.sent_out,
     }
 
 
@@ -246,16 +268,26 @@ def main() -> None:
         record.write_text(json.dumps(validate(), indent=1) + "\n")
     elif not record.exists():
         parser.error(f"{record} does not exist: run once with --validate.")
+    compiled = scaling_compiled.cells(args.out / "hardware.jsonl")
+
+    def cell(device: str, model: str, n: int) -> dict[str, float]:
+        known = compiled.get(device, {}) if model == scaling_compiled.MODEL else {}
+        return predict(MODELS[model], n, DEVICES[device], known.get(n))
+
     found = {
-        device: {m: {n: predict(model, n, rates) for n in COUNTS} for m, model in MODELS.items()}
-        for device, rates in DEVICES.items()
-        if device in ("H100 SXM", "TPU v5p")
+        device: {m: {n: cell(device, m, n) for n in COUNTS} for m in MODELS}
+        for device in ("H100 SXM", "TPU v5p")
     }
     balances = {
         m: {n: balance(model, n) for n in (8, 64, 512, 4096)} for m, model in MODELS.items()
     }
+    pairs = {
+        (device, n): (planned(MODELS[scaling_compiled.MODEL], n), known)
+        for device, cells in compiled.items()
+        for n, known in cells.items()
+    }
     page = scaling_page.page(
-        found, balances, json.loads(record.read_text()), DEVICES, MODELS, EFFICIENCY
+        found, balances, json.loads(record.read_text()), DEVICES, MODELS, EFFICIENCY, pairs
     )
     (args.out / "scaling.md").write_text(page)
     if args.plot:

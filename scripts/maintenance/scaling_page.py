@@ -24,7 +24,9 @@ rates. Nothing here ran on a GPU or TPU.
   smaller models are replicated, so that whole float32 updates are gathered.
 * **Forward and backward** is 6 FLOPs a parameter and token, in bfloat16, at {tokens}.
 * **Memory** is state, float32 parameters and gradients, and a temporary copy; no activations.
-* Overlap, latencies, the reduction of gradients and the fallback by eigh are left out.
+* An **optimizer step** is the sum of its five parts: nothing overlaps. Compilers let little of the
+  communication overlap with products, see [hardware.md](hardware.md#how-to-read-a-plan).
+* Latencies, the reduction of gradients and what is done where roots fail are left out.
 
 ## Models
 
@@ -37,6 +39,9 @@ rates. Nothing here ran on a GPU or TPU.
 ## Predictions
 
 {predictions}
+
+Where a compiler was asked (below), statistics, roots and communication are its figures; the
+others are the model's.
 
 ## What follows
 
@@ -60,6 +65,22 @@ blocks is better. Fewer owners, a group of mesh axes, are the remedy where it ma
 
 A bound above 1 means fewer blocks than owners: only smaller blocks, or a group of owners that is
 replicated over the other devices, helps there.
+
+## Against the compilers of GPUs and TPUs
+
+The update of 124M parameters in track 3's run, compiled without devices (docs/hardware.jsonl, rows
+of polynomial roots with blocks of 1024), of one device: what a step has more than its forward and
+backward pass, or the update alone. Each entry is predicted / compiled.
+
+{compiled}
+
+* On 8 devices an owner has stacks of 9 blocks, which go through the optimizer in two chunks of 5:
+  one block is computed twice. The model counts every block once.
+* Programs hold what is done where roots fail as well. On GPUs that is left out; on TPUs it cannot
+  be told apart, so their roots stay the model's.
+* Bytes leave a device in a ring of all. The model's run gathers float32 updates of parameters that
+  are whole on every device; track 3's also sends blocks of gradients to their owners, and its
+  embedding travels in bfloat16.
 
 ## Against compiled programs
 
@@ -97,12 +118,15 @@ def _predictions(found: Found) -> str:
             if n not in (1, 8, 64, 512, 4096):
                 continue
             times = [f"{1e3 * p[part]:.3g}" for part in parts]
+            step = sum(p[part] for part in parts if part != "model")
+            times += [f"{1e3 * step:.3g}", f"{step / p['model']:.2g}"]
             sizes = [f"{p[k] / 1e9:.3g}" for k in ("state_bytes", "memory")]
             rows.append([model, str(n), *times, *sizes, f"{p['padding']:.0%}"])
     return table(
         [
             *("model", "devices", "statistics, ms", "application, ms", "roots, ms", "state, ms"),
-            *("communication, ms", "forward and backward, ms", "state, GB", "memory, GB"),
+            *("communication, ms", "forward and backward, ms", "optimizer step, ms"),
+            *("of forward and backward", "state, GB", "memory, GB"),
             "roots of zero blocks",
         ],
         rows,
@@ -128,6 +152,22 @@ def _validation(record: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
     return table(["part", *(f"{n} devices" if n != "1" else "1 device" for n in record)], rows)
 
 
+def _compiled(pairs: Mapping[tuple[str, int], tuple[Mapping[str, float], ...]]) -> str:
+    def cell(key: str, unit: float, predicted: Mapping[str, float], known: Mapping[str, float]):
+        if key not in known:
+            return ""
+        ratio = f" = {predicted[key] / known[key]:.2f}" if known[key] else ""
+        return f"{predicted[key] / unit:,.4g} / {known[key] / unit:,.4g}{ratio}"
+
+    parts = {"statistics": 1e9, "others": 1e9, "bytes": 1e6}
+    rows = [
+        [device, str(n), *(cell(key, unit, *pair) for key, unit in parts.items())]
+        for (device, n), pair in pairs.items()
+    ]
+    heads = ("statistics, GFLOP", "application and a refresh, GFLOP", "sent, MB")
+    return table(["device", "devices", *heads], rows)
+
+
 def page(
     found: Mapping[str, Found],
     balances: Found,
@@ -135,6 +175,7 @@ def page(
     devices: Mapping[str, Any],
     models: Mapping[str, Any],
     efficiency: float,
+    pairs: Mapping[tuple[str, int], tuple[Mapping[str, float], ...]],
 ) -> str:
     """The page.
 
@@ -145,6 +186,7 @@ def page(
       devices: `Rates` by name.
       models: `Model` by name.
       efficiency: Assumed share of peak.
+      pairs: Predicted and compiled, by device and their number.
     """
     rates = table(
         [
@@ -184,5 +226,6 @@ def page(
         predictions="\n\n".join(f"### {d}\n\n{_predictions(f)}" for d, f in found.items()),
         balances=_balances(balances),
         validation=_validation(record["devices"]),
+        compiled=_compiled(pairs),
         **{k: record[k] for k in ("jax", "layers", "width")},
     )

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 KINDS = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "f64": 8, "s64": 8}
@@ -19,6 +19,10 @@ _BRANCHES = re.compile(
     r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+), false_computation=%?([\w.-]+)"
 )
 _LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
+# Ends of what was started: `all-gather-done(%x)`, `async-done(%x)`, also with the operand's shape.
+_ENDED = re.compile(r" [a-z-]+-(done|update)\((?:[^%]*?%)?([\w.-]+)\)")
+# Libraries that compute: attention, decompositions, products.
+_KERNEL = re.compile(r'custom_call_target="(?:__cu|cusolver|cublas|lapack)')
 Counts = collections.Counter[str]
 
 
@@ -33,17 +37,20 @@ class Program:
       flops: Of products, by arithmetic.
       exchanges: Number and bytes of results, by kind.
       calls: Calls of libraries by name, as often as they are in the text.
+      overlapped: Of the exchanges those between whose start and end the schedule has products, or
+        attention and decompositions of libraries; the device waits for all others.
 
     Example:
       >>> import jax, jax.numpy as jnp, shampoo_jax
       >>> compiled = jax.jit(jnp.sin).lower(jnp.ones(3)).compile()
       >>> shampoo_jax.read_program(compiled.as_text())
-      Program(flops={}, exchanges={}, calls={})
+      Program(flops={}, exchanges={}, calls={}, overlapped={})
     """
 
     flops: dict[str, float]
     exchanges: dict[str, tuple[int, int]]
     calls: dict[str, int]
+    overlapped: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 def exchanges(program: str) -> dict[str, tuple[int, int]]:
@@ -57,14 +64,31 @@ def exchanges(program: str) -> dict[str, tuple[int, int]]:
     """
     found: dict[str, tuple[int, int]] = {}
     for shapes, kind, start in re.findall(rf"= (.*?) ({KINDS})(-start)?\(", program):
-        sizes = [BYTES.get(dtype, 4) * _size(dims) for dtype, dims in _SHAPE.findall(shapes)]
-        if start and kind in ("all-gather", "collective-permute"):
-            # The start of these names operands first, and the latter two numbers in the end.
-            sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[1:2]
+        nested = start and shapes.startswith("((")  # operands, then results
+        came = shapes[_end(shapes) :] if nested else shapes
+        sizes = [BYTES.get(dtype, 4) * _size(dims) for dtype, dims in _SHAPE.findall(came)]
+        if start and kind == "all-gather" and not nested:  # likewise, one by one
+            sizes = sizes[len(sizes) // 2 :]
+        elif start and kind == "collective-permute":  # which has two numbers in the end
+            sizes = sizes[:1] if nested else sizes[1:2]
         size = sum(sizes)
         count, total = found.get(kind, (0, 0))
         found[kind] = (count + 1, total + size)
     return found
+
+
+def _end(shapes: str) -> int:
+    """Where the first tuple inside of a tuple ends.
+
+    >>> _end("((f32[8]{0:T(8)}), f32[4])")
+    16
+    """
+    depth = 0
+    for place, letter in enumerate(shapes):
+        depth += (letter == "(") - (letter == ")")
+        if letter == ")" and depth == 1:
+            return place
+    return 0
 
 
 def read_program(text: str) -> Program:
@@ -84,13 +108,16 @@ def read_program(text: str) -> Program:
     """
     computations, entry = _computations(text)
     total = _total(computations, {}, entry)
-    split = {
-        kind: (int(total[f"number {kind}"]), int(total[f"bytes {kind}"]))
-        for kind in KINDS.split("|")
-        if total[f"number {kind}"]
-    }
     calls = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))
-    return Program(_flops(total), split, dict(calls))
+    return Program(_flops(total), _split(total), dict(calls), _split(total, "overlapped "))
+
+
+def _split(total: Counts, which: str = "") -> dict[str, tuple[int, int]]:
+    return {
+        kind: (int(total[f"{which}number {kind}"]), int(total[f"{which}bytes {kind}"]))
+        for kind in KINDS.split("|")
+        if total[f"{which}number {kind}"]
+    }
 
 
 def _flops(total: Counts) -> dict[str, float]:
@@ -119,22 +146,64 @@ def _total(
     total: Counts = collections.Counter()
     again = functools.partial(_total, computations, known)
     lines = computations.get(name, {})
-    for rest in lines.values():
-        if product := _PRODUCT.match(rest):
-            total["flops " + _arithmetic(rest, lines[product[2]])] += _work(product, lines)
-        elif branches := _BRANCHES.search(rest):
-            names = re.findall(r"[\w.-]+", " ".join(filter(None, branches.groups())))
-            total += max((again(n) for n in names), key=_weight)
-        elif loop := _LOOP.search(rest):
-            turns = _turns(rest, computations.get(loop[1], {}))
-            total += collections.Counter({k: n * turns for k, n in again(loop[2]).items()})
-        elif called := _CALLED.search(rest):
-            total += again(called[1])
-        for kind, (count, size) in exchanges("= " + rest).items():
-            total[f"number {kind}"] += count
-            total[f"bytes {kind}"] += size
+    started: dict[str, tuple[Counts, float]] = {}
+    for line, rest in lines.items():
+        own = _own(rest, lines, computations, again)
+        total += own
+        chain = _chain(line, rest, computations)
+        ended = _ENDED.search(rest)
+        if line.startswith("async-collective-start") or re.search(r"-start\(", rest):
+            sent = {k: n for k, n in own.items() if k.startswith(("number ", "bytes "))}
+            started[chain or line] = collections.Counter(sent), _computed(total)
+        elif known_start := started.pop(chain or (ended[2] if ended else ""), None):
+            sent, before = known_start
+            if ended and ended[1] == "update":
+                started[line] = known_start
+            elif _computed(total) > before:
+                total += collections.Counter({f"overlapped {k}": n for k, n in sent.items()})
     known[name] = total
     return total
+
+
+def _chain(line: str, rest: str, computations: Mapping[str, Mapping[str, str]]) -> str:
+    """Which exchange it is that a fusion starts or ends, as TPUs have them; else nothing."""
+    called = _CALLED.search(rest) if line.startswith("async-collective-") else None
+    pieces = " ".join(computations.get(called[1], {}).values()) if called else ""
+    found = re.search(r'chain_id="\w+"', pieces)
+    return found[0] if found else ""
+
+
+def _own(
+    rest: str,
+    lines: Mapping[str, str],
+    computations: Mapping[str, Mapping[str, str]],
+    again: Callable[[str], Counts],
+) -> Counts:
+    """What a line does, with all that it calls."""
+    total: Counts = collections.Counter()
+    if product := _PRODUCT.match(rest):
+        total["flops " + _arithmetic(rest, lines[product[2]])] += _work(product, lines)
+    elif branches := _BRANCHES.search(rest):
+        names = re.findall(r"[\w.-]+", " ".join(filter(None, branches.groups())))
+        total += max((again(n) for n in names), key=_weight)
+    elif loop := _LOOP.search(rest):
+        turns = _turns(rest, computations.get(loop[1], {}))
+        total += collections.Counter({k: n * turns for k, n in again(loop[2]).items()})
+    elif called := _CALLED.search(rest):
+        total += again(called[1])
+    if _KERNEL.search(rest):
+        total["kernels"] += 1
+    if "chain_id=" in rest and not any("AsyncCollectiveStart" in each for each in lines.values()):
+        return total  # a further piece of what was started elsewhere
+    for kind, (count, size) in exchanges("= " + rest).items():
+        total[f"number {kind}"] += count
+        total[f"bytes {kind}"] += size
+    return total
+
+
+def _computed(total: Counts) -> float:
+    """Grows with every product and every call of a library that computes."""
+    return sum(_flops(total).values()) + total["kernels"]
 
 
 def _weight(total: Counts) -> tuple[float, float]:

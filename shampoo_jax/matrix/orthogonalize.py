@@ -68,6 +68,8 @@ def newton_schulz(
     check_choice("norm", norm, tuple(NORMS))
     check_coefficients(coefficients, steps)
     triples: Any = [coefficients] * steps if np.ndim(coefficients) == 1 else coefficients
+    if update.dtype == jnp.bfloat16:
+        return _in_bfloat16(update, triples, norm, eps, shift)
     tall = update.shape[-2] >= update.shape[-1]
     x = update if tall else jnp.matrix_transpose(update)
     x = x / (jnp.maximum(NORMS[norm](x)[..., None, None], eps) + shift).astype(x.dtype)
@@ -75,6 +77,35 @@ def newton_schulz(
         gram = matmul(jnp.matrix_transpose(x), x)
         x = a * x + matmul(x, b * gram + c * matmul(gram, gram))
     return x if tall else jnp.matrix_transpose(x)
+
+
+def _in_bfloat16(
+    update: jax.Array, triples: Any, norm: str, eps: ArrayLike, shift: ArrayLike
+) -> jax.Array:
+    """The iteration as Muon's script rounds it: each product and sum once, coefficients not at all.
+
+    A Python number times a bfloat16 array would be rounded before, and a compiler may leave out
+    roundings between operations that it fuses, which changes updates by half a percent. Rounded
+    products are not symmetric any more, so sides and order are the script's, too.
+    """
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        narrow = (z.astype(jnp.bfloat16) for z in (x, y))
+        return rounded(matmul(*narrow))
+
+    tall = update.shape[-2] > update.shape[-1]
+    x = rounded(jnp.matrix_transpose(update) if tall else update)
+    length = rounded(jnp.maximum(NORMS[norm](x)[..., None, None], eps))
+    x = rounded(x / rounded(length + shift))
+    for a, b, c in triples:
+        gram = product(x, jnp.matrix_transpose(x))
+        inner = rounded(b * gram) + product(rounded(c * gram), gram)
+        x = rounded(rounded(a * x) + product(rounded(inner), x))
+    x = x.astype(jnp.bfloat16)
+    return jnp.matrix_transpose(x) if tall else x
 
 
 def svd_orthogonalize(update: jax.Array, *, scale_by_nuclear_norm: bool = False) -> jax.Array:

@@ -11,7 +11,7 @@ from nanogpt.lab.plan import environment
 
 pytestmark = pytest.mark.compilers
 
-TRACK3 = ("--layers", "1", "--data.microbatch-rows", "128")
+TRACK3 = ("--layers", "1", "--data.microbatch-rows", "128", "--programs", "train")
 PRODUCTS = ("--matrices.solver", "polynomial", "--matrices.cutoff", "relative")
 
 
@@ -31,6 +31,13 @@ def test_shampoo_by_products_on_eight_h100():
     assert {"bf16", "f32 high"} <= train["flops"].keys() and "f32" not in train["flops"]
     number, size = train["exchanges"]["all-gather"]
     assert number <= 8 and size < 1e9
+    assert train["overlapped"].keys() <= train["exchanges"].keys()
+
+
+def test_muon_sends_no_products_of_its_iteration():
+    train = planned("h100:8", "--optimizer", "muon_track3", *TRACK3)
+    assert sum(number for number, _ in train["exchanges"].values()) <= 16
+    assert {"bf16", "bf16 highest"} == train["flops"].keys()
 
 
 @pytest.mark.parametrize("target", ["a100:8", "b200:8"])

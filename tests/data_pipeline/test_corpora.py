@@ -91,7 +91,7 @@ def test_small_folders_hold_out_a_larger_share(tmp_path, characters, low, high):
 
 def test_something_is_left_to_train_on(tmp_path):
     """Although all the pieces before the one that holds the text are not enough to hold out."""
-    names = sorted((f"{i}.txt" for i in range(5)), key=lambda name: corpora._hash(f"{name}#0"))
+    names = sorted((f"{i}.txt" for i in range(5)), key=lambda name: corpora.hash_name(f"{name}#0"))
     for name in names:
         (tmp_path / name).write_text("b" * 1000 if name == names[-1] else "a")
     assert held_out(tmp_path)[0] == {f"{name}#0" for name in names[:-1]}

@@ -34,3 +34,15 @@ def test_what_follows_an_error_is_not_told_beside_it(monkeypatch, capfd):
         fail([])
     assert told == [news]
     assert "never retrieved" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gcsfs", "numpy"])
+def test_a_bucket_without_its_package_is_an_error_in_a_line(name):
+    @command()
+    def read(words):
+        raise ImportError(f"Please install {name} to access Google Storage")
+
+    found = SystemExit if name == "gcsfs" else ImportError
+    with pytest.raises(found, match=f"{name}") as raised:
+        read([])
+    assert ("run `pip install gcsfs" in str(raised.value)) == (name == "gcsfs")

@@ -11,15 +11,15 @@ from nanogpt.report import comparison
 def test_arguments_reach_the_comparison(monkeypatch, tmp_path, capsys):
     seen = []
 
-    def record(runs, out, references, *, unchecked):
-        seen.append((runs, out, references, unchecked))
+    def record(runs, out, references, *, unchecked, target):
+        seen.append((runs, out, references, unchecked, target))
         (out / "comparison.md").write_text("| table |")
         return out / "comparison.png"
 
     monkeypatch.setattr(comparison, "compare", record)
     a, b, c = (tmp_path / name for name in "abc")
     look.compare([str(a), str(b), "--out", str(tmp_path), "--reference", str(c)])
-    assert seen == [((str(a), str(b)), tmp_path, (c,), False)]
+    assert seen == [((str(a), str(b)), tmp_path, (c,), False, None)]
     printed = capsys.readouterr().out
     assert "| table |" in printed and str(tmp_path / "comparison.png") in printed
 

@@ -18,10 +18,12 @@ RECORD = {
     "microbatch_rows": 128,
     "parameters": 1 << 30,
     "optimizer_state": 2 << 30,
+    "temporary": {"activations": 4 << 30, "gradient_sums": 1 << 30, "optimizer": 3 << 19},
     "programs": {
         "train": {
             **{"compile_s": 29.4, "short": 0, "peak": 12 << 30, "temporary": 5 << 30},
             **{"flops": {"bf16": 4e12}, "exchanges": {"all-gather": (4, 3_000_000)}},
+            **{"overlapped": {"all-gather": (3, 2_000_000)}},
             **{"calls": {"cusolver_syevd_ffi": 4}, "seconds": {"products": 0.004}},
             **{"best_s": 0.004, "worst_s": 0.01},
         },
@@ -38,7 +40,8 @@ def test_the_page_says_whether_it_fits_and_by_how_much():
         "1.00 GiB of parameters and 2.00 GiB of optimizer state in 80.00 GiB",
         "memory      12.00 GiB at most, 68.00 GiB free",
         "products    4,000.0 GFLOP bf16",
-        "exchanges   4 all-gather, 3.0 MB",
+        "exchanges   4 all-gather, 3.0 MB, beside products 3 of them, 2.0 MB",
+        "4.00 GiB activations, 1.00 GiB sums of gradients, 1.50 MiB more for the optimizer",
         "calls       4 cusolver_syevd_ffi",
         "predicted   4.0 to 10.0 ms",
         "does NOT fit: 1.50 GiB missing",
@@ -66,9 +69,10 @@ def test_settings_reach_the_run_and_json_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv(plan.READY, "1")
     monkeypatch.setattr(planned, "plan_run", lambda *given: asked.append(given) or RECORD)
     words = ["--target", "cpu:8", "--preset", "cpu", "--optimizer", "muon", "--layers", "1"]
+    words += ["--programs", "update", "train"]
     plan.main([*words, "--json", "--data.microbatch-rows", "4"])
-    ((config, _, largest),) = asked
-    assert not largest
+    ((config, _, programs, largest),) = asked
+    assert not largest and programs == ("update", "train")
     assert (config.optimizer, config.model.num_layers, config.data.microbatch_rows) == (
         "muon",
         1,

@@ -374,8 +374,6 @@ def measured(path) -> list[tuple]:
 
 def test_ctrl_c_and_resume_in_real_processes(settings, tmp_path, monkeypatch):
     """The whole command is interrupted in its first run, which then goes on bit for bit."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     command = [sys.executable, "-m", "nanogpt", "demo", *settings]
     metrics = tmp_path / "runs" / "cpu" / "adamw" / "metrics.jsonl"
     with (tmp_path / "errors").open("w") as errors:
@@ -426,8 +424,6 @@ def test_track3_from_shards_to_the_verdict(tmp_path):
     """.split()
     environment = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     command = [sys.executable, "-m", "nanogpt", "train", *settings]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

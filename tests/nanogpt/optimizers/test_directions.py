@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import shampoo_jax
 from nanogpt.config.presets import preset
 from nanogpt.config.settings import KLConfig, MuonConfig, ShampooConfig, SoapConfig
 from nanogpt.optimizers.build import build_optimizer
@@ -157,3 +158,18 @@ def test_momentum_of_the_medium_track_rises():
         expected.append(b1 * mu + (1 - b1) * g)
     plain = updates_of(dataclasses.replace(settings, b1=0.0, b1_warmup=0), "muon_track3", expected)
     np.testing.assert_allclose(got, plain, atol=2e-4)
+
+
+def test_muon_on_a_mesh_is_taken_by_owners_of_whole_matrices():
+    """The same updates, and every device multiplies matrices of its own, a quarter of all."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    settings, updates, work = MuonConfig(0.1, 0.0, b1_warmup=2, ns_steps=3), [], []
+    gradients = {str(k): jnp.asarray(RNG.normal(size=(8, 8)), jnp.float32) for k in range(4)}
+    for placement in (None, shampoo_jax.Placement(mesh, "data")):
+        tx = DIRECTIONS["muon_track3"](settings, placement)
+        state = tx.init(gradients)
+        step = jax.jit(tx.update).lower(gradients, state, gradients).compile()
+        updates.append(step(gradients, state, gradients)[0])
+        work.append(sum(shampoo_jax.read_program(step.as_text()).flops.values()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *updates)
+    assert work[0] == 4 * work[1] > 0

@@ -2,14 +2,12 @@
 
 import math
 
-import matplotlib.image
 import pytest
-from matplotlib.axes import Axes
 
-from nanogpt.report.board import board_table, draw_board
+from nanogpt.report.board import board_figure, board_table, draw_board
 from nanogpt.report.curves import Curve
 from nanogpt.report.groups import Group
-from nanogpt.report.plotting import COLOURS
+from nanogpt.report.plotting import GREY
 
 STEPS = (0, 10, 20)
 
@@ -19,7 +17,7 @@ def group(label, *losses, **fields):
     return Group(label, runs, **fields)
 
 
-ADAMW = group("AdamW", (6.0, 5.0, 4.0), (6.0, 5.2, 4.2), family="adam")
+ADAMW = group("AdamW", (6.0, 5.0, 4.0), (6.0, 5.2, 4.2))
 MUON = group("Muon", (6.0, 4.0, 3.0), flops_per_step=2e12, step_time_s=0.25, timed=False)
 
 
@@ -52,75 +50,83 @@ def test_table_reads_the_last_step_that_all_runs_have():
     assert row[1:4] == ["3", "10", "5.2000"]
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Lines that are drawn: (axes, label, x, y, colour, dashes)."""
-    lines, plot = [], Axes.plot
-
-    def record(axes, x, y, *rest, **style):
-        if "label" in style:
-            lines.append((axes, style["label"], list(x), style["color"], style["linestyle"]))
-        return plot(axes, x, y, *rest, **style)
-
-    monkeypatch.setattr(Axes, "plot", record)
-    return lines
+def drawn(groups, **options):
+    figure = board_figure(groups, **options)
+    return figure, {axes.get_xlabel(): axes for axes in figure.axes}
 
 
-def test_panels_show_what_is_known(tmp_path, drawn):
-    picture = draw_board([ADAMW, MUON], tmp_path / "a", target=4.1, title="Board")
-    assert picture == tmp_path / "a" / "leaderboard.png"
-    height, width, _ = matplotlib.image.imread(picture).shape
-    assert width > 1000 and height > 700
-    labels = {}
-    for axes, label, x, *_ in drawn:
-        labels.setdefault(axes.get_xlabel(), []).append((label, x[-1]))
-    assert labels == {
-        "optimizer step": [("AdamW", 20), ("Muon", 20)],
-        "training time (seconds)": [("AdamW", 10.0)],
-        "operations (FLOP)": [("Muon", 4e13)],
-        "optimizer step, the end enlarged": [("AdamW", 20), ("Muon", 20)],
-    }
+def words(axes):
+    return [text.get_text() for text in axes.texts]
 
 
-def test_panels_without_curves_are_left_out(tmp_path, drawn):
-    draw_board([ADAMW], tmp_path)
-    assert len(drawn) == 3
-
-
-def test_one_slow_curve_does_not_squeeze_the_final_stretch(tmp_path, drawn):
-    curves = [
-        Curve(str(end), range(0, end + 1), [3.0] * (end + 1), [0.0] * (end + 1))
-        for end in (100, 100, 900)
+def test_rows_of_losses_steps_and_times_and_curves_less_the_baselines():
+    figure, panels = drawn([MUON, ADAMW], target=4.1, baseline="AdamW", heading=("Board", "data"))
+    assert list(panels) == [
+        "final loss, less AdamW's",
+        "steps to 4.100",
+        "time (s)",
+        "optimizer step",
     ]
-    draw_board([Group(curve.label, [curve], timed=False) for curve in curves], tmp_path)
-    left, right = drawn[-1][0].get_xlim()
-    assert (left, right) == pytest.approx((90, 130))
+    loss, steps, time, curves = panels.values()
+    assert words(loss) == ["\N{MINUS SIGN}1.100", "4.100"]  # 3.0 less 4.1
+    assert words(steps) == ["10", "20 (1 of 2)"] and words(time) == ["-", "10.0"]
+    assert [text.get_text() for text in loss.get_yticklabels()] == ["Muon", "AdamW"]
+    assert not steps.get_yticks().size
+    # Muon's curve less the mean of AdamW's (6, 5.1, 4.1), and AdamW's band around itself.
+    assert curves.lines[0].get_ydata() == pytest.approx([0, -1.1, -1.1])
+    (band,) = curves.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((-0.1, 0.1))
+    assert "Board" in figure.get_suptitle()
 
 
-def test_references_are_drawn_thinner(tmp_path, monkeypatch):
-    widths, plot = {}, Axes.plot
+def test_shampoo_is_emphasised_and_the_best_of_the_others_has_its_name():
+    names = ("muon", "lion", "kl_shampoo", "shampoo")
+    groups = [group(n, (6.0, 5.0, 3.0 + 0.1 * k)) for k, n in enumerate(names)]
+    _, panels = drawn([*groups, ADAMW], baseline="AdamW")
+    curves = panels["optimizer step"]
+    colours = {text.get_text(): text.get_color() for text in curves.texts}
+    assert colours == {"muon": GREY, "kl_shampoo": "C1", "shampoo": "C1", "AdamW": "C0"}
+    dashes = [line.get_linestyle() for line in curves.lines if line.get_color() == "C1"]
+    assert dashes[0] != dashes[2]
+    labels = next(iter(panels.values())).get_yticklabels()
+    weights = {text.get_text(): text.get_fontweight() for text in labels}
+    assert weights["shampoo"] == "bold" and weights["muon"] == "normal"
 
-    def record(axes, *place, **style):
-        widths.setdefault(style.get("label"), style.get("linewidth"))
-        return plot(axes, *place, **style)
 
-    monkeypatch.setattr(Axes, "plot", record)
-    draw_board([ADAMW, group("published", (6.0, 5.0, 4.0), reference=True)], tmp_path)
-    assert widths["published"] < widths["AdamW"]
+def test_runs_of_ours_stand_out_of_published_ones():
+    published = group("published", (6.0, 5.0, 4.0), reference=True, timed=False)
+    _, panels = drawn([group("Lion, this project", (6.0, 5.0, 3.0), timed=False), published])
+    assert list(panels) == ["final loss", "optimizer step"]
+    assert panels["optimizer step"].lines[0].get_color() == "C1"
 
 
-def test_families_share_a_colour_and_differ_in_dashes(tmp_path, drawn):
-    names = ["a1", "b", "a2", *"cdefgh"]
-    draw_board([group(n, (6.0, 5.0, 4.0), family=n[0], timed=False) for n in names], tmp_path)
-    styles = {label: (colour, dashes) for _, label, _, colour, dashes in drawn}
-    assert styles["a1"][0] == styles["a2"][0] == COLOURS[0] != styles["b"][0]
-    assert styles["h"][0] == COLOURS[0]  # the eighth family: the colours begin again
-    assert len(set(styles.values())) == len(names) - 1 and styles["h"] == styles["a2"]
+def test_one_slow_curve_does_not_squeeze_the_others():
+    curves = [
+        Curve(str(n), range(n + 1), [3.0] * (n + 1), [0.0] * (n + 1)) for n in (100, 100, 900)
+    ]
+    _, panels = drawn([Group(curve.label, [curve], timed=False) for curve in curves])
+    assert panels["optimizer step"].get_xlim() == pytest.approx((20, 180))
+
+
+def test_losses_at_different_steps_are_not_subtracted():
+    short = Group("short", [Curve("s", (0, 10), (6.0, 5.0), (0.0, 1.0))])
+    _, panels = drawn([short, ADAMW], baseline="AdamW")
+    assert words(panels["final loss, less AdamW's"]) == ["5.000", "4.100"]
+
+
+def test_runs_that_diverged_are_counted():
+    half = group("lion", (6.0, 5.0, 4.0), (6.0, math.nan, math.nan))
+    gone = group("psgd", (6.0, math.nan, math.nan))
+    _, panels = drawn([half, gone, ADAMW], baseline="AdamW", target=1.0)
+    assert words(panels["final loss, less AdamW's"])[:2] == ["1 of 2 diverged", "diverged"]
+    assert "steps to 1.000" not in panels  # nobody is there
 
 
 def test_diverged_runs_are_drawn_and_listed(tmp_path):
     diverged = group("bad", (math.nan,) * 3)
-    assert draw_board([diverged], tmp_path).stat().st_size > 1000
+    assert draw_board([diverged], tmp_path / "a") == tmp_path / "a" / "leaderboard.png"
+    assert (tmp_path / "a" / "leaderboard-dark.png").stat().st_size > 1000
     assert cells(board_table([diverged], target=4.0))[2][3:6] == ["nan", "-", "-"]
 
 

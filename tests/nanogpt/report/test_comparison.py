@@ -8,12 +8,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from nanogpt.report.comparison import (
-    baselines,
-    compare,
-    read_run,
-    report,
-)
+from nanogpt.report.comparison import MOST, baselines, compare, figure_of, named, report
+from nanogpt.report.runs import read_run
 
 STEPS = (0, 10, 20, 30)
 CURVES = {  # validation losses at STEPS
@@ -23,7 +19,7 @@ CURVES = {  # validation losses at STEPS
 }
 
 
-def write_run(folder, optimizer, losses, *, name=None, finished=True, known=True):
+def write_run(folder, optimizer, losses, *, name=None, finished=True, known=True, seed=7):
     start = {
         "kind": "start",
         "fingerprint": {"data": "d", "tokenizer": "t", "model": "m", "validation": "v"},
@@ -31,7 +27,7 @@ def write_run(folder, optimizer, losses, *, name=None, finished=True, known=True
         "config": {
             "name": name or optimizer,
             "optimizer": optimizer,
-            "seed": 7,
+            "seed": seed,
             "schedule": {"steps": STEPS[-1]},
         },
         "versions": {"jax": "1.2.3"},
@@ -109,8 +105,12 @@ def test_unfinished_run_has_dashes(tmp_path):
 
 def test_diverged_run_is_drawn_and_listed(tmp_path, folders):
     diverged = write_run(tmp_path / "bad", "soap", (6.0, None, None, None))
-    compare([*folders, diverged], tmp_path / "out")
-    assert cells((tmp_path / "out" / "comparison.md").read_text())[-1][2] == "diverged"
+    out = tmp_path / "a" / "out"
+    picture = compare([*folders, diverged], out)
+    assert cells((out / "comparison.md").read_text())[-1][2] == "diverged"
+    for path in (picture, out / "comparison-dark.png"):
+        height, width, _ = matplotlib.image.imread(path).shape
+        assert width == 960 and height > 1000
 
 
 def test_a_diverged_adamw_is_no_target_for_the_others(tmp_path, folders):
@@ -124,9 +124,15 @@ def test_a_diverged_adamw_is_no_target_for_the_others(tmp_path, folders):
 
 def test_runs_of_one_optimizer_are_told_apart(tmp_path, folders):
     again = write_run(tmp_path / "again", "muon", CURVES["muon"], name="seed1")
-    compare([*folders, again], tmp_path / "out")
-    labels = [row[0] for row in cells((tmp_path / "out" / "comparison.md").read_text())[2:]]
+    told = report(named([read_run(folder) for folder in [*folders, again]]))
+    labels = [row[0] for row in cells(told)[2:]]
     assert labels == ["AdamW", "Muon muon", "Shampoo", "Muon seed1"]
+
+
+def test_names_that_cannot_be_written_are(tmp_path, folders):
+    odd = write_run(tmp_path / "odd", "muon", CURVES["muon"], name="a\ud800\n| b")
+    told = report(named([read_run(folder) for folder in [*folders, odd]]))
+    assert "| Muon a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}| b |" in told
 
 
 def test_baselines_need_agreement(tmp_path, folders):
@@ -136,10 +142,53 @@ def test_baselines_need_agreement(tmp_path, folders):
     assert baselines([*runs, other]) == baselines([other, *runs]) == {}
 
 
-def test_picture_is_written(tmp_path, folders):
-    picture = compare(folders, tmp_path / "a" / "b")
-    height, width, _ = matplotlib.image.imread(picture).shape
-    assert width > 1000 and height > 400
+def titles(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+def test_the_title_names_optimizers_data_model_and_seeds(tmp_path, folders):
+    runs = [read_run(folder) for folder in folders]
+    sizes = {"num_layers": 2, "model_dim": 64, "sequence_length": 128}
+    for run in runs:
+        run.start["config"] |= {"model": sizes, "data": {"directory": "data/x", "batch_rows": 8}}
+    above = titles(figure_of(runs))
+    assert above[0].strip() == "Validation loss of AdamW, Muon, Shampoo"
+    assert above[1] == (
+        "data/x, GPT of 2 layers, 64 wide, 1.2M parameters\n30 steps, 8 x 128 tokens a step, seed 7"
+    )
+
+
+def test_seeds_of_one_setting_are_one_curve_and_a_repeated_one_another(tmp_path, folders):
+    for seed in (8, 9):
+        write_run(tmp_path / f"s{seed}", "muon", CURVES["muon"], name=f"s{seed}", seed=seed)
+    again = write_run(tmp_path / "again", "muon", CURVES["muon"], name="again")
+    paths = [*folders, tmp_path / "s8", tmp_path / "s9", again]
+    figure = figure_of([read_run(path) for path in paths])
+    words = [text.get_text() for text in figure.axes[0].texts if "gram" not in text.get_text()]
+    assert words == ["AdamW 4.000", "Muon muon 3.000", "Shampoo 3.800", "Muon again 3.000"]
+    assert len(figure.axes[0].collections) == 1
+    assert "seeds 7, 8, 9" in titles(figure)[1] and "± 95 %" in titles(figure)[1]
+
+
+def test_a_target_is_that_of_the_user_or_adamws(folders):
+    runs = [read_run(folder) for folder in folders]
+    assert figure_of(runs).axes[-1].get_xlabel() == "steps to 4.000, AdamW's final loss"
+    assert figure_of(runs, target=4.5).axes[-1].get_xlabel() == "steps to 4.500, the target"
+    assert cells(report(runs, 4.5))[0][4] == "steps to 4.5"
+    assert len(figure_of(runs[1:]).axes) == 2  # no AdamW, nothing to reach
+
+
+def test_many_settings_are_a_board_of_dots(tmp_path, folders):
+    more = [
+        write_run(tmp_path / f"m{k}", "muon", CURVES["muon"], name=f"m{k}") for k in range(MOST)
+    ]
+    curve = read_run(folders[0]).curve._replace(label="published")
+    runs = [read_run(folder) for folder in [*folders, *more]]
+    figure = figure_of(runs, note="unchecked: x", references=[curve])
+    assert figure.axes[0].get_xlabel() == "final loss, less AdamW's"
+    rows = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert len(rows) == MOST + 4 and rows[-1] == "published"
+    assert "unchecked: x" in titles(figure)[1]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import rich.console
-from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipeline import ShardError, write_shard
 from nanogpt.config.run import (
@@ -41,23 +41,6 @@ from nanogpt.train.nonfinite import DivergedError
 from nanogpt.train.run_folder import RunFolder
 
 VOCAB, STEPS = 32, 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs share their compiled steps; compiling them again would be most of this file's time."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # jax decides once whether there is one
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -490,6 +473,22 @@ def test_skipped_steps_are_counted_and_shown(shards, tmp_path, monkeypatch):
             fit(config)
     end = fit(config, resume=True)
     assert end["kind"] == "end" and end["skipped"] == 2
+
+
+def test_spectra_are_of_steps_whose_figures_are_kept():
+    """The monitor counts updates: records stay beside it where steps are skipped."""
+    bad, found = (0, 5, 8), []  # the others are the updates 1 to 8
+    run = SimpleNamespace(
+        config=SimpleNamespace(matrices=SimpleNamespace(monitor=3)),
+        skipped=0, state=None, read_spectra=lambda state: {}, clock=SimpleNamespace(start=int),
+    )  # fmt: skip
+    report = SimpleNamespace(spectra=lambda step, matrices: found.append(step))
+    for step in range(11):
+        skipped = sum(b <= step for b in bad)
+        run._settle = lambda report, now=skipped: vars(run).update(skipped=now)
+        loop._Run._record_spectra_if_due(run, step, report)
+        run.skipped = skipped  # settled behind the next step
+    assert found == [1, 3, 7]
 
 
 def test_too_many_in_a_row_end_the_run(shards, tmp_path, monkeypatch):

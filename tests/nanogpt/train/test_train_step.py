@@ -70,6 +70,25 @@ def test_a14_gradients_are_summed_over_all_tokens(stepped):
         assert np.abs(actual[name] - grad).max() <= 1e-5 * np.abs(grad).max(), name
 
 
+def test_gradients_of_the_mean_loss_are_those_of_the_sum_over_all_tokens():
+    """Of all rows and microbatches; the reported norm and loss are the same."""
+    sizes = {"vocab_size": 64, "num_layers": 1, "model_dim": 16, "head_dim": 8, "mlp_dim": 16}
+    base = preset("board", "adamw")
+    model = dataclasses.replace(base.model, sequence_length=8, **sizes)
+    data = dataclasses.replace(base.data, batch_rows=4, microbatch_rows=2)
+    config = dataclasses.replace(base, model=model, data=data)
+    batch = {k: jnp.arange(32, dtype=jnp.int32).reshape(4, 8) + i for i, k in enumerate(BATCH)}
+    found = {}
+    for loss in ("sum", "mean"):
+        run = dataclasses.replace(config, loss=loss)
+        graphdef, state = init_state(run, HAND_OUT)
+        after, metrics = make_train_step(graphdef, HAND_OUT, run)(state, batch)
+        found[loss] = gradients(after), metrics
+    for name, whole in found["sum"][0].items():
+        np.testing.assert_array_equal(found["mean"][0][name], whole / 32)
+    assert found["sum"][1] == found["mean"][1]
+
+
 @pytest.mark.trap("A13")
 def test_a13_embedding_gradient_is_rounded_once(stepped):
     """The bfloat16 embedding's is the float32 one of the same weights, rounded after the sum."""

@@ -11,7 +11,7 @@ from scripts.maintenance import scaling_model
 from scripts.maintenance.scaling_model import Model, Rates, balance, predict, shapes
 from scripts.maintenance.scaling_validation import block_flops, compare
 
-RATES = Rates(1e12, 1e12, 1e12, 1e12, 1e12, 1e11, 1e10, 8, "made up")
+RATES = Rates(1e12, 1e12, 1e12, 1e12, 1e12, 1e12, 1e11, 1e10, 8, "made up")
 TINY = Model(8, 16, 64, 16, True, 32, False, 1000, 1, "made up")
 
 

@@ -58,6 +58,14 @@ def test_exchanges_in_a_loop_count_as_often_as_it_runs():
          {"collective-permute": (1, 32)}),
         ("%a = (bf16[8]{0}, f32[1]{0}) all-reduce-start(%x, %y)", {"all-reduce": (1, 20)}),
         ("%a = f32[8]{0} all-gather-done(%x)", {}),
+        # As newer compilers write starts of all kinds.
+        ("%a = ((f32[8]{0}, f32[16]{0}), (f32[1]{0}, f32[2]{0})) reduce-scatter-start(%x, %y)",
+         {"reduce-scatter": (1, 12)}),
+        ("%a = ((f32[8,2]{1,0:T(8,128)S(1)}), f32[8,2]{1,0}) all-to-all-start(%x)",
+         {"all-to-all": (1, 64)}),
+        ("%a = ((bf16[8]{0}), bf16[8]{0}) all-reduce-start(%x)", {"all-reduce": (1, 16)}),
+        ("%a = ((f32[8]{0}), f32[8]{0}) collective-permute-start(%x)",
+         {"collective-permute": (1, 32)}),
     ],
 )  # fmt: skip
 def test_bytes_of_exchanges_are_those_that_come(line, expected):
@@ -125,3 +133,63 @@ def test_programs_of_other_hardware(text, kind):
         # The start of an exchange names what is sent before what comes.
         assert found.exchanges == {"all-gather": (7, 7 * 16 * 8 * 4)}
         assert found.calls == {"cusolver_syevd_ffi": 1}
+
+
+# The schedule of a step on GPUs, shortened; `{between}` stands between the start of an exchange and
+# its end.
+SCHEDULE = """HloModule jit_step, is_scheduled=true
+
+%gemm (p0: f32[8,8]) -> f32[8,8] {
+  %p0 = f32[8,8]{1,0} parameter(0)
+  ROOT %dot.1 = f32[8,8]{1,0} dot(%p0, %p0), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%wrapped (q0: f32[8,8]) -> f32[1,8] {
+  %q0 = f32[8,8]{1,0} parameter(0)
+  ROOT %rs = f32[1,8]{1,0} reduce-scatter(%q0), dimensions={0}, to_apply=%sum
+}
+
+%body (t: (s32[], f32[1,8])) -> (s32[], f32[1,8]) {
+  %t = (s32[], f32[1,8]{1,0}) parameter(0)
+  %x = f32[1,8]{1,0} get-tuple-element(%t), index=1
+  %y = f32[8,8]{1,0} fusion(%t), kind=kLoop, calls=%elementwise
+  %s1 = ((f32[1,8]{1,0}), f32[8,8]{1,0}) all-gather-start(%x), dimensions={0}
+  %between = {between}
+  %d1 = f32[8,8]{1,0} all-gather-done(%s1)
+  %s2 = ((f32[8,8]{1,0}), f32[1,8]{1,0}) async-start(%y), calls=%wrapped
+  %u2 = ((f32[8,8]{1,0}), f32[1,8]{1,0}) async-update(%s2)
+  %copy = f32[8,8]{1,0} copy(%y)
+  %d2 = f32[1,8]{1,0} async-done(((f32[8,8]{1,0}), f32[1,8]{1,0}) %u2)
+  %after = f32[8,8]{1,0} fusion(%y), kind=kCustom, calls=%gemm
+  %waits = f32[8,8]{1,0} all-gather(%x), dimensions={0}
+}
+
+ENTRY %main (x: f32[1,8]) -> f32[1,8] {
+  %x = f32[1,8]{1,0} parameter(0)
+  %w = (s32[], f32[1,8]) while(%x), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+GEMM = "f32[8,8]{1,0} fusion(%y), kind=kCustom, calls=%gemm"
+ATTENTION = '(bf16[8], u8[16]) custom-call(%y), custom_call_target="__cudnn$fmhaSoftmax"'
+BUFFER = 'f32[8] custom-call(), custom_call_target="AllocateBuffer"'
+
+
+@pytest.mark.parametrize(
+    ("between", "overlapped"),
+    [
+        (GEMM, {"all-gather": (3, 3 * 256)}),
+        (ATTENTION, {"all-gather": (3, 3 * 256)}),
+        (BUFFER, {}),
+        ("f32[8,8]{1,0} fusion(%y), kind=kLoop, calls=%elementwise", {}),
+    ],
+)
+def test_exchanges_overlap_with_what_is_computed_between_start_and_end(between, overlapped):
+    found = sj.read_program(SCHEDULE.replace("{between}", between))
+    assert found.overlapped == overlapped
+    assert found.exchanges == {"all-gather": (6, 6 * 256), "reduce-scatter": (3, 3 * 32)}
+
+
+def test_what_is_started_inside_of_a_wrapper_overlaps_as_well():
+    found = sj.read_program(SCHEDULE.replace("%copy = f32[8,8]{1,0} copy(%y)", f"%copy = {GEMM}"))
+    assert found.overlapped == {"reduce-scatter": (3, 3 * 32)}

@@ -1,0 +1,155 @@
+"""Page and picture of `scripts.maintenance.ablations`."""
+
+import itertools
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from nanogpt.lab.trials import read_trials
+from nanogpt.report.paired import Difference, paired, visible
+from nanogpt.report.plotting import COLOURS, STYLE
+from nanogpt.report.tables import markdown
+from scripts.maintenance.ablation_points import (
+    ABLATING,
+    FAMILIES,
+    JUDGING,
+    TUNING,
+    Point,
+    Run,
+    loss,
+    make_config,
+)
+
+TEXT = pathlib.Path(__file__).with_name("ablation_page.md")
+Losses = dict[int, float]  # by seed
+Found = dict[str, Losses]  # by point
+EMPTY = "Nothing has been trained yet."
+
+
+def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point]) -> None:
+    """Writes recipe.md and recipe/ablations.png of the runs that are there."""
+    trained = {Run(**r["settings"]): loss(r) for r in read_trials(runs)}
+    found = _by_point(trained, ABLATING)
+    differences = {
+        name: paired(losses, found.get(points[name].family, {}))
+        for name, losses in found.items()
+        if name in points and name != points[name].family
+    }
+    text = TEXT.read_text(encoding="utf-8").format(
+        tuning=TUNING,
+        ablating=f"{ABLATING[0]} to {ABLATING[-1]}",
+        judging=f"{JUDGING[0]} to {JUDGING[-1]}",
+        visible=_visible([*differences.values(), *_of_families(found)]),
+        families=_families(found, trained, points),
+        ablations=_ablations(found, differences, points) or EMPTY,
+        judged=_judged(trained) or EMPTY,
+    )
+    (folder / "recipe.md").write_text(text, encoding="utf-8")
+    if differences:
+        _draw(folder / "recipe" / "ablations.png", differences, points)
+
+
+def _by_point(trained: Mapping[Run, float], seeds: Sequence[int], corpus: str = "board") -> Found:
+    found: Found = {}
+    for run, value in trained.items():
+        if run.seed in seeds and run.corpus == corpus:
+            found.setdefault(run.point, {})[run.seed] = value
+    return found
+
+
+def _of_families(found: Found) -> list[Difference]:
+    muon = _better_muon(found)
+    others = [name for name in FAMILIES if name in found and name != muon]
+    return [paired(found[name], found[muon]) for name in others] if muon else []
+
+
+def _visible(differences: Sequence[Difference]) -> str:
+    seen = visible(differences, len(ABLATING))
+    if math.isnan(seen):
+        return "not measured yet"
+    return f"{seen:.4f}, by the pooled variance of {len(differences)} differences"
+
+
+def _rate(name: str, run: Run, points: Mapping[str, Point]) -> tuple[str, str]:
+    config = make_config(points[name], run)
+    return f"{config.matrices.learning_rate:.3g}", f"{2.0**run.auxiliary:.3g}"
+
+
+def _final(name: str, trained: Mapping[Run, float]) -> Run:
+    return next(run for run in trained if run.point == name and run.seed in ABLATING)
+
+
+def _families(found: Found, trained: Mapping[Run, float], points: Mapping[str, Point]) -> str:
+    rows, muon = [], _better_muon(found)
+    for name in sorted(FAMILIES.keys() & found.keys(), key=lambda n: _mean(found[n])):
+        rates = _rate(name, _final(name, trained), points)
+        against = _told(paired(found[name], found[muon])) if muon and muon != name else "-"
+        rows.append([name, *rates, f"{_mean(found[name]):.4f}", against, str(len(found[name]))])
+    head = ["optimizer", "rate", "others times", "loss", f"less {muon}'s", "n"]
+    return markdown(head, rows) if rows else EMPTY
+
+
+def _better_muon(found: Found) -> str | None:
+    known = [name for name in ("muon", "muon_track3") if name in found]
+    return min(known, key=lambda name: _mean(found[name]), default=None)
+
+
+def _ablations(
+    found: Found, differences: Mapping[str, Difference], points: Mapping[str, Point]
+) -> str:
+    rows = []
+    for name, point in points.items():
+        if name in differences:
+            told = _told(differences[name])
+            mean, n = f"{_mean(found[name]):.4f}", str(differences[name].n)
+            rows.append([point.factor, name, point.family, told, mean, n])
+    head = ["factor", "changed to", "of", "difference", "loss", "n"]
+    return markdown(head, rows, texts=3) if rows else ""
+
+
+def _judged(trained: Mapping[Run, float]) -> str:
+    """Every text's losses on seeds that chose nothing, and differences to the better Muon."""
+    rows = []
+    for corpus in dict.fromkeys(run.corpus for run in trained):
+        found = _by_point(trained, JUDGING, corpus)
+        muon = _better_muon(found)
+        for name in sorted(found, key=lambda n: _mean(found[n])):
+            against = _told(paired(found[name], found[muon])) if muon and muon != name else "-"
+            rows.append([corpus, name, f"{_mean(found[name]):.4f}", against, str(len(found[name]))])
+    return (
+        markdown(["text", "optimizer", "loss", "less Muon's", "n"], rows, texts=2) if rows else ""
+    )
+
+
+def _told(difference: Difference) -> str:
+    told = f"{difference.mean:+.4f} ± {difference.error:.4f}"
+    return f"**{told}**" if difference.told_apart else told
+
+
+def _mean(losses: Losses) -> float:
+    return math.fsum(losses.values()) / len(losses)
+
+
+def _draw(
+    path: pathlib.Path, differences: Mapping[str, Difference], points: Mapping[str, Point]
+) -> None:
+    """Differences with two standard errors, below 0 is better."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [name for name in points if name in differences]
+    with matplotlib.rc_context(STYLE | {"font.size": 9}):
+        figure = Figure(figsize=(7.5, 1.2 + 0.24 * len(names)), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        colours = dict(zip(FAMILIES, itertools.cycle(COLOURS), strict=False))
+        for row, name in enumerate(names):
+            d, colour = differences[name], colours[points[name].family]
+            style = {"marker": "o", "capsize": 3, "color": colour}
+            axes.errorbar(d.mean, row, xerr=2 * d.error, **style)
+        axes.axvline(0, color="0.6", linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(-0.06, 0.12)
+        axes.set_xlabel("final loss less the family's, with two standard errors")
+        figure.savefig(path)

@@ -1,0 +1,139 @@
+"""What each part of the recipe is worth: docs/recipe.md, by paired runs on the scaled-down board.
+
+    python -m scripts.maintenance.ablations
+    python -m scripts.maintenance.ablations --points soap 'exponent 0.5' --seeds 4
+    python -m scripts.maintenance.ablations --judge board prose reference
+
+Every point is tuned and trained by the rule of docs/recipe.md. What docs/recipe/runs.jsonl holds is
+kept: stopped and started again, it goes on, and more seeds are added to what there is. Page and
+picture are written after every point, --page writes them alone. --judge trains on seeds that
+nothing was chosen by, on the texts that are named, with --board board_m on M.
+"""
+
+import argparse
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from nanogpt.config.presets import preset
+from nanogpt.lab import compile_cache
+from nanogpt.optimizers.build import build_optimizer
+from scripts.maintenance.ablation_points import (
+    ABLATING,
+    COMPLETE,
+    JUDGING,
+    TUNING,
+    Point,
+    Run,
+    build_complete,
+    loss,
+    make_config,
+    make_points,
+)
+from scripts.maintenance.transfer_optima import vertex
+
+FOLDER = pathlib.Path("docs")
+RUNS = FOLDER / "recipe" / "runs.jsonl"
+MOST = 5  # rates that tune one optimizer
+STEP = 8  # chosen powers of 2 are whole multiples of 1 / STEP
+Train = Callable[[Sequence[Run]], Sequence[float]]
+
+
+class Chosen(NamedTuple):
+    """Powers of 2 by which rates of the matrices and of all others are multiplied."""
+
+    rate: float
+    auxiliary: float
+
+
+def tune(run: Run, auxiliary: bool, train: Train, most: int = MOST) -> Chosen:
+    """Chooses rates by the rule of docs/recipe.md.
+
+    Args:
+        run: what is tuned, at the rates where to begin.
+        auxiliary: whether the others' rates are tuned too, after those of the matrices.
+        train: gives final losses of runs.
+        most: trials of one kind of rate.
+
+    Returns:
+        The lowest points of the parabolas.
+    """
+    run = run._replace(rate=_best(run, "rate", train, most))
+    if auxiliary:
+        run = run._replace(auxiliary=_best(run, "auxiliary", train, most))
+    return Chosen(run.rate, run.auxiliary)
+
+
+def _best(run: Run, which: str, train: Train, most: int) -> float:
+    """The power of 2 of one rate where a parabola is lowest, or the best one if it is an edge."""
+    from nanogpt.lab.board import best, next_powers
+
+    losses: dict[int, float] = {}
+    wanted, middle = [-1, 0, 1], getattr(run, which)
+    while wanted:
+        tried = [run._replace(seed=TUNING, **{which: middle + power}) for power in wanted]
+        losses |= zip(wanted, train(tried), strict=True)
+        wanted = next_powers(losses, (), most)
+    lowest = vertex(losses)
+    return middle + (round(STEP * lowest) / STEP if math.isfinite(lowest) else best(losses))
+
+
+def settle(point: Point, train: Train, board: str = "board") -> Chosen:
+    """A point's rates: of a family's first one both, of others that of the matrices around its.
+
+    On another board than S that of the matrices again, with three trials.
+    """
+    chosen = tune(Run(point.family, 0.0, 0.0, TUNING), point.family not in COMPLETE, train)
+    if point.name != point.family:
+        own = "matrices.learning_rate" in point.changes
+        begin = Chosen(0.0, chosen.auxiliary) if own else chosen
+        chosen = tune(Run(point.name, *begin, TUNING), False, train)
+    if board == "board":
+        return chosen
+    return tune(Run(point.name, *chosen, TUNING, board=board), False, train, most=3)
+
+
+def trainer(points: dict[str, Point]) -> Train:
+    """Trains runs that RUNS does not hold, and keeps them there."""
+    from nanogpt.lab.shared_programs import run_shared
+    from nanogpt.lab.trials import Trial, run_trials
+
+    def train(runs: Sequence[Run]) -> list[float]:
+        trials = [Trial(run._asdict(), make_config(points[run.point], run)) for run in runs]
+        build = build_complete if points[runs[0].point].family in COMPLETE else build_optimizer
+        run = functools.partial(run_shared, build=build)
+        return list(map(loss, run_trials(trials, RUNS, run=run)))
+
+    return train
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--points", nargs="+", metavar="NAME", help="some, in this order")
+    parser.add_argument("--seeds", type=int, default=len(ABLATING))
+    parser.add_argument("--judge", nargs="+", default=[], metavar="TEXT", help="folders of data/")
+    parser.add_argument("--board", default="board", choices=("board", "board_m"))
+    parser.add_argument("--page", action="store_true", help="write page and picture alone")
+    options = parser.parse_args()
+    compile_cache.prepare()
+    from nanogpt.lab.preset_data import prepare_data
+    from scripts.maintenance.ablation_page import write
+
+    prepare_data(preset("board", "adamw"))
+    points = {point.name: point for point in make_points()}
+    wanted = [points[name] for name in options.points or points]
+    train = trainer(points)
+    for point in [] if options.page else wanted:
+        chosen = settle(point, train, options.board)
+        seeds = (JUDGING if options.judge else ABLATING)[: options.seeds]
+        texts = options.judge or ["board"]
+        train([Run(point.name, *chosen, s, t, options.board) for t in texts for s in seeds])
+        write(FOLDER, RUNS, points)
+    write(FOLDER, RUNS, points)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Ablations: the tuning rule, seeds that pair, the page."""
+
+import json
+import math
+
+import pytest
+
+from nanogpt.report.paired import paired
+from scripts.maintenance.ablation_page import write
+from scripts.maintenance.ablation_points import (
+    ABLATING,
+    FAMILIES,
+    JUDGING,
+    TUNING,
+    Run,
+    loss,
+    make_config,
+    make_points,
+)
+from scripts.maintenance.ablations import settle, tune
+
+MUON = Run("muon", 0.0, 0.0, 0)
+POINTS = {point.name: point for point in make_points()}
+
+
+def bowl(rate, auxiliary):
+    """A loss with its best rates at these powers; every run is noted."""
+    done = []
+
+    def train(runs):
+        done.extend(runs)
+        return [
+            3 + 0.1 * (r.rate - rate) ** 2 + 0.02 * (r.auxiliary - auxiliary) ** 2 for r in runs
+        ]
+
+    return done, train
+
+
+def test_tuning_goes_beyond_an_edge_and_ends_at_the_parabolas_lowest_point():
+    done, train = bowl(1.3, -0.2)
+    assert tune(MUON, True, train) == (1.25, -0.25)  # eighths
+    assert [r.rate for r in done[:4]] == [-1, 0, 1, 2] and len(done) == 7
+    assert {r.seed for r in done} == {TUNING}
+    done, train = bowl(9.0, 0.0)
+    assert tune(MUON, False, train) == (3.0, 0.0)  # five, and it is an edge
+    assert len(done) == 5
+
+
+def test_a_change_starts_at_its_family_s_rates_unless_it_has_its_own():
+    done, train = bowl(0.5, 0.0)
+    assert settle(POINTS["rtol 0"], train) == (0.5, 0.0)
+    assert [r.rate for r in done if r.point == "rtol 0"] == [-0.5, 0.5, 1.5]
+    done, train = bowl(0.5, 0.0)
+    settle(POINTS["hyperball"], train)
+    assert [r.rate for r in done if r.point == "hyperball"] == [-1, 0, 1]
+
+
+def test_another_board_tunes_one_rate_again_with_three_trials():
+    done, train = bowl(3.0, -0.2)
+    assert settle(POINTS["shampoo()"], train, "board_m") == (3.0, 0.0)
+    assert [r.rate for r in done if r.board == "board_m"] == [2, 3, 4]
+    point = POINTS["muon + tricks"]
+    run = Run(point.name, 0.0, 0.0, 0, board="board_m")
+    config = make_config(point, run)
+    assert (config.lookahead.start, config.lookahead.end) == (62, 404)
+    assert (config.tail.start, config.tail.tau, config.schedule.steps) == (496, 32.0, 600)
+
+
+def test_runs_of_a_seed_share_weights_and_data():
+    """Both follow from these settings alone."""
+    configs = [
+        make_config(p, Run(p.name, 0.0, 0.0, 7)) for p in POINTS.values() if p.name in FAMILIES
+    ]
+    shared = {(c.model, c.data, c.seed, c.schedule.steps) for c in configs}
+    assert len(configs) == len(FAMILIES) and len(shared) == 1
+    assert configs[0].data.seed == configs[0].seed == 7
+
+
+def test_seeds_are_apart():
+    assert not {TUNING} & {*ABLATING} | {*ABLATING} & {*JUDGING} | {TUNING} & {*JUDGING}
+
+
+def test_every_point_can_be_configured_and_changes_something():
+    for point in POINTS.values():
+        run = Run(point.name, 1.0, 1.0, 0)
+        mine, family = (make_config(p, run) for p in (point, POINTS[point.family]))
+        assert (mine == family) == (point.name == point.family)
+
+
+def test_the_page_tells_differences(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    runs = tmp_path / "recipe" / "runs.jsonl"
+    with runs.open("w") as file:
+        for name, value in (("muon", 3.5), ("shampoo_next", 3.49), ("rtol 0", 3.6)):
+            for seed in ABLATING[:4]:
+                settings = Run(name, 0.5, 0.0, seed)._asdict()
+                noise = 0.004 * (seed % 2) * (name == "rtol 0")
+                record = {"settings": settings, "status": "finished", "loss": value + noise}
+                file.write(json.dumps(record) + "\n")
+    write(tmp_path, runs, POINTS)
+    text = (tmp_path / "recipe.md").read_text()
+    assert "| cutoff | rtol 0 | shampoo_next | **+0.1120 ± 0.0012** | 3.6020 | 4 |" in text
+    assert "| shampoo_next | 0.0424 | 1 | 3.4900 | **-0.0100 ± 0.0000** | 4 |" in text
+    assert (tmp_path / "recipe" / "ablations.png").stat().st_size > 10_000
+
+
+def test_a_run_that_climbed_counts_as_chance():
+    assert loss({"status": "diverged", "loss": None}) == pytest.approx(math.log(1024))
+
+
+def test_a_pair_of_one_seed_has_no_error():
+    found = paired({1: 2.0}, {1: 1.5, 2: 0.0})
+    assert found.mean == 0.5 and math.isnan(found.error) and found.n == 1 and not found.told_apart
