@@ -11,7 +11,7 @@ from nanogpt.config.presets import preset
 from nanogpt.config.run import Config
 from nanogpt.report.plotting import COLOURS, STYLE
 from nanogpt.report.tables import markdown, shown
-from scripts.maintenance.transfer_optima import METHODS, WIDTHS, Cell, Losses, optimum
+from scripts.maintenance.transfer_optima import METHODS, WIDTHS, Cell, Losses, cells, optimum
 
 TEXT = """# The best learning rate by width
 
@@ -20,9 +20,10 @@ Written by `python -m scripts.maintenance.transfer_sweep`, which goes on where i
 one block, mlp_dim twice the width, heads of 16, vocabulary {vocabulary}; {steps} steps of {batch}
 tokens, the preset's schedules and ratios of rates, with Shampoo and SOAP refreshed at every tenth
 step and Shampoo in blocks of 128. All rates of a run are multiplied by one factor, as in the paper;
-the tables name that of the matrices. Rates are a factor 2 apart, six or more, until the best
-mean is not at an edge; losses in nats per token on 16,384 validation tokens, a run that ended above
-its start counts as chance.
+the tables name that of the matrices. In the rows "matrices alone" it is the matrices' rate that is
+another one; the others stay at what was best at the base, in a search of their own. Rates are a
+factor 2 apart, six or more, until the best mean is not at an edge; losses in nats per token on
+16,384 validation tokens, a run that ended above its start counts as chance.
 
 The optimum is the vertex of the parabola, in the logarithm of the rate, through the lowest mean
 over n seeds and its two neighbours. In brackets the lowest and highest vertex of all ways to draw n
@@ -40,7 +41,12 @@ is best at the base, "-" where it was not tried there.
 """
 
 Found = Mapping[Cell, Losses]
-Row = tuple[str, bool, list[Cell]]
+KINDS = {
+    "without": "without the rules",
+    "with": "with the rules",
+    "with, matrices alone": "matrices alone",
+}
+Row = tuple[str, str, list[Cell]]  # method, kind, cells by width
 
 
 def write(folder: pathlib.Path, found: Found, config: Config) -> None:
@@ -59,8 +65,8 @@ def write(folder: pathlib.Path, found: Found, config: Config) -> None:
 
 def _rows() -> Iterator[Row]:
     for method in METHODS:
-        for rules in (False, True):
-            yield method, rules, [Cell(method, w, rules and w > WIDTHS[0]) for w in WIDTHS]
+        for series in cells([method]):
+            yield method, series[-1].kind, series
 
 
 def _numbers(config: Config) -> dict[str, str]:
@@ -79,8 +85,8 @@ def _rate(cell: Cell, power: float) -> float:
 
 def _optima(rows: list[Row], found: Found) -> str:
     """Every row's optima with their intervals, and by how much they move."""
-    cells = []
-    for method, rules, series in rows:
+    lines = []
+    for method, kind, series in rows:
         known = {cell: optimum(found[cell]) for cell in series if found.get(cell)}
         optima = [_cell(cell, known.get(cell)) for cell in series]
         counts = sorted({len(next(iter(found[cell].values()))) for cell in known})
@@ -89,10 +95,10 @@ def _optima(rows: list[Row], found: Found) -> str:
         moved = f"2^{max(middles) - min(middles):.2f}" if whole else "-"
         named = "-".join(map(str, counts))
         ends = _ends(found.get(series[0], {}), found.get(series[-1], {}))
-        cells.append([method, "with" if rules else "without", *optima, named, moved, *ends])
+        lines.append([method, kind, *optima, named, moved, *ends])
     head = ["method", "rules", *(f"width {w}" for w in WIDTHS), "n", "moves by"]
     ends = [f"best loss at {WIDTHS[-1]}", "with the base's rate"]
-    return markdown([*head, *ends], cells, texts=2)
+    return markdown([*head, *ends], lines, texts=2)
 
 
 def _ends(base: Losses, widest: Losses) -> list[str]:
@@ -123,14 +129,14 @@ def _tried(found: Found) -> str:
             f"{'**' * (mean == least)}{_rate(cell, power):.3g}: {mean:.4f}{'**' * (mean == least)}"
             for power, mean in means.items()
         ]
-        rules = "either" if cell.width == WIDTHS[0] else "with" if cell.rules else "without"
+        kind = "either" if cell.width == WIDTHS[0] and not cell.alone else cell.kind
         count = str(len(next(iter(losses.values()))))
-        rows.append([cell.method, str(cell.width), rules, ", ".join(told), count])
+        rows.append([cell.method, str(cell.width), kind, ", ".join(told), count])
     return markdown(["method", "width", "rules", "rate: mean loss", "n"], rows, texts=4)
 
 
-def _order(cell: Cell) -> tuple[int, bool, int]:
-    return METHODS.index(cell.method), cell.rules, cell.width
+def _order(cell: Cell) -> tuple[int, bool, bool, int]:
+    return METHODS.index(cell.method), cell.alone, cell.rules, cell.width
 
 
 def _mean(values: list[float]) -> float:
@@ -141,11 +147,11 @@ def _draw(path: pathlib.Path, rows: list[Row], found: Found) -> None:
     """Losses by rate without and with the rules, and the optima by width, a column a method."""
     methods = list(dict.fromkeys(method for method, _, _ in rows))
     with matplotlib.rc_context(STYLE | {"font.size": 10}):
-        figure = Figure(figsize=(3.4 * len(methods), 8.4), dpi=110, layout="constrained")
-        grid = figure.subplots(3, len(methods), squeeze=False)
-        for method, rules, series in rows:
+        figure = Figure(figsize=(3.4 * len(methods), 11), dpi=110, layout="constrained")
+        grid = figure.subplots(len(KINDS) + 1, len(methods), squeeze=False)
+        for method, kind, series in rows:
             column = methods.index(method)
-            axes, below = grid[int(rules)][column], grid[2][column]
+            axes, below = grid[list(KINDS).index(kind)][column], grid[-1][column]
             for cell, colour in zip(series, COLOURS, strict=False):
                 if losses := found.get(cell):
                     rates = [_rate(cell, power) for power in losses]
@@ -154,23 +160,23 @@ def _draw(path: pathlib.Path, rows: list[Row], found: Found) -> None:
             lowest = [_mean(x) for c in series for x in found.get(c, {}).values()]
             axes.set_ylim(min(lowest) - 0.02, min(lowest) + 0.6)
             axes.set_xscale("log", base=2)
-            axes.set_title(f"{method}, {'with' if rules else 'without'} the rules")
+            axes.set_title(f"{method}, {KINDS[kind]}")
             points = [(c, optimum(found[c])) for c in series if found.get(c)]
             middles = [_rate(c, x[0]) for c, x in points]
             spread = [[_rate(c, x[0]) - _rate(c, x[1]) for c, x in points]]
             spread.append([_rate(c, x[2]) - _rate(c, x[0]) for c, x in points])
-            style = {"marker": "o", "capsize": 4, "linestyle": "-" if rules else "--"}
-            label = "with the rules" if rules else "without"
+            style = {"marker": "o", "capsize": 4, "linestyle": "--" if kind == "without" else "-"}
             widths = [c.width for c, _ in points]
             spread = [[max(0.0, x) for x in side] for side in spread]
-            below.errorbar(widths, middles, spread, color=COLOURS[rules], label=label, **style)
+            colour = COLOURS[list(KINDS).index(kind)]
+            below.errorbar(widths, middles, spread, color=colour, label=KINDS[kind], **style)
             below.set_xscale("log", base=2)
             below.set_yscale("log", base=2)
             below.set(xlabel="width", title=f"{method}: best rate")
         grid[0][0].legend(frameon=False)
-        grid[2][0].legend(frameon=False)
-        for axes in (grid[0][0], grid[1][0]):
-            axes.set_ylabel("validation loss")
-        for axes in grid[1]:
+        grid[-1][0].legend(frameon=False)
+        for row in grid[:-1]:
+            row[0].set_ylabel("validation loss")
+        for axes in grid[-2]:
             axes.set_xlabel("learning rate of the matrices")
         figure.savefig(path)

@@ -28,8 +28,10 @@ def test_a_factor_is_of_all_rates_and_the_base_knows_no_rules():
             assert getattr(more, name) == 4 * getattr(settings, name)
     assert one.model.transfer and one.model.scaled().model_dim == 64
     assert one.model.scaled().mlp_dim == 128
-    without, rules = cells(["muon"])
+    without, rules, alone = cells(["muon"])
     assert without[0] == rules[0] and not any(c.rules for c in without)
+    own = make_config(alone[1], 2, 0, others=0)
+    assert own.matrices == four.matrices and own.auxiliary == one.auxiliary
 
 
 def test_rates_are_added_until_the_best_is_inside(tmp_path, monkeypatch, capsys):
@@ -42,6 +44,8 @@ def test_rates_are_added_until_the_best_is_inside(tmp_path, monkeypatch, capsys)
         with path.open("a") as file:
             for settings, config in made:
                 narrower = 0 if settings["rules"] else math.log2(settings["width"] / 32)
+                alone = "others" in settings
+                narrower += alone - alone * 0.1 * (settings.get("others", 0) == 6)  # the best
                 loss = 3 + 0.1 * (settings["power"] - 4.2 + narrower + 0.1 * config.seed) ** 2
                 record = {"settings": settings, "seed": config.seed, "loss": loss}
                 found.append(record | {"status": "finished"})
@@ -53,11 +57,12 @@ def test_rates_are_added_until_the_best_is_inside(tmp_path, monkeypatch, capsys)
     path = tmp_path / "transfer_width.jsonl"
     for series in cells(["adamw"]):
         tune(series, 2, path)
-    tried = [power for width, _, power in trained if width == 32]
+    tried = [power for width, rules, power in trained if width == 32 and not rules]
     assert sorted(set(tried)) == list(range(-2, 6))  # six around 0, then as far as the best one
     found = read_losses(path)
     assert optimum(found[Cell("adamw", 256, False)])[0] == pytest.approx(1.15)
     assert optimum(found[Cell("adamw", 256, True)])[0] == pytest.approx(4.15)
+    assert optimum(found[Cell("adamw", 256, True, True)])[0] == pytest.approx(3.25)
     transfer_page.write(tmp_path, found, make_config(Cell("adamw", 32, False), 0, 0))
     page = (tmp_path / "transfer_width.md").read_text()
     without, rules = 3 + 0.1 * 2.85**2 + 0.00025, 3.0025  # at power 4, by which the base is best
