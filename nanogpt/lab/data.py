@@ -41,7 +41,7 @@ def sotu(
 def prose(
     directory: str = "data/prose", vocab_size: int = BOARD.vocab_size, val_tokens: int = 65536
 ) -> None:
-    """Encyclopedia and older prose, 8 million GPT-2 tokens, of packages of PyPI and Debian.
+    """Encyclopedia and older prose, 8 million GPT-2 tokens, of packages of pip and Debian.
 
     Args:
         directory: folder to write
@@ -56,7 +56,7 @@ def prose(
 def reference(
     directory: str = "data/reference", vocab_size: int = BOARD.vocab_size, val_tokens: int = 65536
 ) -> None:
-    """Reference documentation of web services, 5 million GPT-2 tokens, of one package of PyPI.
+    """Reference documentation of web services, 5 million GPT-2 tokens, of one package of pip.
 
     Args:
         directory: folder to write

@@ -7,7 +7,6 @@ seed and rate of the matrices share a compiled program; finished ones are kept i
 """
 
 import argparse
-import dataclasses
 import math
 import statistics
 import sys
@@ -15,15 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
+
 from nanogpt.config.presets import PRESETS, preset
-from nanogpt.lab.board import RATE, TUNING_SEED, best, loss_of, next_powers
+from nanogpt.lab.board import BASELINE, TUNING_SEED, Plan, best, loss_of, make_trial, next_powers
 from nanogpt.lab.preset_data import prepare_data
 from nanogpt.lab.shared_programs import run_shared
 from nanogpt.lab.trials import Trial, run_trials
+from nanogpt.report.plotting import WIDTH, Label, label_ends, looks, save
 from nanogpt.report.tables import markdown
 
 NAME = "medium_board"
-START, MOST, SEEDS = (-1, 0, 1), 4, (0, 1, 2)
+PLAN = Plan(NAME, None, (-1, 0, 1), 4, (0, 1, 2), timed_steps=0, preset=NAME)
 
 
 class Entry(NamedTuple):
@@ -34,26 +36,6 @@ class Entry(NamedTuple):
     losses: list[float]  # of the final seeds
 
 
-def trial(name: str, power: int, seed: int) -> Trial:
-    """A run of an entry.
-
-    Args:
-        name: of the entry.
-        power: of 2, times the preset's rate.
-        seed: of weights and order of the data.
-    """
-    config = preset(NAME, name)
-    rate = config.matrices.learning_rate * 2.0**power
-    config = dataclasses.replace(
-        config,
-        name=f"{NAME}/{name}/{rate:.4g}-seed{seed}",
-        seed=seed,
-        matrices=dataclasses.replace(config.matrices, learning_rate=rate),
-        data=dataclasses.replace(config.data, seed=seed),
-    )
-    return Trial({"entry": name, RATE: rate}, config)
-
-
 def train(name: str, path: Path) -> Entry:
     """Tunes an entry and trains it from every seed; what the file holds is not done again."""
 
@@ -61,10 +43,11 @@ def train(name: str, path: Path) -> Entry:
         return [loss_of(record) for record in run_trials(trials, path, run=run_shared)]
 
     tuned: dict[int, float] = {}
-    while powers := next_powers(tuned, START, MOST):
-        found = losses([trial(name, power, TUNING_SEED) for power in powers])
+    while powers := next_powers(tuned, PLAN.start, PLAN.most):
+        found = losses([make_trial(name, PLAN, "tune", p, TUNING_SEED) for p in powers])
         tuned |= dict(zip(powers, found, strict=True))
-    return Entry(name, tuned, losses([trial(name, best(tuned), seed) for seed in SEEDS]))
+    finals = [make_trial(name, PLAN, "final", best(tuned), seed) for seed in PLAN.seeds]
+    return Entry(name, tuned, losses(finals))
 
 
 def table(entries: Sequence[Entry], small: Mapping[str, float]) -> str:
@@ -96,27 +79,22 @@ def small_board(path: Path) -> dict[str, float]:
     return found
 
 
-def draw(entries: Sequence[Entry], small: Mapping[str, float], path: Path) -> None:
+def draw(entries: Sequence[Entry], small: Mapping[str, float]) -> Figure:
     """A line for each entry from its loss on the small board to the one here, minus AdamW's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    means = {e.name: statistics.mean(e.losses) for e in entries}
-    figure, axes = pyplot.subplots(figsize=(6.4, 5.2))
-    for name, mean in sorted(means.items(), key=lambda pair: pair[1]):
-        if name not in small or not math.isfinite(mean):
-            continue
-        ends = (small[name] - small["adamw"], mean - means["adamw"])
-        (line,) = axes.plot((0, 1), ends, marker="o")
-        axes.annotate(name, (1, ends[1]), (6, 0), textcoords="offset points", va="center",
-                      color=line.get_color())  # fmt: skip
+    means = {e.name: statistics.mean(e.losses) for e in entries if e.name in small}
+    shown = sorted((name for name in means if math.isfinite(means[name])), key=means.__getitem__)
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    axes = figure.subplots()
+    labels = []
+    for name, (colour, dashes) in zip(shown, looks(shown), strict=True):
+        ends = small[name] - small[BASELINE], means[name] - means[BASELINE]
+        axes.plot((0, 1), ends, marker="o", color=colour, linestyle=dashes)
+        labels.append(Label(name, 1, ends[1], colour))
     axes.set_xticks((0, 1), ("small board\n2 layers", "medium board\n16 layers"))
-    axes.set_xlim(-0.1, 1.5)
-    axes.set_ylabel("final loss minus AdamW's (nats per token)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    axes.set_xlim(-0.1, 1.1)
+    axes.set_ylabel("final loss minus AdamW's\n(nats per token)")
+    label_ends(axes, labels, 3.8)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         tried = (f"{base * 2.0**p:.4g}: {loss:.4f}" for p, loss in sorted(entry.tuned.items()))
         print(f"{entry.name}: {', '.join(tried)}")
     if options.out:
-        draw(entries, small, options.out / "medium_board.png")
+        save(options.out / "medium_board.png", lambda: draw(entries, small))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Orthogonalized updates, the spectral descent family: Newton-Schulz iteration and SVD."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,8 +42,8 @@ def newton_schulz(
 ) -> jax.Array:
     """Returns an approximation of the polar factor U V^T of U S V^T by odd polynomials.
 
-    `X = F / (max(|F|, eps) + shift)`, then `steps` times `X <- a X + X (b B + c B^2)` with
-    `B = X^T X`, on the side that makes B small. Singular values end near 1; not within rounding for
+    `X = F / (max(|F|, eps) + shift)`, then `steps` times `X <- a X + (b B + c B^2) X` with
+    `B = X X^T`, on the side that makes B small. Singular values end near 1; not within rounding for
     the default coefficients, whose fixed point is not attracting.
 
     Args:
@@ -68,44 +68,38 @@ def newton_schulz(
     check_choice("norm", norm, tuple(NORMS))
     check_coefficients(coefficients, steps)
     triples: Any = [coefficients] * steps if np.ndim(coefficients) == 1 else coefficients
-    if update.dtype == jnp.bfloat16:
-        return _in_bfloat16(update, triples, norm, eps, shift)
-    tall = update.shape[-2] >= update.shape[-1]
-    x = update if tall else jnp.matrix_transpose(update)
-    x = x / (jnp.maximum(NORMS[norm](x)[..., None, None], eps) + shift).astype(x.dtype)
-    for a, b, c in triples:
-        gram = matmul(jnp.matrix_transpose(x), x)
-        x = a * x + matmul(x, b * gram + c * matmul(gram, gram))
-    return x if tall else jnp.matrix_transpose(x)
-
-
-def _in_bfloat16(
-    update: jax.Array, triples: Any, norm: str, eps: ArrayLike, shift: ArrayLike
-) -> jax.Array:
-    """The iteration as Muon's script rounds it: each product and sum once, coefficients not at all.
-
-    A Python number times a bfloat16 array would be rounded before, and a compiler may leave out
-    roundings between operations that it fuses, which changes updates by half a percent. Rounded
-    products are not symmetric any more, so sides and order are the script's, too.
-    """
-
-    def rounded(x: jax.Array) -> jax.Array:
-        return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
-
-    def product(x: jax.Array, y: jax.Array) -> jax.Array:
-        narrow = (z.astype(jnp.bfloat16) for z in (x, y))
-        return rounded(matmul(*narrow))
-
-    tall = update.shape[-2] > update.shape[-1]
-    x = rounded(jnp.matrix_transpose(update) if tall else update)
+    rounded, product = _arithmetic(update.dtype)
+    wide = update.shape[-2] <= update.shape[-1]
+    x = rounded(update if wide else jnp.matrix_transpose(update))
     length = rounded(jnp.maximum(NORMS[norm](x)[..., None, None], eps))
     x = rounded(x / rounded(length + shift))
     for a, b, c in triples:
         gram = product(x, jnp.matrix_transpose(x))
-        inner = rounded(b * gram) + product(rounded(c * gram), gram)
-        x = rounded(rounded(a * x) + product(rounded(inner), x))
-    x = x.astype(jnp.bfloat16)
-    return jnp.matrix_transpose(x) if tall else x
+        inner = rounded(rounded(b * gram) + product(rounded(c * gram), gram))
+        x = rounded(rounded(a * x) + product(inner, x))
+    x = x.astype(update.dtype)
+    return x if wide else jnp.matrix_transpose(x)
+
+
+def _arithmetic(dtype: Any) -> tuple[Callable[[jax.Array], jax.Array], Callable[..., jax.Array]]:
+    """Rounding and products in a precision; below float32 as Muon's script has them.
+
+    There each product and sum is rounded once and coefficients are not. A Python number times a
+    bfloat16 array would be rounded before, and a compiler may leave out roundings between
+    operations that it fuses, which changes updates by half a percent. Rounded products are not
+    symmetric any more, so sides and order are the script's, too.
+    """
+    if jnp.finfo(dtype).bits >= 32:
+        return lambda x: x, matmul
+    info = jnp.finfo(dtype)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant)
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return rounded(matmul(x.astype(dtype), y.astype(dtype)))
+
+    return rounded, product
 
 
 def svd_orthogonalize(update: jax.Array, *, scale_by_nuclear_norm: bool = False) -> jax.Array:

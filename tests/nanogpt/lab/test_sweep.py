@@ -8,6 +8,8 @@ import pytest
 
 from data_pipeline import write_shard
 from nanogpt.config.presets import preset
+from nanogpt.config.run import LookaheadConfig, TailConfig
+from nanogpt.config.settings import AdamWConfig
 from nanogpt.lab import search, shared_programs, sweep
 from nanogpt.lab.shared_programs import run_shared
 from nanogpt.lab.trials import Trial, run_trials
@@ -217,3 +219,22 @@ def test_a_real_sweep_is_kept_and_widened(tiny_data, tmp_path, monkeypatch, caps
     search.sweep([*common, "--grid", "matrices.b1=0.9"])
     printed = capsys.readouterr().out
     assert "| optimizer | matrices.b1 |" in printed and "| adamw | 0.9 |" in printed
+
+
+def test_a_shared_program_holds_norms_looks_ahead_and_averages(tiny_data, tmp_path, monkeypatch):
+    """What its rate does not simply multiply; rates of the matrices and of the rest differ."""
+    monkeypatch.chdir(tmp_path)
+    (trial, *_) = trials("--optimizers", "adamw", *TINY, "--data.directory", str(tiny_data))
+    config, steps = trial.config, trial.config.schedule.steps
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, init="record37"),
+        matrices=AdamWConfig(0.05, 0.0, hyperball=True),
+        auxiliary=dataclasses.replace(config.auxiliary, embed_learning_rate=0.1),
+        lookahead=LookaheadConfig(0.5, start=1, end=steps),
+        tail=TailConfig(start=1, tau=2.0, share=0.5),
+    )
+    (alone,) = run_trials([Trial({}, config)], tmp_path / "alone.jsonl")
+    (found,) = run_trials([Trial({}, config)], tmp_path / "shared.jsonl", run=run_shared)
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert alone["losses"][-1] != pytest.approx(alone["losses"][0], rel=1e-4)

@@ -149,6 +149,7 @@ def test_exported_weights_give_the_same_logits_elsewhere(place, tmp_path, capsys
         (["export", "plain", "--out", "gs://b/c"], "must be a folder of this machine"),
         (["export", "texts"], "holds no run with checkpoints"),
         (["sample", "changed"], "metrics.jsonl is not as this version writes it"),
+        (["export", "medium"], "a model of kind='medium': nanogpt sample, evaluate and export"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(place, monkeypatch, words, complaint):
@@ -156,6 +157,8 @@ def test_what_cannot_be_is_said_in_a_line(place, monkeypatch, words, complaint):
     if "other" in words:
         prepare(folder("texts"), "other", gpt2(400), val_tokens=100)
     changes = {"changed": ('"mlp_dim"', '"width"'), "nameless": ('"tokenizer"', '"other"')}
+    of_medium = '"kind": "medium", "init": "medium", "num_layers": 16, "sequence_length": 128'
+    changes["medium"] = ('"kind": "track3"', of_medium)  # the last of equal names counts
     for name in changes.keys() & set(words):
         shutil.copytree("plain", name)
         path = place / name / "metrics.jsonl"
