@@ -17,7 +17,7 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers test-interop lint format types golden faults soak rehearsal rehearse-device clean
+.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers test-interop gallery lint format types golden faults soak rehearsal rehearse-device clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,14 @@ INTEROP := build/interop
 test-interop:  ## Load exported models in torch, in an environment of its own
 	@$(MAKE) --no-print-directory VENV=$(INTEROP) PACKAGES="--editable '.[test]' $(TORCH)" venv
 	@$(INTEROP)/bin/python -m pytest -q -s -m interop tests/interop $(PYTEST_ARGS)
+
+# Keras is in no other environment: its imports alone take longer than most tests.
+GALLERY := build/gallery
+
+gallery:  ## Run every example of docs/gallery in full, test them, write docs/gallery (ARGS="pinn": one)
+	@$(MAKE) --no-print-directory VENV=$(GALLERY) PACKAGES="--editable '.[test,gallery]'" venv
+	@OPENBLAS_NUM_THREADS=1 $(GALLERY)/bin/python -m scripts.maintenance.gallery $(ARGS)
+	@$(GALLERY)/bin/python -m pytest -q -m 'gallery or not gallery' tests/docs $(PYTEST_ARGS)
 
 lint: venv  ## Check style
 	@$(BIN)/ruff check .

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
     "docs/library.md",
+    "docs/gallery/README.md",
     "docs/extending.md",
     "docs/meshes.md",
     "docs/methods/transfer.md",
