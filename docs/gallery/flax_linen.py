@@ -36,7 +36,7 @@ class Transformer(nn.Module):
 
 def windows(split, count, rng):
     """Random stretches of LENGTH + 1 tokens from the first documents of a split."""
-    texts = [document.text for document in sotu().documents() if document.split == split][:40]
+    texts = [document.text for document in sotu().documents() if document.split == split][:20]
     tokens = np.concatenate([gpt2(VOCABULARY).encode(text) for text in texts])
     return tokens[rng.integers(len(tokens) - LENGTH, size=(count, 1)) + np.arange(LENGTH + 1)]
 

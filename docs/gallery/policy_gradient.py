@@ -55,8 +55,8 @@ def surrogate(params, states, actions, standing):
 
 
 def main(small=False, seed=0):
-    """Mean length of the last tenth of the episodes by optimizer."""
-    steps, lengths = 20 if small else 100, {}
+    """Mean length of all episodes on the way by optimizer: who learns faster has more."""
+    steps, lengths = 20 if small else 50, {}
     *starts, key = jax.random.split(jax.random.key(seed), 4)
     pairs, normal = zip(starts, SIZES.items(), strict=True), jax.nn.initializers.lecun_normal()
     params = {name: normal(start, size) for start, (name, size) in pairs}
@@ -70,9 +70,10 @@ def main(small=False, seed=0):
             return (optax.apply_updates(params, updates), state), rollouts[2].sum(1).mean()
 
         train = jax.jit(lambda carry, keys, step=step: jax.lax.scan(step, carry, keys)[1])
-        found = train((params, tx.init(params)), jax.random.split(key, steps))
-        lengths[name] = float(found[-steps // 10 :].mean())
-    print(", ".join(f"{name} {x:.0f}" for name, x in lengths.items()), "steps an episode")
+        lengths[name] = float(train((params, tx.init(params)), jax.random.split(key, steps)).mean())
+    print(
+        ", ".join(f"{name} {x:.0f}" for name, x in lengths.items()), "steps an episode on the way"
+    )
     return lengths
 
 

