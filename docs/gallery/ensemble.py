@@ -63,8 +63,8 @@ def main(small=False, seed=0):
         run = functools.partial(train, make, steps, digits())
         grid = jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))(seeds, rates)
         by_rate = zip(rates.tolist(), grid.mean(0).tolist(), strict=True)
-        losses |= {f"{name} {rate:.0e}": mean for rate, mean in by_rate}
-    print(", ".join(f"{name} {x:.3f}" for name, x in losses.items()))
+        losses |= {f"{name} at {rate:.1g}": mean for rate, mean in by_rate}
+    print(", ".join(f"{name} {x:.2f}" for name, x in losses.items()))
     return losses
 
 

@@ -1,8 +1,8 @@
 """Equinox: a network learns the height of the Earth's surface as a function of place.
 
-Regression on coordinates is ill-conditioned: a case for second-order methods. The optimizer gets
-`eqx.filter(model, eqx.is_inexact_array)`; a `weight` of `eqx.nn.Linear` is a matrix, its `bias` goes
-to AdamW. Data: the elevation model `jacksboro_fault_dem` that Matplotlib ships.
+Regression on coordinates is ill-conditioned. The optimizer gets the model's arrays alone, by
+`eqx.filter`; a `weight` of `eqx.nn.Linear` is a matrix, its `bias` goes to AdamW. Data: the elevation
+model `jacksboro_fault_dem` that Matplotlib ships.
 
 Run it: python docs/gallery/equinox_terrain.py
 """

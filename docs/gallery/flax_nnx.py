@@ -1,8 +1,8 @@
 """Flax NNX: a convolutional network reads handwritten digits.
 
 `nnx.Optimizer` takes Shampoo as it takes any Optax optimizer. Kernels of `nnx.Conv` are read as
-matrices from all inputs of a window to the outputs; biases, and the layer that is called `head`, are
-left to AdamW. Data: scikit-learn's 1,797 digits, the last 360 held out.
+matrices from all inputs of a window to the outputs; biases, and the layer that is called `head`,
+are left to AdamW. Data: scikit-learn's 1,797 digits, the last 360 held out.
 
 Run it: python docs/gallery/flax_nnx.py
 """
@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 import shampoo_jax
 
-OPTIMIZERS = {"AdamW": (optax.adamw, 3e-3), "Shampoo": (shampoo_jax.shampoo, 3e-3)}
+OPTIMIZERS = {"AdamW": (optax.adamw, 3e-2), "Shampoo": (shampoo_jax.shampoo, 3e-3)}
 
 
 class Network(nnx.Module):

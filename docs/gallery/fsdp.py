@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 
 import shampoo_jax
 
-OPTIMIZERS = {"AdamW": (optax.adamw, 3e-3), "Shampoo": (shampoo_jax.shampoo, 3e-3)}
+OPTIMIZERS = {"AdamW": (optax.adamw, 1e-2), "Shampoo": (shampoo_jax.shampoo, 3e-2)}
 WIDTHS = (64, 64, 64, 64, 16, 64, 64, 64, 64)
 
 
@@ -68,7 +68,7 @@ def main(small=False, seed=0):
         results[name] = float(mean_loss(trained, pixels[1437:]))
         first = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)]
         results[f"{name}, kB of state a device"] = sum(first) / 1e3
-    print(", ".join(f"{name} {x:.5g}" for name, x in results.items()))
+        print(f"{name}: error {results[name]:.5g}, {sum(first) / 1e3:.0f} kB of state a device")
     return results
 
 

@@ -2,8 +2,8 @@
 
 Keras has optimizers of its own, so Optax's go into a loop over `model.stateless_call`. Keys are the
 paths of the variables, `sequential/dense/kernel` say: by them Shampoo knows which are matrices, and
-that `head` is left to AdamW. A list of values would have no names. Data: scikit-learn's 1,797 digits,
-the last 360 held out.
+that `head` is left to AdamW. A list of values would have no names. Data: scikit-learn's 1,797
+digits, the last 360 held out.
 
 Run it: python docs/gallery/keras_digits.py
 """

@@ -1,8 +1,8 @@
 """A mixture of experts: eight stacked experts with factors of their own.
 
-Weights of all experts lie in one array (experts, inputs, outputs). `batch_axes({"experts": 0})` says
-that the first axis is a batch: each expert is preconditioned by itself. Without it the stack is one
-tensor with three factors. Task: the next token of presidents' messages from the eight before it.
+Weights of all experts lie in one array (experts, inputs, outputs). `batch_axes({"experts": 0})`
+says that the first axis is a batch: each expert is preconditioned by itself. Without it the stack is
+one tensor with three factors. Task: the next token of presidents' messages from the eight before it.
 
 Run it: python docs/gallery/moe.py
 """

@@ -1,8 +1,7 @@
 """A physics-informed network solves the Helmholtz equation; the exact solution is known.
 
 u_xx + u_yy + u = f on [-1, 1]^2, u = 0 on the border; f is such that u = sin(pi x) sin(4 pi y).
-A loss of second derivatives is ill-conditioned, and its two terms pull in different directions: the
-case for whole matrices as preconditioners. Every step has new points.
+A loss of second derivatives is ill-conditioned, and its two terms pull in different directions.
 
 Run it: python docs/gallery/pinn.py
 """
@@ -14,17 +13,17 @@ import optax
 import shampoo_jax
 
 OPTIMIZERS = {
-    "AdamW": (optax.adamw, 1e-2),
+    "AdamW": (optax.adamw, 3e-3),
     "Shampoo": (shampoo_jax.shampoo, 1e-2),
-    "SOAP": (shampoo_jax.soap, 1e-2),
-    "KL-Shampoo": (shampoo_jax.kl_shampoo, 1e-2),
+    "SOAP": (shampoo_jax.soap, 3e-2),
+    "KL-Shampoo": (shampoo_jax.kl_shampoo, 3e-2),
 }
 FREQUENCIES = jnp.pi * jnp.array([1.0, 4.0])
 SIZES = ((2, 32), (32, 32), (32, 32), (32, 1))
 
 
 def exact(point):
-    return jnp.prod(jnp.sin(FREQUENCIES * point))
+    return jnp.sin(FREQUENCIES * point).prod()
 
 
 def network(params, point):

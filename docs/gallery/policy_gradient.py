@@ -1,8 +1,7 @@
 """A policy gradient balances a pole: REINFORCE on the equations of cart-pole.
 
-Rollouts and updates are one compiled loop. Gradients are noisy and data follow the policy, far from
-what Shampoo was made for: does it hold? Equations: Barto, Sutton and Anderson 1983; an episode ends
-at 12 degrees, at 2.4 m, or after 200 steps.
+Rollouts and updates are one compiled loop. Equations: Barto, Sutton and Anderson 1983; an episode
+ends at 12 degrees, at 2.4 m, or after 200 steps.
 
 Run it: python docs/gallery/policy_gradient.py
 """
@@ -27,7 +26,6 @@ def move(state, force):
 
 
 def logits(params, state):
-    """Of a push to the left and one to the right."""
     return jnp.tanh(jnp.tanh(state @ params["w1"]) @ params["w2"]) @ params["w3"]
 
 
@@ -55,7 +53,6 @@ def surrogate(params, states, actions, standing):
 
 
 def main(small=False, seed=0):
-    """Mean length of all episodes on the way by optimizer: who learns faster has more."""
     steps, lengths = 20 if small else 50, {}
     *starts, key = jax.random.split(jax.random.key(seed), 4)
     pairs, normal = zip(starts, SIZES.items(), strict=True), jax.nn.initializers.lecun_normal()
@@ -69,7 +66,7 @@ def main(small=False, seed=0):
             updates, state = tx.update(jax.grad(surrogate)(params, *rollouts), state, params)
             return (optax.apply_updates(params, updates), state), rollouts[2].sum(1).mean()
 
-        train = jax.jit(lambda carry, keys, step=step: jax.lax.scan(step, carry, keys)[1])
+        train = jax.jit(lambda *scanned, step=step: jax.lax.scan(step, *scanned)[1])
         lengths[name] = float(train((params, tx.init(params)), jax.random.split(key, steps)).mean())
     print(
         ", ".join(f"{name} {x:.0f}" for name, x in lengths.items()), "steps an episode on the way"

@@ -1,8 +1,7 @@
 """A run that is stopped, saved by Orbax and resumed: bit for bit the run that never stopped.
 
-Parameters, optimizer state and the number of the step are one tree of arrays. Restored into a tree of
-shapes it is the optimizer's own state again; `check_state` says whether it fits. Task: the next token
-of presidents' messages from the eight before it.
+Parameters, state and the number of the step are one tree. Restored into a tree of shapes the state
+is the optimizer's own again; `check_state` says whether it fits. Task: the next token of messages.
 
 Run it: python docs/gallery/resume_orbax.py
 """
@@ -59,12 +58,13 @@ def main(small=False, seed=0):
 
         params = init(jax.random.key(seed))
         run = {"params": params, "state": tx.init(params), "step": 0}
+        shapes = jax.eval_shape(step, run, batches[0])
         with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
             for k, rows in enumerate(batches):
                 run = step(run, rows)
                 if k == steps // 2:
                     checkpointer.save(Path(folder) / "middle", run)
-            resumed = checkpointer.restore(Path(folder) / "middle", jax.eval_shape(lambda: run))
+            resumed = checkpointer.restore(Path(folder) / "middle", shapes)
         shampoo_jax.check_state(resumed["state"], resumed["params"], tx)
         for rows in batches[int(resumed["step"]) :]:
             resumed = step(resumed, rows)

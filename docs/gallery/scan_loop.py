@@ -15,9 +15,9 @@ from sklearn.datasets import load_digits
 import shampoo_jax
 
 OPTIMIZERS = {
-    "AdamW": (optax.adamw, 3e-3),
-    "Shampoo": (shampoo_jax.shampoo, 3e-3),
-    "SOAP": (shampoo_jax.soap, 3e-3),
+    "AdamW": (optax.adamw, 1e-2),
+    "Shampoo": (shampoo_jax.shampoo, 3e-2),
+    "SOAP": (shampoo_jax.soap, 1e-2),
 }
 WIDTHS = (64, 64, 64, 32, 8, 32, 64, 64, 64)
 CODE = 3  # the layer whose outputs are the code; it and the last are linear
