@@ -17,7 +17,7 @@ from flax.training.train_state import TrainState
 import shampoo_jax
 from data_pipeline import gpt2, sotu
 
-OPTIMIZERS = {"AdamW": (optax.adamw, 1e-2), "Shampoo": (shampoo_jax.shampoo, 1e-2)}
+OPTIMIZERS = {"AdamW": (optax.adamw, 3e-2), "Shampoo": (shampoo_jax.shampoo, 3e-2)}
 VOCABULARY, LENGTH, WIDTH = 512, 32, 32
 
 

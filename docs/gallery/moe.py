@@ -1,8 +1,8 @@
 """A mixture of experts: eight stacked experts with factors of their own.
 
 Weights of all experts lie in one array (experts, inputs, outputs). `batch_axes({"experts": 0})`
-says that the first axis is a batch: each expert is preconditioned by itself. Without it the stack is
-one tensor with three factors. Task: the next token of presidents' messages from the eight before it.
+says that the first axis is a batch: each expert is preconditioned by itself. Without it the stack
+is one tensor with three factors. Task: the next token of presidents' messages from eight others.
 
 Run it: python docs/gallery/moe.py
 """
@@ -18,9 +18,9 @@ from data_pipeline import gpt2, sotu
 VOCABULARY, CONTEXT, WIDTH, EXPERTS, HIDDEN = 512, 8, 8, 8, 32
 each = shampoo_jax.Blocking(dimension_numbers=shampoo_jax.batch_axes({"experts": 0}))
 OPTIMIZERS = {
-    "AdamW": (optax.adamw, 1e-2),
-    "Shampoo": (lambda rate: shampoo_jax.shampoo(rate, blocking=each), 1e-2),
-    "Shampoo, one tensor": (shampoo_jax.shampoo, 1e-2),
+    "AdamW": (optax.adamw, 1e-1),
+    "Shampoo": (lambda rate: shampoo_jax.shampoo(rate, blocking=each), 1e-1),
+    "Shampoo, one tensor": (shampoo_jax.shampoo, 1e-1),
 }
 
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import shampoo_jax
 from data_pipeline import gpt2, sotu
 
-OPTIMIZERS = {"AdamW": (optax.adamw, 1e-2), "Shampoo": (shampoo_jax.shampoo, 1e-2)}
+OPTIMIZERS = {"AdamW": (optax.adamw, 3e-2), "Shampoo": (shampoo_jax.shampoo, 3e-2)}
 VOCABULARY, CONTEXT, WIDTH = 512, 8, 8
 SIZES = {"up": (CONTEXT * WIDTH, 64), "down": (64, WIDTH), "head": (WIDTH, VOCABULARY)}
 
@@ -58,13 +58,12 @@ def main(small=False, seed=0):
 
         params = init(jax.random.key(seed))
         run = {"params": params, "state": tx.init(params), "step": 0}
-        shapes = jax.eval_shape(step, run, batches[0])
         with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
             for k, rows in enumerate(batches):
                 run = step(run, rows)
                 if k == steps // 2:
                     checkpointer.save(Path(folder) / "middle", run)
-            resumed = checkpointer.restore(Path(folder) / "middle", shapes)
+            resumed = checkpointer.restore(Path(folder) / "middle", jax.eval_shape(step, run, rows))
         shampoo_jax.check_state(resumed["state"], resumed["params"], tx)
         for rows in batches[int(resumed["step"]) :]:
             resumed = step(resumed, rows)
