@@ -1,7 +1,7 @@
 """Parameters split over eight devices (FSDP): one device's loss up to rounding, less state on each.
 
-`Placement` names the mesh, the axis over which blocks are split, and how parameters lie; the rest of
-the loop is that of one device. Eight fake devices stand in. Task: a deep autoencoder of digits.
+`Placement` names the mesh, the axis over which blocks are split, and how parameters lie; the rest
+of the loop is that of one device. Eight fake devices stand in. Task: a deep autoencoder of digits.
 
 Run it: python docs/gallery/fsdp.py
 It printed: AdamW: error 1.288, 213 kB of state a device

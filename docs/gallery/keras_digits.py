@@ -6,6 +6,7 @@ that `head` is left to AdamW. A list of values would have no names. Data: scikit
 digits, the last 360 held out.
 
 Run it: python docs/gallery/keras_digits.py
+It printed: AdamW 0.288, AdamW, errors 32, Shampoo 0.276, Shampoo, errors 25
 """
 
 import os

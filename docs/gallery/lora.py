@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import shampoo_jax
 
-OPTIMIZERS = {"AdamW": (optax.adamw, 1e-2), "Shampoo": (shampoo_jax.shampoo, 1e-2)}
+OPTIMIZERS = {"AdamW": (optax.adamw, 3e-2), "Shampoo": (shampoo_jax.shampoo, 3e-2)}
 SIZES, RANK = {"w1": (64, 64), "w2": (64, 64), "head": (64, 10)}, 4
 
 

@@ -60,7 +60,7 @@ def train(tx, params, keys):
 
 
 def main(small=False, seed=0):
-    steps, normal = 300 if small else 1000, jax.nn.initializers.glorot_normal()
+    steps, normal = 200 if small else 1000, jax.nn.initializers.glorot_normal()
     *starts, key = jax.random.split(jax.random.key(seed), 5)
     pairs, keys = zip(starts, SIZES, strict=True), jax.random.split(key, steps)
     params = [{"w": normal(k, size), "b": jnp.zeros(size[1])} for k, size in pairs]
