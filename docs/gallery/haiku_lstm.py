@@ -5,6 +5,7 @@ matrix of inputs and state to all four gates, `b` goes to AdamW, and so does a m
 Data: scikit-learn's 1,797 digits, the last 360 held out.
 
 Run it: python docs/gallery/haiku_lstm.py
+It printed: AdamW 0.269, AdamW, errors 29, Shampoo 0.327, Shampoo, errors 29
 """
 
 import haiku as hk

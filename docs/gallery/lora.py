@@ -5,6 +5,7 @@ matrices learn the mirror images of the same digits. The optimizer gets the adap
 360 of 1,797 digits are held out.
 
 Run it: python docs/gallery/lora.py
+It printed: before 4.536, AdamW 0.473, Shampoo 0.352 nats per mirrored digit
 """
 
 import functools

@@ -1,9 +1,10 @@
 """A run that is stopped, saved by Orbax and resumed: bit for bit the run that never stopped.
 
-Parameters, state and the number of the step are one tree. Restored into a tree of shapes the state
-is the optimizer's own again; `check_state` says whether it fits. Task: the next token of messages.
+Parameters, state and step are one tree. Restored into a tree of shapes the state is the optimizer's
+own again; `check_state` says whether it fits. Task: the next token of presidents' messages.
 
 Run it: python docs/gallery/resume_orbax.py
+It printed: AdamW 4.754, AdamW, differing entries 0, Shampoo 4.771, Shampoo, differing entries 0
 """
 
 import tempfile
@@ -29,7 +30,6 @@ def init(key):
 
 
 def mean_loss(params, rows):
-    """Nats per token at the end of each row."""
     x = params["embed"][rows[:, :-1]].reshape(len(rows), -1)
     logits = jax.nn.gelu(x @ params["up"]) @ params["down"] @ params["head"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, -1]).mean()
@@ -64,12 +64,13 @@ def main(small=False, seed=0):
                 if k == steps // 2:
                     checkpointer.save(Path(folder) / "middle", run)
             resumed = checkpointer.restore(Path(folder) / "middle", jax.eval_shape(step, run, rows))
-        shampoo_jax.check_state(resumed["state"], resumed["params"], tx)
+        if name != "AdamW":  # which has no blocks that could lie otherwise
+            shampoo_jax.check_state(resumed["state"], resumed["params"], tx)
         for rows in batches[int(resumed["step"]) :]:
             resumed = step(resumed, rows)
-        pairs = zip(jax.tree.leaves(run), jax.tree.leaves(resumed), strict=True)
+        differing = jax.tree.map(lambda a, b: int((a != b).sum()), run, resumed)
         results[name] = float(mean_loss(run["params"], held_out))
-        results[f"{name}, differing entries"] = float(sum((a != b).sum() for a, b in pairs))
+        results[f"{name}, differing entries"] = sum(jax.tree.leaves(differing))
     print(", ".join(f"{name} {x:.4g}" for name, x in results.items()))
     return results
 

@@ -15,6 +15,7 @@ import platform
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,9 @@ def write_docstring(name: str, printed: list[str]) -> None:
     path.write_text(new, encoding="utf-8")
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
-    lines = [header, ("-",) * len(header), *rows]
+    lines = [header, ["-"] * len(header), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -137,7 +138,7 @@ def with_tables(page: str, report: dict[str, Any]) -> str:
     """The page with the tables of a report."""
     entries = report["examples"]
     tried = {r for e in entries.values() for rates in e.get("rates", {}).values() for r in rates}
-    columns = sorted(tried, key=float)
+    columns = sorted(tried, key=lambda rate: float(rate))
     results, rates = [], []
     for name, entry in entries.items():
         link = f"[{name}]({name}.py)"
