@@ -5,6 +5,7 @@ says that the first axis is a batch: each expert is preconditioned by itself. Wi
 is one tensor with three factors. Task: the next token of presidents' messages from eight others.
 
 Run it: python docs/gallery/moe.py
+It printed: AdamW 4.466, Shampoo 4.383, Shampoo, one tensor 4.494 nats per held-out token
 """
 
 import jax

