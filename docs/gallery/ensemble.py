@@ -5,7 +5,8 @@ sweep needs no loop. Each member is what a run of its own gives. The task: sciki
 digits, the last 360 held out.
 
 Run it: python docs/gallery/ensemble.py
-It printed: AdamW at 0.003 0.47, AdamW at 0.01 0.37, AdamW at 0.03 0.42, Shampoo at 0.003 0.36, Shampoo at 0.01 0.32, Shampoo at 0.03 0.37
+It printed: AdamW: 0.47 at 0.003, 0.37 at 0.01, 0.42 at 0.03
+Shampoo: 0.36 at 0.003, 0.32 at 0.01, 0.37 at 0.03
 """
 
 import functools
