@@ -30,7 +30,7 @@ def small(name: str, *optimizers: str) -> dict[str, float]:
         ("flax_linen", "Shampoo", 5.9),  # ln 512 = 6.2 nats
         ("moe", "Shampoo", 5.9),
         ("equinox_terrain", "SOAP", 0.9),  # 1, the variance
-        ("scan_loop", "Shampoo", 12.0),
+        ("scan_loop", "Shampoo", 3.5),  # 4.7, the variance
     ],
 )
 def test_it_learns(name, optimizer, most):
@@ -41,19 +41,19 @@ def test_a_pole_stands_longer():
     module = gallery.load("policy_gradient")
     module.OPTIMIZERS = {"none": (lambda rate: module.optax.sgd(0.0), 0.0), **module.OPTIMIZERS}
     lengths = module.main(small=True)
-    assert lengths["Shampoo"] > 1.5 * lengths["none"]
+    assert lengths["Shampoo"] > 4 * lengths["none"]
 
 
 def test_an_equation_with_fewer_waves_is_solved_sooner():
     module = gallery.load("pinn")
     module.FREQUENCIES = np.pi * np.ones(2)
     module.OPTIMIZERS = {"SOAP": module.OPTIMIZERS["SOAP"]}
-    assert module.main(small=True)["SOAP"] < 0.5  # 1 is the error of u = 0
+    assert module.main(small=True)["SOAP"] < 0.3  # 1 is the error of u = 0
 
 
 def test_adapters_learn():
     losses = small("lora", "Shampoo")
-    assert losses["Shampoo"] < losses["before"] - 0.5
+    assert losses["Shampoo"] < losses["before"] / 2
 
 
 def test_members_of_an_ensemble_are_runs_of_their_own():
