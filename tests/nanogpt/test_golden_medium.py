@@ -49,10 +49,14 @@ def test_schedules_and_layers():
 def test_masks():
     """Windows of 1 to 27 blocks, documents that begin anywhere, and what attention by blocks sees.
 
-    A token that is taken for another one's end of a document is a miss.
+    A token that is taken for another one's end of a document is a miss, and so is a list of blocks
+    in another order.
     """
     z = read("masks.npz")
     assert worst(golden_medium_inputs.masks(FILES, z, ["mixed"])) <= 1
+    z["mixed__full_order"] = z["mixed__full_order"][:, ::-1]
+    assert worst(golden_medium_inputs.masks(FILES, z, ["mixed"])) == np.inf
+    z["mixed__full_order"] = z["mixed__full_order"][:, ::-1]
     config = json.loads(str(z["config"]))
     z["config"] = np.array(json.dumps(config | {"eot": 50255, "windows": config["windows"][:2]}))
     assert worst(golden_medium_inputs.masks(FILES, z, ["mixed"])) == np.inf
@@ -103,6 +107,17 @@ def test_adamw_of_the_mean_loss(group):
     config["shapes"] = {group: config["shapes"][group]}
     found = golden_medium_optimizers.recipe(config, z, "adamw_lb")
     assert worst(m for m in found if "bf16" not in m.what) <= 1
+
+
+def test_files_that_lack_what_they_name_are_refused(tmp_path):
+    z = read("adam_medium.npz")
+    config = json.loads(str(z["config"]))
+    with pytest.raises(ValueError, match="recipe 'other': of none of its groups"):
+        list(golden_medium_optimizers.recipe(config, z, "other"))
+    z, path = read("masks.npz"), tmp_path / "masks.npz"
+    np.savez(path, **z | {"none__first_key": z["none__first_key"][:1]})
+    with pytest.raises(ValueError, match="masks.npz: index 1 is out of bounds"):
+        replay_golden.error(path)
 
 
 def test_a_model_of_other_constants_is_refused():
