@@ -94,7 +94,7 @@ def _wrong_lists(ours: np.ndarray, z: Data, name: str) -> int:
     """Blocks that the whole sequence sees in part or in whole, nearest first, then the others."""
     count = len(z[f"{name}__partial_order"])
     pairs = ours.reshape(count, len(ours) // count, count, -1)
-    some, every = pairs.any((1, 3)), pairs.all((1, 3))
+    some, every = np.any(pairs, (1, 3)), np.all(pairs, (1, 3))
     wrong = 0
     for kind, seen in (("partial", some & ~every), ("full", every)):
         order = count - 1 - np.argsort(~seen[:, ::-1], axis=1, kind="stable")
