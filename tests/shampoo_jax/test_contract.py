@@ -344,8 +344,9 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("value", SPOILT)
+@pytest.mark.parametrize(
+    ("value", "dtype"), [*((value, "float32") for value in SPOILT), ("NaN", "bfloat16")]
+)
 @pytest.mark.parametrize("name", GUARDED)
 def test_a_gradient_that_is_not_finite_leaves_all_state_as_it_was(name, value, dtype):
     """One entry of one parameter: updates are zero, nothing else has been, and it is counted."""
