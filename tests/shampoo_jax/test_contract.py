@@ -118,7 +118,7 @@ def described(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
 
 
-@everyone
+@pytest.mark.parametrize("name", [*DIRECTIONS, "shampoo", *OTHERS])
 def test_compiles_once_with_everything_donated(name):
     tx, traces = FACTORIES[name](), []
 
