@@ -91,7 +91,7 @@ def _rate(name: str, run: Run, points: Mapping[str, Point]) -> tuple[str, str]:
 
 
 def _final(name: str, trained: Mapping[Run, float]) -> Run:
-    runs = (run for run in reversed(trained) if run.board == "board")
+    runs = (run for run in reversed(list(trained)) if run.board == "board")
     return next(run for run in runs if run.point == name and run.seed in ABLATING)
 
 

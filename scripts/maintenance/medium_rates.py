@@ -27,7 +27,7 @@ BOARDS = {
 }
 SEED = 0  # the first of those that a board's final runs have, at the rate that was chosen
 # Of every entry: the method whose rule it has, and its form. A grafted Shampoo has the graft's.
-RULES: dict[str, tuple[str, dict[str, Any]]] = {
+RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": ("adam", {}),
     "muon_track3": ("muon", {}),
     "lion": ("adam", {}),
@@ -52,12 +52,13 @@ def multiplier(name: str, board: str) -> float:
     """What the rules multiply a rate with, from a board's model to preset medium's."""
     small, large = (preset(each, "adamw").model for each in (board, "medium"))
     method, form = RULES[name]
-    trees = (
-        {"kernel": jax.ShapeDtypeStruct((model.model_dim, model.model_dim), "float32")}
-        for model in (small, large)
-    )
+
+    def tree(width: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"kernel": jax.ShapeDtypeStruct((width, width), "float32")}
+
+    base, new = tree(small.model_dim), tree(large.model_dim)
     depth = large.num_layers / small.num_layers
-    rules = shampoo_jax.transfer_rules(*trees, method, depth=depth, **form)
+    rules = shampoo_jax.transfer_rules(base, new, method, depth=depth, **form)
     return rules.multipliers["kernel"].learning_rate
 
 

@@ -18,6 +18,7 @@ from scripts.maintenance import (
     golden_medium_inputs,
     golden_medium_model,
     golden_medium_optimizers,
+    golden_medium_tensors,
     replay_golden,
 )
 from scripts.maintenance.parity.measurement import largest
@@ -65,8 +66,8 @@ def test_masks():
 def test_losses_logits_and_activations():
     """The forward pass in float32, at every position, with attention by blocks."""
     z = read("model_fp32.npz")
-    config = golden_medium_model.configuration(json.loads(str(z["config"])), attention="auto")
-    params = golden_medium_model.tree(config, golden_medium_model.parameters(z))
+    config = golden_medium_tensors.configuration(json.loads(str(z["config"])), attention="auto")
+    params = golden_medium_tensors.tree(config, golden_medium_tensors.parameters(z))
     graphdef, tokens = model_structure(config), jnp.asarray(z["tokens_A"].astype(np.int32))
 
     def run(params, window):
@@ -127,4 +128,4 @@ def test_a_model_of_other_constants_is_refused():
 
 def test_parameters_have_to_lie_beside(tmp_path):
     with pytest.raises(ValueError, match="put one beside it"):
-        golden_medium_model.beside(tmp_path / "train_e2e.npz")
+        golden_medium_tensors.beside(tmp_path / "train_e2e.npz")

@@ -16,7 +16,7 @@ import optax
 import shampoo_jax
 from nanogpt.config.presets import preset
 from nanogpt.config.run import Config, ModelConfig
-from nanogpt.config.settings import ShampooConfig
+from nanogpt.config.settings import ShampooConfig, ShampooNextConfig
 from nanogpt.optimizers.build import build_optimizer, register
 from nanogpt.train.train_step import abstract_params
 from scripts.maintenance import replay_golden
@@ -189,7 +189,7 @@ def training(part: str, sizes: Sizes, *, bfloat16: bool) -> tuple[Config, Any, s
         config = dataclasses.replace(
             config, optimizer=_register_polynomial(), matrices=ShampooConfig(0.01, weight_decay=0.1)
         )
-    if recipe == "shampoo_next":
+    if isinstance(config.matrices, ShampooNextConfig):
         matrices = dataclasses.replace(config.matrices, block_size=sizes.block)
         config = dataclasses.replace(config, matrices=matrices)
     schedule = dataclasses.replace(config.schedule, steps=sizes.steps)

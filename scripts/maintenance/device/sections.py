@@ -1,7 +1,7 @@
 """The sections of the report's page, each from what its part measured; empty if that is nothing."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanogpt.report.paired import paired
@@ -228,7 +228,7 @@ def training_section(result: Result) -> str:
     )
 
 
-def _less_muon(runs: Mapping[str, list[Any]]) -> str:
+def _less_muon(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The recipe against Muon on the same batches."""
     if not {"train_muon", "train_recipe"} <= runs.keys():
         return ""
@@ -240,7 +240,7 @@ def _less_muon(runs: Mapping[str, list[Any]]) -> str:
     )
 
 
-def _second_half(windows: list[Any]) -> dict[int, float]:
+def _second_half(windows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Losses by step."""
     half = windows[-1]["step"] // 2
     steps = {w["step"] - i: v for w in windows for i, v in enumerate(reversed(w["losses"]))}
