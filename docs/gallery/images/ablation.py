@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from docs.gallery.images.recipe import Settings
-from docs.gallery.images.train import last_record, train
+from docs.gallery.images.train import last_record, make_run, train
 from nanogpt.report.tables import markdown, shown
 from nanogpt.train import distributed
 
@@ -96,9 +96,9 @@ def run(ablation: Ablation) -> Path:
     """
     chosen = [arm(name, ablation.settings) for name in ablation.arms]
     for settings in chosen:
-        train(settings)
-        path = write_table(ablation.settings)
-    return path
+        train(make_run(settings))
+        write_table(ablation.settings)
+    return write_table(ablation.settings)
 
 
 def main() -> None:

@@ -204,7 +204,7 @@ def _short(x: Any) -> Any:
 def tuned(run: Callable[[int, int], dict[str, Any]]) -> int:
     """The power of 2 of the best rate; tries the next one while the best is at an edge."""
     found: dict[int, float] = {}
-    wanted = list(POWERS)
+    wanted, best = list(POWERS), 0
     while wanted:
         for power in wanted:
             loss = run(power, TUNING)["validation_loss"]

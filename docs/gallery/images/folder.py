@@ -5,6 +5,7 @@ r's part of batch s is the r-th part of global batch s: a step number restores t
 (`grain.experimental.set_next_index`), also with another number of processes.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -137,37 +138,28 @@ def middle_box(width: int, height: int, share: float = MIDDLE) -> tuple[float, .
     return left, upper, left + side, upper + side
 
 
-class Augmented(grain.transforms.RandomMap):
+def augmented(size: int, element: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """A random part of an image, resized and, one time in two, mirrored.
 
     Args:
         size: pixels of a side.
+        element: of `Files`.
+        rng: draws.
     """
-
-    def __init__(self, size: int):
-        self._size = size
-
-    def random_map(self, element: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """From path and label to pixels and label."""
-        image = read_image(element["path"])
-        pixels = _resized(image, random_box(*image.size, rng), self._size)
-        return _item(pixels[:, ::-1] if rng.integers(2) else pixels, element)
+    image = read_image(element["path"])
+    pixels = _resized(image, random_box(*image.size, rng), size)
+    return _item(pixels[:, ::-1] if rng.integers(2) else pixels, element)
 
 
-class Middle(grain.transforms.Map):
+def middle(size: int, element: Mapping[str, Any]) -> dict[str, Any]:
     """The middle of an image, resized.
 
     Args:
         size: pixels of a side.
+        element: of `Files`.
     """
-
-    def __init__(self, size: int):
-        self._size = size
-
-    def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
-        """From path and label to pixels and label."""
-        image = read_image(element["path"])
-        return _item(_resized(image, middle_box(*image.size), self._size), element)
+    image = read_image(element["path"])
+    return _item(_resized(image, middle_box(*image.size), size), element)
 
 
 def _resized(image: Image.Image, box: tuple[float, ...], size: int) -> np.ndarray:
@@ -211,7 +203,8 @@ def train_batches(
     if len(files) < rows:
         raise ImageError(f"{root / 'train'}: {len(files)} images, less than a batch of {rows}.")
     items = grain.MapDataset.source(files).shuffle(seed).repeat(None)
-    batches = items.random_map(Augmented(size), seed=seed + 1).batch(local, drop_remainder=True)
+    images = items.random_map(functools.partial(augmented, size), seed=seed + 1)
+    batches = images.batch(local, drop_remainder=True)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH)
     return iter(batches[rank::world].to_iter_dataset(options))
 
@@ -236,7 +229,7 @@ def val_batches(
         ValueError: `world` does not divide `rows`.
     """
     local, files = _local(rows, world), Files(root, "val", class_names(root), rows)
-    batches = grain.MapDataset.source(files).map(Middle(size)).batch(local)
+    batches = grain.MapDataset.source(files).map(functools.partial(middle, size)).batch(local)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH)
     return iter(batches[rank::world].to_iter_dataset(options))
 

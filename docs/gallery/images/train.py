@@ -19,7 +19,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -48,8 +47,8 @@ class Run:
         mesh: of all devices, one axis.
         steps: updates from the first to the last.
         epoch: updates from one evaluation to the next.
-        tx: the optimizer.
         abstract: shapes of the state, where they lie.
+        first: gives the state before the first step, where it lies.
         step: the jitted step.
         evaluate: the jitted evaluation.
     """
@@ -58,19 +57,10 @@ class Run:
     mesh: Mesh
     steps: int
     epoch: int
-    tx: optax.GradientTransformation
     abstract: State
+    first: Any
     step: Any
     evaluate: Any
-
-    def first(self) -> State:
-        """The state before the first step, where it lies."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        make = jax.jit(
-            lambda: initial(network(self.settings), self.tx, self.settings.seed),
-            out_shardings=shardings,
-        )
-        return make()
 
 
 def network(settings: Settings) -> Any:
@@ -105,7 +95,8 @@ def make_run(settings: Settings, devices: Any = None) -> Run:
     form: dict[str, Any] = {"dtype": settings.activations, "prepare": scaled}
     step = make_step(config, tx, smoothing=settings.label_smoothing, shardings=shardings, **form)
     epoch = max(1, min(steps, round(images / settings.rows)))
-    return Run(settings, mesh, steps, epoch, tx, state, step, make_evaluation(config, **form))
+    first = jax.jit(lambda: initial(config, tx, settings.seed), out_shardings=shardings)
+    return Run(settings, mesh, steps, epoch, state, first, step, make_evaluation(config, **form))
 
 
 def on_devices(batch: Any, mesh: Mesh) -> Any:
@@ -160,23 +151,20 @@ def _plain(settings: Settings) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k not in ("data", "out", "threads")}
 
 
-def train(settings: Settings, until: int | None = None) -> dict[str, Any]:
+def train(run: Run, until: int | None = None) -> dict[str, Any]:
     """Trains to the end, or goes on to it.
 
     Args:
-        settings: of the run.
+        run: of `make_run`.
         until: step to stop at before, with a checkpoint.
 
     Returns:
         The last line of metrics.jsonl; empty where the first epoch is not over.
     """
-    run = make_run(settings)
     with checkpoints(run) as manager:
         at = manager.latest_step()
-        if at is None:
-            state = run.first()
-        else:
-            state = manager.restore(at, args=ocp.args.StandardRestore(run.abstract))
+        there = ocp.args.StandardRestore(run.abstract)
+        state: Any = run.first() if at is None else manager.restore(at, args=there)
         return _loop(run, manager, state, min(run.steps, until or run.steps))
 
 
@@ -194,13 +182,13 @@ def _loop(run: Run, manager: ocp.CheckpointManager, state: State, end: int) -> d
         if at == first + 1 < end:  # which compiled
             jax.block_until_ready(loss)
             begin, counted = time.perf_counter(), 0
-        if at % settings.checkpoint_every == 0 or at == end:
-            manager.save(at, args=ocp.args.StandardSave(state))
         if at % run.epoch == 0 or at == run.steps:
             seconds = (jax.block_until_ready(loss), time.perf_counter() - begin)[1]
             record = {"step": at, "train_loss": float(loss), "step_s": seconds / counted}
             _write(settings.out, record | evaluated(run, state))
             begin, counted = time.perf_counter(), 0
+        if at % settings.checkpoint_every == 0 or at == end:
+            manager.save(at, args=ocp.args.StandardSave(state))
     return last_record(settings.out)
 
 
@@ -224,7 +212,7 @@ def main() -> None:
     """Runs the command line."""
     settings = tyro.cli(Settings, description=__doc__)
     distributed.start({})
-    train(settings)
+    train(make_run(settings))
 
 
 if __name__ == "__main__":
