@@ -10,6 +10,7 @@ and started again, this goes on. Then `ablation.md` has a row for each arm that 
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,12 @@ def run(ablation: Ablation) -> Path:
 
 def main() -> None:
     """Runs the command line."""
-    ablation = tyro.cli(Ablation, description=__doc__)
-    distributed.start({})
-    print(run(ablation).read_text(encoding="utf-8"))
+    try:
+        ablation = tyro.cli(Ablation, description=__doc__)
+        distributed.start({})
+        print(run(ablation).read_text(encoding="utf-8"))
+    except ValueError as error:  # of settings, or of the folder
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

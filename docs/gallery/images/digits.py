@@ -123,28 +123,26 @@ def trainer(name: str) -> Callable[[float, int], dict[str, Any]]:
         spent, curve = [], []
         for at in range(1, STEPS + 1):
             batch = next(stream)
-            begin = time.perf_counter()
+            begin = np.array([time.perf_counter(), time.process_time()])
             state, _ = jax.block_until_ready(step(state, batch, peak=peak))
-            spent.append(time.perf_counter() - begin)
+            spent.append([time.perf_counter(), time.process_time()] - begin)
             if at % EVERY == 0:
                 curve.append([at, *score(evaluate, state, "validation")])
-        ends = {part: score(evaluate, state, part) for part in ("validation", "test")}
         # The least of stretches with one refresh each: other programs make the others longer.
-        least = min(sum(spent[k : k + EVERY]) for k in range(0, STEPS, EVERY)) / EVERY
-        return {"curve": curve, "step_s": least} | {
-            f"{part}_{what}": x
-            for part, pair in ends.items()
-            for what, x in zip(("loss", "accuracy"), pair, strict=True)
-        }
+        stretches = np.reshape(spent, (-1, EVERY, 2)).mean(1)
+        times = dict(zip(("step_s", "step_processor_s"), stretches.min(0).tolist(), strict=True))
+        found: dict[str, Any] = {"curve": curve, **times}
+        for part in ("validation", "test"):
+            found[f"{part}_loss"], found[f"{part}_accuracy"] = score(evaluate, state, part)
+        return found
 
     return train
 
 
 def score(evaluate: Callable[..., jax.Array], state: Any, part: str) -> list[float]:
     """Mean loss and share of correct answers on a part of the images."""
-    batch = images()[part]
-    sums = np.asarray(evaluate(state.params, state.stats, batch))
-    return [float(x) for x in sums / len(batch["labels"])]
+    sums = np.asarray(evaluate(state.params, state.stats, images()[part]))
+    return [float(x) for x in sums[:2] / sums[2]]
 
 
 def identity(name: str, rate: float, seed: int) -> str:

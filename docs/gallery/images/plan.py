@@ -2,9 +2,9 @@
 
     build/compilers/bin/python -m docs.gallery.images.plan --target h100:8 --optimizer sgd shampoo
 
-`make compilers` makes the environment; `docs/hardware.md` says how to read a plan. Every optimizer
-is a line of JSON; the page has the table. Where an optimizer has its roots at some steps alone,
-`every` says at how many: products of a refresh are the dearest branch of the program, and counted.
+`make compilers` makes the environment; docs/hardware.md says how to read a plan. Every row is one
+line of JSON, docs/images/plan.jsonl those of docs/images.md. Of branches the dearest counts, so
+Shampoo's step is one that refreshes its roots.
 """
 
 import argparse

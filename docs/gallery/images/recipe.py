@@ -22,7 +22,7 @@ from shampoo_jax import Blocking, Placement, momentum, shampoo
 
 NETWORKS = {
     "resnet50": RESNET50,
-    "tiny": ResNetConfig((1, 1), 8, bottleneck=False, large=False),  # to try the command with
+    "tiny": ResNetConfig((1,), 8, bottleneck=False, large=False),  # to try the command with
 }
 REFERENCE = 256  # images that rates are for
 RATES = {"sgd": 0.1, "adam": 5e-4, "none": 0.01}  # by grafted norm

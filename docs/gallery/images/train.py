@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,9 +114,8 @@ def evaluated(run: Run, state: State) -> dict[str, float]:
         rank=jax.process_index(), world=jax.process_count(),
     )  # fmt: skip
     for batch in batches:
-        placed = on_devices(batch, run.mesh)
-        sums = run.evaluate(state.params, state.stats, placed)
-        total += [*np.asarray(sums), float(placed["weights"].sum())]
+        sums = run.evaluate(state.params, state.stats, on_devices(batch, run.mesh))
+        total += np.asarray(sums)
     return {"val_loss": total[0] / total[2], "val_accuracy": total[1] / total[2]}
 
 
@@ -210,9 +210,12 @@ def last_record(out: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the command line."""
-    settings = tyro.cli(Settings, description=__doc__)
-    distributed.start({})
-    train(make_run(settings))
+    try:
+        settings = tyro.cli(Settings, description=__doc__)
+        distributed.start({})
+        train(make_run(settings))
+    except ValueError as error:  # of settings, or of the folder
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

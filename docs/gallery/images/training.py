@@ -135,15 +135,15 @@ def make_evaluation(
         prepare: as of `make_step`.
 
     Returns:
-        Function (params, stats, batch) -> float32 (2,): sums of loss and of correct answers over
-        the images of weight 1.
+        Function (params, stats, batch) -> float32 (3,): sums of loss, of correct answers and of
+        weights over the images of weight 1.
     """
     _, graphdef = structure(config, dtype)
 
     def evaluate(params: Any, stats: Any, batch: Batch) -> jax.Array:
         logits, _ = apply(graphdef, params, stats, prepare(batch["images"]))
         right = logits.argmax(-1) == batch["labels"]
-        each = jnp.stack([losses(logits, batch["labels"]), right.astype(jnp.float32)])
+        each = jnp.stack([losses(logits, batch["labels"]), right, jnp.ones_like(right)])
         return jnp.sum(each * batch["weights"], axis=1)
 
     return jax.jit(evaluate)

@@ -53,7 +53,7 @@ def fake(monkeypatch):
     def train(rate, seed):
         asked.append((rate, seed))
         ends = {"validation_loss": abs(np.log2(rate)), "test_loss": 0.1 + seed / 1e3}
-        ends |= {"test_accuracy": 0.9 + seed / 1e3, "step_s": 0.01}
+        ends |= {"test_accuracy": 0.9 + seed / 1e3, "step_processor_s": 0.01}
         return ends | {"curve": [[10, 1.0, 0.5], [20, 0.5, 0.9]]}
 
     monkeypatch.setattr(digits, "trainer", lambda name: train)

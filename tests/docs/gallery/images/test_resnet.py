@@ -1,6 +1,7 @@
 """Residual networks: shapes, sizes, batch statistics, the loss."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,19 @@ def test_resnet50_is_that_of_the_paper():
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, stats)
     kernels = [x.shape for x in jax.tree.leaves(params) if x.ndim == 4]
     assert len(kernels) == 53
-    # In a bottleneck that halves images the 3x3 convolution does, the first one keeps them.
-    assert params["blocks"][3]["body"][0]["conv"]["kernel"].shape == (1, 1, 256, 128)
+
+
+def test_images_are_halved_by_the_stem_the_middle_convolutions_and_the_shortcuts():
+    config = dataclasses.replace(RESNET50, stages=(1, 1), width=8)
+    params, stats, _ = shapes(config, 32)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    program = jax.make_jaxpr(functools.partial(apply, structure(config)[0]))(params, stats, images)
+    halving = [
+        line.invars[1].aval.shape
+        for line in program.eqns
+        if line.primitive.name == "conv_general_dilated" and line.params["window_strides"] == (2, 2)
+    ]
+    assert sorted(halving) == [(1, 1, 32, 64), (3, 3, 16, 16), (7, 7, 3, 8)]
 
 
 def test_the_digits_network():

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from docs.gallery.images import ablation, train
+from docs.gallery.images.folder import val_batches
 from docs.gallery.images.recipe import Settings, make_optimizer, rate
 from tests.docs.gallery.images.test_folder import write_folder
 
@@ -57,6 +58,19 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(run):
     assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, first.stats, last.stats)))
     split = [x for x in jax.tree.leaves(states[0].opt_state) if not x.sharding.is_fully_replicated]
     assert split
+
+
+def test_images_that_fill_a_batch_do_not_count(run):
+    state, settings = run.first(), run.settings
+    batch = next(val_batches(settings.data, rows=8, size=8, threads=1))
+    assert batch["weights"].tolist() == [1] * 6 + [0] * 2
+    other = batch | {"labels": np.where(batch["weights"], batch["labels"], 1 - batch["labels"])}
+    sums = [
+        np.asarray(run.evaluate(state.params, state.stats, train.on_devices(b, run.mesh)))
+        for b in (batch, other)
+    ]
+    np.testing.assert_array_equal(*sums)
+    assert sums[0][0] == pytest.approx(6 * np.log(2), rel=0.02)  # nothing is known yet
 
 
 def test_other_settings_do_not_go_on_with_a_run(run):
@@ -111,20 +125,24 @@ def test_gains_do_not_decay_and_kernels_do():
         np.testing.assert_allclose(updates["conv"]["kernel"], -0.008 * 0.5 * 1.9, rtol=1e-5)
 
 
-def test_the_table_has_a_row_for_every_arm_that_got_anywhere(tmp_path):
-    settings = dataclasses.replace(TINY, out=tmp_path)
-    for name, seconds in (("nesterov", 0.5), ("every-10", 0.75)):
-        own = ablation.arm(name, settings)
+def test_the_ablation_trains_its_arms_and_writes_their_table(tmp_path, monkeypatch):
+    def trained(own):
         own.out.mkdir()
-        about = {"optimizer": own.optimizer, "graft": own.graft, "every": own.every}
-        about["block_size"] = own.block_size
+        about = {k: getattr(own, k) for k in ("optimizer", "graft", "every", "block_size")}
         (own.out / "settings.json").write_text(json.dumps(about))
-        found = {"step": 5, "val_accuracy": 0.5, "val_loss": 0.7, "step_s": seconds}
+        found = {"step": 5, "val_accuracy": 0.5, "val_loss": 0.7}
+        found["step_s"] = 0.5 if own.optimizer == "sgd" else 0.75
         (own.out / "metrics.jsonl").write_text(json.dumps(found) + "\n")
-    rows = ablation.write_table(settings).read_text().splitlines()[2:]
-    assert rows == [
+
+    monkeypatch.setattr(ablation, "make_run", lambda settings: settings)
+    monkeypatch.setattr(ablation, "train", trained)
+    settings = Settings(out=tmp_path, weight_decay=0.5)
+    path = ablation.run(ablation.Ablation(("graft-adam", "nesterov", "every-10"), settings))
+    assert path.read_text().splitlines()[2:] == [
         "| nesterov | - | - | - | 5 | 50.00 | 0.7000 | 500.0 | 1.00 |",
+        "| graft-adam | adam | 50 | 2048 | 5 | 50.00 | 0.7000 | 750.0 | 1.50 |",
         "| every-10 | sgd | 10 | 2048 | 5 | 50.00 | 0.7000 | 750.0 | 1.50 |",
     ]
+    assert ablation.arm("every-10", settings).weight_decay == 0.5
     with pytest.raises(ValueError, match="arms='every-7': choose from nesterov, shampoo"):
-        ablation.arm("every-7", settings)
+        ablation.run(ablation.Ablation(("every-7",), settings))
