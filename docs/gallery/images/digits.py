@@ -1,6 +1,6 @@
 """Four optimizers on scikit-learn's handwritten digits: docs/images.md, docs/images/digits.jsonl.
 
-    make images                                # on 2 cores a quarter of an hour
+    make images                                # six minutes of processor time
     python -m docs.gallery.images.digits       # the same, where scikit-learn is installed
 
 A small residual network on 1,797 real images of 8 x 8. Every optimizer is tuned by one rule: rates
