@@ -17,7 +17,7 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers test-interop gallery lint format types golden faults soak rehearsal rehearse-device clean
+.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers test-interop gallery lint format types golden faults images soak rehearsal rehearse-device clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +137,11 @@ faults: venv  ## Kill, fill, damage and fuzz real runs, write docs/faults.md (AR
 
 soak: venv  ## Half an hour of the demo under faults, writes docs/soak.md (ARGS="--minutes 2": less)
 	@$(BIN)/python -m scripts.maintenance.soak $(ARGS)
+
+IMAGES := build/images
+images:  ## Tune and train four optimizers on scikit-learn's digits, write docs/images.md (ARGS=--page: that alone)
+	@$(MAKE) --no-print-directory VENV=$(IMAGES) PACKAGES="--editable '.[nanogpt]' scikit-learn" venv
+	@OPENBLAS_NUM_THREADS=1 $(IMAGES)/bin/python -m docs.gallery.images.digits $(ARGS)
 
 # The machine it stands for: Python 3.12, jax 0.11, nothing else, no network where it can be cut off.
 TEXT ?= data/sotu

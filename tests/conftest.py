@@ -33,6 +33,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("NPROC", "32")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Else jax computes a key of every program, and notes where in the source each operation comes from.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 
 COMPILED = "SUITE_COMPILED"  # variable with the folder

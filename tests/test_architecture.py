@@ -257,11 +257,11 @@ TOTALS = {
     "shampoo_jax/directions": 310,
     "shampoo_jax/optimizers": 1160,
     "shampoo_jax/inspect": 1420,
-    "nanogpt/config": 645,
+    "nanogpt/config": 660,
     "nanogpt/model": 545,
     "nanogpt/optimizers": 780,
-    "nanogpt/train": 2500,
-    "nanogpt/report": 1675,
+    "nanogpt/train": 2510,
+    "nanogpt/report": 1680,
     "nanogpt/lab": 1595,
 }
 

@@ -18,6 +18,9 @@ Init = Literal["benchmark", "record2", "record27", "record33", "record37", "reco
 
 
 MEDIUM_LAYERS = 16  # of the model of kind medium
+WIDEST_HEAD = (
+    640  # 27 blocks of 128 keys with scores of 0.12 * 640: float32 holds their exponentials
+)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -115,12 +118,18 @@ class ModelConfig:
                 f"kind='medium' with num_layers={self.num_layers}: its layers differ from each "
                 f"other, set num_layers={MEDIUM_LAYERS}."
             )
+        if self.attention != "dense" and self.head_dim > WIDEST_HEAD:
+            raise ValueError(
+                f"head_dim={self.head_dim}: attention by blocks takes at most {WIDEST_HEAD}, where "
+                "exponentials end; set a smaller one, or attention='dense'."
+            )
+        if self.end_of_text >= self.vocab_size:
+            raise ValueError(
+                f"end_of_text={self.end_of_text}: must be below vocab_size={self.vocab_size}, or "
+                "all text is one document."
+            )
         for name in ("sequence_length", "window"):
-            if getattr(self, name) % self.mask_block:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: must be a multiple of mask_block="
-                    f"{self.mask_block}."
-                )
+            _check_blocks(name, getattr(self, name), self)
 
     def scaled(self) -> "ModelConfig":
         """The sizes themselves, with multipliers 1.
@@ -143,6 +152,12 @@ class ModelConfig:
                 )
         whole = {name: int(size) for name, size in sizes.items()}
         return dataclasses.replace(self, **whole, width_multiplier=1.0, depth_multiplier=1.0)
+
+
+def _check_blocks(name: str, tokens: int | None, model: ModelConfig) -> None:
+    """Refuses rows that are not whole blocks of attention's mask."""
+    if tokens is not None and tokens % model.mask_block:
+        raise ValueError(f"{name}={tokens}: must be a multiple of mask_block={model.mask_block}.")
 
 
 def check_folders(*, of_runs: bool = False, **folders: str) -> None:
@@ -359,4 +374,6 @@ class Config:
         if self.profile:
             check_folders(**{"output.directory, with profile=True,": self.output.directory})
         parse_mesh(self.mesh)
+        if self.model.kind == "medium":
+            _check_blocks("val_length", self.data.val_length, self.model)
         check_name(self.name)

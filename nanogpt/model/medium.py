@@ -122,7 +122,7 @@ class MediumGPT(nnx.Module):
     Example:
         >>> config = ModelConfig(vocab_size=60, num_layers=16, model_dim=16, head_dim=8, mlp_dim=64,
         ...                      sequence_length=8, mask_block=4, window=8, head_columns=64,
-        ...                      kind="medium", init="medium", dtype="float32")
+        ...                      end_of_text=59, kind="medium", init="medium", dtype="float32")
         >>> MediumGPT(config, nnx.Rngs(0))(jnp.zeros((2, 8), jnp.int32), jnp.int32(1)).shape
         (2, 8, 64)
     """

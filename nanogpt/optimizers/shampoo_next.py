@@ -66,7 +66,7 @@ def _whitening(settings: ShampooNextConfig) -> list[optax.GradientTransformation
     factors = shampoo_jax.accumulate_factors(settings.b2, microbatches=of)
     if settings.squares == "momentum":
         factors = shampoo_jax.of_updates(factors)
-    solver = shampoo_jax.TruncatedEigh(rtol=settings.rtol)
+    solver = shampoo_jax.Auto(settings.rtol)  # what is fastest on the device
     refresh = shampoo_jax.Refresh(stagger=settings.stagger)
     roots = shampoo_jax.invert_roots(solver, every=settings.every, refresh=refresh)
     return [factors, roots, shampoo_jax.precondition()]

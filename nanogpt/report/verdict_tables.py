@@ -18,6 +18,7 @@ from nanogpt.report.verdicts import (
     pairwise_score,
     passes,
     score,
+    threshold,
 )
 
 
@@ -55,7 +56,8 @@ def verdicts(
 
 def rule(target: float = TARGET) -> str:
     """Returns the acceptance rule in words."""
-    return f"Accepted if ({target:g} - mean) * sqrt(n) >= {THRESHOLD}, for n runs at one step."
+    least = f"{threshold(target):g}"
+    return f"Accepted if ({target:g} - mean) * sqrt(n) >= {least}, for n runs at one step."
 
 
 def pairwise_rule() -> str:

@@ -178,7 +178,8 @@ def _notes(config: Config, manifest: Manifest) -> tuple[str, ...]:
     """What does not fit between the run and the text that its folder was made of.
 
     Raises:
-        ShardError: the shards were made for a larger vocabulary than the model's.
+        ShardError: the shards were made for a larger vocabulary than the model's, or with another
+            end of text than the one at which the model's documents begin.
     """
     folder, notes = config.data.directory, []
     made_for, size = manifest.source.vocab_size, config.model.vocab_size
@@ -188,6 +189,13 @@ def _notes(config: Config, manifest: Manifest) -> tuple[str, ...]:
             f"{folder}: its shards have a vocabulary of {made_for}, model.vocab_size is {size}; "
             f"set --model.vocab-size {made_for}, or prepare the text again with "
             f"--vocab-size {size}."
+        )
+    end = made_for - 1  # the last id, see `data_pipeline.tokenizer`
+    if config.model.kind == "medium" and config.model.end_of_text != end:
+        raise data_pipeline.ShardError(
+            f"{folder}: its texts begin with token {end}, model.end_of_text is "
+            f"{config.model.end_of_text}: attention would not keep to documents; set "
+            f"--model.end-of-text {end}."
         )
     if size - made_for >= PADDING:
         notes.append(

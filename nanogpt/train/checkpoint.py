@@ -19,6 +19,8 @@ from nanogpt.config.run import Config
 from nanogpt.optimizers.schedules import common_steps
 from nanogpt.train.batches import data_fingerprint, go_to
 from nanogpt.train.compatible import (
+    FREE_SETTINGS,
+    PIECES,
     Meta,
     first_difference,
     layout_difference,
@@ -270,7 +272,8 @@ class Checkpoints:
                 f"it, this run has optimizer={now['optimizer']!r}. Name that one by --optimizer, "
                 "or begin with its parameters under another name: --init-from its folder."
             )
-        difference = first_difference(saved, now)
+        pieces = () if self._config.matrices.reads_microbatches else (PIECES,)
+        difference = first_difference(saved, now, FREE_SETTINGS + pieces)
         if difference is not None:
             name, before, now = difference
             raise ValueError(

@@ -18,6 +18,9 @@ FREE_SETTINGS = (
     *("name", "output", "data.directory", "mesh", "scatter_gradients", "nonfinite_limit"),
     *("go_on_from", "profile"),
 )
+# Likewise for a run that goes on, unless its statistics are of microbatches: rows go to devices in
+# pieces of another size, and the same sums come in another order.
+PIECES = "data.microbatch_rows"
 # Those that a run may have otherwise than the one that it goes on from: they decide what is done
 # with the state. Where they decide what it holds as well, `layout_difference` tells.
 TUNABLE_SETTINGS = ("matrices", "auxiliary", "clip_norm")

@@ -26,6 +26,8 @@ from scripts.maintenance.ablation_points import (
 TEXT = pathlib.Path(__file__).with_name("ablation_page.md")
 Losses = dict[int, float]  # by seed
 Found = dict[str, Losses]  # by point
+BOARDS = {"board": "S", "board_m": "M"}  # as the page calls them, and texts by their folder
+TEXTS = {"board": "A", "prose": "B", "reference": "held out"}
 EMPTY = "Nothing has been trained yet."
 
 
@@ -52,11 +54,21 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
         _draw(folder / "recipe" / "ablations.png", differences, points)
 
 
-def _by_point(trained: Mapping[Run, float], seeds: Sequence[int], corpus: str = "board") -> Found:
+def _by_point(
+    trained: Mapping[Run, float],
+    seeds: Sequence[int],
+    corpus: str = "board",
+    board: str = "board",
+) -> Found:
+    """Losses of each point at the rates that were taken last."""
+    wanted = [
+        run for run in trained if run.seed in seeds and (run.corpus, run.board) == (corpus, board)
+    ]
+    last = {run.point: (run.rate, run.auxiliary) for run in wanted}
     found: Found = {}
-    for run, value in trained.items():
-        if run.seed in seeds and run.corpus == corpus:
-            found.setdefault(run.point, {})[run.seed] = value
+    for run in wanted:
+        if last[run.point] == (run.rate, run.auxiliary):
+            found.setdefault(run.point, {})[run.seed] = trained[run]
     return found
 
 
@@ -79,7 +91,8 @@ def _rate(name: str, run: Run, points: Mapping[str, Point]) -> tuple[str, str]:
 
 
 def _final(name: str, trained: Mapping[Run, float]) -> Run:
-    return next(run for run in trained if run.point == name and run.seed in ABLATING)
+    runs = (run for run in reversed(list(trained)) if run.board == "board")
+    return next(run for run in runs if run.point == name and run.seed in ABLATING)
 
 
 def _families(found: Found, trained: Mapping[Run, float], points: Mapping[str, Point]) -> str:
@@ -113,15 +126,15 @@ def _ablations(
 def _judged(trained: Mapping[Run, float]) -> str:
     """Every text's losses on seeds that chose nothing, and differences to the better Muon."""
     rows = []
-    for corpus in dict.fromkeys(run.corpus for run in trained):
-        found = _by_point(trained, JUDGING, corpus)
+    for board, corpus in dict.fromkeys((run.board, run.corpus) for run in trained):
+        found = _by_point(trained, JUDGING, corpus, board)
         muon = _better_muon(found)
         for name in sorted(found, key=lambda n: _mean(found[n])):
             against = _told(paired(found[name], found[muon])) if muon and muon != name else "-"
-            rows.append([corpus, name, f"{_mean(found[name]):.4f}", against, str(len(found[name]))])
-    return (
-        markdown(["text", "optimizer", "loss", "less Muon's", "n"], rows, texts=2) if rows else ""
-    )
+            mean, n = f"{_mean(found[name]):.4f}", str(len(found[name]))
+            rows.append([BOARDS[board], TEXTS[corpus], name, mean, against, n])
+    head = ["board", "text", "optimizer", "loss", "less Muon's", "n"]
+    return markdown(head, rows, texts=3) if rows else ""
 
 
 def _told(difference: Difference) -> str:

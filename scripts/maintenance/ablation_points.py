@@ -71,7 +71,7 @@ STUDIES: dict[str, tuple[type[MatrixConfig], Any]] = {
     "soap": (SoapStudy, _soap),
     "kl_shampoo": (KLStudy, _kl_shampoo),
 }
-TUNING, ABLATING, JUDGING = 100, range(200, 208), range(300, 308)  # seeds
+TUNING, ABLATING, JUDGING = 100, range(200, 208), range(400, 408)  # seeds
 M = "matrices."
 AHEAD = {"lookahead": LookaheadConfig(0.3, 31, 202)}  # of record #44, of 300 steps
 # Of record #46; a rate that ends at 0 leaves nothing to average.

@@ -36,7 +36,8 @@ from scripts.maintenance.transfer_optima import vertex
 
 FOLDER = pathlib.Path("docs")
 RUNS = FOLDER / "recipe" / "runs.jsonl"
-MOST = 5  # rates that tune one optimizer
+MOST = 5  # rates of the matrices that tune one optimizer
+OTHERS = 8  # rates of all other parameters
 STEP = 8  # chosen powers of 2 are whole multiples of 1 / STEP
 Train = Callable[[Sequence[Run]], Sequence[float]]
 
@@ -55,14 +56,14 @@ def tune(run: Run, auxiliary: bool, train: Train, most: int = MOST) -> Chosen:
         run: what is tuned, at the rates where to begin.
         auxiliary: whether the others' rates are tuned too, after those of the matrices.
         train: gives final losses of runs.
-        most: trials of one kind of rate.
+        most: trials of the matrices' rate.
 
     Returns:
         The lowest points of the parabolas.
     """
     run = run._replace(rate=_best(run, "rate", train, most))
     if auxiliary:
-        run = run._replace(auxiliary=_best(run, "auxiliary", train, most))
+        run = run._replace(auxiliary=_best(run, "auxiliary", train, OTHERS))
     return Chosen(run.rate, run.auxiliary)
 
 

@@ -29,7 +29,7 @@ MEANS = 1e-5  # of normal values over keys: one key more among 3456 changes them
 
 
 def masks(_: Path, z: Data, only: Sequence[str] = ()) -> Iterator[Measurement]:
-    """First key of every query, which keys are in between, and the script's counts of blocks.
+    """First key of every query, which keys are in between, the script's counts and lists of blocks.
 
     Attention by blocks has no mask to compare: it is given equal scores and random values, whose
     means over the recorded keys it has to return.
@@ -56,6 +56,8 @@ def masks(_: Path, z: Data, only: Sequence[str] = ()) -> Iterator[Measurement]:
             first, at = z[f"{name}__first_key"][case].astype(int), np.arange(len(values))
             theirs = (sums[at + 1] - sums[first]) / (at + 1 - first)[:, None]
             off = max(off, largest(means(size), theirs))
+        if f"{name}__partial_order" in z:
+            wrong += _wrong_lists(np.asarray(keep(owners, owners.shape[1] // block)), z, name)
         yield Measurement(f"masks {name}", "entries that differ", float(wrong), 0)
         yield Measurement(f"masks {name}", "means over keys by blocks", off, MEANS)
 
@@ -86,6 +88,19 @@ def _wrong(ours: np.ndarray, z: Data, name: str, case: tuple[int, int], block: i
     blocks = ours.reshape(len(ours) // block, block, -1, block).any((1, 3)).sum(1)
     counted = (np.maximum(z[f"{name}__{kind}_num"][case], 0) for kind in ("partial", "full"))
     return int(wrong + (blocks != sum(counted)).sum())
+
+
+def _wrong_lists(ours: np.ndarray, z: Data, name: str) -> int:
+    """Blocks that the whole sequence sees in part or in whole, nearest first, then the others."""
+    count = len(z[f"{name}__partial_order"])
+    pairs = ours.reshape(count, len(ours) // count, count, -1)
+    some, every = np.any(pairs, (1, 3)), np.all(pairs, (1, 3))
+    wrong = 0
+    for kind, seen in (("partial", some & ~every), ("full", every)):
+        order = count - 1 - np.argsort(~seen[:, ::-1], axis=1, kind="stable")
+        wrong += (order != z[f"{name}__{kind}_order"]).sum()
+        wrong += (seen.sum(1) != z[f"{name}__{kind}_num_all"]).sum()
+    return int(wrong)
 
 
 def loader(path: Path, z: Data) -> Iterator[Measurement]:

@@ -213,7 +213,10 @@ def recipe(config: Mapping[str, Any], z: Data, key: str) -> Iterator[Measurement
         key: name of the recipe.
     """
     warm, name = f"{key}__hidden" in z, f"adam_medium {key}"
-    for group in (n for n in config["shapes"] if f"{key}__{n}" in z):
+    groups = [n for n in config["shapes"] if f"{key}__{n}" in z]
+    if not groups:
+        raise ValueError(f"recipe {key!r}: of none of its groups are there values.")
+    for group in groups:
         run = _adam_run(config, group, config["warmup"] if warm else 0)
         with jax.enable_x64(True):
             rates = eta(np.arange(config["steps"]), run.schedule)

@@ -29,13 +29,12 @@ from nanogpt.train.train_step import (
     model_structure,
 )
 from scripts.maintenance.golden_medium_inputs import EXACT
-from scripts.maintenance.golden_medium_model import (
+from scripts.maintenance.golden_medium_model import probe, start_of
+from scripts.maintenance.golden_medium_tensors import (
     Tensors,
     beside,
     configuration,
     parameters,
-    probe,
-    start_of,
     tensors_of,
     tree,
 )

@@ -2,7 +2,7 @@
 
     python -m scripts.maintenance.medium_board runs/medium_board --out docs
 
-The rule for rates is that of `nanogpt board`, with up to 4 runs an entry. Trials that differ in
+The rule for rates is that of `nanogpt board`, with up to 6 runs an entry. Trials that differ in
 seed and rate of the matrices share a compiled program; finished ones are kept in trials.jsonl.
 """
 
@@ -25,7 +25,7 @@ from nanogpt.report.plotting import WIDTH, Label, label_ends, looks, save
 from nanogpt.report.tables import markdown
 
 NAME = "medium_board"
-PLAN = Plan(NAME, None, (-1, 0, 1), 4, (0, 1, 2), timed_steps=0, preset=NAME)
+PLAN = Plan(NAME, None, (-1, 0, 1), 6, (0, 1, 2), timed_steps=0, preset=NAME)
 
 
 class Entry(NamedTuple):

@@ -225,7 +225,7 @@ def errors(path: Path, states: Path | None = None) -> dict[str, float]:
             return {"": replay(load(path))}
         with np.load(states / path.name, allow_pickle=False) as archive:
             return {"": replay(load(path), archive=dict(archive))}
-    except (ValueError, KeyError, OSError) as e:
+    except (ValueError, LookupError, OSError) as e:
         raise ValueError(f"{path}: {e}") from e
 
 

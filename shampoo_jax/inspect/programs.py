@@ -7,13 +7,15 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
+from shampoo_jax.inspect.convolutions import convolution_flops
+
 KINDS = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "f64": 8, "s64": 8}
 
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
-_PRODUCT = re.compile(r"^(\S+) (?:dot|convolution)\(%?([\w.-]+), %?([\w.-]+)\)(.*)$")
+_PRODUCT = re.compile(r"^(\S+) dot\(%?([\w.-]+), %?([\w.-]+)\)(.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|called_computations)=\{?%?([\w.-]+)")
 _BRANCHES = re.compile(
     r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+), false_computation=%?([\w.-]+)"
@@ -34,7 +36,7 @@ class Program:
     with what is done where roots fail.
 
     Attributes:
-      flops: Of products, by arithmetic.
+      flops: Of products and convolutions, by arithmetic.
       exchanges: Number and bytes of results, by kind.
       calls: Calls of libraries by name, as often as they are in the text.
       overlapped: Of the exchanges those between whose start and end the schedule has products, or
@@ -183,6 +185,8 @@ def _own(
     total: Counts = collections.Counter()
     if product := _PRODUCT.match(rest):
         total["flops " + _arithmetic(rest, lines[product[2]])] += _work(product, lines)
+    elif convolution := convolution_flops(rest, lines):
+        total["flops " + _arithmetic(rest, lines.get(convolution[1], ""))] += convolution[0]
     elif branches := _BRANCHES.search(rest):
         names = re.findall(r"[\w.-]+", " ".join(filter(None, branches.groups())))
         total += max((again(n) for n in names), key=_weight)
@@ -226,10 +230,6 @@ def _work(product: re.Match[str], shapes: Mapping[str, str]) -> int:
         # The result has them first.
         edges = [int(d) for d in out[2].split(",")] if out else []
         batch = math.prod(edges[: len(dims[1].split(","))])
-    elif window := re.search(r"window=\{size=([\dx]+)[^}]*lhs_dilate=([\dx]+)", product[4]):
-        # A TPU's compiler writes a batched product as a convolution that is dilated by the batch.
-        pairs = zip(window[1].split("x"), window[2].split("x"), strict=True)
-        batch = math.prod(int(s) for s, dilated in pairs if s == dilated)
     return round(2 * math.sqrt(math.prod(sizes) / batch))
 
 

@@ -11,6 +11,8 @@ import optax
 
 from shampoo_jax.base.options import check_options
 from shampoo_jax.blocks.blocking import Blocking
+from shampoo_jax.optimizers.algoperf import ALGOPERF as ALGOPERF
+from shampoo_jax.optimizers.algoperf import algoperf as algoperf
 from shampoo_jax.parts.grafting import scale_by_second_moment
 from shampoo_jax.parts.refresh import BasisRefresh
 from shampoo_jax.solvers.bases import Basis, EighBasis, QRBasis

@@ -14,6 +14,7 @@ def compile_once():
     """For this process and those that it starts."""
     folder = os.environ["SUITE_COMPILED"]
     settings = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": folder,
         "jax_persistent_cache_min_compile_time_secs": SECONDS,
     }

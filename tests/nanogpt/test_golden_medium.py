@@ -18,6 +18,7 @@ from scripts.maintenance import (
     golden_medium_inputs,
     golden_medium_model,
     golden_medium_optimizers,
+    golden_medium_tensors,
     replay_golden,
 )
 from scripts.maintenance.parity.measurement import largest
@@ -49,10 +50,14 @@ def test_schedules_and_layers():
 def test_masks():
     """Windows of 1 to 27 blocks, documents that begin anywhere, and what attention by blocks sees.
 
-    A token that is taken for another one's end of a document is a miss.
+    A token that is taken for another one's end of a document is a miss, and so is a list of blocks
+    in another order.
     """
     z = read("masks.npz")
     assert worst(golden_medium_inputs.masks(FILES, z, ["mixed"])) <= 1
+    z["mixed__full_order"] = z["mixed__full_order"][:, ::-1]
+    assert worst(golden_medium_inputs.masks(FILES, z, ["mixed"])) == np.inf
+    z["mixed__full_order"] = z["mixed__full_order"][:, ::-1]
     config = json.loads(str(z["config"]))
     z["config"] = np.array(json.dumps(config | {"eot": 50255, "windows": config["windows"][:2]}))
     assert worst(golden_medium_inputs.masks(FILES, z, ["mixed"])) == np.inf
@@ -61,8 +66,8 @@ def test_masks():
 def test_losses_logits_and_activations():
     """The forward pass in float32, at every position, with attention by blocks."""
     z = read("model_fp32.npz")
-    config = golden_medium_model.configuration(json.loads(str(z["config"])), attention="auto")
-    params = golden_medium_model.tree(config, golden_medium_model.parameters(z))
+    config = golden_medium_tensors.configuration(json.loads(str(z["config"])), attention="auto")
+    params = golden_medium_tensors.tree(config, golden_medium_tensors.parameters(z))
     graphdef, tokens = model_structure(config), jnp.asarray(z["tokens_A"].astype(np.int32))
 
     def run(params, window):
@@ -105,6 +110,17 @@ def test_adamw_of_the_mean_loss(group):
     assert worst(m for m in found if "bf16" not in m.what) <= 1
 
 
+def test_files_that_lack_what_they_name_are_refused(tmp_path):
+    z = read("adam_medium.npz")
+    config = json.loads(str(z["config"]))
+    with pytest.raises(ValueError, match="recipe 'other': of none of its groups"):
+        list(golden_medium_optimizers.recipe(config, z, "other"))
+    z, path = read("masks.npz"), tmp_path / "masks.npz"
+    np.savez(path, **z | {"none__first_key": z["none__first_key"][:1]})
+    with pytest.raises(ValueError, match="masks.npz: index 1 is out of bounds"):
+        replay_golden.error(path)
+
+
 def test_a_model_of_other_constants_is_refused():
     with pytest.raises(ValueError, match="attn_scale=0.125 is not in the format: it must be 0.12"):
         golden_medium_inputs.check_fixed({"attn_scale": 0.125})
@@ -112,4 +128,4 @@ def test_a_model_of_other_constants_is_refused():
 
 def test_parameters_have_to_lie_beside(tmp_path):
     with pytest.raises(ValueError, match="put one beside it"):
-        golden_medium_model.beside(tmp_path / "train_e2e.npz")
+        golden_medium_tensors.beside(tmp_path / "train_e2e.npz")

@@ -268,6 +268,8 @@ ROWS = [
     (injected, dict(hyperparam_dtype=jnp.int32), "hyperparam_dtype=int32: use bfloat16 or float32"),
     (injected(), dict(learning_rate=0.1, beta2=0.9), "no option 'beta2': did you mean b2"),
     (presets.adamw_drop_in, dict(learning_rate=0.1, b1=1.5), "b1=1.5 must lie in [0, 1)"),
+    (presets.algoperf, dict(trial=6, steps=10), "trial=6: choose 1 to 5"),
+    (presets.algoperf, dict(trial=1, steps=0), "steps=0 must be at least 1: the workload's step"),
     (presets.meta_shampoo, dict(block_size=0), "block_size=0 must be at least 1: 1024, say"),
     (presets.meta_soap, dict(eps=-1.0), "eps=-1.0 must not be negative"),
     # Functions on matrices.

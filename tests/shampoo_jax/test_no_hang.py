@@ -48,7 +48,13 @@ SHAPES = [(96, 64), (80, 48), (72, 40)]
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_several_stacks_with_a_plain_environment(tmp_path, devices):
-    cleared = ("NPROC", "XLA_FLAGS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+    cleared = (
+        "JAX_ENABLE_COMPILATION_CACHE",
+        "NPROC",
+        "XLA_FLAGS",
+        "OPENBLAS_NUM_THREADS",
+        "OMP_NUM_THREADS",
+    )
     environment = {k: v for k, v in os.environ.items() if k not in cleared}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

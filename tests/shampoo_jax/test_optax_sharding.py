@@ -98,8 +98,10 @@ def alone(name):
     return updates, state
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
-@pytest.mark.parametrize("name", ALIASES)  # each holds its direction
+@pytest.mark.parametrize(
+    ("name", "kind"),  # each alias holds its direction
+    [*((name, AxisType.Explicit) for name in ALIASES), ("shampoo", AxisType.Auto)],
+)
 def test_updates_of_split_parameters_are_those_of_one_device(name, kind):
     """Outside of jit; on Explicit axes with the types that the test above finds inside."""
     expected, _ = alone(name)

@@ -33,6 +33,7 @@ PARTS = (
     Part("train_adamw", 50, "Training: AdamW"),
     Part("train_muon", 55, "Training: Muon"),
     Part("train_shampoo", 70, "Training: Shampoo"),
+    Part("train_recipe", 70, "Training: the recipe"),
     Part("precision", 45, "Precision trials"),
 )
 

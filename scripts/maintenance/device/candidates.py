@@ -16,7 +16,7 @@ import optax
 import shampoo_jax
 from nanogpt.config.presets import preset
 from nanogpt.config.run import Config, ModelConfig
-from nanogpt.config.settings import ShampooConfig
+from nanogpt.config.settings import ShampooConfig, ShampooNextConfig
 from nanogpt.optimizers.build import build_optimizer, register
 from nanogpt.train.train_step import abstract_params
 from scripts.maintenance import replay_golden
@@ -170,17 +170,28 @@ def timed_config(sizes: Sizes, *, bfloat16: bool) -> Config:
     return dataclasses.replace(config, model=model_config(sizes, bfloat16=bfloat16), data=data)
 
 
+RECIPES = {
+    "train_adamw": "adamw",
+    "train_muon": "muon_track3",
+    "train_shampoo": "shampoo",
+    "train_recipe": "shampoo_next",
+}
+
+
 def training(part: str, sizes: Sizes, *, bfloat16: bool) -> tuple[Config, Any, str]:
     """A training run: its configuration, its optimizer, and what it is in words.
 
     Rates, decays and auxiliary settings are track 3's, published for rows 16 times as many.
     """
-    recipe = {"train_adamw": "adamw", "train_muon": "muon_track3", "train_shampoo": "shampoo"}[part]
+    recipe = RECIPES[part]
     config = preset("track3", recipe)
     if recipe == "shampoo":
         config = dataclasses.replace(
             config, optimizer=_register_polynomial(), matrices=ShampooConfig(0.01, weight_decay=0.1)
         )
+    if isinstance(config.matrices, ShampooNextConfig):
+        matrices = dataclasses.replace(config.matrices, block_size=sizes.block)
+        config = dataclasses.replace(config, matrices=matrices)
     schedule = dataclasses.replace(config.schedule, steps=sizes.steps)
     # A cooldown of the matrices' own counts the same steps.
     data = dataclasses.replace(
@@ -195,6 +206,7 @@ def training(part: str, sizes: Sizes, *, bfloat16: bool) -> tuple[Config, Any, s
         "adamw": "AdamW, pull request 353",
         "muon_track3": "the benchmark's Muon, #36",
         "shampoo": f"Shampoo, rates of #35, polynomial roots every step, blocks of {sizes.block}",
+        "shampoo_next": f"the recipe of docs/recipe.md, roots every step, blocks of {sizes.block}",
     }[recipe]
     return config, build_optimizer(config, abstract_params(config.model)), words
 

@@ -23,6 +23,7 @@ MODULES = {
     "train_adamw": "training",
     "train_muon": "training",
     "train_shampoo": "training",
+    "train_recipe": "training",
 }
 
 # After its time a part is ended by the supervisor; so long after it, by itself.

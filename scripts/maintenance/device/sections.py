@@ -1,9 +1,10 @@
 """The sections of the report's page, each from what its part measured; empty if that is nothing."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nanogpt.report.paired import paired
 from nanogpt.report.tables import markdown, shown
 from scripts.maintenance.device import prediction
 from scripts.maintenance.device.budget import PARTS
@@ -222,8 +223,28 @@ def training_section(result: Result) -> str:
         f"{run.get('steps')} steps of {run.get('rows')} rows, the same rows and initial weights "
         "for all, rates as published for the track's larger batch.\n\n" + "\n".join(words),
         markdown(heads, lines),
+        _less_muon(runs),
         errors([row for name in runs for row in rows(result, name, "cut")]),
     )
+
+
+def _less_muon(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The recipe against Muon on the same batches."""
+    if not {"train_muon", "train_recipe"} <= runs.keys():
+        return ""
+    recipe, muon = (_second_half(runs[name]) for name in ("train_recipe", "train_muon"))
+    found = paired(recipe, muon)
+    return (
+        f"The recipe's loss less Muon's, batch by batch in the second half: {found.mean:+.4f} ± "
+        f"{found.error:.4f} over {found.n} batches of one run each."
+    )
+
+
+def _second_half(windows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Losses by step."""
+    half = windows[-1]["step"] // 2
+    steps = {w["step"] - i: v for w in windows for i, v in enumerate(reversed(w["losses"]))}
+    return {step: value for step, value in steps.items() if step > half}
 
 
 def precision_section(result: Result) -> str:

@@ -23,7 +23,7 @@ from scripts.maintenance.faulting.rig import Rig, differences
 AT = 13  # in the second epoch, in the middle of every interval and between two checkpoints
 # Of the direction's kind each: elementwise; roots that are kept for an interval; bases that are
 # kept, on a hyperball, with a schedule of the matrices' own.
-RECIPES = ("adamw", "shampoo", "soap_h")
+RECIPES = ("shampoo", "soap_h")
 
 
 @pytest.fixture(scope="module")

@@ -157,8 +157,9 @@ def test_what_cannot_be_is_said_in_a_line(place, monkeypatch, words, complaint):
     if "other" in words:
         prepare(folder("texts"), "other", gpt2(400), val_tokens=100)
     changes = {"changed": ('"mlp_dim"', '"width"'), "nameless": ('"tokenizer"', '"other"')}
-    of_medium = '"kind": "medium", "init": "medium", "num_layers": 16, "sequence_length": 128'
-    changes["medium"] = ('"kind": "track3"', of_medium)  # the last of equal names counts
+    of_medium = '"kind": "medium", "init": "medium", "num_layers": 16, "sequence_length": 128, '
+    of_medium += '"end_of_text": 0'
+    changes["medium"] = ('"end_of_text": 50256', of_medium)  # the last of equal names counts
     for name in changes.keys() & set(words):
         shutil.copytree("plain", name)
         path = place / name / "metrics.jsonl"

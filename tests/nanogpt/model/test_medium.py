@@ -24,12 +24,20 @@ FULL = preset("medium", "muon_mlp_decay").model
         ({"window": 3500}, "window=3500: must be a multiple of mask_block=128"),
         ({"sequence_length": 100}, "sequence_length=100: must be a multiple of mask_block"),
         ({"head_columns": 50000}, "head_columns=50000: must be at least vocab_size=50257"),
+        ({"end_of_text": 50257}, "end_of_text=50257: must be below vocab_size=50257"),
+        ({"model_dim": 1024, "head_dim": 1024}, "head_dim=1024: attention by blocks takes at most"),
         ({"kind": "track3"}, "'dense' and 'medium' are of kind='medium'"),
     ],
 )
 def test_settings_that_it_has_not(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(FULL, **changes)
+
+
+def test_rows_of_validation_are_whole_blocks():
+    run = preset("medium", "muon_mlp_decay")
+    with pytest.raises(ValueError, match="val_length=100: must be a multiple of mask_block=128"):
+        dataclasses.replace(run, data=dataclasses.replace(run.data, val_length=100))
 
 
 def test_kernels_are_cut_and_pull_back_as_casts_do():

@@ -104,7 +104,7 @@ shapes = [(64, 64), (64, 256), (256, 64)]
 params = {f"{s}{i}": jax.random.normal(jax.random.key(i), s) for s in shapes for i in range(4)}
 tx = scale_by_psgd()
 state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
-for _ in range(60):
+for _ in range(15):
     updates, state = jax.block_until_ready(step(params, state))
 """
 

@@ -114,3 +114,17 @@ def test_shards_of_another_vocabulary_are_named(config, model):
     data = open_data(config)
     data.training.close()
     assert ["use only 50 of the 178 ids" in note for note in data.notes] == [True] * (model > 64)
+
+
+@pytest.mark.parametrize("end", [48, 49])
+def test_documents_begin_where_the_texts_of_the_shards_do(config, end):
+    source = Source("t", "1", "none", "none", "bytes", 50)
+    Manifest(source, (), (), Baselines(64, 3.0, 3.5, 3.0)).write(config.data.directory)
+    sizes = {"vocab_size": 50, "sequence_length": 8, "mask_block": 4, "window": 8}
+    model = dataclasses.replace(preset("medium_board", "adamw").model, **sizes, end_of_text=end)
+    config = dataclasses.replace(config, model=model)
+    if end == 48:
+        with pytest.raises(ShardError, match="set --model.end-of-text 49"):
+            open_data(config)
+        return
+    open_data(config).training.close()

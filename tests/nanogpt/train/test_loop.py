@@ -430,6 +430,30 @@ def test_resume_names_the_setting_that_differs(whole):
         fit(changed, resume=True)
 
 
+def test_a_run_goes_on_with_other_microbatches(shards, tmp_path, whole, monkeypatch):
+    """As on another number of devices that have a row each; sums come in another order."""
+    config = tiny(shards, tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4, signal.SIGINT)
+        with pytest.raises(Interrupted):
+            fit(config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, microbatch_rows=4))
+    fit(config, resume=True)
+    (one, other) = ([x["loss"] for x in records(run, "train")] for run in (config, whole))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert one != other  # or nothing was cut otherwise
+
+
+def test_a_run_whose_statistics_are_of_microbatches_keeps_them(shards, tmp_path):
+    statistics = ShampooConfig(0.01, weight_decay=0.1, statistics="microbatches")
+    config = tiny(shards, tmp_path, optimizer="shampoo", matrices=statistics)
+    config = dataclasses.replace(config, schedule=ScheduleConfig(1))
+    fit(config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, microbatch_rows=1))
+    with pytest.raises(ValueError, match=r"data\.microbatch_rows=2, this run has .*=1"):
+        fit(config, resume=True)
+
+
 def test_resume_refuses_other_data(whole, tmp_path):
     random = np.random.default_rng(1)
     for name in ("train_000001", "val_000000"):

@@ -65,12 +65,12 @@ def check_every_optimizer_has_its_parts(rows):
 
 
 def check_all_train_on_the_same_batches(figures):
-    names = ("train_adamw", "train_muon", "train_shampoo")
+    names = ("train_adamw", "train_muon", "train_shampoo", "train_recipe")
     windows = [figures[name]["window"] for name in names]
     losses = [[loss for window in each for loss in window["losses"]] for each in windows]
     assert all(len(each) == REHEARSAL.steps for each in losses)
     # Equal weights and an equal batch at first, another update after it.
-    assert len({each[0] for each in losses}) == 1 and len({each[-1] for each in losses}) == 3
+    assert len({each[0] for each in losses}) == 1 and len({each[-1] for each in losses}) == 4
 
 
 def check_the_page_is_written_anew(path):

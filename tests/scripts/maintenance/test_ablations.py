@@ -41,9 +41,9 @@ def test_tuning_goes_beyond_an_edge_and_ends_at_the_parabolas_lowest_point():
     assert tune(MUON, True, train) == (1.25, -0.25)  # eighths
     assert [r.rate for r in done[:4]] == [-1, 0, 1, 2] and len(done) == 7
     assert {r.seed for r in done} == {TUNING}
-    done, train = bowl(9.0, 0.0)
-    assert tune(MUON, False, train) == (3.0, 0.0)  # five, and it is an edge
-    assert len(done) == 5
+    done, train = bowl(9.0, 9.0)
+    assert tune(MUON, True, train) == (3.0, 6.0)  # five and eight, and both are edges
+    assert len(done) == 5 + 8
 
 
 def test_a_change_starts_at_its_family_s_rates_unless_it_has_its_own():
@@ -102,6 +102,24 @@ def test_the_page_tells_differences(tmp_path):
     assert "| cutoff | rtol 0 | shampoo_next | **+0.1120 ± 0.0012** | 3.6020 | 4 |" in text
     assert "| shampoo_next | 0.0424 | 1 | 3.4900 | **-0.0100 ± 0.0000** | 4 |" in text
     assert (tmp_path / "recipe" / "ablations.png").stat().st_size > 10_000
+
+
+def test_the_page_takes_the_rates_that_were_taken_last(tmp_path):
+    runs = tmp_path / "recipe" / "runs.jsonl"
+    runs.parent.mkdir()
+    with runs.open("w") as file:
+        for rate, value in ((1.0, 9.0), (0.5, 3.5)):
+            for seed in (*ABLATING[:2], *JUDGING[:2]):
+                for board in ("board", "board_m"):
+                    settings = Run("muon", rate, 0.0, seed, board=board)._asdict()
+                    loss = value - (board == "board_m")
+                    record = {"settings": settings, "status": "finished", "loss": loss}
+                    file.write(json.dumps(record) + "\n")
+    write(tmp_path, runs, POINTS)
+    text = (tmp_path / "recipe.md").read_text()
+    assert "| muon | 0.0566 | 1 | 3.5000 | - | 2 |" in text
+    assert "| S | A | muon | 3.5000 | - | 2 |" in text
+    assert "| M | A | muon | 2.5000 | - | 2 |" in text
 
 
 def test_a_run_that_climbed_counts_as_chance():

@@ -62,6 +62,18 @@ FIGURES = {
         ],
         "memory": [{"peak_bytes": 31e9}],
     },
+    "train_muon": {
+        "window": [
+            {"step": 2, "losses": [9.0, 8.0], "step_s": 0.07},
+            {"step": 4, "losses": [7.0, 6.0], "step_s": 0.07},
+        ],
+    },
+    "train_recipe": {
+        "window": [
+            {"step": 2, "losses": [9.0, 8.0], "step_s": 0.07},
+            {"step": 4, "losses": [6.9, 5.7], "step_s": 0.07},
+        ],
+    },
     "precision": {
         "trials": [
             {
@@ -118,6 +130,7 @@ def test_every_figure_is_on_the_page(whole):
     assert found["mean loss of 10 steps to"] == ["10", "20", "ms a step", "peak (GB)"]
     # The first window's time holds the first call.
     assert found["adamw"] == ["10.5000", "7.5000", "70", "31"]
+    assert "second half: -0.2000 ± 0.1000 over 2 batches" in whole
 
 
 def test_the_training_table_has_the_steps_of_all_runs():
