@@ -18,7 +18,7 @@ pytestmark = [
 SHAMPOO = RECIPES / "maxtext_shampoo.py"
 ADAMW = "-m", "maxtext.trainers.pre_train.train"
 TINY = """
-base_output_directory=out base_emb_dim=64 base_num_query_heads=4 base_num_kv_heads=2 head_dim=16
+base_emb_dim=64 base_num_query_heads=4 base_num_kv_heads=2 head_dim=16
 base_mlp_dim=128 base_num_decoder_layers=2 vocab_size=256 max_target_length=64 dataset_type=hf
 hf_path=json hf_train_files=docs.jsonl tokenizer_path=tokenizer tokenizer_type=huggingface
 attention=dot_product hardware=cpu dtype=float32 learning_rate=0.01 decoder_block=llama2
@@ -38,7 +38,8 @@ def folder(tmp_path_factory):
 def train(folder, name, *words, program=(SHAMPOO,), devices=1, rows=16):
     """Losses by step of a run of a program."""
     base = Path(os.environ["SOURCES"]) / "maxtext" / "configs" / "base.yml"
-    words = (*TINY, f"run_name={name}", f"per_device_batch_size={rows // devices}", *words)
+    words = (f"per_device_batch_size={rows // devices}", *words)
+    words = (*TINY, f"run_name={name}", f"base_output_directory={folder / 'out'}", *words)
     printed = run(folder, *program, base, *words, devices=devices)
     found = re.findall(r"completed step: (\d+), .*? loss: ([\d.]+)", printed)
     return {int(step): float(loss) for step, loss in found}
