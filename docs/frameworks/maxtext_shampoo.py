@@ -42,8 +42,8 @@ def get_optimizer(config, learning_rate_schedule, model=None):
 
 
 def name(path):
-    """Components of a path, joined."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """Components of a path, joined; gradients come without the boxes of Flax."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def placement(config, model):

@@ -19,9 +19,11 @@ def speeches() -> list[str]:
     return [path.read_text(encoding="utf-8") for path in sorted(found)]
 
 
-def write_documents(path: Path) -> None:
-    """One JSON object a line, as MaxText's and Levanter's pipelines read them."""
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches()))
+def write_documents(path: Path, length: int) -> None:
+    """One JSON object a line, as MaxText reads them: pieces, since it cuts off what is longer."""
+    text = "".join(speeches()[:10])
+    pieces = [text[i : i + length] for i in range(0, len(text), length)]
+    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -30,7 +30,7 @@ skip_jax_distributed_system=true async_checkpointing=false
 def folder(tmp_path_factory):
     """Documents and tokenizer."""
     place = tmp_path_factory.mktemp("maxtext")
-    write_documents(place / "docs.jsonl")
+    write_documents(place / "docs.jsonl", length=62)
     write_tokenizer(place / "tokenizer")
     return place
 
