@@ -110,10 +110,10 @@ test-interop:  ## Load exported models in torch, in an environment of its own
 	@$(MAKE) --no-print-directory VENV=$(INTEROP) PACKAGES="--editable '.[test]' $(TORCH)" venv
 	@$(INTEROP)/bin/python -m pytest -q -s -m interop tests/interop $(PYTEST_ARGS)
 
-# Each framework in an environment of its own, with versions that were seen to work together; what
-# neither name nor version gives is in docs/frameworks.md. MAXTEXT is a checkout of MaxText, read as
-# it lies there: its package asks for far more than training on a CPU needs. jax 0.8.0 is the newest
-# that the tensors of Levanter's and the oldest that shampoo_jax run with.
+# Each framework in an environment of its own, with versions that were seen to work together, see
+# docs/frameworks.md. MAXTEXT is a checkout of MaxText, read as it lies there; what training on a CPU
+# imports is installed beside it. Levanter gets the oldest jax of shampoo_jax, which is nearest to
+# its time.
 FRAMEWORKS := build/frameworks
 FRAMEWORK ?= keras levanter $(if $(MAXTEXT),maxtext)
 MAXTEXT ?=
@@ -136,11 +136,11 @@ test-frameworks-%:
 	SOURCES='$(MAXTEXT:%=%/src)' $$place/bin/python -m pytest -q -s -m frameworks \
 	  -p no:cacheprovider tests/frameworks/test_$*.py $(PYTEST_ARGS)
 
-package: ## Build wheel and sdist into dist/ and check them
+package:  ## Build wheel and sdist into dist/ and check them
 	@rm -rf dist
 	@[ -x build/package/bin/twine ] || { $(PYTHON) -m venv --clear build/package && \
 	  build/package/bin/python -m pip install --quiet build twine; }
-	@build/package/bin/python -m build --outdir dist > build/package/log || { cat build/package/log; exit 1; }
+	@build/package/bin/python -m build --outdir dist > build/package/log 2>&1 || { cat build/package/log; exit 1; }
 	@build/package/bin/twine check --strict dist/*
 	@ls -l dist
 

@@ -73,6 +73,7 @@ def test_a_run_goes_on_from_its_checkpoint(folder, saved):
 
 
 def test_a_mesh_computes_the_same(folder, saved):
-    words = ("steps=6", "enable_checkpointing=false", "ici_fsdp_parallelism=4")
+    schedule = ("steps=6", "learning_rate_schedule_steps=20")
+    words = (*schedule, "enable_checkpointing=false", "ici_fsdp_parallelism=4")
     split = train(folder, "mesh", *words, devices=4)
     np.testing.assert_allclose(split[2], saved[2], atol=0.02)
