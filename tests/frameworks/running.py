@@ -1,7 +1,6 @@
 """What the frameworks' runs share: real text, a tokenizer of bytes, and a recipe as a program."""
 
 import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -20,10 +19,13 @@ def speeches() -> list[str]:
 
 
 def write_documents(path: Path, length: int) -> None:
-    """One JSON object a line, as MaxText reads them: pieces, since it cuts off what is longer."""
+    """A Parquet file of pieces of text, as MaxText reads them: it cuts off what is longer."""
+    import pyarrow  # type: ignore[missing-import]
+    from pyarrow import parquet  # type: ignore[missing-import]
+
     text = "".join(speeches()[:10])
     pieces = [text[i : i + length] for i in range(0, len(text), length)]
-    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    parquet.write_table(pyarrow.table({"text": pieces}), path)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -19,8 +19,9 @@ SHAMPOO = RECIPES / "maxtext_shampoo.py"
 ADAMW = "-m", "maxtext.trainers.pre_train.train"
 TINY = """
 base_emb_dim=64 base_num_query_heads=4 base_num_kv_heads=2 head_dim=16
-base_mlp_dim=128 base_num_decoder_layers=2 vocab_size=256 max_target_length=64 dataset_type=hf
-hf_path=json hf_train_files=docs.jsonl tokenizer_path=tokenizer tokenizer_type=huggingface
+base_mlp_dim=128 base_num_decoder_layers=2 vocab_size=256 max_target_length=64 dataset_type=grain
+grain_file_type=parquet grain_train_files=docs.parquet grain_worker_count=0
+tokenizer_path=tokenizer tokenizer_type=huggingface
 attention=dot_product hardware=cpu dtype=float32 learning_rate=0.01 decoder_block=llama2
 skip_jax_distributed_system=true async_checkpointing=false
 """.split()
@@ -30,7 +31,7 @@ skip_jax_distributed_system=true async_checkpointing=false
 def folder(tmp_path_factory):
     """Documents and tokenizer."""
     place = tmp_path_factory.mktemp("maxtext")
-    write_documents(place / "docs.jsonl", length=62)
+    write_documents(place / "docs.parquet", length=62)
     write_tokenizer(place / "tokenizer")
     return place
 
