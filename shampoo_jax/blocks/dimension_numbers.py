@@ -61,23 +61,27 @@ _CONVOLUTION = re.compile(r"conv(?!_?local)")
 
 
 def component_names(path: tuple[Any, ...]) -> list[str]:
-    """Components of a key path in lower case, without the `.value` of an NNX variable.
+    """Components of a key path in lower case, without what a box around an array appends.
 
-    Slashes separate components, as in the flat names of Haiku.
+    That is the `.value` of an NNX variable, and the number that jax gives to the array in a node
+    without keys, such as Haliax's NamedArray. Slashes separate components, as in the flat names of
+    Haiku.
     """
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+    last = path[-1] if path else None
+    boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
+    if boxed or isinstance(last, jax.tree_util.FlattenedIndexKey):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/").lower().split("/")
 
 
 def default_dimension_numbers(path: tuple[Any, ...], leaf: Any) -> DimensionNumbers | None:
-    """Reads Flax attention and convolution kernels as matrices from inputs to outputs.
+    """Reads attention and convolution kernels of Flax and Keras as matrices from inputs to outputs.
 
     A parameter `kernel` (Linen or NNX) is recognised by the name of its module, the nearest
     component of the path that is not a number, and by its rank:
 
       - `query`, `key`, `value`, rank 3, `(d, heads, head_dim)`: `d x heads*head_dim`;
-      - `out`, rank 3, `(heads, head_dim, d)`: `heads*head_dim x d`;
+      - `out`, in Keras `attention_output`, rank 3, `(heads, head_dim, d)`: `heads*head_dim x d`;
       - a name that contains `conv`, rank 3 to 5, `(*window, in, out)`: `window*in x out`.
 
     Rows are inputs and columns outputs in all of them, as in the kernel of a dense layer, so a
@@ -104,7 +108,8 @@ def default_dimension_numbers(path: tuple[Any, ...], leaf: Any) -> DimensionNumb
     module = next((name for name in reversed(names[:-1]) if not name.isdigit()), "")
     if module in ("query", "key", "value") and rank == 3:
         return DimensionNumbers(((0,), (1, 2)))
-    if module == "out" and rank == 3 or _CONVOLUTION.search(module) and 3 <= rank <= 5:
+    outward = module in ("out", "attention_output") and rank == 3
+    if outward or _CONVOLUTION.search(module) and 3 <= rank <= 5:
         return DimensionNumbers((tuple(range(rank - 1)), (rank - 1,)))
     return None
 

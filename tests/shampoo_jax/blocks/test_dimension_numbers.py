@@ -105,6 +105,12 @@ def test_flat_names_are_split_at_slashes():
     assert readings(flat) == {"decoder/attn/query/kernel": INWARD}
 
 
+def test_attention_of_keras():
+    shapes = {"query": (4, 2, 3), "attention_output": (2, 3, 4)}  # as its Variable.path has them
+    params = {f"attention/{name}/kernel": jnp.ones(shape) for name, shape in shapes.items()}
+    assert list(readings(params).values()) == [OUTWARD, INWARD]  # in the order of names
+
+
 def test_biases_of_heads_are_no_matrices():
     module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6)
     params = linen_params(module, (1, 3, 4))

@@ -207,6 +207,28 @@ class Module:
         self.lm_head, self.proj = lm_head, proj
 
 
+@jax.tree_util.register_pytree_node_class
+class Boxed:
+    """An array in a node without keys, as Haliax's NamedArray is: jax numbers its child."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def tree_flatten(self):
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_a_box_without_keys_is_no_name():
+    params = {"input_layernorm": {"weight": Boxed(jnp.ones((2, 64)))}}
+    params["mlp"] = {"weight": Boxed(jnp.ones((2, 64)))}
+    taken = jax.tree_util.tree_map_with_path(sj.is_hidden_matrix, params)
+    assert jax.tree.leaves(taken) == [False, True]
+
+
 def test_attributes_are_names():
     labels = labels_by(sj.is_hidden_matrix)(Module(jnp.ones((3, 2)), jnp.ones((3, 2))))
     assert (labels.lm_head, labels.proj) == ("others", "matrices")
