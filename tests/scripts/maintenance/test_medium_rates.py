@@ -12,7 +12,7 @@ PAGE = pathlib.Path(__file__).parents[3] / "docs" / "medium.md"
 
 def test_rules_from_widths_64_and_32_to_1024():
     assert medium_rates.transferred("lion") == {"board": 0.004 / 16, "medium_board": 0.008 / 32}
-    assert medium_rates.transferred("muon_track3") == {"board": 0.04, "medium_board": 0.0125}
+    assert medium_rates.transferred("muon_track3") == {"board": 0.04, "medium_board": 0.05}
     assert medium_rates.transferred("kl_shampoo")["board"] == 0.08 / 8  # deeper, not wider
 
 
