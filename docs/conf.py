@@ -43,7 +43,12 @@ python_maximum_signature_line_length = 80
 toc_object_entries = False  # every name has a heading of its own
 nitpicky = True
 # Types of other packages, which signatures of fields name; their pages are not here.
-nitpick_ignore_regex = [(r"py:.*", r"(jax|optax|numpy|collections|typing)\..*|(Row|OnMesh|shampoo_jax\.(inspect|stacks)\..*)")]
+nitpick_ignore_regex = [
+    (
+        r"py:.*",
+        r"(jax|optax|numpy|collections|typing)\..*|(Row|OnMesh|shampoo_jax\.(inspect|stacks)\..*)",
+    )
+]
 
 mathjax_path = "mathjax/tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}  # the menu would load more files
