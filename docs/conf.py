@@ -37,7 +37,7 @@ autodoc_typehints = "none"  # spelled out they are pages long; docstrings say wh
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]  # of dataclasses: what they take
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 80
 toc_object_entries = False  # every name has a heading of its own
@@ -66,6 +66,7 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "show_toc_level": 2,
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # the sidebar has the search already
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

@@ -41,8 +41,10 @@ def run_pages(app: Sphinx) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Runs them first."""
-    # Eight devices of a CPU stand in for a mesh; jax reads this when it is first asked for devices.
-    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    # jax reads these when it is first asked for devices. Eight of a CPU stand in for a mesh;
+    # compiling is most of what blocks take, and without LLVM's optimizations it takes half.
+    flags = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
+    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     app.connect("builder-inited", run_pages)
