@@ -95,7 +95,7 @@ async def problems_of(page: Page, name: str, look: Look, picture: bool) -> list[
     found += await page.evaluate(FOUND)
     if picture:
         path = LOOKS / f"{name.replace('/', '-')}-{look.width}-{look.scheme}.png"
-        await page.screenshot(path=path, clip=None, full_page=False)
+        await page.screenshot(path=path)
     return [f"{name} ({look.width}, {look.scheme}): {problem}" for problem in found]
 
 
@@ -107,8 +107,10 @@ async def look_at(browser: Browser, names: Sequence[str], shown: Sequence[str]) 
         context = await browser.new_context(viewport=size, color_scheme=look.scheme, offline=True)
         for name in names:
             page = await context.new_page()
-            found += await problems_of(page, name, look, name in shown)
+            problems = await problems_of(page, name, look, name in shown)
             await page.close()
+            print("\n".join(problems), end="\n" if problems else "", flush=True)
+            found += problems
         await context.close()
     return found
 
@@ -134,7 +136,6 @@ def main() -> None:
     made = (path.relative_to(SITE).with_suffix("").as_posix() for path in SITE.rglob("*.html"))
     every = sorted(name for name in made if not name.startswith(("_modules", "genindex")))
     found = asyncio.run(run(pages or every, pages or SHOWN))
-    print("\n".join(found))
     ways = 2 * len(WIDTHS)
     print(f"{len(pages or every)} pages, {ways} ways each: {len(found)} problems; see {LOOKS}")
     sys.exit(bool(found))
