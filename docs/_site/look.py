@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("pages", nargs="*", help="as start or howto/adamw; none: all of them")
     pages = parser.parse_args().pages
     made = (path.relative_to(SITE).with_suffix("").as_posix() for path in SITE.rglob("*.html"))
-    every = sorted(name for name in made if not name.startswith(("_modules", "genindex")))
+    every = sorted(name for name in made if not name.startswith(("_modules", "_static", "genindex")))
     found = asyncio.run(run(pages or every, pages or SHOWN))
     ways = 2 * len(WIDTHS)
     print(f"{len(pages or every)} pages, {ways} ways each: {len(found)} problems; see {LOOKS}")
