@@ -112,7 +112,7 @@ test-interop:  ## Load exported models in torch, in an environment of its own
 
 # The site, in an environment of its own; docs/site.md says what is checked.
 SITE := build/site
-SPHINX = $(SITE)/bin/sphinx-build --fail-on-warning --keep-going --fresh-env docs
+SPHINX = $(SITE)/bin/sphinx-build --fail-on-warning --keep-going --fresh-env -d build/doctrees docs
 
 docs:  ## Build the documentation site into build/html, run its code, check its links
 	@$(MAKE) --no-print-directory VENV=$(SITE) PACKAGES="--editable '.[docs,looks]'" venv

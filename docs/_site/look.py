@@ -134,7 +134,8 @@ def main() -> None:
     parser.add_argument("pages", nargs="*", help="as start or howto/adamw; none: all of them")
     pages = parser.parse_args().pages
     made = (path.relative_to(SITE).with_suffix("").as_posix() for path in SITE.rglob("*.html"))
-    every = sorted(name for name in made if not name.startswith(("_modules", "_static", "genindex")))
+    others = ("_modules", "_static", "genindex")  # code, templates of the theme, a list of names
+    every = sorted(name for name in made if not name.startswith(others))
     found = asyncio.run(run(pages or every, pages or SHOWN))
     ways = 2 * len(WIDTHS)
     print(f"{len(pages or every)} pages, {ways} ways each: {len(found)} problems; see {LOOKS}")
