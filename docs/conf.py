@@ -56,6 +56,7 @@ mathjax3_config = {"options": {"enableMenu": False}}  # the menu would load more
 html_theme = "sphinx_book_theme"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_domain_indices = False
 html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
