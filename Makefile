@@ -17,7 +17,7 @@ COMMA := ,
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers test-interop test-frameworks package gallery lint format types golden faults images soak rehearsal rehearse-device clean
+.PHONY: help venv speedrun leaderboard test test-newest test-newest-short test-oldest newest-python compilers test-compilers test-interop test-frameworks package gallery lint format types docs docs-links docs-screenshots golden faults images soak rehearsal rehearse-device clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -151,6 +151,20 @@ package:  ## Build wheel and sdist into dist/ and check them
 	@build/package/bin/python -m build --outdir dist > build/package/log 2>&1 || { cat build/package/log; exit 1; }
 	@build/package/bin/twine check --strict dist/*
 	@ls -l dist
+
+# The site, in an environment of its own; docs/site.md says what is checked.
+SITE := build/site
+SPHINX = $(SITE)/bin/sphinx-build --fail-on-warning --keep-going --fresh-env -d build/doctrees docs
+
+docs:  ## Build the documentation site into build/html, run its code, check its links
+	@$(MAKE) --no-print-directory VENV=$(SITE) PACKAGES="--editable '.[docs,looks]'" venv
+	@$(SPHINX) build/html
+
+docs-links: docs  ## Ask the servers of all external links, which needs a network
+	@$(SPHINX) -b linkcheck build/linkcheck
+
+docs-screenshots: docs  ## Look at every page in Chromium without network, keep pictures in build/looks
+	@$(SITE)/bin/python -m docs._site.look $(ARGS)
 
 lint: venv  ## Check style
 	@$(BIN)/ruff check .

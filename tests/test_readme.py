@@ -13,12 +13,12 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from nanogpt import cli
+from scripts.maintenance.site.blocks import Block, fenced_blocks, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -40,24 +40,6 @@ PAGES = (
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 LONGEST = 180  # lines of README.md
 SHELLS = {"bash", "sh", "console"}
-
-
-class Block(NamedTuple):
-    """A fenced block: its language, the line of its fence, its text, the page that has it."""
-
-    language: str
-    line: int
-    text: str
-    page: str = ""
-
-
-def fenced_blocks(markdown: str, page: str = "") -> list[Block]:
-    """Splits out the blocks between ``` fences."""
-    pattern = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    return [
-        Block(m[1], markdown.count("\n", 0, m.start()) + 1, m[2], page)
-        for m in pattern.finditer(markdown)
-    ]
 
 
 def commands(block: Block) -> list[list[str]]:
@@ -83,7 +65,7 @@ def commands(block: Block) -> list[list[str]]:
 def check_make(*arguments: str) -> None:
     """Every word that is no flag is a target, or sets a variable that the Makefile has."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"^([a-z]+):", makefile, re.M)
+    targets = re.findall(r"^([a-z-]+):", makefile, re.M)
     variables = re.findall(r"^([A-Z_]+) \?=", makefile, re.M)
     for argument in arguments:
         if "=" in argument:
@@ -168,8 +150,7 @@ def blocks_in(*languages: str) -> list:
 @pytest.mark.parametrize("block", blocks_in("python"))
 def test_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    padded = "\n" * block.line + block.text  # so that a traceback names the page's own line
-    exec(compile(padded, str(ROOT / block.page), "exec"), {"__name__": "__main__"})
+    run(block, ROOT / block.page, {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("block", blocks_in(*SHELLS))

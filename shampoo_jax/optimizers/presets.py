@@ -163,6 +163,11 @@ def meta_shampoo(damping: float = 1e-12, block_size: int = 1024, every: int = 1)
 
     `merge=1` turns every parameter of up to `block_size` elements into a vector.
 
+    Args:
+      damping: Added to the factors' eigenvalues; absolute, on the scale of squared gradients.
+      block_size: Largest edge of a block.
+      every: Steps between refreshes of the roots.
+
     Example:
       >>> import shampoo_jax
       >>> tx = shampoo_jax.scale_by_shampoo(**shampoo_jax.presets.meta_shampoo())
@@ -187,6 +192,12 @@ def meta_eigendecomposed(
     what steps before the first refresh, `(1 + damping)^(-1/4)` a side, and where `basis` is carried
     from one refresh to the next: `QRBasis()`, or `EighBasis(tolerance)`; None means `EighBasis()`.
 
+    Args:
+      basis: How eigenvectors are computed, and carried; None means `EighBasis()`.
+      damping: Added to the factors' eigenvalues; absolute, on the scale of squared gradients.
+      block_size: Largest edge of a block.
+      every: Steps between refreshes of the roots.
+
     Example:
       >>> import shampoo_jax
       >>> options = shampoo_jax.presets.meta_eigendecomposed(shampoo_jax.QRBasis())
@@ -200,6 +211,11 @@ def meta_kl_shampoo(damping: float = 1e-12, block_size: int = 1024, every: int =
     """Options of `scale_by_shampoo` for Meta's `RootInvKLShampoo`.
 
     Its exponents are Shampoo's; `exponents={2: 0.5}` on top is the paper's iteration on matrices.
+
+    Args:
+      damping: Added to the factors' eigenvalues; absolute, on the scale of squared gradients.
+      block_size: Largest edge of a block.
+      every: Steps between refreshes of the roots.
 
     Example:
       >>> import shampoo_jax
@@ -215,6 +231,12 @@ def meta_eigendecomposed_kl(
 
     `meta_kl_shampoo` in the form of `meta_eigendecomposed`.
 
+    Args:
+      basis: How eigenvectors are computed, and carried; None means `EighBasis()`.
+      damping: Added to the factors' eigenvalues; absolute, on the scale of squared gradients.
+      block_size: Largest edge of a block.
+      every: Steps between refreshes of the roots.
+
     Example:
       >>> import shampoo_jax
       >>> tx = shampoo_jax.scale_by_shampoo(**shampoo_jax.presets.meta_eigendecomposed_kl())
@@ -226,6 +248,12 @@ def meta_soap(eps: float = 1e-12, block_size: int = 1024, every: int = 1) -> Opt
     """Options of `scale_by_soap` for Meta's `EigenvalueCorrectedShampoo` with `DefaultSOAPConfig`.
 
     Bases are refreshed before their use, by one QR step; no step is skipped, no moment reordered.
+
+    Args:
+      eps: Added to the denominator, and to the diagonal of the factors before their bases are
+        computed.
+      block_size: Largest edge of a block.
+      every: Steps between refreshes of the bases.
 
     Example:
       >>> import shampoo_jax

@@ -126,19 +126,21 @@ def transfer_rules(
     depths, B that of batches, `nin`, `nout` those of the numbers of blocks along a side, and E the
     sum of the exponents:
 
-    | method | learning rate | eps | damping |
-    | --- | --- | --- | --- |
-    | adam | 1 / din | 1 / (dout N sqrt(B)) | |
-    | sgd | N dout / din | | |
-    | muon | sqrt(dout / din) | sqrt(din / dout) / N | |
-    | shampoo | N^(1-2E) (dout / din)^(1-E) (nin nout)^-E | | din / (dout N^2 B nin nout) |
-    | shampoo, grafted | that of the graft | Adam's | the same |
-    | soap | P / din | P / (dout N) | din / (dout N^2 nin nout) |
+    ================  =================  ====================  ===========================
+    method            learning rate      eps                   damping
+    ================  =================  ====================  ===========================
+    adam              1 / din            1 / (dout N sqrt(B))
+    sgd               N dout / din
+    muon              sqrt(dout / din)   sqrt(din / dout) / N
+    shampoo           S                                        din / (dout N^2 B nin nout)
+    shampoo, grafted  that of the graft  Adam's                the same
+    soap              P / din            P / (dout N)          din / (dout N^2 nin nout)
+    ================  =================  ====================  ===========================
 
-    with P the product of `sqrt(ratio / blocks)` over the sides that have a basis:
-    `sqrt(din dout / (nin nout))` for both. Decay is 1 / width for all, the larger one of `din` and
-    `dout`. The norm that a graft divides by scales by
-    `sqrt(dout / din) B^(E-1) / (N^(1-2E) (dout / din)^(1-E) (nin nout)^-E)`.
+    with `S = N^(1-2E) (dout / din)^(1-E) (nin nout)^-E`, P the product of `sqrt(ratio / blocks)`
+    over the sides that have a basis: `sqrt(din dout / (nin nout))` for both. Decay is 1 / width for
+    all, the larger one of `din` and `dout`. The norm that a graft divides by scales by
+    `sqrt(dout / din) B^(E-1) / S`.
 
     Which dimensions grow with the width is read off the two trees: vocabularies do not. Parameters
     outside of the repeated layers, to which `others` applies, have N = 1.

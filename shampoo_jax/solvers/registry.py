@@ -68,6 +68,12 @@ def solver_names() -> tuple[str, ...]:
 def make_solver(solver: str | Solver) -> Solver:
     """The solver of a name with its defaults, or the given solver itself.
 
+    Args:
+      solver: One of `solver_names()`, or a `Solver`.
+
+    Returns:
+      The solver.
+
     Raises:
       ValueError: An unknown name.
 
