@@ -39,8 +39,8 @@ def trained(monkeypatch):
 
 def test_an_entry_is_tuned_from_one_seed_and_judged_on_three_others(trained, tmp_path):
     entry = train("adamw", tmp_path)
-    assert sorted(entry.tuned) == [-1, 0, 1, 2]
-    assert [t.config.seed for t in trained] == [100] * 4 + [0, 1, 2]
+    assert sorted(entry.tuned) == [-1, 0, 1, 2, 3]
+    assert [t.config.seed for t in trained] == [100] * 5 + [0, 1, 2]
     assert {t.config.model.kind for t in trained} == {"medium"}
     best = 4 * preset(NAME, "adamw").matrices.learning_rate
     assert [t.config.matrices.learning_rate for t in trained[-3:]] == [best] * 3
@@ -54,7 +54,7 @@ def test_table_and_picture_stand_beside_the_small_board(trained, tmp_path, capsy
     medium_board.main([str(tmp_path), *words, "--out", str(tmp_path)])
     table = capsys.readouterr().out
     std = f"{statistics.stdev([0, 1e-4, 2e-4]):.4f}"
-    assert f"| muon_track3 | 3.8001 | {std} | 0.1, at the edge | 3.5000 | 1 |" in table
+    assert f"| muon_track3 | 3.8001 | {std} | 0.05 | 3.5000 | 1 |" in table
     assert table.index("muon_track3") < table.index("adamw")  # best first
     for name in ("medium_board.png", "medium_board-dark.png"):
         assert matplotlib.image.imread(tmp_path / name).std() > 0.01
