@@ -1,6 +1,5 @@
 """Every public name, and the check that docs/reference has each of them."""
 
-import inspect
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -15,15 +14,10 @@ logger = logging.getLogger(__name__)
 
 def public_names() -> list[str]:
     """Dotted names of all that the library exports."""
-    functions = [
-        name
-        for name, f in vars(presets).items()
-        if inspect.isfunction(f) and f.__module__ == presets.__name__ and not name.startswith("_")
-    ]
     return [
         *(f"shampoo_jax.{name}" for name in shampoo_jax.__all__),
         *(f"shampoo_jax.matrix.{name}" for name in matrix.__all__),
-        *(f"shampoo_jax.presets.{name}" for name in functions),
+        *(f"shampoo_jax.presets.{name}" for name in presets.__all__),
     ]
 
 

@@ -11,13 +11,29 @@ import optax
 
 from shampoo_jax.base.options import check_options
 from shampoo_jax.blocks.blocking import Blocking
-from shampoo_jax.optimizers.algoperf import ALGOPERF as ALGOPERF
-from shampoo_jax.optimizers.algoperf import algoperf as algoperf
+from shampoo_jax.optimizers.algoperf import ALGOPERF, algoperf
 from shampoo_jax.parts.grafting import scale_by_second_moment
 from shampoo_jax.parts.refresh import BasisRefresh
 from shampoo_jax.solvers.bases import Basis, EighBasis, QRBasis
 from shampoo_jax.solvers.carried import CarriedBasis
 from shampoo_jax.solvers.eigh import ShiftedEigh, TruncatedEigh
+
+__all__ = [
+    "ALGOPERF",
+    "adamw_drop_in",
+    "algoperf",
+    "kl_shampoo",
+    "meta_eigendecomposed",
+    "meta_eigendecomposed_kl",
+    "meta_kl_shampoo",
+    "meta_shampoo",
+    "meta_soap",
+    "record_19",
+    "record_27",
+    "soap",
+    "track3",
+    "track3_relative",
+]
 
 Options = dict[str, Any]
 

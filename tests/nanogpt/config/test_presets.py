@@ -13,8 +13,8 @@ from nanogpt.optimizers.directions import DIRECTIONS
 from nanogpt.train.train_step import abstract_params
 
 ALL = [(name, optimizer) for name, recipes in PRESETS.items() for optimizer in recipes]
-# Of the smaller copies one each: what they have else differs by numbers alone, and the board's are all
-# built and stepped in tests/nanogpt/optimizers/test_small_board.py.
+# Of the smaller copies one each: what they have else differs by numbers alone, and the board's are
+# all built and stepped in tests/nanogpt/optimizers/test_small_board.py.
 BUILT = [x for x in ALL if x[0] in ("track3", "medium") or x[1] == "shampoo"]
 
 
