@@ -12,6 +12,7 @@ from nanogpt.lab.trials import read_trials
 from nanogpt.report.paired import Difference, paired, visible
 from nanogpt.report.plotting import COLOURS, STYLE
 from nanogpt.report.tables import markdown
+from nanogpt.report.verdicts import LOSS_PER_STEP
 from scripts.maintenance.ablation_points import (
     ABLATING,
     FAMILIES,
@@ -28,6 +29,7 @@ Losses = dict[int, float]  # by seed
 Found = dict[str, Losses]  # by point
 BOARDS = {"board": "S", "board_m": "M"}  # as the page calls them, and texts by their folder
 TEXTS = {"board": "A", "prose": "B", "reference": "held out"}
+RECIPE, MUON_STEPS = "shampoo_next", 3250  # steps of #36 on track 3
 EMPTY = "Nothing has been trained yet."
 
 
@@ -48,6 +50,7 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
         families=_families(found, trained, points),
         ablations=_ablations(found, differences, points) or EMPTY,
         judged=_judged(trained) or EMPTY,
+        full_size=_full_size(_by_point(trained, JUDGING)),
     )
     (folder / "recipe.md").write_text(text, encoding="utf-8")
     if differences:
@@ -135,6 +138,23 @@ def _judged(trained: Mapping[Run, float]) -> str:
             rows.append([BOARDS[board], TEXTS[corpus], name, mean, against, n])
     head = ["board", "text", "optimizer", "loss", "less Muon's", "n"]
     return markdown(head, rows, texts=3) if rows else ""
+
+
+def _full_size(found: Found) -> str:
+    """Steps of track 3 that the recipe would save, if its gain on S and A were the same there."""
+    muon = _better_muon(found)
+    if muon is None or RECIPE not in found:
+        return EMPTY
+    gain = paired(found[muon], found[RECIPE])
+    least, most = (max(0.0, gain.mean + 2 * s * gain.error) / LOSS_PER_STEP for s in (-1, 1))
+    first, last = (round(MUON_STEPS - steps, -1) for steps in (most, least))
+    return (
+        f"On S and A the recipe ends {gain.mean:.4f} ± {gain.error:.4f} below the better Muon. If as "
+        f"much were gained on track 3, where {100 * LOSS_PER_STEP:.4f} are worth 100 steps by the "
+        f"benchmark's estimate, it would reach 3.28 after {first:.0f} to {last:.0f} steps (two "
+        f"standard errors) where Muon's record, #36, needs {MUON_STEPS}; if the gain faded with "
+        "size, after as many as Muon."
+    )
 
 
 def _told(difference: Difference) -> str:

@@ -122,6 +122,21 @@ def test_the_page_takes_the_rates_that_were_taken_last(tmp_path):
     assert "| M | A | muon | 2.5000 | - | 2 |" in text
 
 
+def test_the_page_tells_what_a_gain_would_be_at_full_size(tmp_path):
+    runs = tmp_path / "recipe" / "runs.jsonl"
+    runs.parent.mkdir()
+    with runs.open("w") as file:
+        for name, value in (("muon", 3.5), ("shampoo_next", 3.491)):
+            for seed in JUDGING:
+                settings = Run(name, 0.5, 0.0, seed)._asdict()
+                record = {"settings": settings, "status": "finished", "loss": value}
+                file.write(json.dumps(record) + "\n")
+    write(tmp_path, runs, POINTS)
+    text = (tmp_path / "recipe.md").read_text()
+    # 0.009 of 0.0045 a hundred steps, without an error.
+    assert "3.28 after 3050 to 3050 steps" in text
+
+
 def test_a_run_that_climbed_counts_as_chance():
     assert loss({"status": "diverged", "loss": None}) == pytest.approx(math.log(1024))
 
