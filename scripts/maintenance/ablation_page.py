@@ -149,9 +149,9 @@ def _full_size(found: Found) -> str:
     least, most = (max(0.0, gain.mean + 2 * s * gain.error) / LOSS_PER_STEP for s in (-1, 1))
     first, last = (round(MUON_STEPS - steps, -1) for steps in (most, least))
     return (
-        f"On S and A the recipe ends {gain.mean:.4f} ± {gain.error:.4f} below the better Muon. If as "
-        f"much were gained on track 3, where {100 * LOSS_PER_STEP:.4f} are worth 100 steps by the "
-        f"benchmark's estimate, it would reach 3.28 after {first:.0f} to {last:.0f} steps (two "
+        f"On S and A the recipe ends {gain.mean:.4f} ± {gain.error:.4f} below the better Muon. If "
+        f"as much were gained on track 3, where {100 * LOSS_PER_STEP:.4f} are worth 100 steps by "
+        f"the benchmark's estimate, it would reach 3.28 after {first:.0f} to {last:.0f} steps (two "
         f"standard errors) where Muon's record, #36, needs {MUON_STEPS}; if the gain faded with "
         "size, after as many as Muon."
     )
