@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 import shampoo_jax
 from scripts.maintenance.site.blocks import fenced_blocks
 from shampoo_jax import matrix, presets
+from tests.test_readme import PAGES as ALONE
 from tests.test_readme import SHELLS, check, commands
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +95,14 @@ def test_blocks_of_pages_that_teach(page):
                 check(command)
         else:
             assert block.language in ("text", ""), f"{name_of(page)}:{block.line}"
+
+
+def test_python_blocks_of_every_page_run_somewhere():
+    """When the site is built or in this suite; two need a state of torch and a model of Keras."""
+    source = (DOCS / "_site/executed.py").read_text(encoding="utf-8")
+    named = re.findall(r'"([^"]+\.md)"', source)
+    run = {page for pattern in named for page in DOCS.glob(pattern)}
+    run |= {ROOT / page for page in ALONE} | {DOCS / "migration.md", DOCS / "frameworks.md"}
+    blocks = {page: fenced_blocks(page.read_text(encoding="utf-8")) for page in PAGES}
+    code = {page for page, found in blocks.items() if "python" in {b.language for b in found}}
+    assert sorted(name_of(page) for page in code - run) == []
