@@ -85,7 +85,8 @@ def algoperf(trial: int, steps: int) -> dict[str, Any]:
 
     Two differences: the filtered gradient of NAdam is divided here by the sum of its weights, there
     by `1 - b1^t`, which is larger by `(1 - b1^(t+1)) / (1 - b1^t)` and the same after warmup; and
-    large tables get AdamW, without NAdam's look ahead and without momentum.
+    large tables get AdamW, without NAdam's look ahead and without momentum, at the same rate: trial
+    3's is SGD's, 4.2, so a model with such a table needs `others=` of its own there.
 
     Args:
       trial: 1 to 5; `ALGOPERF[trial - 1]` has its numbers, label smoothing and dropout too.
