@@ -108,8 +108,9 @@ def test_the_page_takes_the_rates_that_were_taken_last(tmp_path):
     runs = tmp_path / "recipe" / "runs.jsonl"
     runs.parent.mkdir()
     with runs.open("w") as file:
-        for rate, value in ((1.0, 9.0), (0.5, 3.5)):
-            for seed in (*ABLATING[:2], *JUDGING[:2]):
+        # More seeds had the earlier rate: what is left of it does not count.
+        for rate, value, n in ((1.0, 9.0, 3), (0.5, 3.5, 2)):
+            for seed in (*ABLATING[:n], *JUDGING[:n]):
                 for board in ("board", "board_m"):
                     settings = Run("muon", rate, 0.0, seed, board=board)._asdict()
                     loss = value - (board == "board_m")
