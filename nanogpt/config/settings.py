@@ -278,7 +278,8 @@ class ShampooNextConfig(MatrixConfig):
     """Shampoo of a momentum, at a fixed norm: the recipe and what docs/recipe.md varies of it."""
 
     b1: float = 0.95  # decay of the momentum
-    momentum: Literal["nesterov", "average"] = "nesterov"  # average: corrected, no look ahead
+    # average: corrected, no look ahead; two scales: nesterov's mixed with a slower one.
+    momentum: Literal["nesterov", "average", "two scales"] = "nesterov"
     b2: float = 0.9  # decay of the factors
     # Of which they are: the gradient, the momentum, or every microbatch's gradient.
     squares: Literal["gradient", "momentum", "microbatches"] = "gradient"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 import shampoo_jax
@@ -76,20 +77,40 @@ M = "matrices."
 AHEAD = {"lookahead": LookaheadConfig(0.3, 31, 202)}  # of record #44, of 300 steps
 # Of record #46; a rate that ends at 0 leaves nothing to average.
 TAIL = {"tail": TailConfig(248, 16.0), "schedule.horizon": 1.0662}
-TRICKS: dict[str, Any] = AHEAD | TAIL | {M + "cautious": True}
-# Muon of track 3 through the code of the recipe, so that it can have all of its tricks.
+# Muon of track 3 through the code of the recipe.
 AS_MUON = {M + "exponent": None, M + "orthogonalize": True, M + "size": "aspect"}
 BALL: dict[str, Any] = {M + "weight_decay": 0.0, M + "hyperball": True, M + "learning_rate": 0.02}
 BALL |= {"model.init": "record27", "matrices_cooldown": CooldownConfig(cooldown=1.0)}
 # Complete optimizers of one rate, as users call them, with nothing else set but what is named.
+
+
+def _hidden(params: Any) -> Any:
+    """Of Optax's Muon: matrices that are no embedding and no head, as the others have it."""
+    numbers = optax.contrib.MuonDimensionNumbers()
+    chosen = lambda path, leaf: numbers if shampoo_jax.is_hidden_matrix(path, leaf) else None  # noqa: E731
+    return jax.tree_util.tree_map_with_path(chosen, params)
+
+
 COMPLETE: dict[str, Any] = {
     "shampoo()": shampoo_jax.shampoo,
+    "soap()": shampoo_jax.soap,
+    "kl_shampoo()": shampoo_jax.kl_shampoo,
     "optax muon()": optax.contrib.muon,
     "optax adamw()": functools.partial(optax.adamw, weight_decay=0.0),
-    "shampoo(b2=.95)": functools.partial(shampoo_jax.shampoo, b2=0.95),
+    "shampoo(others_rate=1)": functools.partial(shampoo_jax.shampoo, others_rate=1.0),
+    "shampoo(others_rate=16)": functools.partial(shampoo_jax.shampoo, others_rate=16.0),
+    "shampoo(exponents=1/4)": functools.partial(shampoo_jax.shampoo, exponents=1 / 4),
+    "shampoo(exponents=1/2)": functools.partial(shampoo_jax.shampoo, exponents=1 / 2),
     "shampoo(b1=.95)": functools.partial(shampoo_jax.shampoo, b1=0.95),
-    "shampoo(exponents=1/3)": functools.partial(shampoo_jax.shampoo, exponents=1 / 3),
-    "shampoo(exponents=1/2)": functools.partial(shampoo_jax.shampoo, exponents=0.5),
+    "shampoo(b2=.95)": functools.partial(shampoo_jax.shampoo, b2=0.95),
+    "soap(others_rate=1)": functools.partial(shampoo_jax.soap, others_rate=1.0),
+    "kl_shampoo(others_rate=1)": functools.partial(shampoo_jax.kl_shampoo, others_rate=1.0),
+    "optax muon(), hidden matrices": functools.partial(
+        optax.contrib.muon, muon_weight_dimension_numbers=_hidden
+    ),
+    "adamw, others times 4": lambda rate: shampoo_jax.as_optimizer(
+        optax.scale_by_adam(), rate, others_rate=4.0
+    ),
 }
 
 
@@ -111,8 +132,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "muon_track3": ("muon_track3", {}),
     "adamw": ("adamw", {M + "learning_rate": 0.008}),
     "shampoo": ("shampoo", {}),
-    "muon + tricks": ("shampoo_next", {M + "learning_rate": 0.02} | AS_MUON | TRICKS),
-    "shampoo_next + tricks": ("shampoo_next", TRICKS),
+    "muon + tail": ("shampoo_next", {M + "learning_rate": 0.02} | AS_MUON | TAIL),
+    "shampoo_next + tail": ("shampoo_next", TAIL),
     **{name: ("adamw", {"optimizer": name}) for name in COMPLETE},
 }
 
@@ -149,7 +170,7 @@ def make_points() -> list[Point]:
         *_changed(
             "shampoo_next", "refresh", every__5__staggered={M + "every": 5, M + "stagger": True}
         ),
-        *_next("momentum", "momentum", "average"),
+        *_next("momentum", "momentum", "average", "two scales"),
         *_changed("shampoo_next", "momentum", EMA_Nesterov=AHEAD, average_of_the_tail=TAIL),
         first["soap"],
         *_changed("soap", "refresh", soap__every__1={M + "every": 1}),
@@ -171,8 +192,8 @@ def make_points() -> list[Point]:
         first["muon_track3"],
         first["adamw"],
         first["shampoo"],
-        first["muon + tricks"],
-        first["shampoo_next + tricks"],
+        first["muon + tail"],
+        first["shampoo_next + tail"],
         *(first[name] for name in COMPLETE),
     ]
 
@@ -182,7 +203,7 @@ def make_config(point: Point, run: Run) -> Config:
     entry, own = FAMILIES[point.family]
     config = preset(run.board, entry)
     if point.family in COMPLETE:
-        rate = 0.02 if "muon" in point.family else 0.008
+        rate = 0.02 if "muon" in point.family else 0.008  # where the search begins
         config = dataclasses.replace(config, matrices=MatrixConfig(rate, 0.0))
     if point.family in STUDIES:
         settings, direction = STUDIES[point.family]

@@ -59,10 +59,10 @@ def test_another_board_tunes_one_rate_again_with_three_trials():
     done, train = bowl(3.0, -0.2)
     assert settle(POINTS["shampoo()"], train, "board_m") == (3.0, 0.0)
     assert [r.rate for r in done if r.board == "board_m"] == [2, 3, 4]
-    point = POINTS["muon + tricks"]
-    run = Run(point.name, 0.0, 0.0, 0, board="board_m")
-    config = make_config(point, run)
+    ahead, tail = POINTS["EMA Nesterov"], POINTS["muon + tail"]
+    config = make_config(ahead, Run(ahead.name, 0.0, 0.0, 0, board="board_m"))
     assert (config.lookahead.start, config.lookahead.end) == (62, 404)
+    config = make_config(tail, Run(tail.name, 0.0, 0.0, 0, board="board_m"))
     assert (config.tail.start, config.tail.tau, config.schedule.steps) == (496, 32.0, 600)
 
 
