@@ -18,7 +18,7 @@ Factory = Callable[..., optax.GradientTransformation]
 # computed or what a state looks like.
 TRACED = frozenset(
     "learning_rate b1 b2 b3 eps factor_b2 first_weight every weight_decay peak_lr momentum "
-    "dampening decay eval_coeff lr_power ratio outward inward share".split()
+    "dampening decay eval_coeff lr_power ratio outward inward share others_rate".split()
 )
 
 

@@ -196,6 +196,7 @@ _SHARED: dict[str, Check] = {
     "lr_power": NOT_NEGATIVE.but("None means 2"),
     "max_residual": Number(lambda x: x >= 0, "must not be negative", "math.inf accepts every root"),
     "peak_lr": POSITIVE.but("weight decay is divided by it"),
+    "others_rate": POSITIVE.but("1 is the rate of the matrices"),
     "first_eigenvalue": POSITIVE.but("0.1 is the authors'"),
     "weight_decay": RATE,
     "learning_rate": RATE.but("1e-3, say, or a schedule; to go uphill negate the gradients"),

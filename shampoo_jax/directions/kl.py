@@ -35,7 +35,7 @@ def scale_by_kl_shampoo(
     basis: str | Basis | None = None,
     every: Whole = 10,
     refresh: BasisRefresh | None = None,
-    max_scale: str | float = "size",
+    max_scale: str | float = "relative",
     rtol: float | None = 0.0,
     mu_dtype: DTypeLike | None = None,
     monitor: int | None = None,
@@ -46,18 +46,18 @@ def scale_by_kl_shampoo(
     `U = Ql [ (Ql^T M Qr) * s / (1 + eps s) ] Qr^T`, `s_ij = (dl_i dr_j)^(-1/2)`; see
     `kl_eigenbasis` for factors, bases and eigenvalues d. No grafting.
 
-    The defaults are the authors' algorithm (Lin et al. 2025, arXiv:2509.03378): no bias correction,
-    the first gradient only fills the state. Meta's form, roots of full factors, is
-    `presets.meta_kl_shampoo`. Weight decay in `kl_shampoo` acts as AdamW's, on the parameters
+    The defaults are the authors' algorithm (Lin et al. 2025, arXiv:2509.03378) but for `max_scale`:
+    no bias correction, the first gradient only fills the state. Meta's form, roots of full factors,
+    is `presets.meta_kl_shampoo`. Weight decay in `kl_shampoo` acts as AdamW's, on the parameters
     before the step, where the authors' code shrinks them after it.
 
-    The result depends on the scale of the gradients, unless `max_scale="relative"`: eigenvalues
-    start at 0.1, meant for a mean loss. The second step's update is 10 times the first moment, with
-    the default `b1` the gradient itself: gradients around 1000, of a loss summed over tokens, move
-    parameters by 1000 learning rates in that step; divide such a loss by the number of tokens. At
-    the other end eigenvalues are bounded: blocks `m x n` whose gradients have a root mean square
-    below `1 / (m n)` (each of them 10 at least, 4000 at most) are never preconditioned, their
-    update is a constant times the first moment.
+    Multiplying every gradient by a constant changes nothing but through eps. With the authors'
+    `max_scale="size"` it does: eigenvalues start at 0.1, meant for a mean loss. The second step's
+    update is 10 times the first moment, with the default `b1` the gradient itself: gradients around
+    1000, of a loss summed over tokens, move parameters by 1000 learning rates in that step; divide
+    such a loss by the number of tokens. At the other end eigenvalues are bounded: blocks `m x n`
+    whose gradients have a root mean square below `1 / (m n)` (each of them 10 at least, 4000 at
+    most) are never preconditioned, their update is a constant times the first moment.
 
     Args:
       b1: Decay of the first moment, in [0, 1).
@@ -77,8 +77,9 @@ def scale_by_kl_shampoo(
       every: Steps between refreshes of the bases.
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'
         `BasisRefresh()`.
-      max_scale: Largest `d^(-1/2)`: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
-        `"relative"` makes eigenvalues relative to the gradients, see `kl_eigenbasis`.
+      max_scale: Largest `d^(-1/2)`: `"relative"` makes eigenvalues relative to the gradients, see
+        `kl_eigenbasis`, worth 0.09 in docs/recipe.md; `"size"` means `max(10, min(d, 4000))`, the
+        authors' choice, for a mean loss; or a number.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
         update; 0.0 truncates nothing, None means `d * eps` of the dtype. Any but 0.0 leaves no
         basis of a null space to rounding, see `eigenbasis`.

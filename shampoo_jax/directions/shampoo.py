@@ -23,6 +23,9 @@ from shampoo_jax.solvers.solver import Solver
 from shampoo_jax.stacks.guard import Guarded
 from shampoo_jax.stacks.placement import Placement
 
+# Ahead of 1/4 and 1/2 in docs/recipe.md; blocks of other dimensions keep `1 / (2 * ndim)`.
+MATRICES = {2: 1 / 3}
+
 
 @suggests
 def scale_by_shampoo(
@@ -33,7 +36,7 @@ def scale_by_shampoo(
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = None,
-    exponents: ExponentOption = None,
+    exponents: ExponentOption | Literal["auto"] = "auto",
     statistics: Literal["gradients", "kl"] | optax.GradientTransformation = "gradients",
     solver: str | Solver = "eigh",
     every: Whole = 1,
@@ -49,13 +52,14 @@ def scale_by_shampoo(
     For a matrix block `G` with `M` its moving average (b1), `L = EMA_b2(G G^T)` and
     `R = EMA_b2(G^T G)`, all bias-corrected, the update is
 
-      `U = L^(-1/4) M R^(-1/4)`, scaled to `|U|_F = |M / (sqrt(EMA(G^2)) + eps)|_F`.
+      `U = L^(-1/3) M R^(-1/3)`, scaled to `|U|_F = |M / (sqrt(EMA(G^2)) + eps)|_F`.
 
     Inverse roots are *truncated*: eigenvalues below `d * eps_float32 * largest` map to 0, since the
     factors are rank deficient and their noise eigenvalues would otherwise be amplified most.
-    Multiplying every gradient by a constant changes nothing beyond rounding, but for absolute
-    cutoffs and damping of solvers, the graft's eps where it matters, `statistics="kl"`, and
-    polynomial solvers, whose error of about a percent varies with the scale.
+    Without a graft the exponents are 1/4. Multiplying every gradient by a constant changes nothing
+    beyond rounding, but for absolute cutoffs and damping of solvers, the graft's eps where it
+    matters, `statistics="kl"`, and polynomial solvers, whose error of about a percent varies with
+    the scale.
 
     Sources: Gupta et al. 2018 (arXiv:1802.09568); Shi et al. 2023 (arXiv:2309.06497) for grafting
     and blocking; track-3 result 35 of modded-nanogpt for the truncation.
@@ -71,14 +75,16 @@ def scale_by_shampoo(
       exponents: `e` of `S^(-e)`: None for `1 / (2 * ndim)`, a number for every dimension, a
         mapping from the number of dimensions of a block to a number or to a mapping from dimension
         to number, or a function of a block's shape. Exponent 0 leaves a dimension alone. `"left"`,
-        `"right"` and `"smaller"` are one-sided Shampoo, see `scale_by_one_sided_shampoo`.
+        `"right"` and `"smaller"` are one-sided Shampoo, see `scale_by_one_sided_shampoo`. `"auto"`
+        is `{2: 1 / 3}`, and None without a graft, where any other makes the scale of gradients
+        matter.
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
-        package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
-        gradients. With a truncating solver, directions that no side has seen by the first refresh
-        are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`, where supports
-        may grow. Or a part, or chain of parts, that fills `Blocks.matrices` with factors, without
-        `b2`, `bias_correction` and `weighted`, which are then its own.
+        package has it with `exponents=None`; with 0.5 the paper's iteration. It depends on the
+        scale of the gradients. With a truncating solver, directions that no side has seen by the
+        first refresh are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`,
+        where supports may grow. Or a part, or chain of parts, that fills `Blocks.matrices` with
+        factors, without `b2`, `bias_correction` and `weighted`, which are then its own.
       solver: A `Solver`, which carries cutoffs and damping, or the name of one with its defaults:
         `"eigh"` is `TruncatedEigh()`; `"polynomial"`, the same truncated root by matrix products,
         and the cheaper `"polynomial_clip"`; `"auto"`, the faster one of eigh and polynomial for
@@ -122,6 +128,8 @@ def scale_by_shampoo(
       >>> bool(updates["w"][0, 0] < 0)
       True
     """
+    if isinstance(exponents, str) and exponents == "auto":
+        exponents = None if graft is None else MATRICES
     options = locals()
     check_static(options)
     chosen = make_solver(solver)

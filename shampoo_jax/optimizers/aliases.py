@@ -23,7 +23,15 @@ from shampoo_jax.stacks.guard import Guarded
 from shampoo_jax.stacks.placement import Placement
 
 # Options that are those of `as_optimizer`; all others are those of the direction.
-OUTER = ("learning_rate", "weight_decay", "decay", "momentum", "preconditioned", "others")
+OUTER = (
+    *("learning_rate", "weight_decay", "decay", "momentum"),
+    *("preconditioned", "others_rate", "others"),
+)
+
+# Embeddings, heads, biases and gains want larger rates than matrices whose updates have the size of
+# Adam's: docs/recipe.md has what it is worth, and the rates of AdamW on track 3 are 4 to 700 times
+# those of its matrices.
+OTHERS_RATE = 4.0
 
 
 def _complete(direction: Callable[..., Guarded], options: dict[str, Any]) -> Guarded:
@@ -42,7 +50,7 @@ def shampoo(
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = None,
-    exponents: ExponentOption = None,
+    exponents: ExponentOption | Literal["auto"] = "auto",
     statistics: Literal["gradients", "kl"] | optax.GradientTransformation = "gradients",
     solver: str | Solver = "eigh",
     every: Whole = 1,
@@ -55,6 +63,7 @@ def shampoo(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
+    others_rate: Scalar = OTHERS_RATE,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -75,13 +84,15 @@ def shampoo(
       exponents: `e` of `S^(-e)`: None for `1 / (2 * ndim)`, a number for every dimension, a
         mapping from the number of dimensions of a block to a number or to a mapping from dimension
         to number, or a function of a block's shape. Exponent 0 leaves a dimension alone. `"left"`,
-        `"right"` and `"smaller"` are one-sided Shampoo, see `scale_by_one_sided_shampoo`.
+        `"right"` and `"smaller"` are one-sided Shampoo, see `scale_by_one_sided_shampoo`. `"auto"`
+        is `{2: 1 / 3}`, and None without a graft, where any other makes the scale of gradients
+        matter.
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
-        package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
-        gradients. With a truncating solver, directions that no side has seen by the first refresh
-        are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`, where supports
-        may grow. Or a part that fills `Blocks.matrices`, see `scale_by_shampoo`.
+        package has it with `exponents=None`; with 0.5 the paper's iteration. It depends on the
+        scale of the gradients. With a truncating solver, directions that no side has seen by the
+        first refresh are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`,
+        where supports may grow. Or a part that fills `Blocks.matrices`, see `scale_by_shampoo`.
       solver: A `Solver`, which carries cutoffs and damping, or the name of one with its defaults:
         `"eigh"` is `TruncatedEigh()`; `"polynomial"`, the same truncated root by matrix products,
         and the cheaper `"polynomial_clip"`; `"auto"`, the faster one of eigh and polynomial for
@@ -104,8 +115,10 @@ def shampoo(
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether Shampoo takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
+      others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
-        with the same learning rate, decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
+        with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
         are split; None means one device.
 
@@ -158,6 +171,7 @@ def soap(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
+    others_rate: Scalar = OTHERS_RATE,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -195,8 +209,10 @@ def soap(
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether SOAP takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
+      others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
-        with the same learning rate, decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
+        with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
         are split; None means one device.
 
@@ -229,7 +245,7 @@ def kl_shampoo(
     basis: str | Basis | None = None,
     every: Whole = 10,
     refresh: BasisRefresh | None = None,
-    max_scale: str | float = "size",
+    max_scale: str | float = "relative",
     rtol: float | None = 0.0,
     mu_dtype: DTypeLike | None = None,
     monitor: int | None = None,
@@ -237,13 +253,14 @@ def kl_shampoo(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
+    others_rate: Scalar = OTHERS_RATE,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
     """KL-Shampoo on matrices, AdamW on everything else.
 
-    See `scale_by_kl_shampoo` for the direction. Not for a loss summed over tokens, nor for tiny
-    gradients, without `max_scale="relative"`.
+    See `scale_by_kl_shampoo` for the direction. With the authors' `max_scale="size"` it is not for
+    a loss summed over tokens, nor for tiny gradients.
 
     Args:
       learning_rate: Number or schedule; 3e-3 in the paper's code.
@@ -264,8 +281,9 @@ def kl_shampoo(
       every: Steps between refreshes of the bases.
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'
         `BasisRefresh()`.
-      max_scale: Largest `d^(-1/2)`: `"size"` means `max(10, min(d, 4000))`, the authors' choice.
-        `"relative"` makes eigenvalues relative to the gradients, see `kl_eigenbasis`.
+      max_scale: Largest `d^(-1/2)`: `"relative"` makes eigenvalues relative to the gradients, see
+        `kl_eigenbasis`, worth 0.09 in docs/recipe.md; `"size"` means `max(10, min(d, 4000))`, the
+        authors' choice, for a mean loss; or a number.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
         update; 0.0 truncates nothing, None means `d * eps` of the dtype.
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
@@ -276,8 +294,10 @@ def kl_shampoo(
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether KL-Shampoo takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
+      others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
-        with the same learning rate, decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
+        with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
         are split; None means one device.
 
@@ -318,6 +338,7 @@ def kl_soap(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
+    others_rate: Scalar = OTHERS_RATE,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -357,8 +378,10 @@ def kl_soap(
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether KL-SOAP takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
+      others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
-        with the same learning rate, decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
+        with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
         are split; None means one device.
 
@@ -396,6 +419,7 @@ def one_sided_shampoo(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
+    others_rate: Scalar = 1.0,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -425,8 +449,10 @@ def one_sided_shampoo(
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether it takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
+      others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
-        with the same learning rate, decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
+        with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
         are split; None means one device.
 

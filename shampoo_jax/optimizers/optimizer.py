@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import optax
 
 from shampoo_jax.base.hyperparameters import checked
-from shampoo_jax.base.options import check_kind, check_range, is_transform
+from shampoo_jax.base.options import Scalar, check_kind, check_options, check_range, is_transform
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.optimizers.momentum import momentum as momentum_part
 from shampoo_jax.optimizers.routing import Rule, hidden_matrix_of, labels_by
@@ -41,6 +41,7 @@ def as_optimizer(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
+    others_rate: Scalar = 1.0,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -58,8 +59,10 @@ def as_optimizer(
         `momentum(0.9, nesterov=True)`; None for none.
       preconditioned: Callable of (path, leaf): whether the direction takes this parameter. None
         means `is_hidden_matrix`.
+      others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
-        with the same learning rate, decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
+        with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Splits momentum and the state and arithmetic of `others` over the owners of a mesh,
         as the direction does with blocks; None means the direction's own.
 
@@ -92,8 +95,9 @@ def as_optimizer(
     rate = optax.scale_by_learning_rate(learning_rate)
     matrices = optax.chain(*before, unguarded(direction), *after, rate)
     if others is None:
-        form: Any = {"weight_decay": weight_decay, "mask": decay and decay.mask}
-        others = optax.adamw(learning_rate, b2=0.95, eps=1e-15, **form)
+        form: Any = {"mask": decay and decay.mask, "b2": 0.95, "eps": 1e-15}
+        form["weight_decay"] = _times(weight_decay, 1 / others_rate)
+        others = optax.adamw(_times(learning_rate, others_rate), **form)
     rule = preconditioned
     if rule is None:
         # Batch axes that the direction is told of are no dimensions of a matrix.
@@ -109,8 +113,14 @@ def as_optimizer(
     return guard(tx, Routed(design, rule, placement, momentum is not None, rebuild))
 
 
+def _times(value: Any, factor: Any) -> Any:
+    """A number, an array or a schedule times a factor."""
+    return (lambda count: factor * value(count)) if callable(value) else factor * value
+
+
 def _check(options: dict[str, Any]) -> None:
     """Raises ValueError for options that are known by name here alone."""
+    check_options({"others_rate": options["others_rate"]})
     momentum, example = options["momentum"], "Placement(mesh, owners='data')"
     if momentum is not None and not is_transform(momentum):
         check_range("momentum", momentum)

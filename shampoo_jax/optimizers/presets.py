@@ -91,10 +91,12 @@ def track3() -> Options:
         b1=0.9,
         b2=0.9,
         blocking=Blocking(size=8192, canonical=False),
+        exponents=None,
         solver=TruncatedEigh(rtol=0.0),
         every=1,
         graft=scale_by_second_moment(0.9, 1e-15),
         weight_decay=0.1,
+        others_rate=1.0,
     )
 
 
@@ -121,7 +123,14 @@ def soap() -> Options:
     """
     whole = Blocking(size=None, merge=None)
     return dict(
-        learning_rate=3e-3, b1=0.95, b2=0.95, eps=1e-8, every=10, weight_decay=0.01, blocking=whole
+        learning_rate=3e-3,
+        b1=0.95,
+        b2=0.95,
+        eps=1e-8,
+        every=10,
+        weight_decay=0.01,
+        blocking=whole,
+        others_rate=1.0,
     )
 
 
@@ -134,7 +143,16 @@ def kl_shampoo() -> Options:
       >>> import shampoo_jax
       >>> tx = shampoo_jax.kl_shampoo(**shampoo_jax.presets.kl_shampoo())
     """
-    return dict(learning_rate=3e-3, b1=0.9, b2=0.98, eps=1e-8, every=10, weight_decay=0.01)
+    return dict(
+        learning_rate=3e-3,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-8,
+        every=10,
+        max_scale="size",
+        weight_decay=0.01,
+        others_rate=1.0,
+    )
 
 
 def record_27() -> Options:
@@ -194,6 +212,7 @@ def meta_shampoo(damping: float = 1e-12, block_size: int = 1024, every: int = 1)
         b2=1.0,
         solver=ShiftedEigh(damping),
         blocking=_meta_blocking(block_size),
+        exponents=None,
         every=every,
         graft=None,
     )

@@ -70,9 +70,11 @@ def test_the_signature_is_that_of_direction_and_frame(alias):
     assert set(signature) | RARE.get(alias, set()) == set(direction) | set(frame)
     for name, parameter in signature.items():
         source = frame if name in frame else direction
+        if name == "others_rate":  # as measured for each direction
+            continue
         assert (parameter.default, parameter.kind) == (source[name].default, source[name].kind)
     assert set(direction) & set(frame) == {"placement"}
-    assert len(signature) <= 22
+    assert len(signature) <= 23
     documented = re.findall(r"^  (\w+): ", inspect.getdoc(alias) or "", flags=re.MULTILINE)
     assert [name for name in documented if name in signature] == list(signature)
     assert alias.__doc__ and alias.__name__ in sj.__all__
@@ -82,9 +84,34 @@ def test_the_signature_is_that_of_direction_and_frame(alias):
 def test_matrices_take_the_direction_and_others_adamw(alias):
     updates, _ = run(alias(0.1, 0.8, b2=0.7))
     direction, _ = run(ALIASES[alias](0.8, b2=0.7), KERNELS, PARAMS["dense"]["kernel"])
-    adam, _ = run(optax.adam(0.1, 0.9, 0.95, 1e-15), OTHERS[1:], OTHERS[0])
+    times = inspect.signature(alias).parameters["others_rate"].default
+    adam, _ = run(optax.adam(0.1 * times, 0.9, 0.95, 1e-15), OTHERS[1:], OTHERS[0])
     assert_close(kernels(updates), [-0.1 * d for d in direction], 1e-5)
     assert_close(others(updates), adam)
+
+
+@pytest.mark.parametrize("schedule", [False, True], ids=["numbers", "schedules"])
+def test_rates_of_the_others_are_multiplied_and_their_decay_is_not(schedule):
+    rate = optax.linear_schedule(0.1, 0.2, 2) if schedule else 0.1
+    decay = optax.linear_schedule(0.5, 0.3, 2) if schedule else 0.5
+    updates, _ = run(sj.shampoo(rate, weight_decay=decay, others_rate=3.0))
+    for step, (update, bare) in enumerate(
+        zip(others(updates), others(run(sj.shampoo(1.0, others_rate=1.0))[0]), strict=True)
+    ):
+        at = (rate(step), decay(step)) if schedule else (rate, decay)
+        expected = jax.tree.map(lambda u, p: at[0] * (3 * u - at[1] * p), bare, OTHERS[0])  # noqa: B023
+        assert_close(update, expected, 1e-5)
+    with pytest.raises(ValueError, match="others_rate=0.*positive"):
+        sj.shampoo(0.1, others_rate=0)
+
+
+def test_exponents_of_matrices_are_a_third_where_a_graft_gives_the_size():
+    for graft, exponents in (("adam", 1 / 3), (None, 0.25)):
+        found, told = (
+            run(sj.scale_by_shampoo(graft=graft, **e), KERNELS, PARAMS["dense"]["kernel"])[0]
+            for e in ({}, {"exponents": exponents})
+        )
+        assert_close(found, told)
 
 
 # Options of each direction away from their defaults, to be seen to arrive.
@@ -132,7 +159,8 @@ def test_options_are_forwarded(alias):
 
 def test_decay_momentum_and_learning_rate_in_their_order():
     schedule = optax.linear_schedule(0.1, 0.0, 4)
-    tx = sj.shampoo(schedule, weight_decay=0.2, momentum=sj.momentum(0.5, 0.1, nesterov=True))
+    momentum = sj.momentum(0.5, 0.1, nesterov=True)
+    tx = sj.shampoo(schedule, weight_decay=0.2, momentum=momentum, others_rate=1.0)
     updates, _ = run(tx)
     weights = PARAMS["dense"]["kernel"]
     direction, _ = run(sj.scale_by_shampoo(), KERNELS, weights)
@@ -192,7 +220,7 @@ def test_a_rule_of_ones_own():
     direction, _ = run(sj.scale_by_shampoo(), heads, PARAMS["head"])
     assert_close([u["head"] for u in updates], [-0.1 * d for d in direction], 1e-5)
     rest = [g["dense"] for g in GRADIENTS]
-    adamw, _ = run(optax.adamw(0.1, 0.9, 0.95, 1e-15, weight_decay=0.0), rest, PARAMS["dense"])
+    adamw, _ = run(optax.adamw(0.4, 0.9, 0.95, 1e-15, weight_decay=0.0), rest, PARAMS["dense"])
     assert_close([u["dense"] for u in updates], adamw)
 
 
