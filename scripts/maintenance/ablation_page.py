@@ -3,7 +3,9 @@
 import itertools
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -15,8 +17,10 @@ from nanogpt.report.tables import markdown
 from nanogpt.report.verdicts import LOSS_PER_STEP
 from scripts.maintenance.ablation_points import (
     ABLATING,
+    COMPLETE,
     FAMILIES,
     JUDGING,
+    TIME,
     TUNING,
     Point,
     Run,
@@ -30,26 +34,31 @@ Found = dict[str, Losses]  # by point
 BOARDS = {"board": "S", "board_m": "M"}  # as the page calls them, and texts by their folder
 TEXTS = {"board": "A", "prose": "B", "reference": "held out"}
 RECIPE, MUON_STEPS = "shampoo_next", 3250  # steps of #36 on track 3
+BASELINE = "adamw"  # what times are compared with
+MUONS = ("muon", "muon_track3"), ("optax muon()", "optax muon(), hidden matrices")
 EMPTY = "Nothing has been trained yet."
 
 
 def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point]) -> None:
     """Writes recipe.md and recipe/ablations.png of the runs that are there."""
-    trained = {Run(**r["settings"]): loss(r) for r in read_trials(runs)}
+    records = read_trials(runs)
+    trained = {Run(**r["settings"]): loss(r) for r in records}
     found = _by_point(trained, ABLATING)
     differences = {
         name: paired(losses, found.get(points[name].family, {}))
         for name, losses in found.items()
-        if name in points and name != points[name].family
+        if name in points and name != points[name].family and points[name].factor != TIME
     }
     text = TEXT.read_text(encoding="utf-8").format(
         tuning=TUNING,
         ablating=f"{ABLATING[0]} to {ABLATING[-1]}",
         judging=f"{JUDGING[0]} to {JUDGING[-1]}",
         visible=_visible([*differences.values(), *_of_families(found)]),
-        families=_families(found, trained, points),
+        families=_families(found, trained, points, FAMILIES.keys() - COMPLETE.keys()),
+        complete=_families(found, trained, points, COMPLETE.keys()),
         ablations=_ablations(found, differences, points) or EMPTY,
         judged=_judged(trained) or EMPTY,
+        time=_time(records, found, points) or EMPTY,
         full_size=_full_size(_by_point(trained, JUDGING)),
     )
     (folder / "recipe.md").write_text(text, encoding="utf-8")
@@ -77,7 +86,7 @@ def _by_point(
 
 def _of_families(found: Found) -> list[Difference]:
     muon = _better_muon(found)
-    others = [name for name in FAMILIES if name in found and name != muon]
+    others = [n for n in FAMILIES if n in found and n != muon and n not in COMPLETE]
     return [paired(found[name], found[muon]) for name in others] if muon else []
 
 
@@ -98,9 +107,11 @@ def _final(name: str, trained: Mapping[Run, float]) -> Run:
     return next(run for run in runs if run.point == name and run.seed in ABLATING)
 
 
-def _families(found: Found, trained: Mapping[Run, float], points: Mapping[str, Point]) -> str:
-    rows, muon = [], _better_muon(found)
-    for name in sorted(FAMILIES.keys() & found.keys(), key=lambda n: _mean(found[n])):
+def _families(
+    found: Found, trained: Mapping[Run, float], points: Mapping[str, Point], names: Set[str]
+) -> str:
+    rows, muon = [], _better_muon({name: found[name] for name in names & found.keys()})
+    for name in sorted(names & found.keys(), key=lambda n: _mean(found[n])):
         rates = _rate(name, _final(name, trained), points)
         against = _told(paired(found[name], found[muon])) if muon and muon != name else "-"
         rows.append([name, *rates, f"{_mean(found[name]):.4f}", against, str(len(found[name]))])
@@ -109,8 +120,10 @@ def _families(found: Found, trained: Mapping[Run, float], points: Mapping[str, P
 
 
 def _better_muon(found: Found) -> str | None:
-    known = [name for name in ("muon", "muon_track3") if name in found]
-    return min(known, key=lambda name: _mean(found[name]), default=None)
+    for names in MUONS:
+        if known := [name for name in names if name in found]:
+            return min(known, key=lambda name: _mean(found[name]))
+    return None
 
 
 def _ablations(
@@ -138,6 +151,26 @@ def _judged(trained: Mapping[Run, float]) -> str:
             rows.append([BOARDS[board], TEXTS[corpus], name, mean, against, n])
     head = ["board", "text", "optimizer", "loss", "less Muon's", "n"]
     return markdown(head, rows, texts=3) if rows else ""
+
+
+def _time(records: Sequence[Mapping[str, Any]], found: Found, points: Mapping[str, Point]) -> str:
+    """Seconds of whole runs, of those of fewer steps beside those of AdamW."""
+    if BASELINE not in found:
+        return ""
+    rows = []
+    for name in (BASELINE, RECIPE, *(n for n, p in points.items() if p.factor == TIME)):
+        if name in found:
+            steps = make_config(points[name], Run(name, 0.0, 0.0, 0)).schedule.steps
+            step = statistics.median(
+                record["step_time_s"]
+                for record in records
+                if record["settings"]["point"] == name and record["seed"] in ABLATING
+            )
+            against = "-" if name == BASELINE else _told(paired(found[name], found[BASELINE]))
+            times = [f"{1e3 * step:.1f}", f"{step * steps:.2f}"]
+            rows.append([name, str(steps), f"{_mean(found[name]):.4f}", against, *times])
+    head = ["optimizer", "steps", "loss", "less AdamW's", "ms a step", "seconds"]
+    return markdown(head, rows)
 
 
 def _full_size(found: Found) -> str:

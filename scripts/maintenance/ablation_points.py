@@ -74,11 +74,13 @@ STUDIES: dict[str, tuple[type[MatrixConfig], Any]] = {
 }
 TUNING, ABLATING, JUDGING = 100, range(200, 208), range(400, 408)  # seeds
 M = "matrices."
+TIME = "time"  # factor of the points whose seconds are told
 AHEAD = {"lookahead": LookaheadConfig(0.3, 31, 202)}  # of record #44, of 300 steps
 # Of record #46; a rate that ends at 0 leaves nothing to average.
 TAIL = {"tail": TailConfig(248, 16.0), "schedule.horizon": 1.0662}
 # Muon of track 3 through the code of the recipe.
 AS_MUON = {M + "exponent": None, M + "orthogonalize": True, M + "size": "aspect"}
+FEWER = {M + "every": 5, M + "stagger": True}
 BALL: dict[str, Any] = {M + "weight_decay": 0.0, M + "hyperball": True, M + "learning_rate": 0.02}
 BALL |= {"model.init": "record27", "matrices_cooldown": CooldownConfig(cooldown=1.0)}
 # Complete optimizers of one rate, as users call them, with nothing else set but what is named.
@@ -189,6 +191,11 @@ def make_points() -> list[Point]:
         *_next("decay", "weight_decay", 0.0, 0.1),
         *_next("decay", "cautious", True),
         *_changed("shampoo_next", "hyperball", hyperball=BALL),
+        *_changed(
+            "shampoo_next",
+            TIME,
+            **{f"{n}__steps__every__5": FEWER | {"schedule.steps": n} for n in (180, 210, 240)},
+        ),
         first["muon_track3"],
         first["adamw"],
         first["shampoo"],

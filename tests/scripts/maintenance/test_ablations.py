@@ -59,7 +59,7 @@ def test_another_board_tunes_one_rate_again_with_three_trials():
     done, train = bowl(3.0, -0.2)
     assert settle(POINTS["shampoo()"], train, "board_m") == (3.0, 0.0)
     assert [r.rate for r in done if r.board == "board_m"] == [2, 3, 4]
-    ahead, tail = POINTS["EMA Nesterov"], POINTS["muon + tail"]
+    ahead, tail = POINTS["EMA_Nesterov"], POINTS["muon + tail"]
     config = make_config(ahead, Run(ahead.name, 0.0, 0.0, 0, board="board_m"))
     assert (config.lookahead.start, config.lookahead.end) == (62, 404)
     config = make_config(tail, Run(tail.name, 0.0, 0.0, 0, board="board_m"))
@@ -136,6 +136,42 @@ def test_the_page_tells_what_a_gain_would_be_at_full_size(tmp_path):
     text = (tmp_path / "recipe.md").read_text()
     # 0.009 of 0.0045 a hundred steps, without an error.
     assert "3.28 after 3050 to 3050 steps" in text
+
+
+def test_the_page_tells_seconds_of_whole_runs(tmp_path):
+    runs = tmp_path / "recipe" / "runs.jsonl"
+    runs.parent.mkdir()
+    with runs.open("w") as file:
+        for name, value, step in (
+            ("adamw", 3.6, 0.02),
+            ("shampoo_next", 3.5, 0.04),
+            ("210 steps every 5", 3.58, 0.03),
+        ):
+            for seed in ABLATING:
+                slow = 10 * (seed == ABLATING[0])  # the first one compiles
+                record = {"settings": Run(name, 0.5, 0.0, seed)._asdict(), "status": "finished"}
+                record |= {"loss": value, "seed": seed, "step_time_s": step + slow}
+                file.write(json.dumps(record) + "\n")
+    write(tmp_path, runs, POINTS)
+    text = (tmp_path / "recipe.md").read_text()
+    assert "| adamw | 300 | 3.6000 | - | 20.0 | 6.00 |" in text
+    assert "| 210 steps every 5 | 210 | 3.5800 | **-0.0200 ± 0.0000** | 30.0 | 6.30 |" in text
+    assert "| time |" not in text  # no change of the recipe, so in no other table
+
+
+def test_complete_optimizers_have_a_table_of_their_own(tmp_path):
+    runs = tmp_path / "recipe" / "runs.jsonl"
+    runs.parent.mkdir()
+    with runs.open("w") as file:
+        for name, value in (("muon", 3.4), ("optax muon()", 3.6), ("shampoo()", 3.55)):
+            for seed in ABLATING:
+                settings = Run(name, 0.0, 0.0, seed)._asdict()
+                record = {"settings": settings, "status": "finished", "loss": value}
+                file.write(json.dumps(record) + "\n")
+    write(tmp_path, runs, POINTS)
+    text = (tmp_path / "recipe.md").read_text()
+    assert "| shampoo() | 0.008 | 1 | 3.5500 | **-0.0500 ± 0.0000** | 8 |" in text
+    assert "| muon | 0.04 | 1 | 3.4000 | - | 8 |" in text
 
 
 def test_a_run_that_climbed_counts_as_chance():
