@@ -20,6 +20,7 @@ from scripts.maintenance.ablation_points import (
     COMPLETE,
     FAMILIES,
     JUDGING,
+    NOTHING,
     TIME,
     TUNING,
     Point,
@@ -44,10 +45,16 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
     records = read_trials(runs)
     trained = {Run(**r["settings"]): loss(r) for r in records}
     found = _by_point(trained, ABLATING)
+    unchanged = {
+        p.family: found[p.name] for p in points.values() if p.factor == NOTHING and p.name in found
+    }
     differences = {
-        name: paired(losses, found.get(points[name].family, {}))
+        name: paired(losses, unchanged[points[name].family])
         for name, losses in found.items()
-        if name in points and name != points[name].family and points[name].factor != TIME
+        if name in points
+        and name != points[name].family
+        and points[name].family in unchanged
+        and points[name].factor not in (NOTHING, TIME)
     }
     text = TEXT.read_text(encoding="utf-8").format(
         tuning=TUNING,

@@ -75,11 +75,15 @@ STUDIES: dict[str, tuple[type[MatrixConfig], Any]] = {
 TUNING, ABLATING, JUDGING = 100, range(200, 208), range(400, 408)  # seeds
 M = "matrices."
 TIME = "time"  # factor of the points whose seconds are told
+# Of points that change nothing: what changes are compared with, since these have their matrices'
+# rate tuned once more, around their family's.
+NOTHING = "nothing"
 AHEAD = {"lookahead": LookaheadConfig(0.3, 31, 202)}  # of record #44, of 300 steps
 # Of record #46; a rate that ends at 0 leaves nothing to average.
 TAIL = {"tail": TailConfig(248, 16.0), "schedule.horizon": 1.0662}
 # Muon of track 3 through the code of the recipe.
 AS_MUON = {M + "exponent": None, M + "orthogonalize": True, M + "size": "aspect"}
+ABLATED = ("shampoo_next", "soap", "kl_shampoo")
 SHORTER = (210, 240, 255, 270)
 FEWER = {M + "every": 5, M + "stagger": True}
 BALL: dict[str, Any] = {M + "weight_decay": 0.0, M + "hyperball": True, M + "learning_rate": 0.02}
@@ -111,6 +115,13 @@ COMPLETE: dict[str, Any] = {
     "optax muon(), hidden matrices": functools.partial(
         optax.contrib.muon, muon_weight_dimension_numbers=_hidden
     ),
+    "optax muon(), hidden, others times 4": lambda rate: optax.contrib.muon(
+        rate,
+        muon_weight_dimension_numbers=_hidden,
+        adam_learning_rate=lambda count: 4.0 * rate(count),
+    ),
+    "kl_soap()": shampoo_jax.kl_soap,
+    "kl_soap(others_rate=1)": functools.partial(shampoo_jax.kl_soap, others_rate=1.0),
     "adamw, others times 4": lambda rate: shampoo_jax.as_optimizer(
         optax.scale_by_adam(), rate, others_rate=4.0
     ),
@@ -161,6 +172,7 @@ def make_points() -> list[Point]:
     return [
         first["muon"],
         first["shampoo_next"],
+        *(Point(name, NOTHING, f"{name}, nothing changed", {}) for name in ABLATED),
         *_next("exponent", "exponent", 0.25, 0.5),
         *_next("cutoff", "rtol", 0.0, 1e-3),
         *_next("norm of an update", "size", "adam", "entries"),
