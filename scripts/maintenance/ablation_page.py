@@ -35,6 +35,7 @@ Found = dict[str, Losses]  # by point
 BOARDS = {"board": "S", "board_m": "M"}  # as the page calls them, and texts by their folder
 TEXTS = {"board": "A", "prose": "B", "reference": "held out"}
 RECIPE, MUON_STEPS = "shampoo_next", 3250  # steps of #36 on track 3
+ON_S = ("board", "board")  # text and board
 BASELINE = "adamw"  # what times are compared with
 MUONS = ("muon", "muon_track3"), ("optax muon()", "optax muon(), hidden matrices")
 EMPTY = "Nothing has been trained yet."
@@ -45,9 +46,8 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
     records = read_trials(runs)
     trained = {Run(**r["settings"]): loss(r) for r in records}
     found = _by_point(trained, ABLATING)
-    unchanged = {
-        p.family: found[p.name] for p in points.values() if p.factor == NOTHING and p.name in found
-    }
+    same = [p for p in points.values() if p.factor == NOTHING and p.name in found]
+    unchanged = {point.family: found[point.name] for point in same}
     differences = {
         name: paired(losses, unchanged[points[name].family])
         for name, losses in found.items()
@@ -171,7 +171,9 @@ def _time(records: Sequence[Mapping[str, Any]], found: Found, points: Mapping[st
             step = statistics.median(
                 record["step_time_s"]
                 for record in records
-                if record["settings"]["point"] == name and record["seed"] in ABLATING
+                if record["settings"]["point"] == name
+                and record["settings"]["seed"] in ABLATING
+                and (record["settings"]["corpus"], record["settings"]["board"]) == ON_S
             )
             against = "-" if name == BASELINE else _told(paired(found[name], found[BASELINE]))
             times = [f"{1e3 * step:.1f}", f"{step * steps:.2f}"]

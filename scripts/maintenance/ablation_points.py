@@ -84,7 +84,7 @@ TAIL = {"tail": TailConfig(248, 16.0), "schedule.horizon": 1.0662}
 # Muon of track 3 through the code of the recipe.
 AS_MUON = {M + "exponent": None, M + "orthogonalize": True, M + "size": "aspect"}
 ABLATED = ("shampoo_next", "soap", "kl_shampoo")
-SHORTER = (210, 240, 255, 270)
+SHORTER = (180, 210, 240, 255, 270)
 FEWER = {M + "every": 5, M + "stagger": True}
 BALL: dict[str, Any] = {M + "weight_decay": 0.0, M + "hyperball": True, M + "learning_rate": 0.02}
 BALL |= {"model.init": "record27", "matrices_cooldown": CooldownConfig(cooldown=1.0)}
