@@ -10,7 +10,14 @@ from shampoo_jax.base.options import Scalar, Whole, check_choice, check_options
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.blocks import Part
-from shampoo_jax.blocks.exponents import SIDES, ExponentOption, Side, given_exponents
+from shampoo_jax.blocks.exponents import (
+    SIDES,
+    AutoExponents,
+    ExponentOption,
+    Side,
+    chosen_exponents,
+    given_exponents,
+)
 from shampoo_jax.directions.walk import walk
 from shampoo_jax.parts.factors import accumulate_factors, filled
 from shampoo_jax.parts.filtering import filter_gradient
@@ -23,9 +30,6 @@ from shampoo_jax.solvers.solver import Solver
 from shampoo_jax.stacks.guard import Guarded
 from shampoo_jax.stacks.placement import Placement
 
-# Ahead of 1/4 and 1/2 in docs/recipe.md; blocks of other dimensions keep `1 / (2 * ndim)`.
-MATRICES = {2: 1 / 3}
-
 
 @suggests
 def scale_by_shampoo(
@@ -36,7 +40,7 @@ def scale_by_shampoo(
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = None,
-    exponents: ExponentOption | Literal["auto"] = "auto",
+    exponents: AutoExponents = "auto",
     statistics: Literal["gradients", "kl"] | optax.GradientTransformation = "gradients",
     solver: str | Solver = "eigh",
     every: Whole = 1,
@@ -128,8 +132,7 @@ def scale_by_shampoo(
       >>> bool(updates["w"][0, 0] < 0)
       True
     """
-    if isinstance(exponents, str) and exponents == "auto":
-        exponents = None if graft is None else MATRICES
+    exponents = chosen_exponents(exponents, graft)
     options = locals()
     check_static(options)
     chosen = make_solver(solver)

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from shampoo_jax.base.options import Scalar, Whole
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
-from shampoo_jax.blocks.exponents import ExponentOption, Side
+from shampoo_jax.blocks.exponents import AutoExponents, ExponentOption, Side
 from shampoo_jax.directions.kl import scale_by_kl_shampoo, scale_by_kl_soap
 from shampoo_jax.directions.shampoo import scale_by_one_sided_shampoo, scale_by_shampoo
 from shampoo_jax.directions.soap import WHOLE, scale_by_soap
@@ -50,7 +50,7 @@ def shampoo(
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = None,
-    exponents: ExponentOption | Literal["auto"] = "auto",
+    exponents: AutoExponents = "auto",
     statistics: Literal["gradients", "kl"] | optax.GradientTransformation = "gradients",
     solver: str | Solver = "eigh",
     every: Whole = 1,

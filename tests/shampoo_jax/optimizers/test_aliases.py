@@ -92,14 +92,14 @@ def test_matrices_take_the_direction_and_others_adamw(alias):
 
 @pytest.mark.parametrize("schedule", [False, True], ids=["numbers", "schedules"])
 def test_rates_of_the_others_are_multiplied_and_their_decay_is_not(schedule):
-    rate = optax.linear_schedule(0.1, 0.2, 2) if schedule else 0.1
-    decay = optax.linear_schedule(0.5, 0.3, 2) if schedule else 0.5
+    rates, decays = optax.linear_schedule(0.1, 0.2, 2), optax.linear_schedule(0.5, 0.3, 2)
+    rate, decay = (rates, decays) if schedule else (0.1, 0.5)
     updates, _ = run(sj.shampoo(rate, weight_decay=decay, others_rate=3.0))
-    for step, (update, bare) in enumerate(
-        zip(others(updates), others(run(sj.shampoo(1.0, others_rate=1.0))[0]), strict=True)
-    ):
-        at = (rate(step), decay(step)) if schedule else (rate, decay)
-        expected = jax.tree.map(lambda u, p: at[0] * (3 * u - at[1] * p), bare, OTHERS[0])  # noqa: B023
+    bare, _ = run(sj.shampoo(1.0, others_rate=1.0))
+    for step, (update, unit) in enumerate(zip(others(updates), others(bare), strict=True)):
+        step *= schedule
+        told = optax.tree.scale(-decays(step), OTHERS[0])
+        expected = optax.tree.scale(rates(step), optax.tree.add_scale(told, 3.0, unit))
         assert_close(update, expected, 1e-5)
     with pytest.raises(ValueError, match="others_rate=0.*positive"):
         sj.shampoo(0.1, others_rate=0)
