@@ -255,7 +255,7 @@ TOTALS = {
     "shampoo_jax/stacks": 1155,
     "shampoo_jax/parts": 1345,
     "shampoo_jax/directions": 320,
-    "shampoo_jax/optimizers": 1295,
+    "shampoo_jax/optimizers": 1320,
     "shampoo_jax/inspect": 1450,
     "nanogpt/config": 660,
     "nanogpt/model": 545,

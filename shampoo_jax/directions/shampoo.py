@@ -80,12 +80,12 @@ def scale_by_shampoo(
         mapping from the number of dimensions of a block to a number or to a mapping from dimension
         to number, or a function of a block's shape. Exponent 0 leaves a dimension alone. `"left"`,
         `"right"` and `"smaller"` are one-sided Shampoo, see `scale_by_one_sided_shampoo`. `"auto"`
-        is `{2: 1 / 3}`, and None without a graft, where any other makes the scale of gradients
-        matter.
+        is `{2: 1 / 3}`, and None for `statistics="kl"` and without a graft, where any other makes
+        the scale of gradients matter.
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
-        package has it with `exponents=None`; with 0.5 the paper's iteration. It depends on the
-        scale of the gradients. With a truncating solver, directions that no side has seen by the
+        package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
+        gradients. With a truncating solver, directions that no side has seen by the
         first refresh are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`,
         where supports may grow. Or a part, or chain of parts, that fills `Blocks.matrices` with
         factors, without `b2`, `bias_correction` and `weighted`, which are then its own.
@@ -132,7 +132,7 @@ def scale_by_shampoo(
       >>> bool(updates["w"][0, 0] < 0)
       True
     """
-    exponents = chosen_exponents(exponents, graft)
+    exponents = chosen_exponents(exponents, None if statistics == "kl" else graft)
     options = locals()
     check_static(options)
     chosen = make_solver(solver)
