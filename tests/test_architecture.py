@@ -250,18 +250,18 @@ def sizes(root: Path) -> list[str]:
 TOTALS = {
     "shampoo_jax/base": 375,
     "shampoo_jax/matrix": 1365,
-    "shampoo_jax/blocks": 435,
+    "shampoo_jax/blocks": 445,
     "shampoo_jax/solvers": 440,
     "shampoo_jax/stacks": 1155,
     "shampoo_jax/parts": 1345,
-    "shampoo_jax/directions": 310,
-    "shampoo_jax/optimizers": 1255,
+    "shampoo_jax/directions": 320,
+    "shampoo_jax/optimizers": 1320,
     "shampoo_jax/inspect": 1450,
     "nanogpt/config": 660,
     "nanogpt/model": 545,
     "nanogpt/optimizers": 780,
     "nanogpt/train": 2510,
-    "nanogpt/report": 1680,
+    "nanogpt/report": 1685,
     "nanogpt/lab": 1595,
 }
 

@@ -13,7 +13,7 @@ from nanogpt.config.run import Config
 from nanogpt.config.settings import check
 from nanogpt.lab import run_file
 
-DEMO = ("adamw", "muon", "shampoo")
+DEMO = ("adamw", "muon", "shampoo_next")
 DESCRIPTION = """Trains one optimizer; --seeds N trains it N times and applies the benchmark's rule.
 
 Every setting below can be changed; the values shown are those of the preset. `--optimizer shampoo

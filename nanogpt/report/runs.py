@@ -13,7 +13,13 @@ from nanogpt.train.paths import Path
 from nanogpt.train.stored import expecting_form
 
 # Names of the field; a run of an unlisted optimizer is called by its registry name.
-TITLES = {"adamw": "AdamW", "muon": "Muon", "muon_track3": "Muon (track 3)", "shampoo": "Shampoo"}
+TITLES = {
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "muon_track3": "Muon (track 3)",
+    "shampoo": "Shampoo",
+    "shampoo_next": "Shampoo (recipe)",
+}
 COLUMNS = ("step", "loss", "train_time_s")  # of a validation's record
 
 

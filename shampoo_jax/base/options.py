@@ -196,7 +196,7 @@ _SHARED: dict[str, Check] = {
     "lr_power": NOT_NEGATIVE.but("None means 2"),
     "max_residual": Number(lambda x: x >= 0, "must not be negative", "math.inf accepts every root"),
     "peak_lr": POSITIVE.but("weight decay is divided by it"),
-    "others_rate": POSITIVE.but("1 is the rate of the matrices"),
+    "others_rate": NOT_NEGATIVE.but("4, say; None means what docs/recipe.md found"),
     "first_eigenvalue": POSITIVE.but("0.1 is the authors'"),
     "weight_decay": RATE,
     "learning_rate": RATE.but("1e-3, say, or a schedule; to go uphill negate the gradients"),
@@ -229,7 +229,7 @@ OPTIONS: dict[str, Check] = {n: check for names, check in _SHARED.items() for n 
 # Where None has a meaning of its own.
 OPTIONAL = frozenset(
     "reorder b3 rtol eval_coeff factor_b2 first_weight lr_power peak_lr start monitor size merge "
-    "chunk others preconditioned".split()
+    "chunk others others_rate preconditioned".split()
 )
 
 

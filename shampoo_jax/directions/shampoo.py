@@ -10,7 +10,14 @@ from shampoo_jax.base.options import Scalar, Whole, check_choice, check_options
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.blocks import Part
-from shampoo_jax.blocks.exponents import SIDES, ExponentOption, Side, given_exponents
+from shampoo_jax.blocks.exponents import (
+    SIDES,
+    AutoExponents,
+    ExponentOption,
+    Side,
+    chosen_exponents,
+    given_exponents,
+)
 from shampoo_jax.directions.walk import walk
 from shampoo_jax.parts.factors import accumulate_factors, filled
 from shampoo_jax.parts.filtering import filter_gradient
@@ -23,9 +30,6 @@ from shampoo_jax.solvers.solver import Solver
 from shampoo_jax.stacks.guard import Guarded
 from shampoo_jax.stacks.placement import Placement
 
-# Ahead of 1/4 and 1/2 in docs/recipe.md; blocks of other dimensions keep `1 / (2 * ndim)`.
-MATRICES = {2: 1 / 3}
-
 
 @suggests
 def scale_by_shampoo(
@@ -36,7 +40,7 @@ def scale_by_shampoo(
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = None,
-    exponents: ExponentOption | Literal["auto"] = "auto",
+    exponents: AutoExponents = "auto",
     statistics: Literal["gradients", "kl"] | optax.GradientTransformation = "gradients",
     solver: str | Solver = "eigh",
     every: Whole = 1,
@@ -76,12 +80,12 @@ def scale_by_shampoo(
         mapping from the number of dimensions of a block to a number or to a mapping from dimension
         to number, or a function of a block's shape. Exponent 0 leaves a dimension alone. `"left"`,
         `"right"` and `"smaller"` are one-sided Shampoo, see `scale_by_one_sided_shampoo`. `"auto"`
-        is `{2: 1 / 3}`, and None without a graft, where any other makes the scale of gradients
-        matter.
+        is `{2: 1 / 3}`, and None for `statistics="kl"` and without a graft, where any other makes
+        the scale of gradients matter.
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
-        package has it with `exponents=None`; with 0.5 the paper's iteration. It depends on the
-        scale of the gradients. With a truncating solver, directions that no side has seen by the
+        package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
+        gradients. With a truncating solver, directions that no side has seen by the
         first refresh are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`,
         where supports may grow. Or a part, or chain of parts, that fills `Blocks.matrices` with
         factors, without `b2`, `bias_correction` and `weighted`, which are then its own.
@@ -128,8 +132,7 @@ def scale_by_shampoo(
       >>> bool(updates["w"][0, 0] < 0)
       True
     """
-    if isinstance(exponents, str) and exponents == "auto":
-        exponents = None if graft is None else MATRICES
+    exponents = chosen_exponents(exponents, None if statistics == "kl" else graft)
     options = locals()
     check_static(options)
     chosen = make_solver(solver)

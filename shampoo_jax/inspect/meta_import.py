@@ -50,7 +50,8 @@ def import_meta_state(
         of torch's Linear weights.
       solver: The optimizer's, where they kept eigendecompositions (`EigendecomposedShampoo`): it
         makes roots of them.
-      exponents: The optimizer's, likewise.
+      exponents: The optimizer's, likewise; None, theirs unless overridden, is not what
+        `scale_by_shampoo` has by default with a graft.
 
     Returns:
       The state, in the structure of `state`, after as many steps as theirs.

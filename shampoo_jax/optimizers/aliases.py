@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from shampoo_jax.base.options import Scalar, Whole
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
-from shampoo_jax.blocks.exponents import ExponentOption, Side
+from shampoo_jax.blocks.exponents import AutoExponents, ExponentOption, Side
 from shampoo_jax.directions.kl import scale_by_kl_shampoo, scale_by_kl_soap
 from shampoo_jax.directions.shampoo import scale_by_one_sided_shampoo, scale_by_shampoo
 from shampoo_jax.directions.soap import WHOLE, scale_by_soap
@@ -34,9 +34,18 @@ OUTER = (
 OTHERS_RATE = 4.0
 
 
-def _complete(direction: Callable[..., Guarded], options: dict[str, Any]) -> Guarded:
-    """The optimizer of an alias from all of its options."""
+def _like_adam(graft: Any) -> bool:
+    """Whether updates have the size of Adam's."""
+    return isinstance(graft, str) and graft in ("adam", "rmsprop")
+
+
+def _complete(
+    direction: Callable[..., Guarded], options: dict[str, Any], others_rate: float | None = None
+) -> Guarded:
+    """The optimizer of an alias from all of its options, and the rate of the others by default."""
     outer = {name: options.pop(name) for name in OUTER}
+    if outer["others"] is None and outer["others_rate"] is None:
+        outer["others_rate"] = others_rate
     return as_optimizer(direction(**options), **outer)
 
 
@@ -50,7 +59,7 @@ def shampoo(
     bias_correction: bool = True,
     weighted: bool = True,
     blocking: Blocking | None = None,
-    exponents: ExponentOption | Literal["auto"] = "auto",
+    exponents: AutoExponents = "auto",
     statistics: Literal["gradients", "kl"] | optax.GradientTransformation = "gradients",
     solver: str | Solver = "eigh",
     every: Whole = 1,
@@ -63,7 +72,7 @@ def shampoo(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
-    others_rate: Scalar = OTHERS_RATE,
+    others_rate: Scalar | None = None,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -85,12 +94,12 @@ def shampoo(
         mapping from the number of dimensions of a block to a number or to a mapping from dimension
         to number, or a function of a block's shape. Exponent 0 leaves a dimension alone. `"left"`,
         `"right"` and `"smaller"` are one-sided Shampoo, see `scale_by_one_sided_shampoo`. `"auto"`
-        is `{2: 1 / 3}`, and None without a graft, where any other makes the scale of gradients
-        matter.
+        is `{2: 1 / 3}`, and None for `statistics="kl"` and without a graft, where any other makes
+        the scale of gradients matter.
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
-        package has it with `exponents=None`; with 0.5 the paper's iteration. It depends on the
-        scale of the gradients. With a truncating solver, directions that no side has seen by the
+        package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
+        gradients. With a truncating solver, directions that no side has seen by the
         first refresh are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`,
         where supports may grow. Or a part that fills `Blocks.matrices`, see `scale_by_shampoo`.
       solver: A `Solver`, which carries cutoffs and damping, or the name of one with its defaults:
@@ -116,7 +125,8 @@ def shampoo(
       preconditioned: Callable of (path, leaf): whether Shampoo takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
-        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 4 with the
+        grafts `"adam"` and `"rmsprop"`, whose updates are as large, and 1 with all others.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
@@ -145,7 +155,8 @@ def shampoo(
       >>> bool(loss(params) < 0.1)
       True
     """
-    return _complete(scale_by_shampoo, locals())
+    options = locals()
+    return _complete(scale_by_shampoo, options, OTHERS_RATE if _like_adam(graft) else None)
 
 
 @suggests
@@ -171,7 +182,7 @@ def soap(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
-    others_rate: Scalar = OTHERS_RATE,
+    others_rate: Scalar | None = None,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -210,7 +221,7 @@ def soap(
       preconditioned: Callable of (path, leaf): whether SOAP takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
-        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 4.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
@@ -227,7 +238,7 @@ def soap(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.soap(3e-3, every=10, weight_decay=0.01)
     """
-    return _complete(scale_by_soap, locals())
+    return _complete(scale_by_soap, locals(), OTHERS_RATE)
 
 
 @suggests
@@ -253,7 +264,7 @@ def kl_shampoo(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
-    others_rate: Scalar = OTHERS_RATE,
+    others_rate: Scalar | None = None,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -295,7 +306,7 @@ def kl_shampoo(
       preconditioned: Callable of (path, leaf): whether KL-Shampoo takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
-        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 4.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
@@ -312,7 +323,7 @@ def kl_shampoo(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.kl_shampoo(1e-3, weight_decay=0.01)
     """
-    return _complete(scale_by_kl_shampoo, locals())
+    return _complete(scale_by_kl_shampoo, locals(), OTHERS_RATE)
 
 
 @suggests
@@ -338,7 +349,7 @@ def kl_soap(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
-    others_rate: Scalar = OTHERS_RATE,
+    others_rate: Scalar | None = None,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -379,7 +390,7 @@ def kl_soap(
       preconditioned: Callable of (path, leaf): whether KL-SOAP takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
-        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 4.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
@@ -396,7 +407,7 @@ def kl_soap(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.kl_soap(1e-3, weight_decay=0.01)
     """
-    return _complete(scale_by_kl_soap, locals())
+    return _complete(scale_by_kl_soap, locals(), OTHERS_RATE)
 
 
 @suggests
@@ -419,7 +430,7 @@ def one_sided_shampoo(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
-    others_rate: Scalar = 1.0,
+    others_rate: Scalar | None = None,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -450,7 +461,8 @@ def one_sided_shampoo(
       preconditioned: Callable of (path, leaf): whether it takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
-        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. None means as in
+        `shampoo`.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
@@ -467,4 +479,7 @@ def one_sided_shampoo(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.one_sided_shampoo(1e-3, side="right", weight_decay=0.1)
     """
-    return _complete(scale_by_one_sided_shampoo, locals())
+    options = locals()
+    return _complete(
+        scale_by_one_sided_shampoo, options, OTHERS_RATE if _like_adam(graft) else None
+    )

@@ -41,7 +41,7 @@ def as_optimizer(
     decay: Decay | None = None,
     momentum: float | optax.GradientTransformation | None = None,
     preconditioned: Rule | None = None,
-    others_rate: Scalar = 1.0,
+    others_rate: Scalar | None = None,
     others: optax.GradientTransformation | None = None,
     placement: Placement | None = None,
 ) -> Guarded:
@@ -60,7 +60,7 @@ def as_optimizer(
       preconditioned: Callable of (path, leaf): whether the direction takes this parameter. None
         means `is_hidden_matrix`.
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
-        decay in a step, `learning_rate * weight_decay`, is not multiplied. `others` replaces it.
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 1.
       others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Splits momentum and the state and arithmetic of `others` over the owners of a mesh,
@@ -95,9 +95,8 @@ def as_optimizer(
     rate = optax.scale_by_learning_rate(learning_rate)
     matrices = optax.chain(*before, unguarded(direction), *after, rate)
     if others is None:
-        form: Any = {"mask": decay and decay.mask, "b2": 0.95, "eps": 1e-15}
-        form["weight_decay"] = _times(weight_decay, 1 / others_rate)
-        others = optax.adamw(_times(learning_rate, others_rate), **form)
+        faster = 1.0 if others_rate is None else others_rate
+        others = _adamw(faster, weight_decay, decay and decay.mask, rate)
     rule = preconditioned
     if rule is None:
         # Batch axes that the direction is told of are no dimensions of a matrix.
@@ -113,14 +112,26 @@ def as_optimizer(
     return guard(tx, Routed(design, rule, placement, momentum is not None, rebuild))
 
 
-def _times(value: Any, factor: Any) -> Any:
-    """A number, an array or a schedule times a factor."""
-    return (lambda count: factor * value(count)) if callable(value) else factor * value
+def _adamw(faster: Any, weight_decay: Any, mask: Any, rate: optax.GradientTransformation) -> Any:
+    """`optax.adamw`, state included, but for Adam's update being multiplied and the decay not."""
+    adam = optax.scale_by_adam(b2=0.95, eps=1e-15)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(updates, state, params)
+        return optax.tree.scale(faster, updates), state
+
+    multiplied = optax.GradientTransformation(adam.init, update)
+    return optax.chain(multiplied, optax.add_decayed_weights(weight_decay, mask), rate)
 
 
 def _check(options: dict[str, Any]) -> None:
     """Raises ValueError for options that are known by name here alone."""
     check_options({"others_rate": options["others_rate"]})
+    if options["others_rate"] is not None and options["others"] is not None:
+        raise ValueError(
+            f"others_rate={options['others_rate']} beside others: an optimizer of one's own has "
+            "its own learning rate, leave one of the two out."
+        )
     momentum, example = options["momentum"], "Placement(mesh, owners='data')"
     if momentum is not None and not is_transform(momentum):
         check_range("momentum", momentum)

@@ -96,7 +96,6 @@ def track3() -> Options:
         every=1,
         graft=scale_by_second_moment(0.9, 1e-15),
         weight_decay=0.1,
-        others_rate=1.0,
     )
 
 

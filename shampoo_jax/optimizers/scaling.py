@@ -31,7 +31,8 @@ def scale_per_parameter(rule: Callable[[KeyPath, Any], float]) -> optax.Gradient
     Example:
       >>> import jax.numpy as jnp, optax, shampoo_jax
       >>> rule = lambda path, leaf: leaf.shape[0] ** -0.5 if leaf.ndim > 1 else 1.0
-      >>> tx = optax.chain(shampoo_jax.shampoo(0.1), shampoo_jax.scale_per_parameter(rule))
+      >>> tx = shampoo_jax.shampoo(0.1, others_rate=1.0)
+      >>> tx = optax.chain(tx, shampoo_jax.scale_per_parameter(rule))
       >>> params = {"w": jnp.zeros((4, 4)), "b": jnp.zeros(4)}
       >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
       >>> updates["w"][0].round(3).tolist(), updates["b"].round(3).tolist()

@@ -14,7 +14,12 @@ from shampoo_jax.base.paths import KeyPath, as_written, name_of
 from shampoo_jax.base.signatures import suggests
 from shampoo_jax.blocks.blocking import Blocking
 from shampoo_jax.blocks.dimension_numbers import resolve_dimension_numbers
-from shampoo_jax.blocks.exponents import ExponentOption, Exponents, resolve_exponents
+from shampoo_jax.blocks.exponents import (
+    AutoExponents,
+    Exponents,
+    chosen_exponents,
+    resolve_exponents,
+)
 from shampoo_jax.blocks.plan import make_plan
 from shampoo_jax.optimizers.kernels import Kernel, read_kernel
 from shampoo_jax.optimizers.routing import Rule, is_hidden_matrix
@@ -113,7 +118,7 @@ def transfer_rules(
     *,
     depth: float = 1.0,
     batch: float = 1.0,
-    exponents: ExponentOption = None,
+    exponents: AutoExponents = "auto",
     graft: str | None = "adam",
     blocking: Blocking | None = None,
     normalized: bool = False,
@@ -157,7 +162,8 @@ def transfer_rules(
       depth: Number of residual layers as a multiple of the base's.
       batch: Batch size as a multiple of the base's.
       exponents: Of Shampoo and SOAP as given to the direction: None is 1/4 and 1/4, 0.5 the paper's
-        1/2 and 1/2, `"right"` one-sided; 0 for a side that is left alone.
+        1/2 and 1/2, `"right"` one-sided; 0 for a side that is left alone; `"auto"` as for
+        `scale_by_shampoo`.
       graft: Of Shampoo as given to the direction; None for none.
       blocking: Of Shampoo and SOAP as given to the direction; None means whole matrices.
       normalized: Whether `normalize_spectrum` stands behind the direction: it takes the place of
@@ -194,7 +200,7 @@ def transfer_rules(
     _check(method, others, graft, normalized, blocking, {"depth": depth, "batch": batch})
     blocking = Blocking(size=None) if blocking is None else blocking
     resolved, rule = (
-        resolve_exponents(exponents),
+        resolve_exponents(chosen_exponents(exponents, graft if method == "shampoo" else None)),
         resolve_dimension_numbers(blocking.dimension_numbers),
     )
     taken = is_hidden_matrix if preconditioned is None else preconditioned

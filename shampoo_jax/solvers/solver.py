@@ -48,7 +48,7 @@ class Solver(Protocol):
       ...         inverse = jnp.where(diagonal > 0, diagonal, 1.0) ** -exponent
       ...         root = jnp.where(diagonal > 0, inverse, 0.0)[..., None] * jnp.eye(len(factor[0]))
       ...         return root, jnp.isfinite(root).all((1, 2)), state
-      >>> tx = shampoo_jax.scale_by_shampoo(solver=DiagonalRoot())
+      >>> tx = shampoo_jax.scale_by_shampoo(solver=DiagonalRoot(), exponents=None)
       >>> grads = {"w": jnp.array([[3.0, 0.0], [0.0, 0.5]])}
       >>> updates, _ = tx.update(grads, tx.init(grads))
       >>> updates["w"].round(2).tolist()

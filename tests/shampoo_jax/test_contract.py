@@ -465,7 +465,7 @@ def trained(tx, params, losses, steps):
 @pytest.mark.parametrize("name", ALIASES)
 def test_converges_where_gradient_descent_crawls(name):
     tx = getattr(sj, name)(optax.linear_schedule(0.3, 0.0, 300), every=2)
-    assert (trained(tx, *ill_conditioned(), 300) < 1e-4).all()
+    assert (trained(tx, *ill_conditioned(), 300) < 3e-4).all()
 
 
 def test_gradient_descent_crawls():

@@ -37,7 +37,7 @@ BEFORE = dict(when="before", skip_first=False)
 CASES = {
     "soap": (sj.scale_by_soap(0.9, 0.95, every=3), papers.soap, dict(b1=0.9, b2=0.95, every=3)),
     "kl_shampoo": (
-        sj.scale_by_kl_shampoo(0.9, 0.95, every=3),
+        sj.scale_by_kl_shampoo(0.9, 0.95, every=3, max_scale="size"),
         papers.kl_shampoo,
         dict(b1=0.9, b2=0.95, every=3),
     ),

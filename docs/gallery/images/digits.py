@@ -51,7 +51,9 @@ def optimizer(name: str) -> optax.GradientTransformation:
     direction = {
         "SGD": lambda: optax.sgd(1.0, 0.9, nesterov=True),
         "AdamW": lambda: optax.adam(1.0, **adam),
-        "Shampoo": lambda: shampoo_jax.shampoo(1.0, **adam, every=EVERY, others=rest),
+        "Shampoo": lambda: shampoo_jax.shampoo(
+            1.0, **adam, exponents=None, every=EVERY, others=rest
+        ),
         "SOAP": lambda: shampoo_jax.soap(1.0, **adam, every=EVERY, others=rest),
     }[name]()
     return optax.chain(direction, at_peak())

@@ -138,6 +138,7 @@ def _shampoo(
         b1=0.0,  # momentum follows the direction
         b2=settings.b2,
         blocking=Blocking(settings.block_size),
+        exponents=None,  # 1/4, as in the paper
         solver=settings.solver,
         every=settings.every,
         graft=None if settings.graft == "none" else settings.graft,

@@ -90,19 +90,19 @@ def chosen(job: speedrun.Job) -> tuple[str, str, bool]:
 def test_three_optimizers_and_a_picture(settings, children, tmp_path, capsys):
     speedrun.main([*settings, "--seed", "5"])
     assert [chosen(arguments) for arguments in children] == [
-        (name, f"cpu/{name}", False) for name in ("adamw", "muon", "shampoo")
+        (name, f"cpu/{name}", False) for name in ("adamw", "muon", "shampoo_next")
     ]
     picture = tmp_path / "runs" / "cpu" / "comparison.png"
     assert picture.exists()
     printed = capsys.readouterr().out
     assert f"picture: {picture}" in printed
-    assert "| Shampoo |" in printed
+    assert "| Shampoo (recipe) |" in printed
 
 
 def test_name_is_the_folder_of_all_three(settings, children, tmp_path):
     speedrun.main([*settings, "--name", "mine"])
     assert [chosen(arguments)[1] for arguments in children] == [
-        f"mine/{name}" for name in ("adamw", "muon", "shampoo")
+        f"mine/{name}" for name in ("adamw", "muon", "shampoo_next")
     ]
     assert (tmp_path / "runs" / "mine" / "comparison.md").exists()
 
@@ -115,8 +115,8 @@ def test_resume_goes_on_with_what_exists_and_starts_the_rest(settings, children,
 
 
 def test_nothing_starts_where_a_run_would_be_lost(settings, children, tmp_path):
-    (tmp_path / "runs" / "cpu" / "shampoo" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(SystemExit, match="cpu/shampoo already holds a run: go on with --resume"):
+    (tmp_path / "runs" / "cpu" / "shampoo_next" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="cpu/shampoo_next already holds a run: go on"):
         speedrun.main(settings)
     assert children == []
 
@@ -312,7 +312,7 @@ def test_overwriting_the_first_run_of_a_group_clears_the_others(
 ):
     """A Ctrl-C in the first run must not leave a new run beside old ones, for --resume to mix."""
     speedrun.main(settings)
-    shampoo = tmp_path / "runs" / "cpu" / "shampoo" / "metrics.jsonl"
+    shampoo = tmp_path / "runs" / "cpu" / "shampoo_next" / "metrics.jsonl"
     leave_a_run, fails = speedrun.run, True
 
     def stopped(arguments):

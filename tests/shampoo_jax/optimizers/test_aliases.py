@@ -70,8 +70,6 @@ def test_the_signature_is_that_of_direction_and_frame(alias):
     assert set(signature) | RARE.get(alias, set()) == set(direction) | set(frame)
     for name, parameter in signature.items():
         source = frame if name in frame else direction
-        if name == "others_rate":  # as measured for each direction
-            continue
         assert (parameter.default, parameter.kind) == (source[name].default, source[name].kind)
     assert set(direction) & set(frame) == {"placement"}
     assert len(signature) <= 23
@@ -84,7 +82,7 @@ def test_the_signature_is_that_of_direction_and_frame(alias):
 def test_matrices_take_the_direction_and_others_adamw(alias):
     updates, _ = run(alias(0.1, 0.8, b2=0.7))
     direction, _ = run(ALIASES[alias](0.8, b2=0.7), KERNELS, PARAMS["dense"]["kernel"])
-    times = inspect.signature(alias).parameters["others_rate"].default
+    times = 1 if alias is sj.one_sided_shampoo else 4
     adam, _ = run(optax.adam(0.1 * times, 0.9, 0.95, 1e-15), OTHERS[1:], OTHERS[0])
     assert_close(kernels(updates), [-0.1 * d for d in direction], 1e-5)
     assert_close(others(updates), adam)
@@ -92,23 +90,41 @@ def test_matrices_take_the_direction_and_others_adamw(alias):
 
 @pytest.mark.parametrize("schedule", [False, True], ids=["numbers", "schedules"])
 def test_rates_of_the_others_are_multiplied_and_their_decay_is_not(schedule):
-    rate = optax.linear_schedule(0.1, 0.2, 2) if schedule else 0.1
-    decay = optax.linear_schedule(0.5, 0.3, 2) if schedule else 0.5
+    rates, decays = optax.linear_schedule(0.1, 0.2, 2), optax.linear_schedule(0.5, 0.3, 2)
+    rate, decay = (rates, decays) if schedule else (0.1, 0.5)
     updates, _ = run(sj.shampoo(rate, weight_decay=decay, others_rate=3.0))
-    for step, (update, bare) in enumerate(
-        zip(others(updates), others(run(sj.shampoo(1.0, others_rate=1.0))[0]), strict=True)
-    ):
-        at = (rate(step), decay(step)) if schedule else (rate, decay)
-        expected = jax.tree.map(lambda u, p: at[0] * (3 * u - at[1] * p), bare, OTHERS[0])  # noqa: B023
+    bare, _ = run(sj.shampoo(1.0, others_rate=1.0))
+    for step, (update, unit) in enumerate(zip(others(updates), others(bare), strict=True)):
+        step *= schedule
+        told = optax.tree.scale(-decays(step), OTHERS[0])
+        expected = optax.tree.scale(rates(step), optax.tree.add_scale(told, 3.0, unit))
         assert_close(update, expected, 1e-5)
-    with pytest.raises(ValueError, match="others_rate=0.*positive"):
-        sj.shampoo(0.1, others_rate=0)
+    frozen, _ = run(sj.shampoo(0.1, others_rate=0))
+    assert not any(x.any() for x in jax.tree.leaves(others(frozen)))
+    for wrong in ({"others_rate": -1.0}, {"others_rate": 4.0, "others": optax.sgd(0.1)}):
+        with pytest.raises(ValueError, match=r"others_rate=(-1.*negative|4.*beside others)"):
+            sj.shampoo(0.1, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("alias", "options", "times"),
+    [
+        (sj.shampoo, {"graft": "rmsprop"}, 4),
+        (sj.shampoo, {"graft": None}, 1),
+        (sj.shampoo, {"graft": sj.orthogonalize()}, 1),
+        (sj.one_sided_shampoo, {"graft": "adam"}, 4),
+    ],
+)
+def test_rates_of_the_others_follow_the_size_of_updates(alias, options, times):
+    found, told = (run(alias(0.1, **options, **o))[0] for o in ({}, {"others_rate": times}))
+    assert_close(others(found), others(told))
 
 
 def test_exponents_of_matrices_are_a_third_where_a_graft_gives_the_size():
-    for graft, exponents in (("adam", 1 / 3), (None, 0.25)):
+    forms = ({}, 1 / 3), ({"graft": None}, 0.25), ({"statistics": "kl"}, 0.25)
+    for form, exponents in forms:
         found, told = (
-            run(sj.scale_by_shampoo(graft=graft, **e), KERNELS, PARAMS["dense"]["kernel"])[0]
+            run(sj.scale_by_shampoo(**form, **e), KERNELS, PARAMS["dense"]["kernel"])[0]
             for e in ({}, {"exponents": exponents})
         )
         assert_close(found, told)
