@@ -101,7 +101,11 @@ def _visible(differences: Sequence[Difference]) -> str:
     seen = visible(differences, len(ABLATING))
     if math.isnan(seen):
         return "not measured yet"
-    return f"{seen:.4f}, by the pooled variance of {len(differences)} differences"
+    usual = 2 * statistics.median(d.error for d in differences)
+    return (
+        f"{seen:.4f}, by the pooled variance of {len(differences)} differences, SOAP's among them, "
+        f"which are the noisiest; half of the differences show {usual:.4f}"
+    )
 
 
 def _rate(name: str, run: Run, points: Mapping[str, Point]) -> tuple[str, str]:
