@@ -293,8 +293,8 @@ def kl_shampoo(
       refresh: When bases are refreshed, and what happens in the first step; None means the authors'
         `BasisRefresh()`.
       max_scale: Largest `d^(-1/2)`: `"relative"` makes eigenvalues relative to the gradients, see
-        `kl_eigenbasis`, worth 0.09 in docs/recipe.md; `"size"` means `max(10, min(d, 4000))`, the
-        authors' choice, for a mean loss; or a number.
+        `kl_eigenbasis`; `"size"` means `max(10, min(d, 4000))`, the authors' choice, which binds
+        where gradients are small (docs/recipe.md); or a number.
       rtol: Directions whose eigenvalue is at most `rtol` times a factor's largest get a zero
         update; 0.0 truncates nothing, None means `d * eps` of the dtype.
       mu_dtype: Of the stored first moment; `jnp.bfloat16` halves it.
