@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from nanogpt.config.presets import preset
 from nanogpt.lab.trials import read_trials
 from nanogpt.report.paired import Difference, paired, visible
 from nanogpt.report.plotting import COLOURS, STYLE
@@ -57,6 +58,7 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
         and points[name].factor not in (NOTHING, TIME)
     }
     text = TEXT.read_text(encoding="utf-8").format(
+        spent=_spent(records),
         tuning=TUNING,
         ablating=f"{ABLATING[0]} to {ABLATING[-1]}",
         judging=f"{JUDGING[0]} to {JUDGING[-1]}",
@@ -184,6 +186,12 @@ def _time(records: Sequence[Mapping[str, Any]], found: Found, points: Mapping[st
             rows.append([name, str(steps), f"{_mean(found[name]):.4f}", against, *times])
     head = ["optimizer", "steps", "loss", "less AdamW's", "ms a step", "seconds"]
     return markdown(head, rows)
+
+
+def _spent(records: Sequence[Mapping[str, Any]]) -> str:
+    steps = {board: preset(board, RECIPE).schedule.steps for board in BOARDS}
+    seconds = sum(r["step_time_s"] * steps[r["settings"]["board"]] for r in records)
+    return f"{len(records)} runs, {seconds / 3600:.1f} hours of two cores, mostly shared"
 
 
 def _full_size(found: Found) -> str:

@@ -98,10 +98,13 @@ def test_the_page_tells_differences(tmp_path):
                 settings = Run(name, 0.5, 0.0, seed)._asdict()
                 noise = 0.004 * (seed % 2) * (name == "rtol 0")
                 record = {"settings": settings, "status": "finished", "loss": value + noise}
+                record["step_time_s"] = 3.0
                 file.write(json.dumps(record) + "\n")
     write(tmp_path, runs, POINTS)
     text = (tmp_path / "recipe.md").read_text()
     assert "| cutoff | rtol 0 | shampoo_next | **+0.1130 ± 0.0012** | 3.6020 | 4 |" in text
+    assert "half of the differences show 0.0012" in text
+    assert "(16 runs, 4.0 hours of two cores" in text  # of 300 steps of 3 seconds
     assert "| shampoo_next | 0.0424 | 1 | 3.4900 | **-0.0100 ± 0.0000** | 4 |" in text
     assert (tmp_path / "recipe" / "ablations.png").stat().st_size > 10_000
 
@@ -116,7 +119,12 @@ def test_the_page_takes_the_rates_that_were_taken_last(tmp_path):
                 for board in ("board", "board_m"):
                     settings = Run("muon", rate, 0.0, seed, board=board)._asdict()
                     loss = value - (board == "board_m")
-                    record = {"settings": settings, "status": "finished", "loss": loss}
+                    record = {
+                        "settings": settings,
+                        "status": "finished",
+                        "loss": loss,
+                        "step_time_s": 1.0,
+                    }
                     file.write(json.dumps(record) + "\n")
     write(tmp_path, runs, POINTS)
     text = (tmp_path / "recipe.md").read_text()
@@ -132,7 +140,12 @@ def test_the_page_tells_what_a_gain_would_be_at_full_size(tmp_path):
         for name, value in (("muon", 3.5), ("shampoo_next", 3.491)):
             for seed in JUDGING:
                 settings = Run(name, 0.5, 0.0, seed)._asdict()
-                record = {"settings": settings, "status": "finished", "loss": value}
+                record = {
+                    "settings": settings,
+                    "status": "finished",
+                    "loss": value,
+                    "step_time_s": 1.0,
+                }
                 file.write(json.dumps(record) + "\n")
     write(tmp_path, runs, POINTS)
     text = (tmp_path / "recipe.md").read_text()
@@ -168,7 +181,12 @@ def test_complete_optimizers_have_a_table_of_their_own(tmp_path):
         for name, value in (("muon", 3.4), ("optax muon()", 3.6), ("shampoo()", 3.55)):
             for seed in ABLATING:
                 settings = Run(name, 0.0, 0.0, seed)._asdict()
-                record = {"settings": settings, "status": "finished", "loss": value}
+                record = {
+                    "settings": settings,
+                    "status": "finished",
+                    "loss": value,
+                    "step_time_s": 1.0,
+                }
                 file.write(json.dumps(record) + "\n")
     write(tmp_path, runs, POINTS)
     text = (tmp_path / "recipe.md").read_text()
