@@ -259,7 +259,7 @@ TOTALS = {
     "shampoo_jax/inspect": 1450,
     "nanogpt/config": 660,
     "nanogpt/model": 545,
-    "nanogpt/optimizers": 780,
+    "nanogpt/optimizers": 790,
     "nanogpt/train": 2510,
     "nanogpt/report": 1685,
     "nanogpt/lab": 1595,

@@ -54,3 +54,14 @@ def test_factors_of_the_momentum_differ_from_those_of_the_gradient():
     )
     np.testing.assert_allclose(mine[0], usual[0], rtol=0, atol=1e-4)  # the same but for size
     assert np.abs(mine[2] - usual[2]).max() > 1e-2
+
+
+def test_two_scales_mix_a_slower_average_in():
+    fields = {"exponent": None, "size": "rows", "b1": 0.5}
+    found = updates_of("shampoo_next", ShampooNextConfig(0.1, 0.0, momentum="two scales", **fields))
+    fast, slow, norm = 0.0, 0.0, np.linalg.norm
+    for t, (g, update) in enumerate(zip(GRADIENTS, found, strict=True), start=1):
+        fast, slow = 0.5 * fast + 0.5 * g, 0.9 * slow + 0.1 * g
+        ahead, even = 0.5 * fast + 0.5 * g, slow / (1 - 0.9**t)
+        mixed = 0.75 * ahead + 0.25 * even * norm(ahead) / norm(even)
+        np.testing.assert_allclose(update, 2 * mixed / norm(mixed), rtol=0, atol=1e-5)
