@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import shampoo_jax
 from nanogpt.config.settings import MuonConfig, ShampooConfig, ShampooNextConfig
 from nanogpt.optimizers.build import REGISTRY
 from nanogpt.optimizers.shampoo_next import two_scales
@@ -58,12 +59,12 @@ def test_factors_of_the_momentum_differ_from_those_of_the_gradient():
 
 
 def test_two_scales_mix_a_slower_average_in():
-    tx = two_scales(0.5)
-    state, update = tx.init(jnp.zeros((1, 6, 4))), jax.jit(tx.update)  # a stack of one block
+    tx = shampoo_jax.blocked(two_scales(0.5))
+    state, update = tx.init(jnp.zeros((6, 4))), jax.jit(tx.update)
     fast, slow, norm = 0.0, 0.0, np.linalg.norm
     for t, g in enumerate(GRADIENTS, start=1):
-        found, state = update(g[None], state)
+        found, state = update(g, state)
         fast, slow = 0.5 * fast + 0.5 * g, 0.9 * slow + 0.1 * g
         ahead, even = 0.5 * fast + 0.5 * g, slow / (1 - 0.9**t)
         mixed = 0.75 * ahead + 0.25 * even * norm(ahead) / norm(even)
-        np.testing.assert_allclose(found[0], mixed * norm(ahead) / norm(mixed), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found, mixed * norm(ahead) / norm(mixed), rtol=0, atol=1e-5)
