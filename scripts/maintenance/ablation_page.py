@@ -170,7 +170,7 @@ def _judged(trained: Mapping[Run, float]) -> str:
                 rows.append([BOARDS[board], TEXTS[corpus], name, mean, against, n])
         head = ["board", "text", "optimizer", "loss", "less Muon's", "n"]
         tables += [markdown(head, rows, texts=3)] if rows else []
-    return "\n".join(tables)
+    return "\n\n".join(table.strip() for table in tables)
 
 
 def _time(records: Sequence[Mapping[str, Any]], found: Found, points: Mapping[str, Point]) -> str:
