@@ -153,17 +153,24 @@ def _ablations(
 
 
 def _judged(trained: Mapping[Run, float]) -> str:
-    """Every text's losses on seeds that chose nothing, and differences to the better Muon."""
-    rows = []
-    for board, corpus in dict.fromkeys((run.board, run.corpus) for run in trained):
-        found = _by_point(trained, JUDGING, corpus, board)
-        muon = _better_muon(found)
-        for name in sorted(found, key=lambda n: _mean(found[n])):
-            against = _told(paired(found[name], found[muon])) if muon and muon != name else "-"
-            mean, n = f"{_mean(found[name]):.4f}", str(len(found[name]))
-            rows.append([BOARDS[board], TEXTS[corpus], name, mean, against, n])
-    head = ["board", "text", "optimizer", "loss", "less Muon's", "n"]
-    return markdown(head, rows, texts=3) if rows else ""
+    """Every text's losses on seeds that chose nothing, and differences to the better Muon.
+
+    Complete optimizers have a table of their own and are compared with Optax's.
+    """
+    tables = []
+    for complete in (False, True):
+        rows = []
+        for board, corpus in dict.fromkeys((run.board, run.corpus) for run in trained):
+            all_of_it = _by_point(trained, JUDGING, corpus, board)
+            found = {n: losses for n, losses in all_of_it.items() if (n in COMPLETE) == complete}
+            muon = _better_muon(found)
+            for name in sorted(found, key=lambda n: _mean(found[n])):
+                against = _told(paired(found[name], found[muon])) if muon and muon != name else "-"
+                mean, n = f"{_mean(found[name]):.4f}", str(len(found[name]))
+                rows.append([BOARDS[board], TEXTS[corpus], name, mean, against, n])
+        head = ["board", "text", "optimizer", "loss", "less Muon's", "n"]
+        tables += [markdown(head, rows, texts=3)] if rows else []
+    return "\n\n".join(table.strip() for table in tables)
 
 
 def _time(records: Sequence[Mapping[str, Any]], found: Found, points: Mapping[str, Point]) -> str:

@@ -179,7 +179,7 @@ def test_complete_optimizers_have_a_table_of_their_own(tmp_path):
     runs.parent.mkdir()
     with runs.open("w") as file:
         for name, value in (("muon", 3.4), ("optax muon()", 3.6), ("shampoo()", 3.55)):
-            for seed in ABLATING:
+            for seed in (*ABLATING, *JUDGING[:2]):
                 settings = Run(name, 0.0, 0.0, seed)._asdict()
                 record = {
                     "settings": settings,
@@ -192,6 +192,8 @@ def test_complete_optimizers_have_a_table_of_their_own(tmp_path):
     text = (tmp_path / "recipe.md").read_text()
     assert "| shampoo() | 0.008 | 1 | 3.5500 | **-0.0500 ± 0.0000** | 8 |" in text
     assert "| muon | 0.04 | 1 | 3.4000 | - | 8 |" in text
+    assert "| S | A | shampoo() | 3.5500 | **-0.0500 ± 0.0000** | 2 |" in text
+    assert "| S | A | muon | 3.4000 | - | 2 |\n\n| board" in text
 
 
 def test_a_run_that_climbed_counts_as_chance():
