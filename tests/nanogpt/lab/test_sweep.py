@@ -32,11 +32,11 @@ def trials(*arguments: str):
 def test_every_optimizer_gets_its_own_rates():
     made = trials("--optimizers", "adamw", "muon", *GRID, "--schedule.steps", "7")
     assert [(t.config.optimizer, t.config.matrices.learning_rate) for t in made] == [
-        ("adamw", 0.002), ("adamw", 0.004), ("muon", 0.02), ("muon", 0.04)
+        ("adamw", 0.004), ("adamw", 0.008), ("muon", 0.02), ("muon", 0.04)
     ]  # fmt: skip
     assert {t.config.schedule.steps for t in made} == {7}
-    assert made[0].settings == {"optimizer": "adamw", "matrices.learning_rate": 0.002}
-    assert made[0].config.name == "sweep/adamw,matrices.learning_rate=0.002"
+    assert made[0].settings == {"optimizer": "adamw", "matrices.learning_rate": 0.004}
+    assert made[0].config.name == "sweep/adamw,matrices.learning_rate=0.004"
 
 
 def test_any_setting_can_be_an_axis():
@@ -201,13 +201,13 @@ def test_a_real_sweep_is_kept_and_widened(tiny_data, tmp_path, monkeypatch, caps
     first = path.read_text()
     records = read_records(path)
     rates = [record["start"]["config"]["matrices"]["learning_rate"] for record in records]
-    assert rates == [0.002, 0.004]
+    assert rates == [0.004, 0.008]
     assert {record["status"] for record in records} == {"finished"}
     assert not list(tmp_path.rglob("checkpoints"))
     _share_a_program(trials(*common, *GRID)[1], records[1], tmp_path / "shared.jsonl")
     capsys.readouterr()
     path.write_text(first + '{"kind": "tri')  # a crash cut the next record short
-    wider = ["--grid", "matrices.learning_rate=x1,x0.5,0.0040,1e30", "--jobs", "2"]
+    wider = ["--grid", "matrices.learning_rate=x1,x0.5,0.0080,1e30", "--jobs", "2"]
     search.sweep([*common, *wider])
     assert path.read_text().startswith(first)
     (added,) = read_records(path)[2:]
