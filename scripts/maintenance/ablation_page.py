@@ -244,6 +244,6 @@ def _draw(
         axes.axvline(0, color="0.6", linewidth=1)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.set_xlim(-0.06, 0.12)
+        axes.set_xlim(-0.11, 0.08)
         axes.set_xlabel("final loss less the family's, with two standard errors")
         figure.savefig(path)
