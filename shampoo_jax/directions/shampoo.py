@@ -85,10 +85,10 @@ def scale_by_shampoo(
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
         package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
-        gradients. With a truncating solver, directions that no side has seen by the
-        first refresh are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`,
-        where supports may grow. Or a part, or chain of parts, that fills `Blocks.matrices` with
-        factors, without `b2`, `bias_correction` and `weighted`, which are then its own.
+        gradients. With a truncating solver, directions that no side has seen by the first refresh
+        are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`, where supports
+        may grow. Or a part, or chain of parts, that fills `Blocks.matrices` with factors, without
+        `b2`, `bias_correction` and `weighted`, which are then its own.
       solver: A `Solver`, which carries cutoffs and damping, or the name of one with its defaults:
         `"eigh"` is `TruncatedEigh()`; `"polynomial"`, the same truncated root by matrix products,
         and the cheaper `"polynomial_clip"`; `"auto"`, the faster one of eigh and polynomial for

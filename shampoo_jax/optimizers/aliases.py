@@ -34,9 +34,9 @@ OUTER = (
 OTHERS_RATE = 4.0
 
 
-def _like_adam(graft: Any) -> bool:
-    """Whether updates have the size of Adam's."""
-    return isinstance(graft, str) and graft in ("adam", "rmsprop")
+def _others_rate(graft: Any) -> float | None:
+    """The others' rate for a graft: larger where updates have the size of Adam's."""
+    return OTHERS_RATE if isinstance(graft, str) and graft in ("adam", "rmsprop") else None
 
 
 def _complete(
@@ -99,9 +99,9 @@ def shampoo(
       statistics: `"gradients"`, or `"kl"` for factors of the gradient preconditioned by the other
         dimensions' roots, see `accumulate_kl_factors`: KL-Shampoo with full factors, as Meta's
         package has it; with `exponents=0.5` the paper's iteration. It depends on the scale of the
-        gradients. With a truncating solver, directions that no side has seen by the
-        first refresh are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`,
-        where supports may grow. Or a part that fills `Blocks.matrices`, see `scale_by_shampoo`.
+        gradients. With a truncating solver, directions that no side has seen by the first refresh
+        are never learned: use `solver="shifted_eigh"`, or `kl_shampoo(rtol=None)`, where supports
+        may grow. Or a part that fills `Blocks.matrices`, see `scale_by_shampoo`.
       solver: A `Solver`, which carries cutoffs and damping, or the name of one with its defaults:
         `"eigh"` is `TruncatedEigh()`; `"polynomial"`, the same truncated root by matrix products,
         and the cheaper `"polynomial_clip"`; `"auto"`, the faster one of eigh and polynomial for
@@ -155,8 +155,7 @@ def shampoo(
       >>> bool(loss(params) < 0.1)
       True
     """
-    options = locals()
-    return _complete(scale_by_shampoo, options, OTHERS_RATE if _like_adam(graft) else None)
+    return _complete(scale_by_shampoo, locals(), _others_rate(graft))
 
 
 @suggests
@@ -479,7 +478,4 @@ def one_sided_shampoo(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.one_sided_shampoo(1e-3, side="right", weight_decay=0.1)
     """
-    options = locals()
-    return _complete(
-        scale_by_one_sided_shampoo, options, OTHERS_RATE if _like_adam(graft) else None
-    )
+    return _complete(scale_by_one_sided_shampoo, locals(), _others_rate(graft))

@@ -37,6 +37,18 @@ def bowl(rate, auxiliary):
     return done, train
 
 
+def page(folder, runs):
+    """The page of runs, each with a final loss and seconds of a step."""
+    path = folder / "recipe" / "runs.jsonl"
+    path.parent.mkdir()
+    with path.open("w") as file:
+        for run, value, seconds in runs:
+            record = {"settings": run._asdict(), "status": "finished", "loss": value}
+            file.write(json.dumps(record | {"step_time_s": seconds}) + "\n")
+    write(folder, path, POINTS)
+    return (folder / "recipe.md").read_text()
+
+
 def test_tuning_goes_beyond_an_edge_and_ends_at_the_parabolas_lowest_point():
     done, train = bowl(1.3, -0.2)
     assert tune(MUON, True, train) == (1.25, -0.25)  # eighths
@@ -89,19 +101,16 @@ def test_every_point_can_be_configured_and_changes_something():
 
 
 def test_the_page_tells_differences(tmp_path):
-    (tmp_path / "recipe").mkdir()
-    runs = tmp_path / "recipe" / "runs.jsonl"
-    with runs.open("w") as file:
-        same = "shampoo_next, nothing changed"
-        for name, value in (("muon", 3.5), ("shampoo_next", 3.49), (same, 3.489), ("rtol 0", 3.6)):
-            for seed in ABLATING[:4]:
-                settings = Run(name, 0.5, 0.0, seed)._asdict()
-                noise = 0.004 * (seed % 2) * (name == "rtol 0")
-                record = {"settings": settings, "status": "finished", "loss": value + noise}
-                record["step_time_s"] = 3.0
-                file.write(json.dumps(record) + "\n")
-    write(tmp_path, runs, POINTS)
-    text = (tmp_path / "recipe.md").read_text()
+    same = "shampoo_next, nothing changed"
+    losses = {"muon": 3.5, "shampoo_next": 3.49, same: 3.489, "rtol 0": 3.6}
+    text = page(
+        tmp_path,
+        [
+            (Run(name, 0.5, 0.0, seed), value + 0.004 * (seed % 2) * (name == "rtol 0"), 3.0)
+            for name, value in losses.items()
+            for seed in ABLATING[:4]
+        ],
+    )
     assert "| cutoff | rtol 0 | shampoo_next | **+0.1130 ± 0.0012** | 3.6020 | 4 |" in text
     assert "half of the differences show 0.0012" in text
     assert "(16 runs, 4.0 hours of two cores" in text  # of 300 steps of 3 seconds
@@ -110,86 +119,49 @@ def test_the_page_tells_differences(tmp_path):
 
 
 def test_the_page_takes_the_rates_that_were_taken_last(tmp_path):
-    runs = tmp_path / "recipe" / "runs.jsonl"
-    runs.parent.mkdir()
-    with runs.open("w") as file:
-        # More seeds had the earlier rate: what is left of it does not count.
-        for rate, value, n in ((1.0, 9.0, 3), (0.5, 3.5, 2)):
-            for seed in (*ABLATING[:n], *JUDGING[:n]):
-                for board in ("board", "board_m"):
-                    settings = Run("muon", rate, 0.0, seed, board=board)._asdict()
-                    loss = value - (board == "board_m")
-                    record = {
-                        "settings": settings,
-                        "status": "finished",
-                        "loss": loss,
-                        "step_time_s": 1.0,
-                    }
-                    file.write(json.dumps(record) + "\n")
-    write(tmp_path, runs, POINTS)
-    text = (tmp_path / "recipe.md").read_text()
+    # More seeds had the earlier rate: what is left of it does not count.
+    text = page(
+        tmp_path,
+        [
+            (Run("muon", rate, 0.0, seed, board=board), value - (board == "board_m"), 1.0)
+            for rate, value, n in ((1.0, 9.0, 3), (0.5, 3.5, 2))
+            for seed in (*ABLATING[:n], *JUDGING[:n])
+            for board in ("board", "board_m")
+        ],
+    )
     assert "| muon | 0.0566 | 1 | 3.5000 | - | 2 |" in text
     assert "| S | A | muon | 3.5000 | - | 2 |" in text
     assert "| M | A | muon | 2.5000 | - | 2 |" in text
 
 
 def test_the_page_tells_what_a_gain_would_be_at_full_size(tmp_path):
-    runs = tmp_path / "recipe" / "runs.jsonl"
-    runs.parent.mkdir()
-    with runs.open("w") as file:
-        for name, value in (("muon", 3.5), ("shampoo_next", 3.491)):
-            for seed in JUDGING:
-                settings = Run(name, 0.5, 0.0, seed)._asdict()
-                record = {
-                    "settings": settings,
-                    "status": "finished",
-                    "loss": value,
-                    "step_time_s": 1.0,
-                }
-                file.write(json.dumps(record) + "\n")
-    write(tmp_path, runs, POINTS)
-    text = (tmp_path / "recipe.md").read_text()
+    losses = {"muon": 3.5, "shampoo_next": 3.491}
+    text = page(
+        tmp_path, [(Run(n, 0.5, 0.0, s), x, 1.0) for n, x in losses.items() for s in JUDGING]
+    )
     # 0.009 of 0.0045 a hundred steps, without an error.
     assert "3.28 after 3050 to 3050 steps" in text
 
 
 def test_the_page_tells_seconds_of_whole_runs(tmp_path):
-    runs = tmp_path / "recipe" / "runs.jsonl"
-    runs.parent.mkdir()
-    with runs.open("w") as file:
-        for name, value, step in (
-            ("adamw", 3.6, 0.02),
-            ("shampoo_next", 3.5, 0.04),
-            ("210 steps every 5", 3.58, 0.03),
-        ):
-            for seed in ABLATING:
-                slow = 10 * (seed == ABLATING[0])  # the first one compiles
-                record = {"settings": Run(name, 0.5, 0.0, seed)._asdict(), "status": "finished"}
-                record |= {"loss": value, "seed": seed, "step_time_s": step + slow}
-                file.write(json.dumps(record) + "\n")
-    write(tmp_path, runs, POINTS)
-    text = (tmp_path / "recipe.md").read_text()
+    told = ("adamw", 3.6, 0.02), ("shampoo_next", 3.5, 0.04), ("210 steps every 5", 3.58, 0.03)
+    text = page(
+        tmp_path,
+        [
+            (Run(name, 0.5, 0.0, seed), value, step + 10 * (seed == ABLATING[0]))  # it compiles
+            for name, value, step in told
+            for seed in ABLATING
+        ],
+    )
     assert "| adamw | 300 | 3.6000 | - | 20.0 | 6.00 |" in text
     assert "| 210 steps every 5 | 210 | 3.5800 | **-0.0200 ± 0.0000** | 30.0 | 6.30 |" in text
     assert "| time |" not in text  # no change of the recipe, so in no other table
 
 
-def test_complete_optimizers_have_a_table_of_their_own(tmp_path):
-    runs = tmp_path / "recipe" / "runs.jsonl"
-    runs.parent.mkdir()
-    with runs.open("w") as file:
-        for name, value in (("muon", 3.4), ("optax muon()", 3.6), ("shampoo()", 3.55)):
-            for seed in (*ABLATING, *JUDGING[:2]):
-                settings = Run(name, 0.0, 0.0, seed)._asdict()
-                record = {
-                    "settings": settings,
-                    "status": "finished",
-                    "loss": value,
-                    "step_time_s": 1.0,
-                }
-                file.write(json.dumps(record) + "\n")
-    write(tmp_path, runs, POINTS)
-    text = (tmp_path / "recipe.md").read_text()
+def test_complete_optimizers_have_tables_of_their_own(tmp_path):
+    losses = {"muon": 3.4, "optax muon()": 3.6, "shampoo()": 3.55}
+    seeds = (*ABLATING, *JUDGING[:2])
+    text = page(tmp_path, [(Run(n, 0.0, 0.0, s), x, 1.0) for n, x in losses.items() for s in seeds])
     assert "| shampoo() | 0.008 | 1 | 3.5500 | **-0.0500 ± 0.0000** | 8 |" in text
     assert "| muon | 0.04 | 1 | 3.4000 | - | 8 |" in text
     assert "| S | A | shampoo() | 3.5500 | **-0.0500 ± 0.0000** | 2 |" in text
