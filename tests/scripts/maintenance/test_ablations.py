@@ -138,8 +138,6 @@ def test_the_page_tells_what_a_gain_would_be_at_full_size(tmp_path):
     losses = {"muon": 3.5, "shampoo_next": 3.491}
     runs = [(Run(n, 0.5, 0.0, s), x, 1.0) for n, x in losses.items() for s in JUDGING]
     text = page(tmp_path, runs)
-        tmp_path, [(Run(n, 0.5, 0.0, s), x, 1.0) for n, x in losses.items() for s in JUDGING]
-    )
     # 0.009 of 0.0045 a hundred steps, without an error.
     assert "3.28 after 3050 to 3050 steps" in text
 
