@@ -256,7 +256,7 @@ TOTALS = {
     "shampoo_jax/parts": 1345,
     "shampoo_jax/directions": 320,
     "shampoo_jax/optimizers": 1320,
-    "shampoo_jax/inspect": 1450,
+    "shampoo_jax/inspect": 1455,
     "nanogpt/config": 660,
     "nanogpt/model": 545,
     "nanogpt/optimizers": 790,

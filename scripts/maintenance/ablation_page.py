@@ -37,6 +37,7 @@ BOARDS = {"board": "S", "board_m": "M"}  # as the page calls them, and texts by 
 TEXTS = {"board": "A", "prose": "B", "reference": "held out"}
 RECIPE, MUON_STEPS = "shampoo_next", 3250  # steps of #36 on track 3
 ON_S = ("board", "board")  # text and board
+SEEDS_OF_M = 4  # that judge there
 BASELINE = "adamw"  # what times are compared with
 MUONS = ("muon", "muon_track3"), ("optax muon()", "optax muon(), hidden matrices")
 EMPTY = "Nothing has been trained yet."
@@ -63,6 +64,8 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
         ablating=f"{ABLATING[0]} to {ABLATING[-1]}",
         judging=f"{JUDGING[0]} to {JUDGING[-1]}",
         visible=_visible([*differences.values(), *_of_families(found)]),
+        seeds_of_m=SEEDS_OF_M,
+        visible_on_m=_visible_on_m(trained),
         families=_families(found, trained, points, FAMILIES.keys() - COMPLETE.keys()),
         complete=_families(found, trained, points, COMPLETE.keys()),
         ablations=_ablations(found, differences, points) or EMPTY,
@@ -108,6 +111,19 @@ def _visible(differences: Sequence[Difference]) -> str:
         f"{seen:.4f}, by the pooled variance of {len(differences)} differences, SOAP's among them, "
         f"which are the noisiest; half of the differences show {usual:.4f}"
     )
+
+
+def _visible_on_m(trained: Mapping[Run, float]) -> str:
+    differences = [
+        paired(losses, found[muon])
+        for corpus in TEXTS
+        if (muon := _better_muon(found := _by_point(trained, JUDGING, corpus, "board_m")))
+        for name, losses in found.items()
+        if name != muon
+    ]
+    seen = visible(differences, SEEDS_OF_M)
+    told = f"{seen:.4f}, by that of {len(differences)} differences on all texts"
+    return "not measured yet" if math.isnan(seen) else told
 
 
 def _rate(name: str, run: Run, points: Mapping[str, Point]) -> tuple[str, str]:

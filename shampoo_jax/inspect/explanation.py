@@ -97,7 +97,7 @@ def explain(
       >>> explain(params, tx, mesh={"data": 64, "fsdp": 4}).on_mesh.blocks
       {'4x4': 1}
       >>> print(str(report).splitlines()[1])
-      bias       1      4      adamw           -        -         -
+      bias       1      4      adamw, rate x4  -        -         -
     """
     optimizer = shampoo(1.0) if optimizer is None else optimizer
     design, routed, work = _designs(optimizer)
@@ -117,6 +117,7 @@ def explain(
     kinds, chunks = _by_kind(state), _chunks(design, plan, placement)
     return Report(
         rows=_rows(params, ours, plan, sides),
+        others=_others(routed),
         state_bytes={kind: _bytes(leaves) for kind, leaves in kinds.items()},
         dtypes={kind: _dtypes(leaves) for kind, leaves in kinds.items()},
         adamw_bytes=state_bytes(optax.scale_by_adam(), params),
@@ -125,9 +126,7 @@ def explain(
         statistics_flops=statistics,
         apply_flops=application,
         temporary_bytes=_temporary(plan, chunks, state),
-        on_mesh=None
-        if placement is None
-        else _on_mesh(placement, work, routed, plan, sides, state, ours, others),
+        on_mesh=_on_mesh(placement, work, routed, plan, sides, state, ours, others),
         **_refresh(work, sides, state, chunks),
     )
 
@@ -178,6 +177,14 @@ def _routes(params: Any, routed: Routed | None) -> tuple[Any, Any]:
         return jax.tree_util.tree_map_with_path(keep, params)
 
     return those(True), those(False)
+
+
+def _others(routed: Routed | None) -> str:
+    """What trains the other parameters, as the report calls it."""
+    if routed is None or routed.others_rate is None:
+        return "others"
+    rate = float(routed.others_rate)
+    return "adamw" if rate == 1.0 else f"adamw, rate x{rate:.3g}"
 
 
 def _by_kind(state: Any) -> dict[str, list[Any]]:
@@ -291,7 +298,7 @@ def _planned(
 
 
 def _on_mesh(
-    placement: Placement,
+    placement: Placement | None,
     work: Work,
     routed: Routed | None,
     plan: Plan,
@@ -299,8 +306,10 @@ def _on_mesh(
     state: Any,
     matrices: Any,
     others: Any,
-) -> OnMesh:
-    """The part of the report about a mesh."""
+) -> OnMesh | None:
+    """The part of the report about a mesh, None without one."""
+    if placement is None:
+        return None
     block_flops = dict.fromkeys(plan.shapes, 0.0)
     for side in sides:
         block_flops[side.key] += _cost(work, side, jnp.float32).flops * side.size**3

@@ -39,6 +39,7 @@ class Report:
 
     Attributes:
       rows: One per parameter, in the order of `jax.tree.leaves`.
+      others: What trains those that are not preconditioned, as the table calls it.
       state_bytes: Bytes of optimizer state by kind: first moment, factors, roots (or bases), second
         moment (of the graft or in the eigenbasis), adam (both moments of parameters that are not
         preconditioned), other (momentum, counts ...).
@@ -75,6 +76,7 @@ class Report:
     """
 
     rows: tuple[Row, ...]
+    others: str
     state_bytes: dict[str, int]
     dtypes: dict[str, str]
     adamw_bytes: int
@@ -94,7 +96,7 @@ class Report:
 
     def __str__(self) -> str:
         header = ("parameter", "count", "shape", "optimizer", "read as", "blocks", "factors")
-        lines = [*_align([header, *_cells(self.rows)]), ""]
+        lines = [*_align([header, *_cells(self.rows, self.others)]), ""]
         total = sum(self.state_bytes.values())
         kinds = ", ".join(
             f"{k} {_scaled(v, 'B')}" + self._narrow(k) for k, v in self.state_bytes.items() if v
@@ -149,13 +151,13 @@ def _device(mesh: OnMesh) -> list[str]:
     ]
 
 
-def _cells(rows: tuple[Row, ...]) -> list[tuple[str, ...]]:
+def _cells(rows: tuple[Row, ...], others: str) -> list[tuple[str, ...]]:
     """Table cells; parameters that differ only in numbers of their path share a line."""
     groups = collections.Counter(
         (
             re.sub(r"\d+", "*", row.name),
             _by(row.shape),
-            "preconditioned" if row.preconditioned else "adamw",
+            "preconditioned" if row.preconditioned else others,
             (f"{row.batch} of " if row.batch > 1 else "") + _by(row.merged)
             if row.preconditioned
             else "-",

@@ -22,6 +22,7 @@ class Routed(NamedTuple):
       rule: Which parameters the direction takes.
       placement: Where its state lies; None on one device.
       momentum: Whether it has any.
+      others_rate: By which AdamW's rate is multiplied; None where another optimizer was given.
       rebuild: The same optimizer for another placement.
     """
 
@@ -29,6 +30,7 @@ class Routed(NamedTuple):
     rule: Rule
     placement: Placement | None
     momentum: bool
+    others_rate: Scalar | None
     rebuild: Any
 
 
@@ -95,8 +97,8 @@ def as_optimizer(
     rate = optax.scale_by_learning_rate(learning_rate)
     matrices = optax.chain(*before, unguarded(direction), *after, rate)
     if others is None:
-        faster = 1.0 if others_rate is None else others_rate
-        others = _adamw(faster, weight_decay, decay and decay.mask, rate)
+        others_rate = 1.0 if others_rate is None else others_rate
+        others = _adamw(others_rate, weight_decay, decay and decay.mask, rate)
     rule = preconditioned
     if rule is None:
         # Batch axes that the direction is told of are no dimensions of a matrix.
@@ -109,7 +111,7 @@ def as_optimizer(
         return as_optimizer(**(options | changed))
 
     tx = optax.partition({"matrices": matrices, "others": split(others)}, labels_by(rule))
-    return guard(tx, Routed(design, rule, placement, momentum is not None, rebuild))
+    return guard(tx, Routed(design, rule, placement, momentum is not None, others_rate, rebuild))
 
 
 def _adamw(faster: Any, weight_decay: Any, mask: Any, rate: optax.GradientTransformation) -> Any:
