@@ -70,8 +70,9 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
         complete=_families(found, trained, points, COMPLETE.keys()),
         ablations=_ablations(found, differences, points) or EMPTY,
         judged=_judged(trained) or EMPTY,
+        rates_on_m=_rates_on_m(trained, points) or EMPTY,
         time=_time(records, found, points) or EMPTY,
-        full_size=_full_size(_by_point(trained, JUDGING)),
+        full_size=_full_size(trained),
     )
     (folder / "recipe.md").write_text(text, encoding="utf-8")
     if differences:
@@ -189,6 +190,15 @@ def _judged(trained: Mapping[Run, float]) -> str:
     return "\n\n".join(table.strip() for table in tables)
 
 
+def _rates_on_m(trained: Mapping[Run, float], points: Mapping[str, Point]) -> str:
+    found: dict[str, list[str]] = {}
+    for run in sorted(run for run in trained if (run.board, run.seed) == ("board_m", TUNING)):
+        rate, _ = _rate(run.point, run, points)
+        found.setdefault(run.point, []).append(f"{trained[run]:.4f} at {rate}")
+    rows = [[name, ", ".join(tried)] for name, tried in found.items()]
+    return markdown(["optimizer", "losses"], rows, texts=2) if rows else ""
+
+
 def _time(records: Sequence[Mapping[str, Any]], found: Found, points: Mapping[str, Point]) -> str:
     """Seconds of whole runs, of those of fewer steps beside those of AdamW."""
     if BASELINE not in found:
@@ -217,20 +227,27 @@ def _spent(records: Sequence[Mapping[str, Any]]) -> str:
     return f"{len(records)} runs, {seconds / 3600:.1f} hours of two cores, mostly shared"
 
 
-def _full_size(found: Found) -> str:
-    """Steps of track 3 that the recipe would save, if its gain on S and A were the same there."""
+def _gain(trained: Mapping[Run, float], board: str) -> Difference | None:
+    """By how much the recipe's loss on A is below the better Muon's."""
+    found = _by_point(trained, JUDGING, board=board)
     muon = _better_muon(found)
-    if muon is None or RECIPE not in found:
+    return paired(found[muon], found[RECIPE]) if muon and RECIPE in found else None
+
+
+def _full_size(trained: Mapping[Run, float]) -> str:
+    """Steps of track 3 that the recipe would save, if its gain on S and A were the same there."""
+    gain, more = (_gain(trained, board) for board in BOARDS)
+    if gain is None:
         return EMPTY
-    gain = paired(found[muon], found[RECIPE])
     least, most = (max(0.0, gain.mean + 2 * s * gain.error) / LOSS_PER_STEP for s in (-1, 1))
     first, last = (round(MUON_STEPS - steps, -1) for steps in (most, least))
+    on_m = f", on M and A {more.mean:.4f} ± {more.error:.4f}" if more else ""
     return (
-        f"On S and A the recipe ends {gain.mean:.4f} ± {gain.error:.4f} below the better Muon. If "
-        f"as much were gained on track 3, where {100 * LOSS_PER_STEP:.4f} are worth 100 steps by "
-        f"the benchmark's estimate, it would reach 3.28 after {first:.0f} to {last:.0f} steps (two "
-        f"standard errors) where Muon's record, #36, needs {MUON_STEPS}; if the gain faded with "
-        "size, after as many as Muon."
+        f"On S and A the recipe ends {gain.mean:.4f} ± {gain.error:.4f} below the better "
+        f"Muon{on_m}. If as much as on S were gained on track 3, where {100 * LOSS_PER_STEP:.4f} "
+        f"are worth 100 steps by the benchmark's estimate, it would reach 3.28 after {first:.0f} "
+        f"to {last:.0f} steps (two standard errors) where Muon's record, #36, needs {MUON_STEPS}; if "
+        "the gain faded with size, after as many as Muon."
     )
 
 

@@ -148,12 +148,29 @@ def test_the_page_tells_what_each_board_can_see(tmp_path):
     assert "on M at 4 seeds 0.0115, by that of 2 differences on all texts." in text  # .02 / 3**.5
 
 
+def test_the_page_tells_rates_that_were_tried_on_m(tmp_path):
+    tried = [(0.5, 3.2), (-0.5, 3.1), (1.5, 3.3)]
+    runs = [
+        (Run("muon", rate, 0.0, seed, board=board), value, 1.0)
+        for rate, value in tried
+        for seed, board in ((TUNING, "board_m"), (TUNING, "board"), (JUDGING[0], "board_m"))
+    ]
+    told = "| muon | 3.1000 at 0.0283, 3.2000 at 0.0566, 3.3000 at 0.113 |"
+    assert told in page(tmp_path, runs)
+
+
 def test_the_page_tells_what_a_gain_would_be_at_full_size(tmp_path):
     losses = {"muon": 3.5, "shampoo_next": 3.491}
     runs = [(Run(n, 0.5, 0.0, s), x, 1.0) for n, x in losses.items() for s in JUDGING]
     text = page(tmp_path, runs)
     # 0.009 of 0.0045 a hundred steps, without an error.
     assert "3.28 after 3050 to 3050 steps" in text
+    assert "0.0090 ± 0.0000 below the better Muon. If as much as on S were" in text
+    (tmp_path / "more").mkdir()
+    text = page(
+        tmp_path / "more", runs + [(r._replace(board="board_m"), x, 1.0) for r, x, _ in runs]
+    )
+    assert "below the better Muon, on M and A 0.0090 ± 0.0000. If as much as on S were" in text
 
 
 def test_the_page_tells_seconds_of_whole_runs(tmp_path):
