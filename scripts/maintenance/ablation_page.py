@@ -246,8 +246,8 @@ def _full_size(trained: Mapping[Run, float]) -> str:
         f"On S and A the recipe ends {gain.mean:.4f} ± {gain.error:.4f} below the better "
         f"Muon{on_m}. If as much as on S were gained on track 3, where {100 * LOSS_PER_STEP:.4f} "
         f"are worth 100 steps by the benchmark's estimate, it would reach 3.28 after {first:.0f} "
-        f"to {last:.0f} steps (two standard errors) where Muon's record, #36, needs {MUON_STEPS}; if "
-        "the gain faded with size, after as many as Muon."
+        f"to {last:.0f} steps (two standard errors) where Muon's record, #36, needs {MUON_STEPS}; "
+        "if the gain faded with size, after as many as Muon."
     )
 
 
