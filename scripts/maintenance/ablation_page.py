@@ -1,5 +1,6 @@
 """Page and picture of `scripts.maintenance.ablations`."""
 
+import collections
 import itertools
 import math
 import pathlib
@@ -17,7 +18,9 @@ from nanogpt.report.plotting import COLOURS, STYLE
 from nanogpt.report.tables import markdown
 from nanogpt.report.verdicts import LOSS_PER_STEP
 from scripts.maintenance.ablation_points import (
+    ABLATED,
     ABLATING,
+    AGAIN,
     COMPLETE,
     FAMILIES,
     JUDGING,
@@ -37,9 +40,15 @@ BOARDS = {"board": "S", "board_m": "M"}  # as the page calls them, and texts by 
 TEXTS = {"board": "A", "prose": "B", "reference": "held out"}
 RECIPE, MUON_STEPS = "shampoo_next", 3250  # steps of #36 on track 3
 ON_S = ("board", "board")  # text and board
-SEEDS_OF_M = 4  # that judge there
 BASELINE = "adamw"  # what times are compared with
-MUONS = ("muon", "muon_track3"), ("optax muon()", "optax muon(), hidden matrices")
+MUONS = (
+    ("muon", "muon_track3"),
+    (
+        "optax muon()",
+        "optax muon(), hidden matrices",
+        "optax muon(), hidden, others times 4",
+    ),
+)
 EMPTY = "Nothing has been trained yet."
 
 
@@ -58,17 +67,24 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
         and points[name].family in unchanged
         and points[name].factor not in (NOTHING, TIME)
     }
+    again = {p.name: paired(found[p.name], found[p.family]) for p in same if p.family in found}
     text = TEXT.read_text(encoding="utf-8").format(
-        spent=_spent(records),
+        spent=_spent(records, points),
+        machine=" and ".join(dict.fromkeys(r["start"]["device"]["kind"] for r in records)),
         tuning=TUNING,
         ablating=f"{ABLATING[0]} to {ABLATING[-1]}",
         judging=f"{JUDGING[0]} to {JUDGING[-1]}",
+        again=f"{AGAIN[0]} to {AGAIN[-1]}",
         visible=_visible([*differences.values(), *_of_families(found)]),
-        seeds_of_m=SEEDS_OF_M,
-        visible_on_m=_visible_on_m(trained),
+        visible_elsewhere=_visible_elsewhere(trained),
         families=_families(found, trained, points, FAMILIES.keys() - COMPLETE.keys()),
         complete=_families(found, trained, points, COMPLETE.keys()),
+        told=collections.defaultdict(
+            lambda: "not measured yet", {n: _told(d) for n, d in differences.items()}
+        ),
+        targets=_targets(trained) or EMPTY,
         ablations=_ablations(found, differences, points) or EMPTY,
+        nothing=_ablations(found, again, points) or EMPTY,
         judged=_judged(trained) or EMPTY,
         rates_on_m=_rates_on_m(trained, points) or EMPTY,
         time=_time(records, found, points) or EMPTY,
@@ -100,7 +116,8 @@ def _by_point(
 def _of_families(found: Found) -> list[Difference]:
     muon = _better_muon(found)
     others = [n for n in FAMILIES if n in found and n != muon and n not in COMPLETE]
-    return [paired(found[name], found[muon]) for name in others] if muon else []
+    differences = [paired(found[name], found[muon]) for name in others] if muon else []
+    return [d for d in differences if d.n > 1]
 
 
 def _visible(differences: Sequence[Difference]) -> str:
@@ -114,17 +131,21 @@ def _visible(differences: Sequence[Difference]) -> str:
     )
 
 
-def _visible_on_m(trained: Mapping[Run, float]) -> str:
-    differences = [
-        paired(losses, found[muon])
-        for corpus in TEXTS
-        if (muon := _better_muon(found := _by_point(trained, JUDGING, corpus, "board_m")))
-        for name, losses in found.items()
-        if name != muon
-    ]
-    seen = visible(differences, SEEDS_OF_M)
-    told = f"{seen:.4f}, by that of {len(differences)} differences on all texts"
-    return "not measured yet" if math.isnan(seen) else told
+def _cells(trained: Mapping[Run, float]) -> list[tuple[str, str]]:
+    """Boards and texts that were judged, each once."""
+    return list(dict.fromkeys((run.board, run.corpus) for run in trained if run.seed in JUDGING))
+
+
+def _visible_elsewhere(trained: Mapping[Run, float]) -> str:
+    """Of each board and text by the runs that judge there, at as many seeds as there are."""
+    told = []
+    for board, corpus in _cells(trained):
+        found = _by_point(trained, JUDGING, corpus, board)
+        differences = _of_families(found)
+        seen = visible(differences, max((d.n for d in differences), default=0))
+        if not math.isnan(seen):
+            told.append(f"{BOARDS[board]} and {TEXTS[corpus]} {seen:.4f}")
+    return ", ".join(told) or "nothing yet"
 
 
 def _rate(name: str, run: Run, points: Mapping[str, Point]) -> tuple[str, str]:
@@ -142,11 +163,21 @@ def _families(
 ) -> str:
     rows, muon = [], _better_muon({name: found[name] for name in names & found.keys()})
     for name in sorted(names & found.keys(), key=lambda n: _mean(found[n])):
-        rates = _rate(name, _final(name, trained), points)
-        against = _told(paired(found[name], found[muon])) if muon and muon != name else "-"
+        # Complete ones have no rate of their own for the others.
+        rates = _rate(name, _final(name, trained), points)[: 1 if name in COMPLETE else 2]
+        against = _less(found, name, muon)
         rows.append([name, *rates, f"{_mean(found[name]):.4f}", against, str(len(found[name]))])
-    head = ["optimizer", "rate", "others times", "loss", f"less {muon}'s", "n"]
+    head = ["optimizer", "rate", "others times", "loss", f"less that of {muon}", "n"]
+    if COMPLETE.keys() >= names:
+        head.remove("others times")
     return markdown(head, rows) if rows else EMPTY
+
+
+def _less(found: Found, name: str, other: str | None) -> str:
+    """The difference of two points' losses, where there are both and they are two."""
+    if other is None or other == name or other not in found:
+        return "-"
+    return _told(paired(found[name], found[other]))
 
 
 def _better_muon(found: Found) -> str | None:
@@ -170,22 +201,22 @@ def _ablations(
 
 
 def _judged(trained: Mapping[Run, float]) -> str:
-    """Every text's losses on seeds that chose nothing, and differences to the better Muon.
+    """Every text's losses on seeds that chose nothing, less those of the better Muon.
 
-    Complete optimizers have a table of their own and are compared with Optax's.
+    Less those of the recipe too; complete optimizers have a table of their own, less `shampoo()`.
     """
     tables = []
-    for complete in (False, True):
+    for complete, ours in ((False, RECIPE), (True, "shampoo()")):
         rows = []
-        for board, corpus in dict.fromkeys((run.board, run.corpus) for run in trained):
-            all_of_it = _by_point(trained, JUDGING, corpus, board)
+        for (board, corpus), seeds in itertools.product(_cells(trained), (JUDGING, AGAIN)):
+            all_of_it = _by_point(trained, seeds, corpus, board)
             found = {n: losses for n, losses in all_of_it.items() if (n in COMPLETE) == complete}
-            muon = _better_muon(found)
+            text = TEXTS[corpus] + (" again" if seeds is AGAIN else "")
             for name in sorted(found, key=lambda n: _mean(found[n])):
-                against = _told(paired(found[name], found[muon])) if muon and muon != name else "-"
+                against = [_less(found, name, other) for other in (_better_muon(found), ours)]
                 mean, n = f"{_mean(found[name]):.4f}", str(len(found[name]))
-                rows.append([BOARDS[board], TEXTS[corpus], name, mean, against, n])
-        head = ["board", "text", "optimizer", "loss", "less Muon's", "n"]
+                rows.append([BOARDS[board], text, name, mean, *against, n])
+        head = ["board", "text", "optimizer", "loss", "less Muon's", f"less that of {ours}", "n"]
         tables += [markdown(head, rows, texts=3)] if rows else []
     return "\n\n".join(table.strip() for table in tables)
 
@@ -197,6 +228,26 @@ def _rates_on_m(trained: Mapping[Run, float], points: Mapping[str, Point]) -> st
         found.setdefault(run.point, []).append(f"{trained[run]:.4f} at {rate}")
     rows = [[name, ", ".join(tried)] for name, tried in found.items()]
     return markdown(["optimizer", "losses"], rows, texts=2) if rows else ""
+
+
+def _targets(trained: Mapping[Run, float]) -> str:
+    """What the recipe and `shampoo()` were to be ahead of, and whether they are."""
+    rows = []
+    for (board, corpus), seeds in itertools.product(_cells(trained), (JUDGING, AGAIN)):
+        found = _by_point(trained, seeds, corpus, board)
+        muon = _better_muon({n: losses for n, losses in found.items() if n not in COMPLETE})
+        pairs = [(RECIPE, muon), *(("shampoo()", n) for n in ("optax muon()", "optax adamw()"))]
+        for ours, other in pairs:
+            if {ours, other} <= found.keys():
+                difference = paired(found[ours], found[other])
+                text = TEXTS[corpus] + (" again" if seeds is AGAIN else "")
+                verdict = "not told apart"
+                if difference.told_apart:
+                    verdict = "ahead" if difference.mean < 0 else "behind"
+                where = [BOARDS[board], text, f"{ours} less {other}"]
+                rows.append([*where, verdict, _told(difference), str(difference.n)])
+    head = ["board", "text", "of", "", "difference", "n"]
+    return markdown(head, rows, texts=4) if rows else ""
 
 
 def _time(records: Sequence[Mapping[str, Any]], found: Found, points: Mapping[str, Point]) -> str:
@@ -221,17 +272,21 @@ def _time(records: Sequence[Mapping[str, Any]], found: Found, points: Mapping[st
     return markdown(head, rows)
 
 
-def _spent(records: Sequence[Mapping[str, Any]]) -> str:
-    steps = {board: preset(board, RECIPE).schedule.steps for board in BOARDS}
-    seconds = sum(r["step_time_s"] * steps[r["settings"]["board"]] for r in records)
-    return f"{len(records)} runs, {seconds / 3600:.1f} hours of two cores, mostly shared"
+def _spent(records: Sequence[Mapping[str, Any]], points: Mapping[str, Point]) -> str:
+    seconds = 0.0
+    for record in records:
+        run = Run(**record["settings"])
+        shorter = points[run.point].changes.get("schedule.steps") if run.point in points else None
+        seconds += record["step_time_s"] * (shorter or preset(run.board, RECIPE).schedule.steps)
+    return f"{len(records)} runs, {seconds / 3600:.1f} hours of one or two cores, mostly shared"
 
 
 def _gain(trained: Mapping[Run, float], board: str) -> Difference | None:
     """By how much the recipe's loss on A is below the better Muon's."""
     found = _by_point(trained, JUDGING, board=board)
     muon = _better_muon(found)
-    return paired(found[muon], found[RECIPE]) if muon and RECIPE in found else None
+    gain = paired(found[muon], found[RECIPE]) if muon and RECIPE in found else None
+    return gain if gain and gain.n > 1 else None
 
 
 def _full_size(trained: Mapping[Run, float]) -> str:
@@ -252,6 +307,8 @@ def _full_size(trained: Mapping[Run, float]) -> str:
 
 
 def _told(difference: Difference) -> str:
+    if difference.n < 2:
+        return "-"
     told = f"{difference.mean:+.4f} ± {difference.error:.4f}"
     return f"**{told}**" if difference.told_apart else told
 
@@ -269,14 +326,15 @@ def _draw(
     with matplotlib.rc_context(STYLE | {"font.size": 9}):
         figure = Figure(figsize=(7.5, 1.2 + 0.24 * len(names)), dpi=110, layout="constrained")
         axes = figure.subplots()
-        colours = dict(zip(FAMILIES, itertools.cycle(COLOURS), strict=False))
-        for row, name in enumerate(names):
-            d, colour = differences[name], colours[points[name].family]
-            style = {"marker": "o", "capsize": 3, "color": colour}
-            axes.errorbar(d.mean, row, xerr=2 * d.error, **style)
+        for family, colour in zip(ABLATED, COLOURS, strict=False):
+            rows = [row for row, name in enumerate(names) if points[name].family == family]
+            of = [differences[names[row]] for row in rows]
+            errors = [2 * d.error for d in of]
+            style = {"fmt": "o", "capsize": 3, "color": colour, "label": family}
+            axes.errorbar([d.mean for d in of], rows, xerr=errors, **style)
         axes.axvline(0, color="0.6", linewidth=1)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.set_xlim(-0.11, 0.08)
-        axes.set_xlabel("final loss less the family's, with two standard errors")
+        axes.legend(loc="lower left")
+        axes.set_xlabel("final loss less that with nothing changed, with two standard errors")
         figure.savefig(path)

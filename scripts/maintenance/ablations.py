@@ -7,7 +7,8 @@
 Every point is tuned and trained by the rule of docs/recipe.md. What docs/recipe/runs.jsonl holds is
 kept: stopped and started again, it goes on, and more seeds are added to what there is. Page and
 picture are written after every point, --page writes them alone. --judge trains on seeds that
-nothing was chosen by, on the texts that are named, with --board board_m on M.
+nothing was chosen by, on the texts that are named, with --board board_m on M, with --again on the
+seeds that judge once more.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from nanogpt.lab import compile_cache
 from nanogpt.optimizers.build import build_optimizer
 from scripts.maintenance.ablation_points import (
     ABLATING,
+    AGAIN,
     COMPLETE,
     JUDGING,
     TUNING,
@@ -104,8 +106,8 @@ def trainer(points: dict[str, Point]) -> Train:
     def train(runs: Sequence[Run]) -> list[float]:
         trials = [Trial(run._asdict(), make_config(points[run.point], run)) for run in runs]
         build = build_complete if points[runs[0].point].family in COMPLETE else build_optimizer
-        run = functools.partial(run_shared, build=build)
-        return list(map(loss, run_trials(trials, RUNS, run=run)))
+        one = functools.partial(run_shared, build=build)
+        return list(map(loss, run_trials(trials, RUNS, run=one)))
 
     return train
 
@@ -114,11 +116,14 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--points", nargs="+", metavar="NAME", help="some, in this order")
-    parser.add_argument("--seeds", type=int, default=len(ABLATING))
+    parser.add_argument("--seeds", type=int, help="this many, all by default")
     parser.add_argument("--judge", nargs="+", default=[], metavar="TEXT", help="folders of data/")
+    parser.add_argument("--again", action="store_true", help="judge on the seeds for that")
     parser.add_argument("--board", default="board", choices=("board", "board_m"))
     parser.add_argument("--page", action="store_true", help="write page and picture alone")
     options = parser.parse_args()
+    if not options.judge and (options.again or options.board != "board"):
+        parser.error("--again and --board say how to --judge: name its texts.")
     compile_cache.prepare()
     from nanogpt.lab.preset_data import prepare_data
     from scripts.maintenance.ablation_page import write
@@ -129,7 +134,8 @@ def main() -> None:
     train = trainer(points)
     for point in [] if options.page else wanted:
         chosen = settle(point, train, options.board)
-        seeds = (JUDGING if options.judge else ABLATING)[: options.seeds]
+        judging = AGAIN if options.again else JUDGING
+        seeds = (judging if options.judge else ABLATING)[: options.seeds]
         texts = options.judge or ["board"]
         train([Run(point.name, *chosen, s, t, options.board) for t in texts for s in seeds])
         write(FOLDER, RUNS, points)

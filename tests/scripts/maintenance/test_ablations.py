@@ -9,6 +9,7 @@ from nanogpt.report.paired import paired
 from scripts.maintenance.ablation_page import write
 from scripts.maintenance.ablation_points import (
     ABLATING,
+    AGAIN,
     FAMILIES,
     JUDGING,
     NOTHING,
@@ -44,7 +45,8 @@ def page(folder, runs):
     with path.open("w") as file:
         for run, value, seconds in runs:
             record = {"settings": run._asdict(), "status": "finished", "loss": value}
-            file.write(json.dumps(record | {"step_time_s": seconds}) + "\n")
+            start = {"device": {"kind": "8 cores of a kind"}}
+            file.write(json.dumps(record | {"step_time_s": seconds, "start": start}) + "\n")
     write(folder, path, POINTS)
     return (folder / "recipe.md").read_text()
 
@@ -113,7 +115,7 @@ def test_the_page_tells_differences(tmp_path):
     )
     assert "| cutoff | rtol 0 | shampoo_next | **+0.1130 ± 0.0012** | 3.6020 | 4 |" in text
     assert "half of the differences show 0.0012" in text
-    assert "(16 runs, 4.0 hours of two cores" in text  # of 300 steps of 3 seconds
+    assert "(16 runs, 4.0 hours of one or two cores" in text  # of 300 steps of 3 seconds
     assert "| shampoo_next | 0.0424 | 1 | 3.4900 | **-0.0100 ± 0.0000** | 4 |" in text
     assert (tmp_path / "recipe" / "ablations.png").stat().st_size > 10_000
 
@@ -130,8 +132,8 @@ def test_the_page_takes_the_rates_that_were_taken_last(tmp_path):
         ],
     )
     assert "| muon | 0.0566 | 1 | 3.5000 | - | 2 |" in text
-    assert "| S | A | muon | 3.5000 | - | 2 |" in text
-    assert "| M | A | muon | 2.5000 | - | 2 |" in text
+    assert "| S | A | muon | 3.5000 | - | - | 2 |" in text
+    assert "| M | A | muon | 2.5000 | - | - | 2 |" in text
 
 
 def test_the_page_tells_what_each_board_can_see(tmp_path):
@@ -145,7 +147,7 @@ def test_the_page_tells_what_each_board_can_see(tmp_path):
             for seed in JUDGING[:4]
         ],
     )
-    assert "on M at 4 seeds 0.0115, by that of 2 differences on all texts." in text  # .02 / 3**.5
+    assert "by the differences there: M and A 0.0115, M and B 0.0115." in text  # .02 / 3**.5
 
 
 def test_the_page_tells_rates_that_were_tried_on_m(tmp_path):
@@ -192,10 +194,32 @@ def test_complete_optimizers_have_tables_of_their_own(tmp_path):
     losses = {"muon": 3.4, "optax muon()": 3.6, "shampoo()": 3.55}
     seeds = (*ABLATING, *JUDGING[:2])
     text = page(tmp_path, [(Run(n, 0.0, 0.0, s), x, 1.0) for n, x in losses.items() for s in seeds])
-    assert "| shampoo() | 0.008 | 1 | 3.5500 | **-0.0500 ± 0.0000** | 8 |" in text
+    assert "| shampoo() | 0.008 | 3.5500 | **-0.0500 ± 0.0000** | 8 |" in text
     assert "| muon | 0.04 | 1 | 3.4000 | - | 8 |" in text
-    assert "| S | A | shampoo() | 3.5500 | **-0.0500 ± 0.0000** | 2 |" in text
-    assert "| S | A | muon | 3.4000 | - | 2 |\n\n| board" in text
+    assert "| S | A | shampoo() | 3.5500 | **-0.0500 ± 0.0000** | - | 2 |" in text
+    assert "| S | A | muon | 3.4000 | - | - | 2 |\n\n| board" in text
+
+
+def test_the_page_tells_whether_the_target_is_met(tmp_path):
+    losses = {"muon": (3.5, 3.5), "shampoo_next": (3.49, 3.49), "muon_track3": (3.47, 3.535)}
+    text = page(
+        tmp_path,
+        [
+            (Run(name, 0.0, 0.0, seed, corpus), value[seed % 2], 1.0)
+            for name, value in losses.items()
+            for corpus, seeds in (("board", JUDGING), ("reference", (*JUDGING, *AGAIN)))
+            for seed in seeds[: 2 if name == "muon" and corpus == "reference" else None]
+        ],
+    )
+    assert "| S | A | shampoo_next less muon | ahead | **-0.0100 ± 0.0000** | 8 |" in text
+    assert "| S | held out again | shampoo_next less muon_track3 | not told apart |" in text
+    assert "| S | held out again | shampoo_next | 3.4900 | -0.0125 ± 0.0068 | - | 24 |" in text
+
+
+def test_one_seed_has_no_error(tmp_path):
+    losses = {"muon": 3.5, "shampoo_next": 3.49}
+    text = page(tmp_path, [(Run(n, 0.0, 0.0, JUDGING[0]), x, 1.0) for n, x in losses.items()])
+    assert "| S | A | shampoo_next | 3.4900 | - | - | 1 |" in text and "± nan" not in text
 
 
 def test_a_run_that_climbed_counts_as_chance():
