@@ -236,7 +236,10 @@ def _targets(trained: Mapping[Run, float]) -> str:
     for (board, corpus), seeds in itertools.product(_cells(trained), (JUDGING, AGAIN)):
         found = _by_point(trained, seeds, corpus, board)
         muon = _better_muon({n: losses for n, losses in found.items() if n not in COMPLETE})
-        pairs = [(RECIPE, muon or ""), *(("shampoo()", n) for n in ("optax muon()", "optax adamw()"))]
+        pairs = [
+            (RECIPE, muon or ""),
+            *(("shampoo()", n) for n in ("optax muon()", "optax adamw()")),
+        ]
         for ours, other in pairs:
             if {ours, other} <= found.keys():
                 difference = paired(found[ours], found[other])

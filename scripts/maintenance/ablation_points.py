@@ -102,6 +102,17 @@ def _hidden(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(chosen, params)
 
 
+def recipe(learning_rate: Any) -> optax.GradientTransformationExtraArgs:
+    """The recipe as a complete optimizer: the code of docs/howto/muon.md."""
+    whole = shampoo_jax.Blocking(None)
+    shampoo = shampoo_jax.scale_by_shampoo(
+        b1=0.95, b2=0.9, b3=0.95**2, exponents=1 / 3, graft=None, blocking=whole
+    )
+    norm = shampoo_jax.scale_to_norm(lambda kernel: kernel.shape[1] ** 0.5)
+    direction = optax.chain(shampoo, norm)
+    return shampoo_jax.as_optimizer(direction, learning_rate, others_rate=4.0)
+
+
 # Complete optimizers of one rate, as users call them, with nothing else set but what is named.
 COMPLETE: dict[str, Any] = {
     "shampoo()": shampoo_jax.shampoo,
@@ -124,6 +135,7 @@ COMPLETE: dict[str, Any] = {
         muon_weight_dimension_numbers=_hidden,
         adam_learning_rate=lambda count: 4.0 * rate(count),
     ),
+    "recipe, muon's norms": recipe,
     "kl_soap()": shampoo_jax.kl_soap,
     "kl_soap(max_scale=relative)": functools.partial(shampoo_jax.kl_soap, max_scale="relative"),
     "kl_soap(others_rate=1)": functools.partial(shampoo_jax.kl_soap, others_rate=1.0),
