@@ -1,10 +1,16 @@
 """Ablations: the tuning rule, seeds that pair, the page."""
 
+import inspect
 import json
 import math
+import pathlib
 
+import chex
+import jax
+import jax.numpy as jnp
 import pytest
 
+from nanogpt.optimizers.build import REGISTRY
 from nanogpt.report.paired import paired
 from scripts.maintenance.ablation_page import write
 from scripts.maintenance.ablation_points import (
@@ -18,6 +24,7 @@ from scripts.maintenance.ablation_points import (
     loss,
     make_config,
     make_points,
+    recipe,
 )
 from scripts.maintenance.ablations import settle, tune
 
@@ -100,6 +107,28 @@ def test_every_point_can_be_configured_and_changes_something():
         run = Run(point.name, 1.0, 1.0, 0)
         mine, family = (make_config(p, run) for p in (point, POINTS[point.family]))
         assert (mine == family) == (point.name == point.family or point.factor == NOTHING)
+
+
+def test_the_recipe_of_the_guide_is_the_rig_s():
+    config = make_config(POINTS["shampoo_next"], Run("shampoo_next", 0.0, 0.0, 0))
+    mine, theirs = recipe(1.0), REGISTRY["shampoo_next"](config.matrices, None)
+    params = {"w": jnp.zeros((6, 4)), "wide": jnp.zeros((4, 8))}
+    states = mine.init(params), theirs.init(params)
+    for step in range(3):
+        gradients = {
+            name: jax.random.normal(jax.random.key(step), x.shape) for name, x in params.items()
+        }
+        found, expected = (
+            tx.update(gradients, state, params)
+            for tx, state in zip((mine, theirs), states, strict=True)
+        )
+        descent = jax.tree.map(jnp.negative, found[0])
+        chex.assert_trees_all_close(descent, expected[0], rtol=0, atol=3e-5)
+        states = found[1], expected[1]
+    _, lines = inspect.getsource(recipe).split('"""\n')
+    assert lines in pathlib.Path("docs/howto/muon.md").read_text().replace(
+        "  # inputs x outputs", ""
+    )
 
 
 def test_the_page_tells_differences(tmp_path):
