@@ -85,8 +85,8 @@ def preset(name: str, optimizer: str) -> Config:
 
     Args:
         name: "track3" (162M parameters, FineWeb, a GPU), "medium" (454M, eight GPUs), "cpu" (1.3M
-            parameters, minutes: the demo), "board" (the scaled-down board of all optimizers) or
-            "medium_board" (that of the medium track's model).
+            parameters, minutes: the demo), "board" (the scaled-down board of all optimizers),
+            "board_m" (the recipe's larger one) or "medium_board" (that of the medium track).
         optimizer: A recipe of the preset, as "adamw", "muon", "muon_track3", "shampoo"; the others
             are listed by `PRESETS[name]`, those of track3 explained by `PUBLISHED`. Or an optimizer
             added by `nanogpt.optimizers.build.register`, for which the rest is AdamW's.

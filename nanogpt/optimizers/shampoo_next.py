@@ -45,7 +45,11 @@ def two_scales(b1: float) -> optax.GradientTransformation:
 def shampoo_next(
     settings: ShampooNextConfig, placement: shampoo_jax.Placement | None = None
 ) -> optax.GradientTransformation:
-    """Shampoo of a momentum; with `exponent=None` the benchmark's Muon."""
+    """Roots of gradients' factors around their momentum, of a Muon update's norm.
+
+    Design of track 3's pull request 327 (two sides, pseudo-inverse, exponent 1/3, `sqrt(rows)`);
+    with `exponent=None`, `orthogonalize` and `size="aspect"` it is the benchmark's Muon.
+    """
     average: Any = {
         "nesterov": shampoo_jax.nesterov_average,
         "average": shampoo_jax.filter_gradient,

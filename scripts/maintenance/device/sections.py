@@ -236,7 +236,8 @@ def _less_muon(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     found = paired(recipe, muon)
     return (
         f"The recipe's loss less Muon's, batch by batch in the second half: {found.mean:+.4f} ± "
-        f"{found.error:.4f} over {found.n} batches of one run each."
+        f"{found.error:.4f} over {found.n} batches of one run each, which says nothing of what "
+        "another seed would do."
     )
 
 
