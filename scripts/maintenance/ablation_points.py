@@ -113,20 +113,30 @@ def recipe(learning_rate: Any) -> optax.GradientTransformationExtraArgs:
     return shampoo_jax.as_optimizer(direction, learning_rate, others_rate=4.0)
 
 
+PLAIN = ", AdamW"  # with AdamW for the other parameters, which does not look ahead
+
+
+def _plain(optimizer: Any, times: float = 4.0, **options: Any) -> Any:
+    """A complete optimizer with AdamW for the other parameters."""
+
+    def build(rate: Any) -> optax.GradientTransformationExtraArgs:
+        others = optax.adamw(
+            lambda count: times * rate(count), b2=0.95, eps=1e-15, weight_decay=0.0
+        )
+        return optimizer(rate, others=others, **options)
+
+    return build
+
+
 # Complete optimizers of one rate, as users call them, with nothing else set but what is named.
 COMPLETE: dict[str, Any] = {
     "shampoo()": shampoo_jax.shampoo,
     "soap()": shampoo_jax.soap,
     "kl_shampoo()": shampoo_jax.kl_shampoo,
+    "kl_soap()": shampoo_jax.kl_soap,
+    "recipe, muon's norms": recipe,
     "optax muon()": optax.contrib.muon,
     "optax adamw()": functools.partial(optax.adamw, weight_decay=0.0),
-    "shampoo(others_rate=1)": functools.partial(shampoo_jax.shampoo, others_rate=1.0),
-    "shampoo(others_rate=16)": functools.partial(shampoo_jax.shampoo, others_rate=16.0),
-    "shampoo(exponents=1/4)": functools.partial(shampoo_jax.shampoo, exponents=1 / 4),
-    "shampoo(exponents=1/2)": functools.partial(shampoo_jax.shampoo, exponents=1 / 2),
-    "shampoo(b1=.95)": functools.partial(shampoo_jax.shampoo, b1=0.95),
-    "soap(others_rate=1)": functools.partial(shampoo_jax.soap, others_rate=1.0),
-    "kl_shampoo(others_rate=1)": functools.partial(shampoo_jax.kl_shampoo, others_rate=1.0),
     "optax muon(), hidden matrices": functools.partial(
         optax.contrib.muon, muon_weight_dimension_numbers=_hidden
     ),
@@ -135,13 +145,22 @@ COMPLETE: dict[str, Any] = {
         muon_weight_dimension_numbers=_hidden,
         adam_learning_rate=lambda count: 4.0 * rate(count),
     ),
-    "recipe, muon's norms": recipe,
-    "kl_soap()": shampoo_jax.kl_soap,
-    "kl_soap(max_scale=relative)": functools.partial(shampoo_jax.kl_soap, max_scale="relative"),
-    "kl_soap(others_rate=1)": functools.partial(shampoo_jax.kl_soap, others_rate=1.0),
-    "adamw, others times 4": lambda rate: shampoo_jax.as_optimizer(
-        optax.scale_by_adam(), rate, others_rate=4.0
+    "adamw, others times 4": _plain(
+        lambda rate, others: shampoo_jax.as_optimizer(optax.scale_by_adam(), rate, others=others)
     ),
+    "shampoo()" + PLAIN: _plain(shampoo_jax.shampoo),
+    "shampoo(others_rate=1)" + PLAIN: _plain(shampoo_jax.shampoo, 1.0),
+    "shampoo(others_rate=16)" + PLAIN: _plain(shampoo_jax.shampoo, 16.0),
+    "shampoo(exponents=1/4)" + PLAIN: _plain(shampoo_jax.shampoo, exponents=1 / 4),
+    "shampoo(exponents=1/2)" + PLAIN: _plain(shampoo_jax.shampoo, exponents=1 / 2),
+    "shampoo(b1=.95)" + PLAIN: _plain(shampoo_jax.shampoo, b1=0.95),
+    "soap()" + PLAIN: _plain(shampoo_jax.soap),
+    "soap(others_rate=1)" + PLAIN: _plain(shampoo_jax.soap, 1.0),
+    "kl_shampoo()" + PLAIN: _plain(shampoo_jax.kl_shampoo),
+    "kl_shampoo(others_rate=1)" + PLAIN: _plain(shampoo_jax.kl_shampoo, 1.0),
+    "kl_soap()" + PLAIN: _plain(shampoo_jax.kl_soap),
+    "kl_soap(others_rate=1)" + PLAIN: _plain(shampoo_jax.kl_soap, 1.0),
+    "kl_soap(max_scale=relative)" + PLAIN: _plain(shampoo_jax.kl_soap, max_scale="relative"),
 }
 
 

@@ -127,7 +127,7 @@ def shampoo(
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
         decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 4 with the
         grafts `"adam"` and `"rmsprop"`, whose updates are as large, and 1 with all others.
-      others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
+      others: Optimizer of the other parameters, learning rate included; None means `optax.nadamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
         are split; None means one device.
@@ -221,7 +221,7 @@ def soap(
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
         decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 4.
-      others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
+      others: Optimizer of the other parameters, learning rate included; None means `optax.nadamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
         are split; None means one device.
@@ -306,7 +306,7 @@ def kl_shampoo(
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
         decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 4.
-      others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
+      others: Optimizer of the other parameters, learning rate included; None means `optax.nadamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
         are split; None means one device.
@@ -390,7 +390,7 @@ def kl_soap(
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
         decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 4.
-      others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
+      others: Optimizer of the other parameters, learning rate included; None means `optax.nadamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
         are split; None means one device.
@@ -462,7 +462,7 @@ def one_sided_shampoo(
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
         decay in a step, `learning_rate * weight_decay`, is not multiplied. None means as in
         `shampoo`.
-      others: Optimizer of the other parameters, learning rate included; None means `optax.adamw`
+      others: Optimizer of the other parameters, learning rate included; None means `optax.nadamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters
         are split; None means one device.

@@ -83,7 +83,7 @@ def test_matrices_take_the_direction_and_others_adamw(alias):
     updates, _ = run(alias(0.1, 0.8, b2=0.7))
     direction, _ = run(ALIASES[alias](0.8, b2=0.7), KERNELS, PARAMS["dense"]["kernel"])
     times = 1 if alias is sj.one_sided_shampoo else 4
-    adam, _ = run(optax.adam(0.1 * times, 0.9, 0.95, 1e-15), OTHERS[1:], OTHERS[0])
+    adam, _ = run(optax.nadam(0.1 * times, 0.9, 0.95, 1e-15), OTHERS[1:], OTHERS[0])
     assert_close(kernels(updates), [-0.1 * d for d in direction], 1e-5)
     assert_close(others(updates), adam)
 
@@ -185,7 +185,9 @@ def test_decay_momentum_and_learning_rate_in_their_order():
         d = 0.9 * (d + 0.2 * weights)
         trace = 0.5 * trace + d
         assert_close(update, -schedule(t) * (d + 0.5 * trace), 1e-5)
-    adamw, _ = run(optax.adamw(schedule, 0.9, 0.95, 1e-15, weight_decay=0.2), OTHERS[1:], OTHERS[0])
+    adamw, _ = run(
+        optax.nadamw(schedule, 0.9, 0.95, 1e-15, weight_decay=0.2), OTHERS[1:], OTHERS[0]
+    )
     assert_close(others(updates), adamw, 1e-5)
 
 
@@ -236,7 +238,7 @@ def test_a_rule_of_ones_own():
     direction, _ = run(sj.scale_by_shampoo(), heads, PARAMS["head"])
     assert_close([u["head"] for u in updates], [-0.1 * d for d in direction], 1e-5)
     rest = [g["dense"] for g in GRADIENTS]
-    adamw, _ = run(optax.adamw(0.4, 0.9, 0.95, 1e-15, weight_decay=0.0), rest, PARAMS["dense"])
+    adamw, _ = run(optax.nadamw(0.4, 0.9, 0.95, 1e-15, weight_decay=0.0), rest, PARAMS["dense"])
     assert_close([u["dense"] for u in updates], adamw)
 
 

@@ -25,7 +25,7 @@ def test_any_direction_will_do():
     updates, _ = run(sj.as_optimizer(optax.scale_by_lion(), 0.1, weight_decay=0.2))
     expected, _ = run(optax.scale_by_lion(), KERNELS, WEIGHTS)
     assert_close(kernels(updates), [-0.1 * (u + 0.2 * WEIGHTS) for u in expected], 1e-5)
-    adamw, _ = run(optax.adamw(0.1, 0.9, 0.95, 1e-15, weight_decay=0.2), OTHERS[1:], OTHERS[0])
+    adamw, _ = run(optax.nadamw(0.1, 0.9, 0.95, 1e-15, weight_decay=0.2), OTHERS[1:], OTHERS[0])
     assert_close(others(updates), adamw, 1e-5)
 
 
