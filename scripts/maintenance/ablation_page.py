@@ -25,6 +25,7 @@ from scripts.maintenance.ablation_points import (
     FAMILIES,
     JUDGING,
     NOTHING,
+    PLAIN,
     TIME,
     TUNING,
     Point,
@@ -203,7 +204,8 @@ def _ablations(
 def _judged(trained: Mapping[Run, float]) -> str:
     """Every text's losses on seeds that chose nothing, less those of the better Muon.
 
-    Less those of the recipe too; complete optimizers have a table of their own, less `shampoo()`.
+    Less those of the recipe too; complete optimizers have a table of their own, less `shampoo()`,
+    or those of `shampoo()` with the same for the other parameters.
     """
     tables = []
     for complete, ours in ((False, RECIPE), (True, "shampoo()")):
@@ -213,7 +215,8 @@ def _judged(trained: Mapping[Run, float]) -> str:
             found = {n: losses for n, losses in all_of_it.items() if (n in COMPLETE) == complete}
             text = TEXTS[corpus] + (" again" if seeds is AGAIN else "")
             for name in sorted(found, key=lambda n: _mean(found[n])):
-                against = [_less(found, name, other) for other in (_better_muon(found), ours)]
+                like = ours + PLAIN if name.endswith(PLAIN) else ours
+                against = [_less(found, name, other) for other in (_better_muon(found), like)]
                 mean, n = f"{_mean(found[name]):.4f}", str(len(found[name]))
                 rows.append([BOARDS[board], text, name, mean, *against, n])
         head = ["board", "text", "optimizer", "loss", "less Muon's", f"less that of {ours}", "n"]
