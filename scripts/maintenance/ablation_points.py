@@ -87,9 +87,8 @@ TAIL = {"tail": TailConfig(248, 16.0), "schedule.horizon": 1.0662}
 # Muon of track 3 through the code of the recipe.
 AS_MUON = {M + "exponent": None, M + "orthogonalize": True, M + "size": "aspect"}
 ABLATED = ("shampoo_next", "soap", "kl_shampoo")
-SHORTER = (180, 210, 240, 255, 270)
+SHORTER = (240, 255)
 FEWER = {M + "every": 5, M + "stagger": True}
-SHORTEST = (240, 255)
 SMALLER = FEWER | {M + "block_size": 64}  # the width: no factor of an MLP's 256
 BALL: dict[str, Any] = {M + "weight_decay": 0.0, M + "hyperball": True, M + "learning_rate": 0.02}
 BALL |= {"model.init": "record27", "matrices_cooldown": CooldownConfig(cooldown=1.0)}
@@ -244,7 +243,7 @@ def make_points() -> list[Point]:
             "shampoo_next",
             TIME,
             **{f"{n}__steps__every__5": FEWER | {"schedule.steps": n} for n in SHORTER},
-            **{f"{n}__steps__blocks": SMALLER | {"schedule.steps": n} for n in SHORTEST},
+            **{f"{n}__steps__blocks": SMALLER | {"schedule.steps": n} for n in SHORTER},
         ),
         first["muon_track3"],
         first["adamw"],

@@ -205,7 +205,7 @@ def test_the_page_tells_what_a_gain_would_be_at_full_size(tmp_path):
 
 
 def test_the_page_tells_seconds_of_whole_runs(tmp_path):
-    told = ("adamw", 3.6, 0.02), ("shampoo_next", 3.5, 0.04), ("210 steps every 5", 3.58, 0.03)
+    told = ("adamw", 3.6, 0.02), ("shampoo_next", 3.5, 0.04), ("240 steps every 5", 3.58, 0.03)
     text = page(
         tmp_path,
         [
@@ -215,7 +215,7 @@ def test_the_page_tells_seconds_of_whole_runs(tmp_path):
         ],
     )
     assert "| adamw | 300 | 3.6000 | - | 20.0 | 6.00 |" in text
-    assert "| 210 steps every 5 | 210 | 3.5800 | **-0.0200 ± 0.0000** | 30.0 | 6.30 |" in text
+    assert "| 240 steps every 5 | 240 | 3.5800 | **-0.0200 ± 0.0000** | 30.0 | 7.20 |" in text
     assert "| time |" not in text  # no change of the recipe, so in no other table
 
 
