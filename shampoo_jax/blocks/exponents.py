@@ -16,7 +16,8 @@ Named = Side | Literal["bounded"]
 ExponentOption = Mapping[int, float | Mapping[int, float]] | float | Named | Exponents | None
 AutoExponents = ExponentOption | Literal["auto"]
 
-# Ahead of 1/4 and 1/2 in docs/recipe.md, or as good; other blocks keep `1 / (2 * ndim)`.
+# Ahead of 1/4 and 1/2 of the recipe in docs/recipe.md, with Adam's graft not told apart from them.
+# Other blocks keep `1 / (2 * ndim)`.
 GRAFTED = {2: 1 / 3}
 
 
