@@ -50,6 +50,11 @@ MUONS = (
         "optax muon(), hidden, others times 4",
     ),
 )
+PAIRS = {
+    "bounds": ("kl_soap(max_scale=relative)" + PLAIN, "kl_soap()" + PLAIN),
+    "look ahead": ("shampoo()", "shampoo()" + PLAIN),
+    "place of eps": ("soap eps 0_3 after", "soap eps 0_3 before"),
+}
 EMPTY = "Nothing has been trained yet."
 
 
@@ -81,7 +86,8 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
         families=_families(found, trained, points, FAMILIES.keys() - COMPLETE.keys()),
         complete=_families(found, trained, points, COMPLETE.keys()),
         told=collections.defaultdict(
-            lambda: "not measured yet", {n: _told(d) for n, d in differences.items()}
+            lambda: "not measured yet",
+            {name: _told(d) for name, d in (differences | _pairs(found)).items()},
         ),
         targets=_targets(trained) or EMPTY,
         ablations=_ablations(found, differences, points) or EMPTY,
@@ -114,6 +120,15 @@ def _by_point(
     return found
 
 
+def _pairs(found: Found) -> dict[str, Difference]:
+    """Differences of two changes, by what the page calls them."""
+    return {
+        name: paired(found[one], found[other])
+        for name, (one, other) in PAIRS.items()
+        if one in found and other in found
+    }
+
+
 def _of_families(found: Found) -> list[Difference]:
     muon = _better_muon(found)
     others = [n for n in FAMILIES if n in found and n != muon and n not in COMPLETE]
@@ -138,14 +153,14 @@ def _cells(trained: Mapping[Run, float]) -> list[tuple[str, str]]:
 
 
 def _visible_elsewhere(trained: Mapping[Run, float]) -> str:
-    """Of each board and text by the runs that judge there, at as many seeds as there are."""
-    told = []
+    """Of each text of S, and of M's together, at as many seeds as judge there."""
+    pooled: dict[str, list[Difference]] = {}
     for board, corpus in _cells(trained):
-        found = _by_point(trained, JUDGING, corpus, board)
-        differences = _of_families(found)
-        seen = visible(differences, max((d.n for d in differences), default=0))
-        if not math.isnan(seen):
-            told.append(f"{BOARDS[board]} and {TEXTS[corpus]} {seen:.4f}")
+        where = f"S and {TEXTS[corpus]}" if board == "board" else BOARDS[board]
+        differences = _of_families(_by_point(trained, JUDGING, corpus, board))
+        pooled.setdefault(where, []).extend(differences)
+    seen = {where: visible(of, max((d.n for d in of), default=1)) for where, of in pooled.items()}
+    told = [f"{where} {value:.4f}" for where, value in seen.items() if not math.isnan(value)]
     return ", ".join(told) or "nothing yet"
 
 
@@ -214,6 +229,7 @@ def _judged(trained: Mapping[Run, float]) -> str:
             all_of_it = _by_point(trained, seeds, corpus, board)
             found = {n: losses for n, losses in all_of_it.items() if (n in COMPLETE) == complete}
             text = TEXTS[corpus] + (" again" if seeds is AGAIN else "")
+            found = {name: losses for name, losses in found.items() if len(losses) > 1}
             for name in sorted(found, key=lambda n: _mean(found[n])):
                 like = ours + PLAIN if name.endswith(PLAIN) else ours
                 against = [_less(found, name, other) for other in (_better_muon(found), like)]
@@ -239,10 +255,8 @@ def _targets(trained: Mapping[Run, float]) -> str:
     for (board, corpus), seeds in itertools.product(_cells(trained), (JUDGING, AGAIN)):
         found = _by_point(trained, seeds, corpus, board)
         muon = _better_muon({n: losses for n, losses in found.items() if n not in COMPLETE})
-        pairs = [
-            (RECIPE, muon or ""),
-            *(("shampoo()", n) for n in ("optax muon()", "optax adamw()")),
-        ]
+        others = (*MUONS[1], "optax adamw()")
+        pairs = [(RECIPE, muon or ""), *(("shampoo()", name) for name in others)]
         for ours, other in pairs:
             if {ours, other} <= found.keys():
                 difference = paired(found[ours], found[other])

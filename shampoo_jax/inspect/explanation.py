@@ -97,7 +97,7 @@ def explain(
       >>> explain(params, tx, mesh={"data": 64, "fsdp": 4}).on_mesh.blocks
       {'4x4': 1}
       >>> print(str(report).splitlines()[1])
-      bias       1      4      adamw, rate x4  -        -         -
+      bias       1      4      nadamw, rate x4  -        -         -
     """
     optimizer = shampoo(1.0) if optimizer is None else optimizer
     design, routed, work = _designs(optimizer)
@@ -184,7 +184,7 @@ def _others(routed: Routed | None) -> str:
     if routed is None or routed.others_rate is None:
         return "others"
     rate = float(routed.others_rate)
-    return "adamw" if rate == 1.0 else f"adamw, rate x{rate:.3g}"
+    return "nadamw" if rate == 1.0 else f"nadamw, rate x{rate:.3g}"
 
 
 def _by_kind(state: Any) -> dict[str, list[Any]]:

@@ -117,7 +117,7 @@ def as_optimizer(
 def _nadamw(faster: Any, weight_decay: Any, mask: Any, rate: optax.GradientTransformation) -> Any:
     """`optax.nadamw`, state included, but for Adam's update being multiplied and the decay not.
 
-    Looking ahead is worth .035 in docs/recipe.md, and Optax's Muon has it for these parameters.
+    Looking ahead is worth .03 in docs/recipe.md, and Optax's Muon has it for these parameters.
     """
     adam = optax.scale_by_adam(b2=0.95, eps=1e-15, nesterov=True)
 

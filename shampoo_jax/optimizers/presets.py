@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 Options = dict[str, Any]
+# The papers' optimizers have one rate, and no look ahead for parameters that are no matrices.
+_OTHERS = optax.adamw(3e-3, 0.9, 0.95, 1e-15, weight_decay=0.01)
 
 
 def adamw_drop_in(
@@ -129,7 +131,7 @@ def soap() -> Options:
         every=10,
         weight_decay=0.01,
         blocking=whole,
-        others_rate=1.0,
+        others=_OTHERS,
     )
 
 
@@ -150,7 +152,7 @@ def kl_shampoo() -> Options:
         every=10,
         max_scale="size",
         weight_decay=0.01,
-        others_rate=1.0,
+        others=_OTHERS,
     )
 
 

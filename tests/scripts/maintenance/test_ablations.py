@@ -176,7 +176,7 @@ def test_the_page_tells_what_each_board_can_see(tmp_path):
             for seed in JUDGING[:4]
         ],
     )
-    assert "by the differences there: M and A 0.0115, M and B 0.0115." in text  # .02 / 3**.5
+    assert "by the differences there: M 0.0115." in text  # .02 / 3**.5
 
 
 def test_the_page_tells_rates_that_were_tried_on_m(tmp_path):
@@ -245,10 +245,10 @@ def test_the_page_tells_whether_the_target_is_met(tmp_path):
     assert "| S | held out again | shampoo_next | 3.4900 | -0.0125 ± 0.0068 | - | 24 |" in text
 
 
-def test_one_seed_has_no_error(tmp_path):
+def test_one_seed_judges_nothing(tmp_path):
     losses = {"muon": 3.5, "shampoo_next": 3.49}
     text = page(tmp_path, [(Run(n, 0.0, 0.0, JUDGING[0]), x, 1.0) for n, x in losses.items()])
-    assert "| S | A | shampoo_next | 3.4900 | - | - | 1 |" in text and "± nan" not in text
+    assert "| S | A | shampoo_next |" not in text and "± nan" not in text
 
 
 def test_a_run_that_climbed_counts_as_chance():

@@ -295,7 +295,7 @@ def test_what_tells_no_blocks_is_refused(optimizer):
 def test_the_table_folds_layers_and_names_each_choice():
     text = str(explain(PARAMS, shampoo(0.1, blocking=SIX)))
     lines = [line.split() for line in text.splitlines()]
-    assert ["layers/*/bias", "3", "4", "adamw,", "rate", "x4", "-", "-", "-"] in lines
+    assert ["layers/*/bias", "3", "4", "nadamw,", "rate", "x4", "-", "-", "-"] in lines
     folded = next(line for line in text.splitlines() if line.startswith("layers/*/fc"))
     assert "1 of 6x4, 1 of 4x4" in folded and "3 of 4" in folded
     assert "root batches      4" in text
@@ -304,10 +304,10 @@ def test_the_table_folds_layers_and_names_each_choice():
 @pytest.mark.parametrize(
     ("optimizer", "told"),
     [
-        (shampoo(0.1, others_rate=1.0), "adamw"),
-        (shampoo(0.1, graft=None), "adamw"),
-        (shampoo(0.1, others_rate=jnp.float32(0.5)), "adamw, rate x0.5"),
-        (as_optimizer(scale_by_shampoo(), 0.1), "adamw"),
+        (shampoo(0.1, others_rate=1.0), "nadamw"),
+        (shampoo(0.1, graft=None), "nadamw"),
+        (shampoo(0.1, others_rate=jnp.float32(0.5)), "nadamw, rate x0.5"),
+        (as_optimizer(scale_by_shampoo(), 0.1), "nadamw"),
         (shampoo(0.1, others=optax.sgd(0.1)), "others"),
     ],
     ids=["one rate", "no graft", "array", "direction", "own"],
