@@ -199,7 +199,8 @@ def _less(found: Found, name: str, other: str | None) -> str:
 def _better_muon(found: Found) -> str | None:
     for names in MUONS:
         if known := [name for name in names if name in found]:
-            return min(known, key=lambda name: _mean(found[name]))
+            seeds = set.intersection(*(set(found[name]) for name in known))
+            return min(known, key=lambda n: _mean({s: found[n][s] for s in seeds or found[n]}))
     return None
 
 
@@ -253,7 +254,11 @@ def _targets(trained: Mapping[Run, float]) -> str:
     """What the recipe and `shampoo()` were to be ahead of, and whether they are."""
     rows = []
     for (board, corpus), seeds in itertools.product(_cells(trained), (JUDGING, AGAIN)):
-        found = _by_point(trained, seeds, corpus, board)
+        found = {
+            name: losses
+            for name, losses in _by_point(trained, seeds, corpus, board).items()
+            if len(losses) > 1
+        }
         muon = _better_muon({n: losses for n, losses in found.items() if n not in COMPLETE})
         others = (*MUONS[1], "optax adamw()")
         pairs = [(RECIPE, muon or ""), *(("shampoo()", name) for name in others)]

@@ -245,6 +245,15 @@ def test_the_page_tells_whether_the_target_is_met(tmp_path):
     assert "| S | held out again | shampoo_next | 3.4900 | -0.0125 ± 0.0068 | - | 24 |" in text
 
 
+def test_the_better_muon_is_that_of_the_same_seeds(tmp_path):
+    first, second = JUDGING[:2]
+    losses = {"muon": {first: 3.4, second: 3.6}, "muon_track3": {first: 3.45, JUDGING[2]: 3.1}}
+    losses["shampoo_next"] = {first: 3.3, second: 3.5}
+    runs = [(Run(n, 0.0, 0.0, s), x, 1.0) for n, of in losses.items() for s, x in of.items()]
+    text = page(tmp_path, runs)
+    assert "| S | A | shampoo_next less muon | ahead | **-0.1000 ± 0.0000** | 2 |" in text
+
+
 def test_one_seed_judges_nothing(tmp_path):
     losses = {"muon": 3.5, "shampoo_next": 3.49}
     text = page(tmp_path, [(Run(n, 0.0, 0.0, JUDGING[0]), x, 1.0) for n, x in losses.items()])
