@@ -30,6 +30,21 @@ def test_presets_of_meta_reproduce_its_trajectories(number, preset):
     assert replay_golden.replay(trajectory, lambda config: tx) <= 1
 
 
+@pytest.mark.parametrize("alias", [sj.soap, sj.kl_shampoo])
+def test_presets_of_papers_have_adamw_at_one_rate_for_vectors(alias):
+    vector = {"bias": jnp.arange(1.0, 5.0)}
+    mine = alias(**getattr(sj.presets, alias.__name__)())
+    plain = optax.adamw(3e-3, 0.9, 0.95, 1e-15, weight_decay=0.01)
+    states = mine.init(vector), plain.init(vector)
+    for step in range(3):
+        gradient = {"bias": jax.random.normal(jax.random.key(step), (4,))}
+        found, states = zip(
+            *(tx.update(gradient, s, vector) for tx, s in zip((mine, plain), states, strict=True)),
+            strict=True,
+        )
+        np.testing.assert_allclose(found[0]["bias"], found[1]["bias"], rtol=1e-6)
+
+
 # `tuning_search_space.json` of the winning submission, mlcommons/submissions_algorithms at
 # 12c8e4ea: rate, 1 - beta1, 1 - beta2, momentum or None, decay, grafted norm, warmup, smoothing,
 # dropout, share of the steps.
