@@ -21,15 +21,14 @@ from typing import NamedTuple
 from nanogpt.config.presets import preset
 from nanogpt.lab import compile_cache
 from nanogpt.optimizers.build import build_optimizer
+from scripts.maintenance.ablation_complete import COMPLETE, build_complete
 from scripts.maintenance.ablation_points import (
     ABLATING,
     AGAIN,
-    COMPLETE,
     JUDGING,
     TUNING,
     Point,
     Run,
-    build_complete,
     loss,
     make_config,
     make_points,

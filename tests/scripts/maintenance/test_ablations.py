@@ -12,6 +12,7 @@ import pytest
 
 from nanogpt.optimizers.build import REGISTRY
 from nanogpt.report.paired import paired
+from scripts.maintenance.ablation_complete import recipe
 from scripts.maintenance.ablation_page import write
 from scripts.maintenance.ablation_points import (
     ABLATING,
@@ -24,7 +25,6 @@ from scripts.maintenance.ablation_points import (
     loss,
     make_config,
     make_points,
-    recipe,
 )
 from scripts.maintenance.ablations import settle, tune
 
