@@ -46,6 +46,7 @@ from scripts.maintenance.ablation_tables import (
     time_table,
     told,
 )
+from scripts.maintenance.ablation_texts import MADE_OF
 
 TEXT = pathlib.Path(__file__).with_name("ablation_page.md")
 PAIRS = {
@@ -77,6 +78,7 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
         spent=_spent(records, points),
         machine=" and ".join(dict.fromkeys(r["start"]["device"]["kind"] for r in records)),
         tuning=TUNING,
+        versions="; ".join(MADE_OF.values()),
         ablating=f"{ABLATING[0]} to {ABLATING[-1]}",
         judging=f"{JUDGING[0]} to {JUDGING[-1]}",
         again=f"{AGAIN[0]} to {AGAIN[-1]}",

@@ -33,6 +33,7 @@ from scripts.maintenance.ablation_points import (
     make_config,
     make_points,
 )
+from scripts.maintenance.ablation_texts import check_texts
 from scripts.maintenance.transfer_optima import vertex
 
 FOLDER = pathlib.Path("docs")
@@ -111,6 +112,15 @@ def trainer(points: dict[str, Point]) -> Train:
     return train
 
 
+def _check(texts: Sequence[str], point: Point) -> None:
+    from nanogpt.lab.trials import read_trials
+    from nanogpt.train.batches import open_data
+
+    configs = {t: make_config(point, Run(point.name, 0.0, 0.0, TUNING, t)) for t in texts}
+    found = {text: open_data(config).identity["data"] for text, config in configs.items()}
+    check_texts(found, read_trials(RUNS))
+
+
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -130,6 +140,7 @@ def main() -> None:
     prepare_data(preset("board", "adamw"))
     points = {point.name: point for point in make_points()}
     wanted = [points[name] for name in options.points or points]
+    _check(["board", *options.judge], wanted[0])
     train = trainer(points)
     for point in [] if options.page else wanted:
         chosen = settle(point, train, options.board)
