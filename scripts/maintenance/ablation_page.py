@@ -15,6 +15,7 @@ from nanogpt.lab.trials import read_trials
 from nanogpt.report.paired import Difference, paired, visible
 from nanogpt.report.plotting import COLOURS, STYLE
 from nanogpt.report.verdicts import LOSS_PER_STEP
+from nanogpt.train.metrics import read_records
 from scripts.maintenance.ablation_complete import COMPLETE, PLAIN
 from scripts.maintenance.ablation_points import (
     ABLATED,
@@ -95,12 +96,18 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
         nothing=ablations_table(found, again, points) or EMPTY,
         judged=judged_table(trained) or EMPTY,
         rates_on_m=rates_table(trained, points) or EMPTY,
-        time=time_table(records, found, points) or EMPTY,
+        time=time_table(_times(runs), found, points) or EMPTY,
         full_size=_full_size(trained),
     )
     (folder / "recipe.md").write_text(text, encoding="utf-8")
     if differences:
         _draw(folder / "recipe" / "ablations.png", differences, points)
+
+
+def _times(runs: pathlib.Path) -> list[dict[str, Any]]:
+    """What scripts.maintenance.ablation_time has left beside the runs."""
+    path = runs.with_name("time.jsonl")
+    return read_records(path) if path.exists() else []
 
 
 def _pairs(found: Found) -> dict[str, Difference]:

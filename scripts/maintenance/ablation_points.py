@@ -75,6 +75,7 @@ for family, (study, study_direction) in STUDIES.items():
 TUNING, ABLATING, JUDGING = 100, range(200, 208), range(400, 408)  # seeds
 AGAIN = range(500, 524)  # on the held-out text of S, where eight do not tell the recipe from Muon
 M = "matrices."
+ON_S = ("board", "board")  # text and board
 TIME = "time"  # factor of the points whose seconds are told
 # Of points that change nothing: what changes are compared with, since these have their matrices'
 # rate tuned once more, around their family's.
@@ -85,7 +86,7 @@ TAIL = {"tail": TailConfig(248, 16.0), "schedule.horizon": 1.0662}
 # Muon of track 3 through the code of the recipe.
 AS_MUON = {M + "exponent": None, M + "orthogonalize": True, M + "size": "aspect"}
 ABLATED = ("shampoo_next", "soap", "kl_shampoo")
-SHORTER = (240, 255)
+SHORTER, IN_BLOCKS = (240, 255), (240, 245, 255)  # steps where AdamW has 300
 FEWER = {M + "every": 5, M + "stagger": True}
 SMALLER = FEWER | {M + "block_size": 64}  # the width: no factor of an MLP's 256
 BALL: dict[str, Any] = {M + "weight_decay": 0.0, M + "hyperball": True, M + "learning_rate": 0.02}
@@ -163,7 +164,7 @@ def make_points() -> list[Point]:
             "shampoo_next",
             TIME,
             **{f"{n}__steps__every__5": FEWER | {"schedule.steps": n} for n in SHORTER},
-            **{f"{n}__steps__blocks": SMALLER | {"schedule.steps": n} for n in SHORTER},
+            **{f"{n}__steps__blocks": SMALLER | {"schedule.steps": n} for n in IN_BLOCKS},
         ),
         first["muon_track3"],
         first["adamw"],

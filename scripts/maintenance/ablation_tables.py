@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -26,7 +25,6 @@ Found = dict[str, Losses]  # by point
 BOARDS = {"board": "S", "board_m": "M"}  # as the page calls them, and texts by their folder
 TEXTS = {"board": "A", "prose": "B", "reference": "held out"}
 RECIPE = "shampoo_next"
-ON_S = ("board", "board")  # text and board
 BASELINE = "adamw"  # what times are compared with
 MUONS = (
     ("muon", "muon_track3"),
@@ -197,24 +195,25 @@ def targets_table(trained: Mapping[Run, float]) -> str:
 
 
 def time_table(
-    records: Sequence[Mapping[str, Any]], found: Found, points: Mapping[str, Point]
+    times: Sequence[Mapping[str, Any]], found: Found, points: Mapping[str, Point]
 ) -> str:
-    """Seconds of whole runs, of those of fewer steps beside those of AdamW."""
+    """Losses of runs of fewer steps beside AdamW's, and seconds by the number of cores."""
     if BASELINE not in found:
         return ""
+    seconds: dict[int, Found] = {}
+    for record in times:
+        of_cores = seconds.setdefault(record["cores"], {})
+        of_cores.setdefault(record["point"], {})[record["turn"]] = record["seconds"]
     rows = []
     for name in (BASELINE, RECIPE, *(n for n, p in points.items() if p.factor == TIME)):
         if name in found:
             steps = make_config(points[name], Run(name, 0.0, 0.0, 0)).schedule.steps
-            step = statistics.median(
-                record["step_time_s"]
-                for record in records
-                if record["settings"]["point"] == name
-                and record["settings"]["seed"] in ABLATING
-                and (record["settings"]["corpus"], record["settings"]["board"]) == ON_S
-            )
-            against = "-" if name == BASELINE else told(paired(found[name], found[BASELINE]))
-            times = [f"{1e3 * step:.1f}", f"{step * steps:.2f}"]
-            rows.append([name, str(steps), f"{_mean(found[name]):.4f}", against, *times])
-    head = ["optimizer", "steps", "loss", "less AdamW's", "ms a step", "seconds"]
+            row = [name, str(steps), f"{_mean(found[name]):.4f}", _less(found, name, BASELINE)]
+            for of_cores in seconds.values():
+                mean = f"{_mean(of_cores[name]):.2f}" if name in of_cores else "-"
+                row += [mean, _less(of_cores, name, BASELINE) if name in of_cores else "-"]
+            rows.append(row)
+    head = ["optimizer", "steps", "loss", "less AdamW's"]
+    for cores in seconds:
+        head += [f"seconds, {cores} core{'s' * (cores > 1)}", "less AdamW's"]
     return markdown(head, rows)

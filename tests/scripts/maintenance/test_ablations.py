@@ -48,7 +48,7 @@ def bowl(rate, auxiliary):
 def page(folder, runs):
     """The page of runs, each with a final loss and seconds of a step."""
     path = folder / "recipe" / "runs.jsonl"
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     with path.open("w") as file:
         for run, value, seconds in runs:
             record = {"settings": run._asdict(), "status": "finished", "loss": value}
@@ -205,17 +205,21 @@ def test_the_page_tells_what_a_gain_would_be_at_full_size(tmp_path):
 
 
 def test_the_page_tells_seconds_of_whole_runs(tmp_path):
-    told = ("adamw", 3.6, 0.02), ("shampoo_next", 3.5, 0.04), ("240 steps every 5", 3.58, 0.03)
-    text = page(
-        tmp_path,
-        [
-            (Run(name, 0.5, 0.0, seed), value, step + 10 * (seed == ABLATING[0]))  # it compiles
-            for name, value, step in told
-            for seed in ABLATING
-        ],
-    )
-    assert "| adamw | 300 | 3.6000 | - | 20.0 | 6.00 |" in text
-    assert "| 240 steps every 5 | 240 | 3.5800 | **-0.0200 ± 0.0000** | 30.0 | 7.20 |" in text
+    seconds = {"adamw": (6.0, 6.5), "240 steps blocks": (5.5, 6.2)}
+    (tmp_path / "recipe").mkdir()
+    with (tmp_path / "recipe" / "time.jsonl").open("w") as file:
+        for name, times in seconds.items():
+            for turn, time in enumerate(times):
+                record = {"kind": "time", "cores": 1, "point": name, "turn": turn, "seconds": time}
+                file.write(json.dumps(record) + "\n")
+    told = ("adamw", 3.6), ("shampoo_next", 3.5), ("240 steps blocks", 3.58)
+    runs = [(Run(name, 0.5, 0.0, seed), value, 1.0) for name, value in told for seed in ABLATING]
+    text = page(tmp_path, runs)
+    assert "| seconds, 1 core | less AdamW's |" in text
+    assert "| adamw | 300 | 3.6000 | - | 6.25 | - |" in text
+    told_apart = "**-0.0200 ± 0.0000** | 5.85 | **-0.4000 ± 0.1000** |"
+    assert f"| 240 steps blocks | 240 | 3.5800 | {told_apart}" in text
+    assert "| shampoo_next | 300 | 3.5000 | **-0.1000 ± 0.0000** | - | - |" in text
     assert "| time |" not in text  # no change of the recipe, so in no other table
 
 
