@@ -29,6 +29,7 @@ def recipe(learning_rate: Any) -> optax.GradientTransformationExtraArgs:
     return shampoo_jax.as_optimizer(direction, learning_rate, others_rate=4.0)
 
 
+MEAN = ", mean loss"  # gradients divided by the tokens, as most programs have them
 PLAIN = ", AdamW"  # with AdamW for the other parameters, which does not look ahead
 
 
@@ -50,6 +51,12 @@ COMPLETE: dict[str, Any] = {
     "soap()": shampoo_jax.soap,
     "kl_shampoo()": shampoo_jax.kl_shampoo,
     "kl_soap()": shampoo_jax.kl_soap,
+    "soap(every=5)": functools.partial(shampoo_jax.soap, every=5),
+    "soap(every=1)": functools.partial(shampoo_jax.soap, every=1),
+    "kl_soap()" + MEAN: shampoo_jax.kl_soap,
+    "kl_soap(max_scale=relative)" + MEAN: functools.partial(
+        shampoo_jax.kl_soap, max_scale="relative"
+    ),
     "recipe, muon's norms": recipe,
     "optax muon()": optax.contrib.muon,
     "optax adamw()": functools.partial(optax.adamw, weight_decay=0.0),

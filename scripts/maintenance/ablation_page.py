@@ -18,7 +18,6 @@ from nanogpt.report.verdicts import LOSS_PER_STEP
 from nanogpt.train.metrics import read_records
 from scripts.maintenance.ablation_complete import COMPLETE, PLAIN
 from scripts.maintenance.ablation_points import (
-    ABLATED,
     ABLATING,
     AGAIN,
     FAMILIES,
@@ -29,6 +28,7 @@ from scripts.maintenance.ablation_points import (
     Point,
     Run,
     loss,
+    make_config,
 )
 from scripts.maintenance.ablation_tables import (
     BOARDS,
@@ -65,7 +65,9 @@ def write(folder: pathlib.Path, runs: pathlib.Path, points: Mapping[str, Point])
     trained = {Run(**r["settings"]): loss(r) for r in records}
     found = by_point(trained, ABLATING)
     same = [p for p in points.values() if p.factor == NOTHING and p.name in found]
-    unchanged = {point.family: found[point.name] for point in same}
+    # One that is tuned to its family's own rates has no runs of its own: equal ones are kept once.
+    unchanged = {p.family: found[p.family] for p in points.values() if p.family in found}
+    unchanged |= {point.family: found[point.name] for point in same}
     differences = {
         name: paired(losses, unchanged[points[name].family])
         for name, losses in found.items()
@@ -146,8 +148,10 @@ def _spent(records: Sequence[Mapping[str, Any]], points: Mapping[str, Point]) ->
     seconds = 0.0
     for record in records:
         run = Run(**record["settings"])
-        shorter = points[run.point].changes.get("schedule.steps") if run.point in points else None
-        seconds += record["step_time_s"] * (shorter or preset(run.board, RECIPE).schedule.steps)
+        known = run.point in points
+        config = make_config(points[run.point], run) if known else preset(run.board, RECIPE)
+        steps = config.schedule.steps
+        seconds += record["step_time_s"] * steps
     return f"{len(records)} runs, {seconds / 3600:.1f} hours of one or two cores, mostly shared"
 
 
@@ -185,7 +189,8 @@ def _draw(
     with matplotlib.rc_context(STYLE | {"font.size": 9}):
         figure = Figure(figsize=(7.5, 1.2 + 0.24 * len(names)), dpi=110, layout="constrained")
         axes = figure.subplots()
-        for family, colour in zip(ABLATED, COLOURS, strict=False):
+        families = dict.fromkeys(points[name].family for name in names)
+        for family, colour in zip(families, COLOURS, strict=False):
             rows = [row for row, name in enumerate(names) if points[name].family == family]
             of = [differences[names[row]] for row in rows]
             errors = [2 * d.error for d in of]

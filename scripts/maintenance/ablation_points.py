@@ -13,7 +13,7 @@ from nanogpt.config.run import Config, CooldownConfig, LookaheadConfig, TailConf
 from nanogpt.config.settings import KLConfig, MatrixConfig, SoapConfig
 from nanogpt.optimizers.build import register
 from nanogpt.optimizers.transfer import RATES
-from scripts.maintenance.ablation_complete import COMPLETE
+from scripts.maintenance.ablation_complete import COMPLETE, MEAN
 
 
 class Point(NamedTuple):
@@ -73,9 +73,8 @@ STUDIES: dict[str, tuple[type[MatrixConfig], Any]] = {
 for family, (study, study_direction) in STUDIES.items():
     register(f"{family}_study", study_direction, study(0.02, 0.025))
 TUNING, ABLATING, JUDGING = 100, range(200, 208), range(400, 408)  # seeds
-AGAIN = range(500, 524)  # on the held-out text of S, where eight do not tell the recipe from Muon
+AGAIN = range(500, 524)  # named after JUDGING had been seen, see docs/recipe.md
 M = "matrices."
-ON_S = ("board", "board")  # text and board
 TIME = "time"  # factor of the points whose seconds are told
 # Of points that change nothing: what changes are compared with, since these have their matrices'
 # rate tuned once more, around their family's.
@@ -85,8 +84,8 @@ AHEAD = {"lookahead": LookaheadConfig(0.3, 31, 202)}  # of record #44, of 300 st
 TAIL = {"tail": TailConfig(248, 16.0), "schedule.horizon": 1.0662}
 # Muon of track 3 through the code of the recipe.
 AS_MUON = {M + "exponent": None, M + "orthogonalize": True, M + "size": "aspect"}
-ABLATED = ("shampoo_next", "soap", "kl_shampoo")
-SHORTER, IN_BLOCKS = (240, 255), (240, 245, 255)  # steps where AdamW has 300
+ABLATED = ("shampoo_next", "soap", "kl_shampoo", "muon", "muon_track3")
+SHORTER, IN_BLOCKS = (180, 210, 240, 255, 270), (240, 245, 255)  # steps where AdamW has 300
 FEWER = {M + "every": 5, M + "stagger": True}
 SMALLER = FEWER | {M + "block_size": 64}  # the width: no factor of an MLP's 256
 BALL: dict[str, Any] = {M + "weight_decay": 0.0, M + "hyperball": True, M + "learning_rate": 0.02}
@@ -104,7 +103,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "shampoo": ("shampoo", {}),
     "muon + tail": ("shampoo_next", {M + "learning_rate": 0.02} | AS_MUON | TAIL),
     "shampoo_next + tail": ("shampoo_next", TAIL),
-    **{name: ("adamw", {"optimizer": name}) for name in COMPLETE},
+    **{
+        name: ("adamw", {"optimizer": name, "loss": "mean" if MEAN in name else "sum"})
+        for name in COMPLETE
+    },
 }
 
 

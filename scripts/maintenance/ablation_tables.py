@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from nanogpt.report.paired import Difference, paired
@@ -23,7 +23,7 @@ from scripts.maintenance.ablation_points import (
 Losses = dict[int, float]  # by seed
 Found = dict[str, Losses]  # by point
 BOARDS = {"board": "S", "board_m": "M"}  # as the page calls them, and texts by their folder
-TEXTS = {"board": "A", "prose": "B", "reference": "held out"}
+TEXTS = {"board": "A", "prose": "B", "reference": "held out"}  # all that can be judged
 RECIPE = "shampoo_next"
 BASELINE = "adamw"  # what times are compared with
 MUONS = (
@@ -36,6 +36,19 @@ MUONS = (
 )
 
 
+def last_runs(
+    runs: Iterable[Run], seeds: Sequence[int], corpus: str = "board", board: str = "board"
+) -> dict[str, dict[int, Run]]:
+    """Runs of each point at the rates that were taken last, by seed."""
+    wanted = [r for r in runs if r.seed in seeds and (r.corpus, r.board) == (corpus, board)]
+    last = {run.point: (run.rate, run.auxiliary) for run in wanted}
+    found: dict[str, dict[int, Run]] = {}
+    for run in wanted:
+        if last[run.point] == (run.rate, run.auxiliary):
+            found.setdefault(run.point, {})[run.seed] = run
+    return found
+
+
 def by_point(
     trained: Mapping[Run, float],
     seeds: Sequence[int],
@@ -43,15 +56,8 @@ def by_point(
     board: str = "board",
 ) -> Found:
     """Losses of each point at the rates that were taken last."""
-    wanted = [
-        run for run in trained if run.seed in seeds and (run.corpus, run.board) == (corpus, board)
-    ]
-    last = {run.point: (run.rate, run.auxiliary) for run in wanted}
-    found: Found = {}
-    for run in wanted:
-        if last[run.point] == (run.rate, run.auxiliary):
-            found.setdefault(run.point, {})[run.seed] = trained[run]
-    return found
+    found = last_runs(trained, seeds, corpus, board)
+    return {name: {s: trained[run] for s, run in runs.items()} for name, runs in found.items()}
 
 
 def judged_cells(trained: Mapping[Run, float]) -> list[tuple[str, str]]:

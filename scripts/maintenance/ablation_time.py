@@ -18,10 +18,12 @@ from nanogpt.lab import compile_cache
 from nanogpt.lab.shared_programs import run_shared
 from nanogpt.lab.trials import Trial, read_trials
 from nanogpt.train.metrics import read_records
-from scripts.maintenance.ablation_points import ABLATING, ON_S, Run, make_config, make_points
+from scripts.maintenance.ablation_points import ABLATING, Run, make_config, make_points
+from scripts.maintenance.ablation_tables import last_runs
+from scripts.maintenance.ablation_texts import check_texts
 from scripts.maintenance.ablations import RUNS
 
-TIMED = ("adamw", "240 steps blocks", "245 steps blocks")
+TIMED = ("adamw", "shampoo_next", "240 steps blocks", "245 steps blocks")
 TURNS = len(ABLATING)
 
 
@@ -31,15 +33,14 @@ def runs_told(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
     Raises:
         ValueError: a point has not all of them.
     """
-    runs = [Run(**record["settings"]) for record in records]
-    told = {(run.point, run.seed): run for run in runs if (run.corpus, run.board) == ON_S}
-    missing = [n for n in names if not all((n, seed) in told for seed in ABLATING)]
+    told = last_runs([Run(**record["settings"]) for record in records], ABLATING)
+    missing = [n for n in names if len(told.get(n, ())) < TURNS]
     if missing:
         raise ValueError(
             f"{', '.join(missing)}: no {TURNS} runs in {RUNS}; train them first: python -m "
             f"scripts.maintenance.ablations --points {' '.join(map(repr, missing))}."
         )
-    return {name: [told[name, seed] for seed in ABLATING] for name in names}
+    return {name: [told[name][seed] for seed in ABLATING] for name in names}
 
 
 def replace_times(path: pathlib.Path, cores: int, times: Sequence[Mapping[str, Any]]) -> None:
@@ -55,20 +56,22 @@ def main() -> None:
     """Times all of them in turns."""
     compile_cache.prepare()
     points = {point.name: point for point in make_points()}
-    told = runs_told(read_trials(RUNS), TIMED)
+    records = read_trials(RUNS)
+    told = runs_told(records, TIMED)
     trials = {
         name: [Trial(run._asdict(), make_config(points[name], run)) for run in runs]
         for name, runs in told.items()
     }
-    for name in TIMED:
-        run_shared(trials[name][0])  # compiles
-    times = []
+    starts = [run_shared(trials[name][0])["start"] for name in TIMED]  # compiles
+    check_texts({"board": starts[0]["fingerprint"]["data"]}, records)
+    device, times = starts[0]["device"]["kind"], list[dict[str, Any]]()
     for turn in range(TURNS):
         for name in TIMED:
             trial = trials[name][turn]
             seconds = run_shared(trial)["step_time_s"] * trial.config.schedule.steps
-            times.append({"point": name, "turn": turn, "seconds": round(seconds, 3)})
-            print(times[-1], flush=True)
+            time = {"point": name, "turn": turn, "seconds": round(seconds, 3), "device": device}
+            times.append(time)
+            print(time, flush=True)
     replace_times(RUNS.with_name("time.jsonl"), len(os.sched_getaffinity(0)), times)
 
 

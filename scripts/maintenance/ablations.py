@@ -33,6 +33,7 @@ from scripts.maintenance.ablation_points import (
     make_config,
     make_points,
 )
+from scripts.maintenance.ablation_tables import TEXTS
 from scripts.maintenance.ablation_texts import check_texts
 from scripts.maintenance.transfer_optima import vertex
 
@@ -40,6 +41,7 @@ FOLDER = pathlib.Path("docs")
 RUNS = FOLDER / "recipe" / "runs.jsonl"
 MOST = 5  # rates of the matrices that tune one optimizer
 OTHERS = 8  # rates of all other parameters
+ON_M = 3  # rates of the matrices there
 STEP = 8  # chosen powers of 2 are whole multiples of 1 / STEP
 Train = Callable[[Sequence[Run]], Sequence[float]]
 
@@ -83,10 +85,10 @@ def _best(run: Run, which: str, train: Train, most: int) -> float:
     return middle + (round(STEP * lowest) / STEP if math.isfinite(lowest) else best(losses))
 
 
-def settle(point: Point, train: Train, board: str = "board") -> Chosen:
+def settle(point: Point, train: Train, board: str = "board", on_m: int = ON_M) -> Chosen:
     """A point's rates: of a family's first one both, of others that of the matrices around its.
 
-    On another board than S that of the matrices again, with three trials.
+    On another board than S that of the matrices again, with `on_m` trials.
     """
     chosen = tune(Run(point.family, 0.0, 0.0, TUNING), point.family not in COMPLETE, train)
     if point.name != point.family:
@@ -95,7 +97,7 @@ def settle(point: Point, train: Train, board: str = "board") -> Chosen:
         chosen = tune(Run(point.name, *begin, TUNING), False, train)
     if board == "board":
         return chosen
-    return tune(Run(point.name, *chosen, TUNING, board=board), False, train, most=3)
+    return tune(Run(point.name, *chosen, TUNING, board=board), False, train, most=on_m)
 
 
 def trainer(points: dict[str, Point]) -> Train:
@@ -105,7 +107,8 @@ def trainer(points: dict[str, Point]) -> Train:
 
     def train(runs: Sequence[Run]) -> list[float]:
         trials = [Trial(run._asdict(), make_config(points[run.point], run)) for run in runs]
-        build = build_complete if points[runs[0].point].family in COMPLETE else build_optimizer
+        complete = any(points[run.point].family in COMPLETE for run in runs)  # all are, or none
+        build = build_complete if complete else build_optimizer
         one = functools.partial(run_shared, build=build)
         return list(map(loss, run_trials(trials, RUNS, run=one)))
 
@@ -123,27 +126,34 @@ def _check(texts: Sequence[str], point: Point) -> None:
 
 def main() -> None:
     """Reads the command line."""
+    points = {point.name: point for point in make_points()}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--points", nargs="+", metavar="NAME", help="some, in this order")
-    parser.add_argument("--seeds", type=int, help="this many, all by default")
-    parser.add_argument("--judge", nargs="+", default=[], metavar="TEXT", help="folders of data/")
+    parser.add_argument(
+        "--points", nargs="+", choices=points, metavar="NAME", help="some, in this order"
+    )
+    parser.add_argument("--seeds", type=int, help="this many, all by default; 0 tunes alone")
+    parser.add_argument("--judge", nargs="+", default=[], choices=TEXTS, help="folders of data/")
     parser.add_argument("--again", action="store_true", help="judge on the seeds for that")
     parser.add_argument("--board", default="board", choices=("board", "board_m"))
+    parser.add_argument("--trials", type=int, default=ON_M, help="rates on M, 3 by the rule")
     parser.add_argument("--page", action="store_true", help="write page and picture alone")
     options = parser.parse_args()
     if not options.judge and (options.again or options.board != "board"):
         parser.error("--again and --board say how to --judge: name its texts.")
+    if (options.seeds or 0) < 0 or options.trials < ON_M:
+        parser.error(
+            f"--seeds {options.seeds} --trials {options.trials}: 0 or more, {ON_M} or more."
+        )
     compile_cache.prepare()
     from nanogpt.lab.preset_data import prepare_data
     from scripts.maintenance.ablation_page import write
 
     prepare_data(preset("board", "adamw"))
-    points = {point.name: point for point in make_points()}
     wanted = [points[name] for name in options.points or points]
     _check(["board", *options.judge], wanted[0])
     train = trainer(points)
     for point in [] if options.page else wanted:
-        chosen = settle(point, train, options.board)
+        chosen = settle(point, train, options.board, options.trials)
         judging = AGAIN if options.again else JUDGING
         seeds = (judging if options.judge else ABLATING)[: options.seeds]
         texts = options.judge or ["board"]

@@ -237,7 +237,7 @@ def soap(
       >>> import shampoo_jax
       >>> tx = shampoo_jax.soap(3e-3, every=10, weight_decay=0.01)
     """
-    return _complete(scale_by_soap, locals(), OTHERS_RATE)
+    return _complete(scale_by_soap, locals(), OTHERS_RATE if graft is None else _others_rate(graft))
 
 
 @suggests

@@ -4,12 +4,14 @@ import inspect
 import json
 import math
 import pathlib
+import shutil
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
+from nanogpt.lab.trials import read_trials
 from nanogpt.optimizers.build import REGISTRY
 from nanogpt.report.paired import paired
 from scripts.maintenance.ablation_complete import recipe
@@ -26,7 +28,7 @@ from scripts.maintenance.ablation_points import (
     make_config,
     make_points,
 )
-from scripts.maintenance.ablations import settle, tune
+from scripts.maintenance.ablations import main, settle, tune
 
 MUON = Run("muon", 0.0, 0.0, 0)
 POINTS = {point.name: point for point in make_points()}
@@ -99,7 +101,8 @@ def test_runs_of_a_seed_share_weights_and_data():
 
 
 def test_seeds_are_apart():
-    assert not {TUNING} & {*ABLATING} | {*ABLATING} & {*JUDGING} | {TUNING} & {*JUDGING}
+    seeds = [TUNING, *ABLATING, *JUDGING, *AGAIN, *range(300, 304)]  # the last had been seen
+    assert len(seeds) == len(set(seeds))
 
 
 def test_every_point_can_be_configured_and_changes_something():
@@ -129,6 +132,34 @@ def test_the_recipe_of_the_guide_is_the_rig_s():
     assert lines in pathlib.Path("docs/howto/muon.md").read_text().replace(
         "  # inputs x outputs", ""
     )
+
+
+def test_a_family_tuned_to_its_own_rates_twice_is_compared_with_itself(tmp_path):
+    told = ("shampoo_next", 3.5), ("exponent 0.5", 3.51)
+    runs = [(Run(name, 0.5, 0.0, seed), value, 1.0) for name, value in told for seed in ABLATING]
+    text = page(tmp_path, runs)  # "nothing changed" is equal to the family, so it has no runs
+    assert "| exponent | exponent 0.5 | shampoo_next | **+0.0100 ± 0.0000** | 3.5100 | 8 |" in text
+
+
+def test_the_page_is_that_of_the_runs(tmp_path):
+    """So are its figures; and the texts of all runs are the same."""
+    docs = pathlib.Path("docs")
+    (tmp_path / "recipe").mkdir()
+    for name in ("runs.jsonl", "time.jsonl"):
+        shutil.copy(docs / "recipe" / name, tmp_path / "recipe")
+    write(tmp_path, tmp_path / "recipe" / "runs.jsonl", POINTS)
+    assert (tmp_path / "recipe.md").read_text() == (docs / "recipe.md").read_text()
+    records = read_trials(docs / "recipe" / "runs.jsonl")
+    data = {(r["settings"]["corpus"], r["start"]["fingerprint"]["data"]) for r in records}
+    assert len(data) == 3
+
+
+def test_what_the_command_cannot_do_is_told_at_once(monkeypatch, capsys):
+    for wrong in (["--points", "nope"], ["--judge", "nope"], ["--again"], ["--seeds", "-1"]):
+        monkeypatch.setattr("sys.argv", ["ablations", *wrong])
+        with pytest.raises(SystemExit):
+            main()
+        assert wrong[-1] in capsys.readouterr().err
 
 
 def test_the_page_tells_differences(tmp_path):
