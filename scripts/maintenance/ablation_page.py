@@ -16,7 +16,7 @@ from nanogpt.report.paired import Difference, paired, visible
 from nanogpt.report.plotting import COLOURS, STYLE
 from nanogpt.report.verdicts import LOSS_PER_STEP
 from nanogpt.train.metrics import read_records
-from scripts.maintenance.ablation_complete import COMPLETE, PLAIN
+from scripts.maintenance.ablation_complete import COMPLETE, MEAN, PLAIN
 from scripts.maintenance.ablation_points import (
     ABLATING,
     AGAIN,
@@ -52,7 +52,15 @@ from scripts.maintenance.ablation_texts import MADE_OF
 TEXT = pathlib.Path(__file__).with_name("ablation_page.md")
 PAIRS = {
     "bounds": ("kl_soap(max_scale=relative)" + PLAIN, "kl_soap()" + PLAIN),
+    "bounds of a mean": ("kl_soap(max_scale=relative)" + MEAN, "kl_soap()" + MEAN),
     "look ahead": ("shampoo()", "shampoo()" + PLAIN),
+    "soap ahead": ("soap()", "soap()" + PLAIN),
+    "kl ahead": ("kl_shampoo()", "kl_shampoo()" + PLAIN),
+    "kl_soap ahead": ("kl_soap()", "kl_soap()" + PLAIN),
+    "soap each fifth": ("soap(every=5)", "soap()"),
+    "soap each": ("soap(every=1)", "soap()"),
+    "others 16": ("shampoo(others_rate=16)" + PLAIN, "shampoo()" + PLAIN),
+    "b1 of shampoo()": ("shampoo(b1=.95)" + PLAIN, "shampoo()" + PLAIN),
     "place of eps": ("soap eps 0_3 after", "soap eps 0_3 before"),
 }
 MUON_STEPS = 3250  # of #36 on track 3

@@ -119,9 +119,10 @@ def families_table(
     for name in sorted(names & found.keys(), key=lambda n: _mean(found[n])):
         # Complete ones have no rate of their own for the others.
         rates = _rate(name, _final(name, trained), points)[: 1 if name in COMPLETE else 2]
-        against = _less(found, name, muon)
-        rows.append([name, *rates, f"{_mean(found[name]):.4f}", against, str(len(found[name]))])
-    head = ["optimizer", "rate", "others times", "loss", f"less that of {muon}", "n"]
+        told_of = f"{_mean(found[name]):.4f}", _less(found, name, muon), str(len(found[name]))
+        trials = [r for r in trained if r[0] == name and (r.seed, r.board) == (TUNING, "board")]
+        rows.append([name, *rates, *told_of, str(len(trials))])
+    head = ["optimizer", "rate", "others times", "loss", f"less that of {muon}", "n", "trials"]
     if COMPLETE.keys() >= names:
         head.remove("others times")
     return markdown(head, rows) if rows else ""

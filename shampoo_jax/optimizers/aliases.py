@@ -220,7 +220,8 @@ def soap(
       preconditioned: Callable of (path, leaf): whether SOAP takes this parameter. None means
         `is_hidden_matrix`: matrices that are no embeddings, heads or biases.
       others_rate: Learning rate of the other parameters as a multiple of `learning_rate`; their
-        decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 4.
+        decay in a step, `learning_rate * weight_decay`, is not multiplied. None means 4, and 1
+        with grafts other than `"adam"` and `"rmsprop"`.
       others: Optimizer of the other parameters, learning rate included; None means `optax.nadamw`
         with `others_rate`, the same decay and mask, b1 0.9, b2 0.95 and eps 1e-15.
       placement: Mesh and axes over which blocks, momentum and the state of the other parameters

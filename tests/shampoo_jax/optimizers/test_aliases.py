@@ -113,6 +113,8 @@ def test_rates_of_the_others_are_multiplied_and_their_decay_is_not(schedule):
         (sj.shampoo, {"graft": None}, 1),
         (sj.shampoo, {"graft": sj.orthogonalize()}, 1),
         (sj.one_sided_shampoo, {"graft": "adam"}, 4),
+        (sj.soap, {}, 4),
+        (sj.soap, {"graft": sj.orthogonalize()}, 1),
     ],
 )
 def test_rates_of_the_others_follow_the_size_of_updates(alias, options, times):
