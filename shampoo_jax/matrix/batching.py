@@ -16,6 +16,7 @@ def map_matrices(function: Callable[..., Any], leading: tuple[int, ...], *arrays
 
     On CPU the matrices are taken one at a time: with jax 0.10 two batched LAPACK calls (eigh, QR)
     of different shapes in one program can starve XLA's thread pool for ever (measured on 2 cores).
+    They stay apart under `vmap`, see `_alone`.
 
     Args:
       function: Takes as many arrays as given, without leading axes; returns a tree of arrays.
@@ -37,8 +38,19 @@ def map_matrices(function: Callable[..., Any], leading: tuple[int, ...], *arrays
     operand, one = arrays[0], function
     if len(arrays) > 1:
         operand, one = arrays, lambda matrices: function(*matrices)
-    one_at_a_time = functools.partial(jax.lax.map, one)
+    one_at_a_time = functools.partial(jax.lax.map, _alone(one))
     return jax.lax.platform_dependent(operand, cpu=one_at_a_time, default=jax.vmap(one))
+
+
+def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of single matrices, which `vmap` calls for one member after another.
+
+    Without it `vmap` of a loop over matrices is a loop whose body takes those of all members in
+    one call. The derivative is that of the function itself, and not kept apart.
+    """
+    alone = jax.custom_jvp(jax.custom_batching.sequential_vmap(function))
+    alone.defjvp(functools.partial(jax.jvp, function))
+    return alone
 
 
 def map_selected(
@@ -85,15 +97,16 @@ def _loop_over(function: Callable[..., Any], selected: jax.Array, old: Any, *arr
     """`map_selected` by a loop over the selected matrices."""
     n = len(selected)
 
-    def loop(size: int, selected: jax.Array, old: Any, *arrays: jax.Array) -> Any:
+    def loop(size: int, call: Any, selected: jax.Array, old: Any, *arrays: jax.Array) -> Any:
         (places,) = jnp.nonzero(selected, size=n + size - 1, fill_value=n)  # n is nowhere
 
         def turn(i: jax.Array, results: Any) -> Any:
             at = jax.lax.dynamic_slice(places, (i * size,), (size,))
-            new = jax.vmap(function)(*(x.at[at].get(mode="clip") for x in arrays))
+            new = call(*(x.at[at].get(mode="clip") for x in arrays))
             return jax.tree.map(lambda r, x: r.at[at].set(x, mode="drop"), results, new)
 
         return jax.lax.fori_loop(0, (selected.sum() + size - 1) // size, turn, old)
 
-    one, some = (functools.partial(loop, size) for size in (1, min(n, AT_ONCE)))
+    one = functools.partial(loop, 1, jax.vmap(_alone(function)))
+    some = functools.partial(loop, min(n, AT_ONCE), jax.vmap(function))
     return jax.lax.platform_dependent(selected, old, *arrays, cpu=one, default=some)

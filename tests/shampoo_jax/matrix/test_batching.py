@@ -9,20 +9,27 @@ import pytest
 
 from shampoo_jax.matrix import qr
 from shampoo_jax.matrix.batching import map_matrices, map_selected
+from shampoo_jax.matrix.eigh import eigh, truncated_root
 from shampoo_jax.matrix.orthogonalize import svd_orthogonalize
 from shampoo_jax.matrix.qr import adaptive_eigh, orthogonal_iteration
 
 DECOMPOSITIONS = {
     "qr": (lambda a: orthogonal_iteration(a, a, 2), "geqrf"),
     "svd": (svd_orthogonalize, "gesdd"),
-    "eigh": (lambda a: adaptive_eigh(a, a, 0.1), "syevd"),
+    "adaptive eigh": (lambda a: adaptive_eigh(a, a, 0.1), "syevd"),
+    "eigh": (eigh, "syevd"),
+    "roots": (lambda a: truncated_root(a, 0.25), "syevd"),
+    "adaptive qr": (lambda a: orthogonal_iteration(a, a, 2, 0.1), "geqrf"),
 }
 
 
+@pytest.mark.parametrize("maps", [0, 1, 2])
 @pytest.mark.parametrize("name", DECOMPOSITIONS)
-def test_lapack_sees_one_matrix_at_a_time(name):
+def test_lapack_sees_one_matrix_at_a_time(name, maps):
     # Two batched calls of different shapes in one program can hang XLA's CPU thread pool.
     function, routine = DECOMPOSITIONS[name]
+    for _ in range(maps):
+        function = jax.vmap(function)
     stack = jax.ShapeDtypeStruct((3, 2, 5, 5), jnp.float32)
     program = jax.jit(function).lower(stack).compile().as_text()
     calls = [line for line in program.splitlines() if f"lapack_s{routine}" in line]
