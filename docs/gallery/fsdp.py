@@ -5,8 +5,8 @@ of the loop is that of one device. Eight fake devices stand in. Task: a deep aut
 
 Run it: python docs/gallery/fsdp.py
 It printed: AdamW: error 1.288, 213 kB of state a device
-Shampoo: error 0.79529, 676 kB of state a device
-Shampoo on 8: error 0.7917, 142 kB of state a device
+Shampoo: error 0.76674, 676 kB of state a device
+Shampoo on 8: error 0.76209, 142 kB of state a device
 """
 
 import itertools

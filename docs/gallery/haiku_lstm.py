@@ -5,7 +5,7 @@ matrix of inputs and state to all four gates, `b` goes to AdamW, and so does a m
 Data: scikit-learn's 1,797 digits, the last 360 held out.
 
 Run it: python docs/gallery/haiku_lstm.py
-It printed: AdamW 0.269, AdamW, errors 29, Shampoo 0.327, Shampoo, errors 29
+It printed: AdamW 0.269, AdamW, errors 29, Shampoo 0.243, Shampoo, errors 21
 """
 
 import haiku as hk
@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 import shampoo_jax
 
-OPTIMIZERS = {"AdamW": (optax.adamw, 1e-1), "Shampoo": (shampoo_jax.shampoo, 3e-2)}
+OPTIMIZERS = {"AdamW": (optax.adamw, 1e-1), "Shampoo": (shampoo_jax.shampoo, 1e-1)}
 
 
 def network(images):

@@ -5,7 +5,7 @@ matrices learn the mirror images of the same digits. The optimizer gets the adap
 360 of 1,797 digits are held out.
 
 Run it: python docs/gallery/lora.py
-It printed: before 4.536, AdamW 0.473, Shampoo 0.352 nats per mirrored digit
+It printed: before 4.536, AdamW 0.473, Shampoo 0.365 nats per mirrored digit
 """
 
 import functools
@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 import shampoo_jax
 
-OPTIMIZERS = {"AdamW": (optax.adamw, 3e-2), "Shampoo": (shampoo_jax.shampoo, 3e-2)}
+OPTIMIZERS = {"AdamW": (optax.adamw, 3e-2), "Shampoo": (shampoo_jax.shampoo, 1e-2)}
 SIZES, RANK = {"w1": (64, 64), "w2": (64, 64), "head": (64, 10)}, 4
 
 

@@ -5,7 +5,7 @@ says that the first axis is a batch: each expert is preconditioned by itself. Wi
 is one tensor with three factors. Task: the next token of presidents' messages from eight others.
 
 Run it: python docs/gallery/moe.py
-It printed: AdamW 4.466, Shampoo 4.383, Shampoo, one tensor 4.494 nats per held-out token
+It printed: AdamW 4.466, Shampoo 4.172, Shampoo, one tensor 4.185 nats per held-out token
 """
 
 import jax
@@ -20,8 +20,8 @@ VOCABULARY, CONTEXT, WIDTH, EXPERTS, HIDDEN = 512, 8, 8, 8, 32
 each = shampoo_jax.Blocking(dimension_numbers=shampoo_jax.batch_axes({"experts": 0}))
 OPTIMIZERS = {
     "AdamW": (optax.adamw, 1e-1),
-    "Shampoo": (lambda rate: shampoo_jax.shampoo(rate, blocking=each), 1e-1),
-    "Shampoo, one tensor": (shampoo_jax.shampoo, 1e-1),
+    "Shampoo": (lambda rate: shampoo_jax.shampoo(rate, blocking=each), 3e-2),
+    "Shampoo, one tensor": (shampoo_jax.shampoo, 3e-2),
 }
 
 

@@ -4,7 +4,7 @@ Rollouts and updates are one compiled loop. Equations: Barto, Sutton and Anderso
 ends at 12 degrees, at 2.4 m, or after 200 steps.
 
 Run it: python docs/gallery/policy_gradient.py
-It printed: AdamW 191, Shampoo 191 steps an episode on the way
+It printed: AdamW 191, Shampoo 189 steps an episode on the way
 """
 
 import jax

@@ -4,7 +4,7 @@ Parameters, state and step are one tree. Restored into a tree of shapes the stat
 own again; `check_state` says whether it fits. Task: the next token of presidents' messages.
 
 Run it: python docs/gallery/resume_orbax.py
-It printed: AdamW 4.754, AdamW, differing entries 0, Shampoo 4.771, Shampoo, differing entries 0
+It printed: AdamW 4.754, AdamW, differing entries 0, Shampoo 4.326, Shampoo, differing entries 0
 """
 
 import tempfile
