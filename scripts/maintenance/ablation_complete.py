@@ -48,6 +48,8 @@ def _plain(optimizer: Any, times: float = 4.0, **options: Any) -> Any:
 # Complete optimizers of one rate, as users call them, with nothing else set but what is named.
 COMPLETE: dict[str, Any] = {
     "shampoo()": shampoo_jax.shampoo,
+    "shampoo(b3=.81)": functools.partial(shampoo_jax.shampoo, b3=0.9**2),
+    "shampoo(b1=.95, b3=.9025)": functools.partial(shampoo_jax.shampoo, b1=0.95, b3=0.95**2),
     "soap()": shampoo_jax.soap,
     "kl_shampoo()": shampoo_jax.kl_shampoo,
     "kl_soap()": shampoo_jax.kl_soap,
