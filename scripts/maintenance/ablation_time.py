@@ -47,7 +47,7 @@ def replace_times(path: pathlib.Path, cores: int, times: Sequence[Mapping[str, A
     """Writes times of a number of cores in the place of those that were there."""
     records = read_records(path) if path.exists() else []
     others = [record for record in records if record["cores"] != cores]
-    new = [{"kind": "time", "cores": cores} | time for time in times]
+    new = [{"kind": "time", "cores": cores, **time} for time in times]
     lines = [json.dumps(record) for record in (*others, *new)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
