@@ -54,6 +54,8 @@ PAIRS = {
     "bounds": ("kl_soap(max_scale=relative)" + PLAIN, "kl_soap()" + PLAIN),
     "bounds of a mean": ("kl_soap(max_scale=relative)" + MEAN, "kl_soap()" + MEAN),
     "look ahead": ("shampoo()", "shampoo()" + PLAIN),
+    "b3": ("shampoo(b3=.81)", "shampoo()"),
+    "b1 and b3": ("shampoo(b1=.95, b3=.9025)", "shampoo()"),
     "soap ahead": ("soap()", "soap()" + PLAIN),
     "kl ahead": ("kl_shampoo()", "kl_shampoo()" + PLAIN),
     "kl_soap ahead": ("kl_soap()", "kl_soap()" + PLAIN),
