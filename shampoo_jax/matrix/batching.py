@@ -35,15 +35,13 @@ def map_matrices(function: Callable[..., Any], leading: tuple[int, ...], *arrays
         flat = (x.reshape(count, *x.shape[axes:]) for x in arrays)
         mapped = map_matrices(function, (count,), *flat)
         return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), mapped)
-    operand, one = arrays[0], function
-    if len(arrays) > 1:
-        operand, one = arrays, lambda matrices: function(*matrices)
+    one = lambda matrices: function(*matrices)  # noqa: E731
     one_at_a_time = functools.partial(jax.lax.map, _alone(one))
-    return jax.lax.platform_dependent(operand, cpu=one_at_a_time, default=jax.vmap(one))
+    return jax.lax.platform_dependent(arrays, cpu=one_at_a_time, default=jax.vmap(one))
 
 
-def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of single matrices, which `vmap` calls for one member after another.
+def _alone(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function of a tree of single matrices, which `vmap` calls for one member after another.
 
     Without it `vmap` of a loop over matrices is a loop whose body takes those of all members in
     one call. The derivative is that of the function itself, and not kept apart.
@@ -102,11 +100,12 @@ def _loop_over(function: Callable[..., Any], selected: jax.Array, old: Any, *arr
 
         def turn(i: jax.Array, results: Any) -> Any:
             at = jax.lax.dynamic_slice(places, (i * size,), (size,))
-            new = call(*(x.at[at].get(mode="clip") for x in arrays))
+            new = call(tuple(x.at[at].get(mode="clip") for x in arrays))
             return jax.tree.map(lambda r, x: r.at[at].set(x, mode="drop"), results, new)
 
         return jax.lax.fori_loop(0, (selected.sum() + size - 1) // size, turn, old)
 
-    one = functools.partial(loop, 1, jax.vmap(_alone(function)))
-    some = functools.partial(loop, min(n, AT_ONCE), jax.vmap(function))
+    of = lambda matrices: function(*matrices)  # noqa: E731
+    one = functools.partial(loop, 1, jax.vmap(_alone(of)))
+    some = functools.partial(loop, min(n, AT_ONCE), jax.vmap(of))
     return jax.lax.platform_dependent(selected, old, *arrays, cpu=one, default=some)

@@ -6,7 +6,7 @@ import pytest
 from scripts.maintenance.walk import count, walk
 
 # files, functions, calls, depth; on Python 3.11, where comprehensions are functions.
-LIMITS = {1: (22, 132, 280, 21), 8: (23, 153, 460, 21)}
+LIMITS = {1: (22, 134, 286, 22), 8: (23, 155, 460, 22)}
 
 
 @pytest.mark.parametrize("devices", LIMITS)
