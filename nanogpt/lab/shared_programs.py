@@ -106,7 +106,7 @@ def _at_rate_one(config: Config) -> Config:
     )
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)  # as many may take turns
 def _program(config: Config, build: Build) -> Callable[..., dict[str, jax.Array]]:
     """Function (key, batches, validation batches, rates) -> first and last loss, and metrics."""
     structure = model_structure(config.model)
