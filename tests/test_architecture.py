@@ -257,7 +257,7 @@ TOTALS = {
     "shampoo_jax/directions": 320,
     "shampoo_jax/optimizers": 1320,
     "shampoo_jax/inspect": 1455,
-    "nanogpt/config": 660,
+    "nanogpt/config": 670,
     "nanogpt/model": 545,
     "nanogpt/optimizers": 790,
     "nanogpt/train": 2510,

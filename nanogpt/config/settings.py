@@ -273,6 +273,10 @@ class ShampooConfig(FactorConfig):
         return self.statistics != "batch"
 
 
+# What the recipe's other settings are without an exponent: Muon's, or of no effect.
+WITHOUT_FACTORS = dict(orthogonalize=True, squares="gradient", rtol=None, every=1, stagger=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class ShampooNextConfig(MatrixConfig):
     """Shampoo of a momentum, at a fixed norm: the recipe and what docs/recipe.md varies of it."""
@@ -297,7 +301,14 @@ class ShampooNextConfig(MatrixConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "at least 0 and finite", "rtol", "floor")
+        check(self, "at least 0 and below 1", "rtol")
+        check(self, "at least 0 and finite", "floor")
+        for name, value in WITHOUT_FACTORS.items() if self.exponent is None else ():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"exponent=None with {name}={getattr(self, name)!r}: without factors it has to "
+                    f"be {value!r}, or give an exponent."
+                )
 
     @property
     def reads_microbatches(self) -> bool:

@@ -1,7 +1,7 @@
 """Complete optimizers that `scripts.maintenance.ablations` trains, as users call them."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -33,8 +33,28 @@ MEAN = ", mean loss"  # gradients divided by the tokens, as most programs have t
 PLAIN = ", AdamW"  # with AdamW for the other parameters, which does not look ahead
 
 
-def _plain(optimizer: Any, times: float = 4.0, **options: Any) -> Any:
-    """A complete optimizer with AdamW for the other parameters."""
+class Complete(NamedTuple):
+    """An optimizer of one rate, as users call it.
+
+    Attributes:
+        build: makes it of a rate or a schedule.
+        start: rate where its search begins.
+        mean: whether its gradients are divided by the tokens.
+        plain: whether the other parameters have AdamW.
+    """
+
+    build: Any
+    start: float = 0.008
+    mean: bool = False
+    plain: bool = False
+
+
+def _own(optimizer: Any, **options: Any) -> Complete:
+    return Complete(functools.partial(optimizer, **options))
+
+
+def _plain(optimizer: Any, times: float = 4.0, **options: Any) -> Complete:
+    """One with AdamW for the other parameters."""
 
     def build(rate: Any) -> optax.GradientTransformationExtraArgs:
         others = optax.adamw(
@@ -42,34 +62,41 @@ def _plain(optimizer: Any, times: float = 4.0, **options: Any) -> Any:
         )
         return optimizer(rate, others=others, **options)
 
-    return build
+    return Complete(build, plain=True)
 
 
-# Complete optimizers of one rate, as users call them, with nothing else set but what is named.
-COMPLETE: dict[str, Any] = {
-    "shampoo()": shampoo_jax.shampoo,
-    "shampoo(b3=.81)": functools.partial(shampoo_jax.shampoo, b3=0.9**2),
-    "shampoo(b1=.95, b3=.9025)": functools.partial(shampoo_jax.shampoo, b1=0.95, b3=0.95**2),
-    "soap()": shampoo_jax.soap,
-    "kl_shampoo()": shampoo_jax.kl_shampoo,
-    "kl_soap()": shampoo_jax.kl_soap,
-    "soap(every=5)": functools.partial(shampoo_jax.soap, every=5),
-    "soap(every=1)": functools.partial(shampoo_jax.soap, every=1),
-    "kl_soap()" + MEAN: shampoo_jax.kl_soap,
-    "kl_soap(max_scale=relative)" + MEAN: functools.partial(
-        shampoo_jax.kl_soap, max_scale="relative"
+def _faster_elsewhere(rate: Any) -> optax.GradientTransformationExtraArgs:
+    """Optax's Muon of hidden matrices, whose others' rate is four times its own."""
+    four = lambda count: 4.0 * rate(count)  # noqa: E731
+    return optax.contrib.muon(rate, muon_weight_dimension_numbers=_hidden, adam_learning_rate=four)
+
+
+# With nothing else set but what is named.
+COMPLETE: dict[str, Complete] = {
+    "shampoo()": _own(shampoo_jax.shampoo),
+    "shampoo(b3=.81)": _own(shampoo_jax.shampoo, b3=0.9**2),
+    "shampoo(b1=.95, b3=.9025)": _own(shampoo_jax.shampoo, b1=0.95, b3=0.95**2),
+    "shampoo(b1=.95)": _own(shampoo_jax.shampoo, b1=0.95),
+    "shampoo(exponents=1/4)": _own(shampoo_jax.shampoo, exponents=1 / 4),
+    "shampoo(exponents=1/2)": _own(shampoo_jax.shampoo, exponents=1 / 2),
+    "shampoo(others_rate=2)": _own(shampoo_jax.shampoo, others_rate=2.0),
+    "shampoo(others_rate=8)": _own(shampoo_jax.shampoo, others_rate=8.0),
+    "soap()": _own(shampoo_jax.soap),
+    "kl_shampoo()": _own(shampoo_jax.kl_shampoo),
+    "kl_soap()": _own(shampoo_jax.kl_soap),
+    "soap(every=5)": _own(shampoo_jax.soap, every=5),
+    "soap(every=1)": _own(shampoo_jax.soap, every=1),
+    "kl_soap()" + MEAN: _own(shampoo_jax.kl_soap)._replace(mean=True),
+    "kl_soap(max_scale=relative)" + MEAN: _own(shampoo_jax.kl_soap, max_scale="relative")._replace(
+        mean=True
     ),
-    "recipe, muon's norms": recipe,
-    "optax muon()": optax.contrib.muon,
-    "optax adamw()": functools.partial(optax.adamw, weight_decay=0.0),
-    "optax muon(), hidden matrices": functools.partial(
-        optax.contrib.muon, muon_weight_dimension_numbers=_hidden
+    "recipe, muon's norms": Complete(recipe, 0.02),
+    "optax muon()": Complete(optax.contrib.muon, 0.02),
+    "optax adamw()": _own(optax.adamw, weight_decay=0.0),
+    "optax muon(), hidden matrices": Complete(
+        functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_hidden), 0.02
     ),
-    "optax muon(), hidden, others times 4": lambda rate: optax.contrib.muon(
-        rate,
-        muon_weight_dimension_numbers=_hidden,
-        adam_learning_rate=lambda count: 4.0 * rate(count),
-    ),
+    "optax muon(), hidden, others times 4": Complete(_faster_elsewhere, 0.02),
     "adamw, others times 4": _plain(
         lambda rate, others: shampoo_jax.as_optimizer(optax.scale_by_adam(), rate, others=others)
     ),
@@ -95,4 +122,4 @@ def build_complete(
     """What `build_optimizer` is for others: one of `COMPLETE`, at the rate of the matrices."""
     del params, placement
     rate = learning_rate(config.matrices.learning_rate * factors[0], config.schedule)
-    return shampoo_jax.guard(COMPLETE[config.optimizer](rate))
+    return shampoo_jax.guard(COMPLETE[config.optimizer].build(rate))

@@ -61,8 +61,13 @@ PAIRS = {
     "kl_soap ahead": ("kl_soap()", "kl_soap()" + PLAIN),
     "soap each fifth": ("soap(every=5)", "soap()"),
     "soap each": ("soap(every=1)", "soap()"),
+    "others 1": ("shampoo(others_rate=1)" + PLAIN, "shampoo()" + PLAIN),
+    "others 2": ("shampoo(others_rate=2)", "shampoo()"),
+    "others 8": ("shampoo(others_rate=8)", "shampoo()"),
     "others 16": ("shampoo(others_rate=16)" + PLAIN, "shampoo()" + PLAIN),
-    "b1 of shampoo()": ("shampoo(b1=.95)" + PLAIN, "shampoo()" + PLAIN),
+    "b1 of shampoo()": ("shampoo(b1=.95)", "shampoo()"),
+    "1/4 of shampoo()": ("shampoo(exponents=1/4)", "shampoo()"),
+    "1/2 of shampoo()": ("shampoo(exponents=1/2)", "shampoo()"),
     "place of eps": ("soap eps 0_3 after", "soap eps 0_3 before"),
 }
 MUON_STEPS = 3250  # of #36 on track 3
@@ -155,14 +160,17 @@ def _visible_elsewhere(trained: Mapping[Run, float]) -> str:
 
 
 def _spent(records: Sequence[Mapping[str, Any]], points: Mapping[str, Point]) -> str:
-    seconds = 0.0
+    """Runs and hours: of tuning and the ablations on S, of judging there, and of M."""
+    seconds: dict[str, list[float]] = {}
     for record in records:
         run = Run(**record["settings"])
         known = run.point in points
         config = make_config(points[run.point], run) if known else preset(run.board, RECIPE)
-        steps = config.schedule.steps
-        seconds += record["step_time_s"] * steps
-    return f"{len(records)} runs, {seconds / 3600:.1f} hours of one or two cores, mostly shared"
+        part = "tuning and ablations on S" if run.seed in (TUNING, *ABLATING) else "judging on S"
+        part = part if run.board == "board" else "M"
+        seconds.setdefault(part, []).append(record["step_time_s"] * config.schedule.steps)
+    parts = [f"{part} {len(of)} runs in {sum(of) / 3600:.1f} hours" for part, of in seconds.items()]
+    return f"{len(records)} runs: " + ", ".join(parts)
 
 
 def _gain(trained: Mapping[Run, float], board: str) -> Difference | None:

@@ -13,7 +13,7 @@ from nanogpt.config.run import Config, CooldownConfig, LookaheadConfig, TailConf
 from nanogpt.config.settings import KLConfig, MatrixConfig, SoapConfig
 from nanogpt.optimizers.build import register
 from nanogpt.optimizers.transfer import RATES
-from scripts.maintenance.ablation_complete import COMPLETE, MEAN
+from scripts.maintenance.ablation_complete import COMPLETE
 
 
 class Point(NamedTuple):
@@ -83,7 +83,7 @@ AHEAD = {"lookahead": LookaheadConfig(0.3, 31, 202)}  # of record #44, of 300 st
 # Of record #46; a rate that ends at 0 leaves nothing to average.
 TAIL = {"tail": TailConfig(248, 16.0), "schedule.horizon": 1.0662}
 # Muon of track 3 through the code of the recipe.
-AS_MUON = {M + "exponent": None, M + "orthogonalize": True, M + "size": "aspect"}
+AS_MUON = {M + "orthogonalize": True, M + "exponent": None, M + "size": "aspect"}
 ABLATED = ("shampoo_next", "soap", "kl_shampoo", "muon", "muon_track3")
 SHORTER, IN_BLOCKS = (180, 210, 240, 255, 270), (240, 245, 255)  # steps where AdamW has 300
 FEWER = {M + "every": 5, M + "stagger": True}
@@ -104,8 +104,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "muon + tail": ("shampoo_next", {M + "learning_rate": 0.02} | AS_MUON | TAIL),
     "shampoo_next + tail": ("shampoo_next", TAIL),
     **{
-        name: ("adamw", {"optimizer": name, "loss": "mean" if MEAN in name else "sum"})
-        for name in COMPLETE
+        name: ("adamw", {"optimizer": name, "loss": "mean" if complete.mean else "sum"})
+        for name, complete in COMPLETE.items()
     },
 }
 
@@ -161,6 +161,7 @@ def make_points() -> list[Point]:
         *_changed("shampoo_next", "factors of the", squares__microbatches=micro),
         *_next("decay", "weight_decay", 0.0, 0.1),
         *_next("decay", "cautious", True),
+        *_next("floor", "floor", 0.3825),
         *_changed("shampoo_next", "hyperball", hyperball=BALL),
         *_changed(
             "shampoo_next",
@@ -182,8 +183,8 @@ def make_config(point: Point, run: Run) -> Config:
     entry, own = FAMILIES[point.family]
     config = preset(run.board, entry)
     if point.family in COMPLETE:
-        rate = 0.02 if "muon" in point.family else 0.008  # where the search begins
-        config = dataclasses.replace(config, matrices=MatrixConfig(rate, 0.0))
+        matrices = MatrixConfig(COMPLETE[point.family].start, 0.0)
+        config = dataclasses.replace(config, matrices=matrices)
     if point.family in STUDIES:
         settings, _ = STUDIES[point.family]
         matrices = settings(**dataclasses.asdict(config.matrices))

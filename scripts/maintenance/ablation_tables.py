@@ -157,7 +157,7 @@ def judged_table(trained: Mapping[Run, float]) -> str:
             text = TEXTS[corpus] + (" again" if seeds is AGAIN else "")
             found = {name: losses for name, losses in found.items() if len(losses) > 1}
             for name in sorted(found, key=lambda n: _mean(found[n])):
-                like = ours + PLAIN if name.endswith(PLAIN) else ours
+                like = ours + PLAIN if complete and COMPLETE[name].plain else ours
                 against = [_less(found, name, other) for other in (better_muon(found), like)]
                 mean, n = f"{_mean(found[name]):.4f}", str(len(found[name]))
                 rows.append([BOARDS[board], text, name, mean, *against, n])

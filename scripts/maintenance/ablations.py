@@ -8,14 +8,14 @@ Every point is tuned and trained by the rule of docs/recipe.md. What docs/recipe
 kept: stopped and started again, it goes on, and more seeds are added to what there is. Page and
 picture are written after every point, --page writes them alone. --judge trains on seeds that
 nothing was chosen by, on the texts that are named, with --board board_m on M, with --again on the
-seeds that judge once more.
+seeds that judge once more. --jobs 2 trains two runs at a time, on half of the cores each.
 """
 
 import argparse
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from nanogpt.config.presets import preset
@@ -100,8 +100,8 @@ def settle(point: Point, train: Train, board: str = "board", on_m: int = ON_M) -
     return tune(Run(point.name, *chosen, TUNING, board=board), False, train, most=on_m)
 
 
-def trainer(points: dict[str, Point]) -> Train:
-    """Trains runs that RUNS does not hold, and keeps them there."""
+def trainer(points: dict[str, Point], jobs: int) -> Train:
+    """Trains runs that RUNS does not hold, `jobs` at a time, and keeps them there."""
     from nanogpt.lab.shared_programs import run_shared
     from nanogpt.lab.trials import Trial, run_trials
 
@@ -110,7 +110,7 @@ def trainer(points: dict[str, Point]) -> Train:
         complete = any(points[run.point].family in COMPLETE for run in runs)  # all are, or none
         build = build_complete if complete else build_optimizer
         one = functools.partial(run_shared, build=build)
-        return list(map(loss, run_trials(trials, RUNS, run=one)))
+        return list(map(loss, run_trials(trials, RUNS, jobs=jobs, run=one)))
 
     return train
 
@@ -124,9 +124,7 @@ def _check(texts: Sequence[str], point: Point) -> None:
     check_texts(found, read_trials(RUNS))
 
 
-def main() -> None:
-    """Reads the command line."""
-    points = {point.name: point for point in make_points()}
+def _read_options(points: Mapping[str, Point]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--points", nargs="+", choices=points, metavar="NAME", help="some, in this order"
@@ -135,31 +133,50 @@ def main() -> None:
     parser.add_argument("--judge", nargs="+", default=[], choices=TEXTS, help="folders of data/")
     parser.add_argument("--again", action="store_true", help="judge on the seeds for that")
     parser.add_argument("--board", default="board", choices=("board", "board_m"))
-    parser.add_argument("--trials", type=int, default=ON_M, help="rates on M, 3 by the rule")
+    parser.add_argument("--trials", type=int, help=f"rates on M; {ON_M} by the rule")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, with a share of cores")
     parser.add_argument("--page", action="store_true", help="write page and picture alone")
     options = parser.parse_args()
     if not options.judge and (options.again or options.board != "board"):
         parser.error("--again and --board say how to --judge: name its texts.")
-    if (options.seeds or 0) < 0 or options.trials < ON_M:
-        parser.error(
-            f"--seeds {options.seeds} --trials {options.trials}: 0 or more, {ON_M} or more."
-        )
+    if options.trials is not None and (options.board != "board_m" or options.trials < ON_M):
+        parser.error(f"--trials {options.trials}: {ON_M} or more, with --board board_m.")
+    seeds = len(_seeds(options))
+    if options.seeds is not None and not 0 <= options.seeds <= seeds:
+        parser.error(f"--seeds {options.seeds}: from 0 to {seeds}, as many as there are.")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1.")
+    return options
+
+
+def _seeds(options: argparse.Namespace) -> range:
+    """All seeds on which points are compared."""
+    judging = AGAIN if options.again else JUDGING
+    return judging if options.judge else ABLATING
+
+
+def main() -> None:
+    """Reads the command line."""
+    points = {point.name: point for point in make_points()}
+    options = _read_options(points)
+    from scripts.maintenance.ablation_page import write
+
+    if options.page:
+        write(FOLDER, RUNS, points)
+        return
     compile_cache.prepare()
     from nanogpt.lab.preset_data import prepare_data
-    from scripts.maintenance.ablation_page import write
 
     prepare_data(preset("board", "adamw"))
     wanted = [points[name] for name in options.points or points]
     _check(["board", *options.judge], wanted[0])
-    train = trainer(points)
-    for point in [] if options.page else wanted:
-        chosen = settle(point, train, options.board, options.trials)
-        judging = AGAIN if options.again else JUDGING
-        seeds = (judging if options.judge else ABLATING)[: options.seeds]
+    train = trainer(points, options.jobs)
+    for point in wanted:
+        chosen = settle(point, train, options.board, options.trials or ON_M)
         texts = options.judge or ["board"]
+        seeds = _seeds(options)[: options.seeds]
         train([Run(point.name, *chosen, s, t, options.board) for t in texts for s in seeds])
         write(FOLDER, RUNS, points)
-    write(FOLDER, RUNS, points)
 
 
 if __name__ == "__main__":

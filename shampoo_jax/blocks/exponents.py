@@ -99,7 +99,10 @@ def resolve_exponents(option: ExponentOption) -> Exponents:
         return default_exponents
     if isinstance(option, str):
         if option not in NAMED:
-            raise ValueError(f"exponents={option!r}: the only names are {sorted(NAMED)}.")
+            raise ValueError(
+                f"exponents={option!r}: the only names are {sorted(NAMED)}, and 'auto' where it is "
+                "the default."
+            )
         return NAMED[option]
     if isinstance(option, type):
         refuse("exponents", option, ": give a number, or a function of the shape of a block")
@@ -155,8 +158,8 @@ def _check_entry(keys: tuple[Any, ...], value: Any) -> None:
             raise ValueError(f"exponents has the key {key!r}: numbers of dimensions are ints.")
     if isinstance(value, bool) or not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(
-            f"exponent {value!r} must not be negative, or anything but a finite number: 0.5 stands "
-            "for S^(-1/2)."
+            f"exponents: {value!r} must not be negative, or anything but a finite number: 0.5 "
+            "stands for S^(-1/2)."
         )
     if len(keys) > 1 and not 0 <= keys[1] < keys[0]:
         raise ValueError(

@@ -15,6 +15,7 @@ from nanogpt.config.settings import (
     MuonConfig,
     PsgdConfig,
     ShampooConfig,
+    ShampooNextConfig,
     SoapConfig,
     SophiaConfig,
 )
@@ -92,6 +93,8 @@ OPTIMIZERS = [
     (KLConfig, "tokens", 0, "at least 1"),
     (KLConfig, "max_scale", 0.0, "positive and finite"),
     (KLConfig, "first_weight", 1.5, "between 0 and 1"),
+    (ShampooNextConfig, "rtol", 1.0, "at least 0 and below 1"),
+    (ShampooNextConfig, "floor", -1.0, "at least 0 and finite"),
     (PsgdConfig, "preconditioner_rate", 0.0, "positive and finite"),
     (PsgdConfig, "preconditioner_seed", -1, "at least 0"),
     (LionConfig, "b2", 1.0, "at least 0 and below 1"),
@@ -127,6 +130,17 @@ def test_impossible_values_are_named(settings, name, value, must):
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match=r"weight_decay=0.1 with hyperball=True.*weight_decay=0\."):
         SoapConfig(0.1, weight_decay=0.1, hyperball=True)
+    wrong = {
+        "orthogonalize": False,
+        "squares": "momentum",
+        "rtol": 0.1,
+        "every": 5,
+        "stagger": True,
+    }
+    for name, value in wrong.items():
+        settings = {"orthogonalize": True, name: value}
+        with pytest.raises(ValueError, match=f"exponent=None with {name}={value!r}: without fac"):
+            ShampooNextConfig(0.1, 0.0, exponent=None, **settings)
     with pytest.raises(ValueError, match="tolerance=0.1 with form='record27': only form='paper'"):
         SoapConfig(0.1, 0.1, form="record27", tolerance=0.1)
     with pytest.raises(ValueError, match=r"head_dim=12 does not divide model_dim=\d+: choose"):

@@ -90,10 +90,10 @@ def test_defaults_are_no_schedules_to_optax(alias):
 @pytest.mark.parametrize(
     ("exponents", "message"),
     [
-        (lambda shape: (-1.0,) * len(shape), "exponent -1.0 must not be negative"),
+        (lambda shape: (-1.0,) * len(shape), "exponents: -1.0 must not be negative"),
         (lambda shape: (0.25,), r"exponents gives \(0.25,\) for blocks of shape"),
         (lambda shape: 0.5, "exponents gives 0.5 for blocks"),
-        (lambda shape: ["a"] * len(shape), "exponent 'a' must not be negative, or anything but"),
+        (lambda shape: ["a"] * len(shape), "exponents: 'a' must not be negative, or anything but"),
     ],
 )
 def test_a_function_of_exponents_is_checked(exponents, message):

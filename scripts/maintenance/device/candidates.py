@@ -193,7 +193,6 @@ def training(part: str, sizes: Sizes, *, bfloat16: bool) -> tuple[Config, Any, s
         matrices = dataclasses.replace(config.matrices, block_size=sizes.block)
         config = dataclasses.replace(config, matrices=matrices)
     schedule = dataclasses.replace(config.schedule, steps=sizes.steps)
-    # A cooldown of the matrices' own counts the same steps.
     data = dataclasses.replace(
         config.data,
         batch_rows=sizes.train_rows,

@@ -154,12 +154,25 @@ def test_the_page_is_that_of_the_runs(tmp_path):
     assert len(data) == 3
 
 
-def test_what_the_command_cannot_do_is_told_at_once(monkeypatch, capsys):
-    for wrong in (["--points", "nope"], ["--judge", "nope"], ["--again"], ["--seeds", "-1"]):
-        monkeypatch.setattr("sys.argv", ["ablations", *wrong])
-        with pytest.raises(SystemExit):
-            main()
-        assert wrong[-1] in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("--points nope", "--points: invalid choice: 'nope'"),
+        ("--judge nope", "--judge: invalid choice: 'nope'"),
+        ("--again", "--again and --board say how to --judge"),
+        ("--seeds -1", "--seeds -1: from 0 to 8"),
+        ("--seeds 9", "--seeds 9: from 0 to 8"),
+        ("--judge board --again --seeds 25", "--seeds 25: from 0 to 24"),
+        ("--judge board --trials 4", "--trials 4: 3 or more, with --board board_m"),
+        ("--judge board --board board_m --trials 2", "--trials 2: 3 or more, with"),
+        ("--jobs 0", "--jobs 0: at least 1"),
+    ],
+)
+def test_what_the_command_cannot_do_is_told_at_once(monkeypatch, capsys, wrong, told):
+    monkeypatch.setattr("sys.argv", ["ablations", *wrong.split()])
+    with pytest.raises(SystemExit):
+        main()
+    assert told in capsys.readouterr().err
 
 
 def test_the_page_tells_differences(tmp_path):
@@ -175,7 +188,7 @@ def test_the_page_tells_differences(tmp_path):
     )
     assert "| cutoff | rtol 0 | shampoo_next | **+0.1130 ± 0.0012** | 3.6020 | 4 |" in text
     assert "half of the differences show 0.0012" in text
-    assert "(16 runs, 4.0 hours of one or two cores" in text  # of 300 steps of 3 seconds
+    assert "(16 runs: tuning and ablations on S 16 runs in 4.0 hours" in text  # 300 of 3 s
     assert "| shampoo_next | 0.0424 | 1 | 3.4900 | **-0.0100 ± 0.0000** | 4 |" in text
     assert (tmp_path / "recipe" / "ablations.png").stat().st_size > 10_000
 
