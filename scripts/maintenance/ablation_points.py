@@ -88,6 +88,7 @@ ABLATED = ("shampoo_next", "soap", "kl_shampoo", "muon", "muon_track3")
 SHORTER, IN_BLOCKS = (180, 210, 240, 255, 270), (240, 245, 255)  # steps where AdamW has 300
 FEWER = {M + "every": 5, M + "stagger": True}
 SMALLER = FEWER | {M + "block_size": 64}  # the width: no factor of an MLP's 256
+ONE_SIDE = SMALLER | {M + "exponent": "left"}  # the inputs', the better one
 BALL: dict[str, Any] = {M + "weight_decay": 0.0, M + "hyperball": True, M + "learning_rate": 0.02}
 BALL |= {"model.init": "record27", "matrices_cooldown": CooldownConfig(cooldown=1.0)}
 
@@ -168,6 +169,7 @@ def make_points() -> list[Point]:
             TIME,
             **{f"{n}__steps__every__5": FEWER | {"schedule.steps": n} for n in SHORTER},
             **{f"{n}__steps__blocks": SMALLER | {"schedule.steps": n} for n in IN_BLOCKS},
+            **{"250__steps__one__side": ONE_SIDE | {"schedule.steps": 250}},
         ),
         first["muon_track3"],
         first["adamw"],

@@ -23,7 +23,7 @@ from scripts.maintenance.ablation_tables import last_runs
 from scripts.maintenance.ablation_texts import check_texts
 from scripts.maintenance.ablations import RUNS
 
-TIMED = ("adamw", "shampoo_next", "240 steps blocks", "245 steps blocks")
+TIMED = ("adamw", "shampoo_next", "245 steps blocks", "250 steps one side")
 TURNS = len(ABLATING)
 
 
