@@ -16,7 +16,7 @@ Named = Side | Literal["bounded"]
 ExponentOption = Mapping[int, float | Mapping[int, float]] | float | Named | Exponents | None
 AutoExponents = ExponentOption | Literal["auto"]
 
-# Ahead of 1/4 and 1/2 of the recipe in docs/recipe.md, with Adam's graft not told apart from them.
+# Ahead of 1/4 in docs/recipe.md, and of 1/2 where the norm is not Adam's.
 # Other blocks keep `1 / (2 * ndim)`.
 GRAFTED = {2: 1 / 3}
 
