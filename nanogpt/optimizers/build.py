@@ -112,7 +112,8 @@ def build_optimizer(
             parameter that does not match exactly one rule of `ROUTES`.
     """
     if presets.is_own(config.optimizer):
-        _try(config)
+        with jax.ensure_compile_time_eval():  # a step that is being traced may build its own
+            _try(config)
     labels = route(params)
     groups = of_base(config, params, labels) if config.model.transfer else {}
     transforms = {}

@@ -256,6 +256,16 @@ def test_a_complete_optimizer_is_no_direction(monkeypatch, complete):
         build(monkeypatch, complete)
 
 
+def test_an_own_direction_can_be_built_while_a_program_is_traced(monkeypatch):
+    """As the ablations do, whose rates are traced: its trial needs numbers."""
+
+    def begin(x):
+        build(monkeypatch, optax.scale_by_adam())
+        return x
+
+    assert jax.jit(begin)(1.0) == 1.0
+
+
 @pytest.mark.parametrize("factor", [0.0, np.nan, np.inf])
 def test_a_direction_that_leads_nowhere_is_refused(monkeypatch, factor):
     with pytest.raises(ValueError, match="optimizer='own': its direction is zero or not finite"):
